@@ -1,0 +1,172 @@
+"""What does torch.compile call: the backend named "cachedit"."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from cachedit_fx.capture import captured_module, copy_graph
+from cachedit_fx.compiler import InnerCompiler
+from cachedit_fx.config import CacheConfig, split_options
+from cachedit_fx.errors import NoMatchError
+from cachedit_fx.passes.cut import Region
+from cachedit_fx.passes.dedupe import split_pieces
+from cachedit_fx.passes.guard import GuardedGraph, insert_guards, stored_examples
+from cachedit_fx.passes.pipeline import Plan, plan_graph
+from cachedit_fx.patterns.chain import value_of
+from cachedit_fx.patterns.mismatch import Cause, Mismatch
+from cachedit_fx.runtime import GuardedCall, RegionPlan
+from cachedit_fx.session import instance_of
+from cachedit_fx.shapes import SizeRule, UnknownSizeError
+
+log = logging.getLogger(__name__)
+Compiled = Callable[..., Any]
+
+
+class Backend:
+    """`torch.compile(model, backend=Backend(CacheConfig(...)))`: the same as `backend="cachedit"` with options.
+
+    Args:
+        config: When to reuse, and how to compile.
+        mode: `torch.compile`'s mode for the inner backend.
+        options: Inductor's options, for the inner backend.
+
+    Raises:
+        ConfigError: An option is unknown.
+    """
+
+    def __init__(
+        self, config: CacheConfig | None = None, *, mode: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.config, self.inner_options = split_options(options or {}, config)
+        self.mode = mode
+        self.__name__ = "cachedit"
+
+    def __eq__(self, other: object) -> bool:
+        mine = (self.config, self.mode, self.inner_options)
+        return isinstance(other, Backend) and mine == (other.config, other.mode, other.inner_options)
+
+    def __hash__(self) -> int:
+        return hash((self.config, self.mode, tuple(sorted(self.inner_options))))
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Compiled:
+        """Compiles one graph: guarded if it matches, else as the inner backend alone would, with the reason logged."""
+        config, given = split_options(options or {}, self.config)
+        compiler = InnerCompiler(config, mode or self.mode, {**self.inner_options, **given})
+        planned = _refusal() or plan_graph(copy_graph(gm, example_inputs), config)
+        if isinstance(planned, Plan):
+            try:
+                return _compile_guarded(planned, config, compiler)
+            except UnknownSizeError as error:
+                planned = (Mismatch(None, Cause.DYNAMIC, str(error)),)
+        return _compile_uncached(gm, example_inputs, planned, config, compiler)
+
+
+def cachedit(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The backend `torch.compile(model, backend="cachedit")` finds by its entry point. See `CacheConfig`."""
+    return Backend()(gm, example_inputs, mode=mode, options=options)
+
+
+def _refusal() -> tuple[Mismatch, ...]:
+    """Reasons that lie in how the module is run, not in its graph."""
+    module = captured_module()
+    if module is not None and module.training:
+        detail = "expected a module in eval mode, found training mode; call .eval()"
+        return (Mismatch(None, Cause.TRAINING, detail),)
+    return ()
+
+
+def _compile_guarded(plan: Plan, config: CacheConfig, compiler: InnerCompiler) -> Compiled:
+    guarded = insert_guards(plan.gm, plan.program, plan.regions, plan.timestep)
+    placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
+    regions = [_region_plan(region, placeholders) for region in plan.regions]
+    weight = _find_weight(plan, placeholders)
+    pieces = split_pieces(
+        _segments(guarded), share_blocks=config.compile_blocks == "once", free_strides=not compiler.is_exact
+    )
+    for piece in pieces:
+        compiler.compile_piece(piece)
+    instance_of(weight if isinstance(weight, torch.Tensor) else value_of(placeholders[weight]))
+    log.info("cached: %s; %d pieces, %d of them blocks", plan, len(pieces), sum(bool(p.blocks) for p in pieces))
+    return GuardedCall(
+        guarded.gm.forward,
+        config,
+        regions,
+        weight=weight,
+        conditioning=placeholders.index(plan.conditioning) if plan.conditioning is not None else None,
+        copy_state=compiler.owns_buffers,
+    )
+
+
+def _segments(guarded: GuardedGraph) -> list[fx.GraphModule]:
+    return [module for _, module in guarded.gm.named_children() if isinstance(module, fx.GraphModule)]
+
+
+def _region_plan(region: Region, placeholders: list[fx.Node]) -> RegionPlan:
+    kept = stored_examples(region)
+    return RegionPlan(region.name, SizeRule(kept, placeholders), tuple(t.dtype for t in kept), kept[0].device)
+
+
+def _find_weight(plan: Plan, placeholders: list[fx.Node]) -> int | torch.Tensor:
+    """The first weight of the chain: an argument of the graph, or held by it where Dynamo specialised on the module."""
+    for node in plan.program.nodes[plan.chain[0].blocks.blocks[0].start :]:
+        for arg in node.all_input_nodes:
+            value = value_of(arg)
+            if arg.op == "placeholder" and isinstance(value, torch.nn.Parameter):
+                return placeholders.index(arg)
+            if arg.op == "get_attr" and isinstance(getattr(plan.gm, str(arg.target), None), torch.Tensor):
+                return getattr(plan.gm, str(arg.target))  # type: ignore[no-any-return]
+    return torch.empty(0)  # A chain without weights: all its instances are one.
+
+
+def _compile_uncached(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    reasons: tuple[Mismatch, ...],
+    config: CacheConfig,
+    compiler: InnerCompiler,
+) -> Compiled:
+    message = _explain_fallback(reasons)
+    if config.on_no_match == "raise":
+        raise NoMatchError(message)
+    _warn_once(message)
+    return compiler(gm, list(example_inputs))
+
+
+def _explain_fallback(reasons: tuple[Mismatch, ...]) -> str:
+    nearest = reasons[0]
+    fitted = f", {nearest.progress} of {nearest.total} blocks fit" if nearest.total else ""
+    verdict = f"Nearest miss: {nearest.template}{fitted}." if nearest.template else "Reason:"
+    return (
+        f"cachedit_fx: this graph runs without caching.\n{verdict}\n  {nearest.cause.value}: {nearest.detail}"
+        f"{f' (at `{nearest.node}`)' if nearest.node else ''}{f' in {nearest.where}' if nearest.where else ''}\n"
+        f'Make this an error: options={{"on_no_match": "raise"}}'
+    )
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        log.warning("%s", message)
+    else:
+        log.info("%s", message)

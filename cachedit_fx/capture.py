@@ -1,0 +1,87 @@
+"""What Dynamo hands over: which placeholders are weights and what the caller called the others. Knows Dynamo."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInput:
+    """Where a placeholder comes from.
+
+    Attributes:
+        name: What the caller or the model calls it: `hidden_states`, `weight`.
+        is_weight: A parameter or buffer (or a number) that the model holds, rather than something passed to it.
+    """
+
+    name: str
+    is_weight: bool
+
+
+def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """A copy of Dynamo's graph to work on (it looks at its own again after the backend returns), inputs labelled.
+
+    The placeholders' `example_value` is what Dynamo passes to a backend: it carries what compiling a piece needs.
+    """
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, {})
+    graph.output(output)
+    copy = fx.GraphModule(gm, graph, class_name="Captured")
+    names = _argument_names()
+    before = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    after = [node for node in graph.nodes if node.op == "placeholder"]
+    for old, new, example in zip(before, after, example_inputs, strict=True):
+        new.meta["cachedit_input"] = _graph_input(old, example, names)
+        new.meta["example_value"] = example
+    return copy
+
+
+def captured_module() -> torch.nn.Module | None:
+    """The module whose forward Dynamo is tracing now, if that can be told."""
+    frame = _traced_locals()
+    found = frame.get("self")
+    if isinstance(found, torch.nn.Module):
+        return found
+    modules = [value for value in frame.values() if isinstance(value, torch.nn.Module)]
+    return modules[0] if len(modules) == 1 else None
+
+
+def _traced_locals() -> dict[str, Any]:
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return dict(InstructionTranslator.current_tx().f_locals)
+    except (ImportError, AttributeError):  # Not inside Dynamo: the backend was called by hand.
+        return {}
+
+
+def _argument_names() -> list[str]:
+    """Names of the forward's positional arguments: a decorated forward sees them as `args[N]`."""
+    module = captured_module()
+    if module is None:
+        return []
+    try:
+        return list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+def _graph_input(node: fx.Node, example: Any, names: list[str]) -> GraphInput:
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    text = "" if source is None else source.name if isinstance(source.name, str) else source.name()
+    holder = getattr(source, "guard_source", None)
+    in_module = holder is not None and (holder.is_unspecialized_nn_module() or holder.is_specialized_nn_module())
+    held = in_module or "_parameters" in text or "_buffers" in text or isinstance(example, torch.nn.Parameter)
+    position = re.fullmatch(r"L\['args'\]\[(\d+)\]", text)
+    if position and int(position[1]) < len(names):
+        return GraphInput(names[int(position[1])], is_weight=False)
+    words = re.findall(r"[A-Za-z_]\w*", text)
+    is_weight = held or not isinstance(example, torch.Tensor) or text.startswith("G[")
+    return GraphInput(words[-1] if words else node.name, is_weight=is_weight)

@@ -1,0 +1,15 @@
+"""What a user can see go wrong."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """An option is unknown or has a value that it cannot have. Names the field, the value, what is allowed."""
+
+
+class NoMatchError(RuntimeError):
+    """`on_no_match="raise"` and the graph cannot be cached. The message is the one a fallback would have logged."""
+
+
+class PassError(RuntimeError):
+    """A pass raised, or left a graph that does not lint. Always a bug in cachedit_fx, never in the model."""

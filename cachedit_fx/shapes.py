@@ -1,0 +1,71 @@
+"""What shape a kept tensor must have at this call: fixed, or computed from the graph's sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.printers import PythonPrinter
+
+from cachedit_fx.patterns.chain import size_key, value_of
+
+Sizes = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (shape, strides) per tensor
+
+
+class UnknownSizeError(ValueError):
+    """A size depends on data, so that no call can tell beforehand what shape a tensor will have."""
+
+
+class SizeRule:
+    """Shapes and strides of some tensors, as a function of a graph's arguments.
+
+    Args:
+        tensors: Fake tensors whose sizes are ints or expressions over the placeholders' symbols.
+        placeholders: The graph's, in the order in which a call passes its arguments.
+
+    Raises:
+        UnknownSizeError: An expression has a symbol that no placeholder holds.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], placeholders: Sequence[fx.Node]) -> None:
+        sizes = [(tuple(map(size_key, t.shape)), tuple(map(size_key, t.stride()))) for t in tensors]
+        symbols = {s for pair in sizes for part in pair for e in part if not isinstance(e, int) for s in _free(e)}
+        held = {
+            value_of(node).node.expr: i
+            for i, node in enumerate(placeholders)
+            if isinstance(value_of(node), torch.SymInt)
+        }
+        if symbols - set(held):
+            raise UnknownSizeError(f"the size {sorted(map(str, symbols - set(held)))} of a stream depends on data")
+        self._fixed: Sizes | None = None
+        self._compute: Callable[..., Any] = lambda *_: self._fixed
+        ordered = sorted(symbols, key=str)
+        self._arguments = [held[symbol] for symbol in ordered]
+        text = f"lambda {', '.join(map(str, ordered))}: {_tuple(_tuple(_tuple(map(_print, p)) for p in s) for s in sizes)}"
+        compute = eval(text, {"math": __import__("math"), "torch": torch})
+        if symbols:
+            self._compute = compute
+        else:
+            self._fixed = compute()
+
+    def __call__(self, arguments: Sequence[Any]) -> Sizes:
+        """`arguments`: those of the graph's call; sizes among them are ints."""
+        if self._fixed is not None:
+            return self._fixed
+        sizes: Sizes = self._compute(*(arguments[i] for i in self._arguments))
+        return sizes
+
+
+def _free(expression: Any) -> set[sympy.Symbol]:
+    return set(expression.free_symbols)
+
+
+def _print(size: Any) -> str:
+    return str(size) if isinstance(size, int) else PythonPrinter().doprint(size)
+
+
+def _tuple(parts: Any) -> str:
+    return "(" + "".join(f"{part}, " for part in parts) + ")"

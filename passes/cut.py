@@ -1,0 +1,255 @@
+"""Where the chain is cut: Fn and Bn turn into regions, and what enters a region is paired with what leaves it. Reads only.
+
+    head: ... blocks[:Fn]  |  region: blocks[Fn : N - Bn]  |  tail: blocks[N - Bn :] ...
+
+Work between two blocks belongs to the block before it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from cachedit_fx.config import CacheConfig
+from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.patterns.chain import HIDDEN, describe, is_tensor, shape_key, source_line, value_of
+from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
+
+_IN_PLACE_OPERATORS = {
+    *(operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.itruediv),
+    *(operator.ifloordiv, operator.imod, operator.imatmul, operator.ipow, operator.iand, operator.ior, operator.ixor),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A value that leaves a region and is needed after it.
+
+    Attributes:
+        role: The stream's role, or the node's name for a value that continues no stream.
+        before: The stream where it enters the region; None if the value is cached as it is.
+        after: The node that makes it, in the region.
+    """
+
+    role: str
+    before: fx.Node | None
+    after: fx.Node
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The blocks between two cuts, and all that a guard needs to know of them.
+
+    Attributes:
+        name: As in `transformer_blocks[1:4]`; two lists are joined by `+`.
+        first, last: Numbers of the chain's first block in the region and the first after it.
+        nodes: The region's nodes in program order.
+        hidden_before: The hidden stream before the first of the Fn blocks.
+        hidden_after: The same after the last of them: `hidden_after - hidden_before` is what the guard looks at.
+        carried: What a reused step has to supply.
+        hoisted: Nodes that lie between the cuts but depend on no stream: they run with the head, at every step.
+    """
+
+    name: str
+    first: int
+    last: int
+    nodes: tuple[fx.Node, ...]
+    hidden_before: fx.Node
+    hidden_after: fx.Node
+    carried: tuple[Carried, ...]
+    hoisted: tuple[fx.Node, ...]
+
+
+def cut_regions(program: Program, chain: tuple[Match, ...], config: CacheConfig) -> tuple[Region, ...] | Mismatch:
+    """One region over the whole chain, or one for every list of it."""
+    groups = [chain] if config.regions == "merged" else [(match,) for match in chain]
+    regions, first = [], 0
+    for group in groups:
+        region = _cut(program, group, config, first)
+        if isinstance(region, Mismatch):
+            return region
+        regions.append(region)
+        first += sum(len(match.blocks.blocks) for match in group)
+    return tuple(regions)
+
+
+def _cut(program: Program, group: tuple[Match, ...], config: CacheConfig, number: int) -> Region | Mismatch:
+    blocks = [block for match in group for block in match.blocks.blocks]
+    streams = _boundaries(group)
+    fn, total = config.Fn_compute_blocks, len(blocks)
+    last = total - config.Bn_compute_blocks
+    if fn >= last or fn < 1:
+        return Mismatch(
+            group[0].template, Cause.TOO_FEW_BLOCKS,
+            f"expected 1 <= Fn_compute_blocks and Fn_compute_blocks + Bn_compute_blocks < {total}, the number of blocks "
+            f"of {'+'.join(match.blocks.path for match in group)}, found {fn} + {config.Bn_compute_blocks}",
+            progress=total, total=total,
+        )  # fmt: skip
+    start, stop = blocks[fn].start, blocks[last].start if last < total else blocks[-1].end
+    before, after = streams[fn], streams[last]
+    nodes = [n for n in program.born(start, stop)]
+    if last == total:
+        nodes += _undo_joins(program, before, after, nodes)
+    inside = set(nodes)
+    made = program.descendants_within(set(before.values()), start, stop) | (inside - set(program.nodes[start:stop]))
+    leaving = [n for n in nodes if any(user not in inside for user in n.users)]
+    hoisted = _behind([n for n in leaving if n not in made], inside)
+    nodes = [n for n in nodes if n not in hoisted]
+    carried = _pair(group, before, after, [n for n in leaving if n in made])
+    miss = _check(program, group[0], before, carried, nodes)
+    if miss is not None:
+        return miss
+    hidden_before = streams[0][HIDDEN]
+    if shape_key(hidden_before) != shape_key(before[HIDDEN]):
+        return _miss(group[0], Cause.UNPAIRED, f"the Fn blocks change the shape of {describe(hidden_before)}")
+    return Region(
+        name=_name(group, fn, last), first=number + fn, last=number + last, nodes=tuple(nodes),
+        hidden_before=hidden_before, hidden_after=before[HIDDEN],
+        carried=tuple(carried), hoisted=tuple(n for n in program.nodes if n in hoisted),
+    )  # fmt: skip
+
+
+def _boundaries(group: tuple[Match, ...]) -> list[Mapping[str, fx.Node]]:
+    """Streams before every block of the chain, and after the last. Where two lists meet, the later one's entry."""
+    streams: list[Mapping[str, fx.Node]] = []
+    for match in group:
+        streams = [*streams[:-1], *match.blocks.boundaries]
+    return streams
+
+
+def _undo_joins(
+    program: Program, before: Mapping[str, fx.Node], after: Mapping[str, fx.Node], nodes: list[fx.Node]
+) -> list[fx.Node]:
+    """Slices behind the chain that take a stream out of a joined one again (Chroma, FLUX.2); they join the region."""
+    extra: list[fx.Node] = []
+    shapes = {shape_key(node) for node in before.values()}
+    for node in after.values():
+        current, passed = node, []
+        while shape_key(current) not in shapes and len(current.users) == 1:
+            current = next(iter(current.users))
+            if current.target is not operator.getitem or not is_tensor(current):
+                break
+            passed.append(current)
+            if shape_key(current) in shapes:
+                extra += passed
+    return sorted(extra, key=program.position.__getitem__)
+
+
+def _behind(nodes: list[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
+    found, todo = set(nodes), list(nodes)
+    while todo:
+        fresh = [arg for arg in todo.pop().all_input_nodes if arg in inside and arg not in found]
+        found.update(fresh)
+        todo.extend(fresh)
+    return found
+
+
+def _pair(
+    group: tuple[Match, ...], before: Mapping[str, fx.Node], after: Mapping[str, fx.Node], leaving: list[fx.Node]
+) -> list[Carried]:
+    """Each value that leaves the region, with the stream that it continues: that of its role, else of its shape."""
+    kinds = {**group[0].template.cached, **group[-1].template.cached}
+    role_of = {node: role for role, node in after.items()}
+    free = dict(before)
+    partner: dict[fx.Node, str] = {}
+    for node in leaving:  # By role first, so that a look-alike cannot take a stream's partner away.
+        role = role_of.get(node, "")
+        if role in free and is_tensor(node) and shape_key(free[role]) == shape_key(node):
+            partner[node] = role
+            del free[role]
+    for node in leaving:  # A stream under another role, or the slice that undoes a join.
+        if node not in partner and is_tensor(node) and (node in role_of or node.target is operator.getitem):
+            fits = [role for role in free if shape_key(free[role]) == shape_key(node)]
+            if len(fits) == 1:
+                partner[node] = fits[0]
+                del free[fits[0]]
+    pairs = []
+    for node in leaving:
+        role = partner.get(node, role_of.get(node, node.name))
+        is_residual = node in partner and kinds.get(role) != "value"
+        pairs.append(Carried(role, before[role] if is_residual else None, node))
+    return pairs
+
+
+def _check(
+    program: Program, match: Match, before: Mapping[str, fx.Node], carried: list[Carried], nodes: list[fx.Node]
+) -> Mismatch | None:
+    for pair in carried:
+        if not is_tensor(pair.after):
+            detail = f"expected only tensors to leave the region, found {pair.after.name}"
+            return _miss(match, Cause.DYNAMIC, detail, pair.after)
+    valued = {role for role, kind in match.template.cached.items() if kind == "value"}
+    if not any(pair.before is not None or pair.role in valued for pair in carried):
+        detail = (
+            f"expected a stream that leaves the region as it entered ({', '.join(map(describe, before.values()))}), "
+            f"found {', '.join(describe(pair.after) for pair in carried) or 'nothing that is used after it'}"
+        )
+        return _miss(match, Cause.UNPAIRED, detail, carried[0].after if carried else None)
+    written = written_outside(program, nodes)
+    if written is not None:
+        detail = f"expected a region that writes into nothing made before it, found `{written.format_node()}`"
+        return _miss(match, Cause.IN_PLACE, detail, written)
+    return None
+
+
+def written_outside(program: Program, nodes: list[fx.Node]) -> fx.Node | None:
+    """The first of `nodes` that writes in place into storage that was made by any other node."""
+    inside = set(nodes)
+    mine = {_storage(n) for n in nodes} - {None}
+    if not any(map(is_in_place, nodes)):
+        return None
+    others = {_storage(n) for n in program.nodes if n not in inside and n.op != "output"}
+    for node in nodes:
+        if is_in_place(node):
+            target = node.kwargs.get("out") or (node.args[0] if node.args else None)
+            storage = _storage(target) if isinstance(target, fx.Node) else None
+            # An alias of something made outside shares its storage with it; what cannot be told is refused.
+            if storage is None or storage in others or storage not in mine:
+                return node
+    return None
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether the node writes into its first argument (or `out=`)."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    functional = name.endswith("_") and not name.endswith("__") and name not in ("is_", "not_", "and_", "or_")
+    return (
+        node.target in _IN_PLACE_OPERATORS or functional or node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
+    )  # fmt: skip
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return None
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _name(group: tuple[Match, ...], fn: int, last: int) -> str:
+    parts, offset = [], 0
+    for match in group:
+        count = len(match.blocks.blocks)
+        low, high = max(0, fn - offset), min(count, last - offset)
+        if low < high:
+            parts.append(match.blocks.path + ("" if (low, high) == (0, count) else f"[{low}:{high}]"))
+        offset += count
+    return "+".join(parts)
+
+
+def _miss(match: Match, cause: Cause, detail: str, node: fx.Node | None = None) -> Mismatch:
+    total = len(match.blocks.blocks)
+    return Mismatch(
+        match.template, cause, detail, node.name if node is not None else None, source_line(node), total, total
+    )

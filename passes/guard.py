@@ -1,0 +1,260 @@
+"""Rewrites a graph so that each region is run or reused, as a host decides between the pieces.
+
+    x -> blocks -> y      ->      head(x, before)                     the diff is in the head
+                                  pred = step.decide(0, probe)
+                                  guard(pred, compute, reuse, (...))  the signature of torch.cond
+                                  step.keep(0, residual, ...)
+                                  tail(...)
+
+`step` is the first placeholder: what the runtime knows of this call (see `Step`). All else is tensors and numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from cachedit_fx.passes.cut import Carried, Region
+from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.passes.extract import Extract, extract, outputs_of
+from cachedit_fx.patterns.chain import value_of
+
+
+class Step(Protocol):
+    """What a guarded graph asks of its caller during one call. `region` counts from 0."""
+
+    def before(self, region: int) -> torch.Tensor:
+        """The residual over the Fn blocks at the last computed step; any tensor of that shape where there is none."""
+
+    def decide(self, region: int, probe: torch.Tensor) -> bool:
+        """True: compute. `probe` is [diff] or [diff, timestep], float32; reading it is the call's one host read."""
+
+    def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
+        """What was kept at the last computed step, one per carried value; Nones where there is nothing."""
+
+    def keep(self, region: int, residual: torch.Tensor, stored: tuple[torch.Tensor, ...]) -> None:
+        """Takes what the step leaves behind. Called on every step; a reused step hands back what it was given."""
+
+
+def guard(
+    pred: bool, compute: Callable[..., Any], reuse: Callable[..., Any], operands: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Runs `compute` if `pred`, else `reuse`. As `torch.cond(pred, compute, reuse, operands)`, but on the host."""
+    result: tuple[Any, ...] = (compute if pred else reuse)(*operands)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedGraph:
+    """A graph with its guards in.
+
+    Attributes:
+        gm: Takes `step` and then the original placeholders; returns what the original returned.
+        regions: In the order of their numbers.
+        timestep: The placeholder that the first head reads the timestep from, if there is one.
+    """
+
+    gm: fx.GraphModule
+    regions: tuple[Region, ...]
+    timestep: fx.Node | None
+
+
+def insert_guards(
+    source: fx.GraphModule, program: Program, regions: tuple[Region, ...], timestep: fx.Node | None
+) -> GuardedGraph:
+    """The guarded graph; `source` is left as it is. Submodules: head, compute_i, reuse_i, (between_i), tail."""
+    return GuardedGraph(_Builder(source, program, regions, timestep).build(), regions, timestep)
+
+
+class _Builder:
+    """Builds the outer graph, segment after segment."""
+
+    def __init__(
+        self, source: fx.GraphModule, program: Program, regions: tuple[Region, ...], timestep: fx.Node | None
+    ) -> None:
+        self.source, self.program, self.regions, self.timestep = source, program, regions, timestep
+        self.graph = fx.Graph()
+        self.root = torch.nn.Module()
+        self.values: dict[fx.Node, fx.Node] = {}
+
+    def build(self) -> fx.GraphModule:
+        self.step = self.graph.placeholder("step")
+        for node in self.program.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self.graph.node_copy(node)
+        segments = _segments(self.program, self.regions)
+        for number, region in enumerate(self.regions):
+            probe, residual = self._head(segments[number], number, region)
+            self._guard(number, region, probe, residual)
+        self._call(extract(segments[-1]), outputs_of(segments[-1]), "tail", [])
+        output = self.program.nodes[-1]
+        self.graph.output(fx.map_arg(output.args[0], lambda node: self._value(node)))
+        gm = fx.GraphModule(self.root, self.graph, class_name="Guarded")
+        gm.graph.lint()
+        return gm
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        if node not in self.values:  # An attribute of the model that the output returns as it is.
+            setattr(self.root, str(node.target), getattr(self.source, str(node.target)))
+            self.values[node] = self.graph.node_copy(node)
+        return self.values[node]
+
+    def _head(self, nodes: list[fx.Node], number: int, region: Region) -> tuple[fx.Node, fx.Node]:
+        """The segment before the region with the diff in it. Returns the probe and the residual."""
+        before = self.graph.call_method("before", (self.step, number))
+        head = extract(nodes)
+        timestep = self.timestep if number == 0 else None
+        probe, residual, before_in = _append_probe(head, region, timestep)
+        head.inputs.append(before_in)
+        self.values[before_in] = before
+        name = "head" if number == 0 else f"between_{number - 1}"
+        return tuple(self._call(head, outputs_of(nodes), name, [probe, residual]))  # type: ignore[return-value]
+
+    def _guard(self, number: int, region: Region, probe: fx.Node, residual: fx.Node) -> None:
+        compute, reuse, operands = _branches(self.source, region)
+        pred = self.graph.call_method("decide", (self.step, number, probe))
+        stored = self.graph.call_method("stored", (self.step, number))
+        held = [self.graph.call_function(operator.getitem, (stored, i)) for i in range(len(region.carried))]
+        self.root.add_module(f"compute_{number}", compute)
+        self.root.add_module(f"reuse_{number}", reuse)
+        branches = (self.graph.get_attr(f"compute_{number}"), self.graph.get_attr(f"reuse_{number}"))
+        arguments = (*(self._value(node) for node in operands), *held)
+        result = self.graph.call_function(guard, (pred, *branches, arguments))
+        count = len(region.carried)
+        out = [self.graph.call_function(operator.getitem, (result, i)) for i in range(2 * count)]
+        for pair, node in zip(region.carried, out, strict=False):
+            node.meta = copy.copy(pair.after.meta)
+            self.values[pair.after] = node
+        self.graph.call_method("keep", (self.step, number, residual, tuple(out[count:])))
+
+    def _call(
+        self, piece: Extract, outputs: Sequence[fx.Node], name: str, extra: list[fx.Node]
+    ) -> list[fx.Node]:
+        """Calls the piece as submodule `name`; its outputs become known values. Returns the nodes of `extra`."""
+        module = piece.finish(self.source, [*(piece.copies[node] for node in outputs), *extra], name.title())
+        self.root.add_module(name, module)
+        call = self.graph.call_module(name, tuple(self._value(node) for node in piece.inputs))
+        items = [self.graph.call_function(operator.getitem, (call, i)) for i in range(len(outputs) + len(extra))]
+        for node, item in zip(outputs, items, strict=False):
+            item.meta = copy.copy(node.meta)
+            self.values[node] = item
+        return items[len(outputs) :]
+
+
+def _segments(program: Program, regions: tuple[Region, ...]) -> list[list[fx.Node]]:
+    """The nodes before, between and after the regions, hoisted ones in front of the region that they lay in."""
+    inside = {node: i for i, region in enumerate(regions) for node in region.nodes}
+    hoisted = {node: i for i, region in enumerate(regions) for node in region.hoisted}
+    starts = [program.position[region.nodes[0]] for region in regions]
+    segments: list[list[fx.Node]] = [[] for _ in range(len(regions) + 1)]
+    for position, node in enumerate(program.nodes):
+        if node in inside or node.op in ("placeholder", "get_attr", "output"):
+            continue
+        number = hoisted[node] if node in hoisted else sum(position >= start for start in starts)
+        segments[number].append(node)
+    return segments
+
+
+def _append_probe(
+    head: Extract, region: Region, timestep: fx.Node | None
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Adds `[diff, timestep]` and the residual to the head. Returns probe, residual, and the new placeholder.
+
+    diff = mean(|residual - before|) / mean(|before|), in float32 whatever the dtype: a bfloat16 mean loses the small
+    differences this is for.
+    """
+    after, start = head.take(region.hidden_after), head.take(region.hidden_before)
+    clock = head.take(timestep) if timestep is not None else None
+    graph, call = head.graph, head.graph.call_function
+    tag = {"cachedit_probe": True}
+    with torch.no_grad():
+        fake = torch.sub(value_of(region.hidden_after), value_of(region.hidden_before))
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        before = graph.placeholder("residual_before")
+    before.meta = {"example_value": fake}
+    residual = call(torch.sub, (after, start))
+    residual.meta = {"example_value": fake}
+    now, old = (graph.call_method("to", (node, torch.float32)) for node in (residual, before))
+    distance = graph.call_method("mean", (graph.call_method("abs", (call(torch.sub, (now, old)),)),))
+    size = graph.call_method("mean", (graph.call_method("abs", (old,)),))
+    parts = [call(torch.div, (distance, size))]
+    if clock is not None:
+        flat = graph.call_method("to", (graph.call_method("amax", (clock,)), fake.device, torch.float32))
+        parts.append(flat)
+    probe = call(torch.stack, (parts,))
+    seen = False
+    for node in graph.nodes:
+        seen = seen or node is residual
+        if seen:
+            node.meta.update(tag)
+    return probe, residual, before
+
+
+def _branches(source: fx.GraphModule, region: Region) -> tuple[fx.GraphModule, fx.GraphModule, list[fx.Node]]:
+    """`compute` and `reuse`, both over the same operands (values at the cut, then what was stored), both returning
+    the carried values and then what is to be stored."""
+    body = extract(region.nodes)
+    for pair in region.carried:
+        if pair.before is not None:
+            body.take(pair.before)
+    operands = list(body.inputs)
+    outputs = [body.copies[pair.after] for pair in region.carried]
+    kept = []
+    for pair, out in zip(region.carried, outputs, strict=True):
+        # Neither may alias an output: what is kept outlives the call.
+        node = (
+            body.graph.call_function(torch.sub, (out, body.copies[pair.before]))
+            if pair.before is not None
+            else body.graph.call_method("clone", (out,))
+        )
+        node.meta["cachedit_probe"] = True
+        kept.append(node)
+    _placeholders(body.graph, [f"stored_{i}" for i in range(len(region.carried))])
+    compute = body.finish(source, [*outputs, *kept], "Compute")
+    return compute, _reuse(source, region.carried, operands), operands
+
+
+def _reuse(source: fx.GraphModule, carried: tuple[Carried, ...], operands: list[fx.Node]) -> fx.GraphModule:
+    graph = fx.Graph()
+    inputs = {node: graph.placeholder(node.name) for node in operands}
+    for node, placeholder in inputs.items():
+        placeholder.meta = copy.copy(node.meta)
+    stored = [graph.placeholder(f"stored_{i}") for i in range(len(carried))]
+    outputs = []
+    for pair, held in zip(carried, stored, strict=True):
+        held.meta = {"example_value": _stored_example(pair)}
+        outputs.append(
+            graph.call_function(torch.add, (inputs[pair.before], held))
+            if pair.before is not None
+            else graph.call_method("clone", (held,))
+        )
+    graph.output((*outputs, *stored))
+    return fx.GraphModule(source, graph, class_name="Reuse")
+
+
+def stored_examples(region: Region) -> list[torch.Tensor]:
+    """Fakes of what a session keeps of a region: the residual over the Fn blocks, then one per carried value."""
+    with torch.no_grad():
+        residual = torch.sub(value_of(region.hidden_after), value_of(region.hidden_before))
+    return [residual, *(_stored_example(pair) for pair in region.carried)]
+
+
+def _stored_example(pair: Carried) -> torch.Tensor:
+    """A fake of what is kept for `pair`: contiguous where the stream is, and of no input's storage."""
+    with torch.no_grad():
+        after: torch.Tensor = value_of(pair.after)
+        return torch.sub(after, value_of(pair.before)) if pair.before is not None else after.clone()
+
+
+def _placeholders(graph: fx.Graph, names: list[str]) -> None:
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for name in names:
+        with graph.inserting_after(last):
+            last = graph.placeholder(name)

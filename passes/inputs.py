@@ -1,0 +1,69 @@
+"""Which inputs of the graph tell where in a generation a call stands: the timestep and the conditioning. Reads only."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import fx
+
+from cachedit_fx.passes.dataflow import Program, is_weight
+from cachedit_fx.patterns.chain import ENCODER, HIDDEN, BlockList, base_name, value_of
+
+_TIMESTEP_NAMES = (r"timesteps?", r"t", r"sigmas?", r"time", r"[a-z]+_timesteps?")
+_CONDITIONING_NAME = re.compile(r"encoder_hidden_states|prompt|context|caption|text|cond|label|class", re.IGNORECASE)
+
+
+def find_timestep(program: Program, chain: tuple[BlockList, ...]) -> fx.Node | None:
+    """The timestep input, by name; without a name the one small input that sines and cosines are made of."""
+    small = [node for node in _user_tensors(program) if value_of(node).dim() <= 2 and not _is_bool(node)]
+    for pattern in _TIMESTEP_NAMES:
+        named = [node for node in small if re.fullmatch(pattern, base_name(node))]
+        if named:
+            return named[0]
+    scalars = [node for node in small if value_of(node).dim() <= 1]
+    waves = [n for n in program.nodes[: chain[0].blocks[0].start] if _function_name(n) in ("sin", "cos")]
+    embedded = [node for node in scalars if any(node in program.inputs_behind(wave) for wave in waves)]
+    return embedded[0] if len(embedded) == 1 else None
+
+
+def find_conditioning(
+    program: Program, chain: tuple[BlockList, ...], timestep: fx.Node | None
+) -> fx.Node | None:
+    """The input that tells one request and one guidance branch from another by its identity.
+
+    The floating input, at least [B, L, D], that the encoder stream or a context of the blocks is made from; for a
+    class-conditional model the labels. Masks, ids and guidance are rebuilt by loops and do not count, nor do latents.
+    """
+    boundary = chain[0].boundaries[0]
+    latents = program.latent_inputs(boundary.get(HIDDEN))
+    roots = [boundary[ENCODER]] if ENCODER in boundary else []
+    roots += [context for blocks in chain for context in blocks.contexts]
+    behind = {source for root in roots for source in program.conditioning_behind(root)} - latents
+    if not behind:
+        behind = {node for node in _user_tensors(program) if program.is_sequence(node)} - latents
+    if behind:
+        return max(behind, key=lambda node: (_is_named(node), value_of(node).dim(), -program.position[node]))
+    labels = [n for n in _user_tensors(program) if n is not timestep and n not in latents and value_of(n).dim() <= 2]
+    named = [node for node in labels if _is_named(node) and "mask" not in base_name(node)]
+    return named[0] if named else None
+
+
+def _user_tensors(program: Program) -> list[fx.Node]:
+    return [
+        node
+        for node in program.nodes
+        if node.op == "placeholder" and isinstance(value_of(node), torch.Tensor) and not is_weight(node)
+    ]
+
+
+def _is_named(node: fx.Node) -> bool:
+    return _CONDITIONING_NAME.search(base_name(node)) is not None
+
+
+def _is_bool(node: fx.Node) -> bool:
+    return bool(value_of(node).dtype == torch.bool)
+
+
+def _function_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -1,0 +1,46 @@
+"""Which block lists make up the chain: the heaviest, and those that its hidden stream runs through. Reads only."""
+
+from __future__ import annotations
+
+from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.patterns.chain import HIDDEN, BlockList
+
+# Frames that Dynamo broke up hold lists of norms or feed-forward layers, but these are a small part of their graph.
+LEAST_SHARE = 1 / 3
+
+
+def join_lists(program: Program, lists: tuple[BlockList, ...]) -> tuple[BlockList, ...]:
+    """The chain's lists in execution order; empty where no list carries a stream or all are a small part of the graph.
+
+    Two lists are joined if the hidden stream that leaves the one enters the other as its stream: a list whose result
+    is a side input (WanVACE's control blocks) or an invariant (a text encoder) is no part of the chain.
+    """
+    carried = [blocks for blocks in lists if blocks.is_carried]
+    if not carried:
+        return ()
+    chain = [max(carried, key=lambda blocks: blocks.flops)]
+    grown = True
+    while grown:
+        grown = False
+        for blocks in carried:
+            if blocks in chain:
+                continue
+            if _continues(program, blocks, chain[0]):
+                chain.insert(0, blocks)
+            elif _continues(program, chain[-1], blocks):
+                chain.append(blocks)
+            else:
+                continue
+            grown = True
+    share = sum(blocks.flops for blocks in chain)
+    return tuple(chain) if share >= LEAST_SHARE * sum(program.flops) else ()
+
+
+def _continues(program: Program, first: BlockList, second: BlockList) -> bool:
+    """Whether the hidden stream of `second` starts from what `first` hands out, with no block of another list between."""
+    start, stop = first.blocks[-1].end, second.blocks[0].start
+    if stop < start:
+        return False
+    entry = second.boundaries[0].get(HIDDEN) or next(iter(second.boundaries[0].values()))
+    leaving = first.boundaries[-1].get(HIDDEN) or next(iter(first.boundaries[-1].values()))
+    return leaving in program.ancestors_within(entry, start, stop) and leaving in program.residual_spine(entry, start)

@@ -1,0 +1,216 @@
+"""Which nodes are which block, and which streams run between the blocks. Reads only.
+
+    conv_in -> [blocks.0] -> [blocks.1] -> ... -> norm_out     ->     BlockList("blocks", ...)
+
+`nn_module_stack` says which module call a node belongs to; the dataflow over the places between the calls says what
+the blocks hand on. Names only label what the dataflow found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.patterns.chain import ENCODER, HIDDEN, Block, BlockList, base_name, is_tensor, shape_key
+
+_TOKEN = re.compile(r"\['([^']+)'\]|\.?([A-Za-z_]\w*|\d+)|\[(\d+)\]")
+_NOT_NAMES = {"L", "self", "__dict__", "_modules"}
+Path = tuple[str, ...]
+
+
+def locate_blocks(program: Program) -> tuple[BlockList, ...]:
+    """Every list of at least two block calls whose blocks hand a stream on (or nearly), in execution order.
+
+    Lists inside the blocks of a list that has streams are not looked at.
+    """
+    found: list[tuple[Path, BlockList]] = []
+    for path, calls in sorted(_module_lists(program).items(), key=lambda item: len(item[0])):
+        inside = any(path[: len(outer)] == outer and known.is_carried for outer, known in found)
+        if len(calls) < 2 or inside:
+            continue
+        found.append((path, _trace_list(program, path, calls)))
+    return tuple(blocks for _, blocks in sorted(found, key=lambda item: item[1].blocks[0].start))
+
+
+@dataclass(slots=True)
+class _Call:
+    """One module call: where its nodes stand in program order."""
+
+    path: Path
+    cls: type | None
+    positions: list[int]
+
+
+def _module_lists(program: Program) -> dict[Path, list[_Call]]:
+    """Path of a list -> its module calls, in order of first appearance. Nested lists are listed as well."""
+    calls: dict[Path, _Call] = {}
+    for position, node in enumerate(program.nodes):
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue  # A placeholder carries the stack of its first user.
+        for raw, cls in (node.meta.get("nn_module_stack") or {}).values():
+            path = module_path(raw)
+            if path and path[-1].isdigit():
+                call = calls.setdefault(path, _Call(path, cls if isinstance(cls, type) else None, []))
+                call.positions.append(position)
+    lists: dict[Path, list[_Call]] = defaultdict(list)
+    for path, call in calls.items():
+        lists[path[:-1]].append(call)
+    return lists
+
+
+def module_path(raw: str) -> Path:
+    """`L['self'].__dict__['_modules']['blocks'].0.attn` -> ("blocks", "0", "attn"). Roots vary and are dropped."""
+    tokens = [next(filter(None, groups)) for groups in _TOKEN.findall(raw)]
+    while "_modules" in tokens and "_modules" not in _NOT_NAMES:
+        tokens.remove("_modules")
+    if "__dict__" in tokens:
+        tokens = tokens[tokens.index("__dict__") :]
+    return tuple(token for token in tokens if token not in _NOT_NAMES)
+
+
+def _trace_list(program: Program, path: Path, calls: list[_Call]) -> BlockList:
+    blocks = _spans(calls)
+    boundaries, broken = _trace_streams(program, blocks)
+    labels: dict[str, str] = {}
+    if len(boundaries) == len(blocks) + 1:
+        boundaries, labels = _assign_roles(boundaries)
+    stop = blocks[-1].end
+    return BlockList(
+        path=".".join(path),
+        blocks=blocks,
+        boundaries=tuple(boundaries),
+        contexts=_contexts(program, blocks, boundaries),
+        emitted=_emitted(program, blocks, boundaries),
+        broken=broken,
+        flops=sum(program.flops[blocks[0].start : stop]),
+        labels=labels,
+    )
+
+
+def _spans(calls: list[_Call]) -> tuple[Block, ...]:
+    starts = [call.positions[0] for call in calls]
+    blocks = []
+    for i, call in enumerate(calls):
+        limit = starts[i + 1] if i + 1 < len(calls) else call.positions[-1] + 1
+        # A block's module may be called on again after the loop (DiT); those nodes belong to whatever they stand in.
+        end = max(p for p in call.positions if p < limit) + 1
+        blocks.append(Block(".".join(call.path), call.cls, starts[i], end, limit))
+    return tuple(blocks)
+
+
+def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[dict[str, fx.Node]], str]:
+    """The streams at every boundary, under provisional names, as far as they run; and where they were lost."""
+    boundaries: list[dict[str, fx.Node]] = []
+    for i, block in enumerate(blocks):
+        is_last = i + 1 == len(blocks)
+        reads = (block.span_end, blocks[i + 1].span_end) if not is_last else (block.end, len(program.nodes))
+        born = (n for n in program.born(block.start, block.span_end) if is_tensor(n) and program.used_in(n, *reads))
+        candidates = list(born)
+        if i == 0:
+            entries = [n for n in program.read_from_before(block.start, block.span_end) if is_tensor(n)]
+            later = {n for n in entries if program.used_in(n, block.span_end, blocks[-1].end)}
+            pairs = _pair(program, block, {node.name: node for node in entries}, candidates, later)
+            boundaries.append({name: program.by_name[name] for name in pairs})
+            pairs = dict(pairs)
+        else:
+            pairs = _pair(program, block, boundaries[-1], candidates, set())
+        if not pairs:
+            return boundaries, f"no tensor that leaves block {i} has the shape of one that entered it"
+        boundaries.append(pairs)
+    return boundaries, ""
+
+
+def _pair(
+    program: Program, block: Block, before: Mapping[str, fx.Node], after: list[fx.Node], avoid: set[fx.Node]
+) -> dict[str, fx.Node]:
+    """Each stream before the block with the one value after it that continues it, best evidence first.
+
+    Evidence: equal shape and a path through the block are required; then a path of additions, an equal name, not
+    being read by later blocks (`avoid`: those are invariants), and standing late in the block count.
+    """
+    scored = []
+    for node in after:
+        reached = program.ancestors_within(node, block.start, block.span_end)
+        same = [(name, old) for name, old in before.items() if old in reached and shape_key(old) == shape_key(node)]
+        if not same:
+            continue
+        spine = program.residual_spine(node, block.start)
+        for name, old in same:
+            evidence = (old not in avoid, old in spine, base_name(old) == base_name(node), program.position[node])
+            scored.append((evidence, name, node))
+    pairs: dict[str, fx.Node] = {}
+    for evidence, name, node in sorted(scored, key=lambda item: item[0], reverse=True):
+        if name not in pairs and node not in pairs.values() and evidence[0]:
+            pairs[name] = node
+    return {name: pairs[name] for name in before if name in pairs}
+
+
+def _assign_roles(boundaries: list[dict[str, fx.Node]]) -> tuple[list[dict[str, fx.Node]], dict[str, str]]:
+    """Provisional names -> roles, told by the names that the blocks gave what they made, then by use afterwards.
+
+    A stream that cannot be told keeps the name that the model's code uses.
+    """
+    names = list(boundaries[0])
+    labels = {}
+    for name in names:
+        made = Counter(base_name(boundary[name]) for boundary in boundaries[1:] if name in boundary)
+        labels[name] = made.most_common(1)[0][0] if made else name
+    roles = dict.fromkeys(names, "")
+    if len(names) == 1:
+        roles[names[0]] = HIDDEN
+    for name in names:
+        if not roles[name] and labels[name] in (HIDDEN, ENCODER):
+            roles[name] = labels[name]
+    open_names = [name for name in names if not roles[name]]
+    leaving = [name for name in names if name in boundaries[-1]]
+    if HIDDEN not in roles.values() and len(leaving) == 1 and leaving[0] in open_names:
+        roles[leaving[0]] = HIDDEN
+        open_names.remove(leaving[0])
+    if HIDDEN in roles.values() and len(open_names) == 1 and len(names) == 2:
+        roles[open_names[0]] = ENCODER
+    taken = set(filter(None, roles.values()))
+    for name in names:
+        if not roles[name]:
+            roles[name] = labels[name] if labels[name] not in taken else f"{labels[name]} ({name})"
+            taken.add(roles[name])
+    ordered = sorted(names, key=lambda name: roles[name] != HIDDEN)
+    renamed = [{roles[name]: boundary[name] for name in ordered if name in boundary} for boundary in boundaries]
+    return renamed, {roles[name]: labels[name] for name in ordered}
+
+
+def _contexts(
+    program: Program, blocks: tuple[Block, ...], boundaries: Iterable[Mapping[str, fx.Node]]
+) -> tuple[fx.Node, ...]:
+    """Sequences that every block reads, made before the list from a conditioning input."""
+    boundaries = list(boundaries)
+    streams = set(boundaries[0].values()) if boundaries else set()
+    latents = program.latent_inputs(boundaries[0].get(HIDDEN) if boundaries else None)
+    found = []
+    for node in program.read_from_before(blocks[0].start, blocks[0].span_end):
+        if node in streams or not program.is_sequence(node):
+            continue
+        made_from = program.conditioning_behind(node) - latents
+        if made_from and all(program.used_in(node, block.start, block.end) for block in blocks[1:]):
+            found.append(node)
+    return tuple(found)
+
+
+def _emitted(
+    program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]]
+) -> tuple[fx.Node, ...]:
+    """What the last block makes, beside its streams, for what stands after the list."""
+    last = blocks[-1]
+    streams = set(boundaries[-1].values()) if boundaries else set()
+    return tuple(
+        node
+        for node in program.born(last.start, last.end)
+        if node not in streams
+        and program.is_sequence(node)
+        and program.used_in(node, last.end, len(program.nodes))
+        and any(stream in program.ancestors_within(node, last.start, last.end) for stream in boundaries[-2].values())
+    ) if len(boundaries) > 1 else ()

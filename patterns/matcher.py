@@ -1,0 +1,152 @@
+"""Fits templates to block lists. Reads only; a miss is a value, never None or an exception."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Iterable
+
+from torch import fx
+
+from cachedit_fx.patterns.chain import HIDDEN, BlockList, describe, source_line
+from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
+from cachedit_fx.patterns.registry import templates
+from cachedit_fx.patterns.returns import return_names, return_order
+from cachedit_fx.patterns.template import BlockTemplate
+
+log = logging.getLogger(__name__)
+
+
+def match_list(blocks: BlockList, template: BlockTemplate) -> Match | Mismatch:
+    """Fits one template to one block list."""
+    for check in (_check_restriction, _check_streams, _check_names, _check_context, _check_emitted, _check_order):
+        miss = check(blocks, template)
+        if miss is not None:
+            return miss
+    return Match(template, blocks, _label(blocks, template))
+
+
+def match_any(blocks: BlockList, among: Iterable[BlockTemplate] | None = None) -> Match | tuple[Mismatch, ...]:
+    """The first template that fits, else every template's verdict, nearest miss first."""
+    misses: list[Mismatch] = []
+    for template in templates() if among is None else among:
+        found = match_list(blocks, template)
+        if isinstance(found, Match):
+            log.debug("%s matched %s (%d blocks)", found.label, blocks.path, len(blocks.blocks))
+            return found
+        log.debug("%s: %s", blocks.path, found)
+        misses.append(found)
+    return tuple(sorted(misses, key=lambda miss: -miss.progress))
+
+
+def _check_restriction(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
+    cls = blocks.blocks[0].cls
+    want = template.block_class
+    if want is not None:
+        fits = cls is want if isinstance(want, type) else cls is not None and cls.__name__ == want
+        if not fits:
+            name = want.__name__ if isinstance(want, type) else want
+            found = cls.__name__ if cls else "a class that is not known"
+            return _miss(blocks, template, Cause.RESTRICTED, f"expected blocks of class {name}, found {found}")
+    if template.module_path is not None and not fnmatch.fnmatchcase(blocks.path, template.module_path):
+        detail = f"expected a list at {template.module_path!r}, found {blocks.path!r}"
+        return _miss(blocks, template, Cause.RESTRICTED, detail)
+    return None
+
+
+def _check_streams(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
+    want = len(template.carried)
+    for i in range(1, len(blocks.blocks)):
+        found = blocks.boundaries[i] if i < len(blocks.boundaries) else {}
+        if len(found) == want:
+            continue
+        what = ", ".join(describe(node) for node in found.values()) or (blocks.broken or "none")
+        node = next(iter(found.values()), None)
+        detail = (
+            f"expected {want} stream{'s' * (want != 1)} ({', '.join(template.carried)}) from block {i - 1} into "
+            f"block {i} of {blocks.path}, found {len(found)} ({what})"
+        )
+        return _miss(blocks, template, Cause.STREAM_COUNT, detail, node=node, progress=i - 1)
+    return None
+
+
+def _check_names(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
+    for role, name in template.streams.items():
+        if role in template.carried and name not in blocks.labels.values():
+            found = ", ".join(sorted(blocks.labels.values()))
+            detail = f"expected the stream {role} under the name {name!r}, found {found}"
+            return _miss(blocks, template, Cause.STREAM_NAME, detail, progress=len(blocks.blocks) - 1)
+    if not template.streams and HIDDEN not in blocks.labels:
+        detail = (
+            f"expected one stream that is hidden_states, found {', '.join(sorted(blocks.labels.values()))} and no name, "
+            f"shape or use after the list that tells which; name them with BlockTemplate(streams=...)"
+        )
+        return _miss(blocks, template, Cause.STREAM_NAME, detail, progress=len(blocks.blocks) - 1)
+    return None
+
+
+def _check_context(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
+    if len(template.carried) > 1:
+        return None  # With two streams the text is a stream; what else the blocks read makes no difference.
+    if template.contexts and not blocks.contexts:
+        detail = f"expected a context ({template.contexts[0]}) that every block reads, found none"
+        return _miss(blocks, template, Cause.NO_CONTEXT, detail)
+    if not template.contexts and blocks.contexts:
+        node = blocks.contexts[0]
+        detail = f"expected blocks that read {HIDDEN} alone, found that each also reads {describe(node)}"
+        return _miss(blocks, template, Cause.EXTRA_CONTEXT, detail, node=node)
+    return None
+
+
+def _check_emitted(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
+    if template.emitted and not blocks.emitted:
+        detail = f"expected every block to emit {template.emitted[0]}, found nothing used after the list but its streams"
+        return _miss(blocks, template, Cause.NO_EMITTED, detail, progress=len(blocks.blocks) - 1)
+    if not template.emitted and blocks.emitted and len(template.carried) == 1:
+        node = blocks.emitted[0]
+        detail = f"expected blocks that return {HIDDEN} alone, found that the last one also emits {describe(node)}"
+        return _miss(blocks, template, Cause.EXTRA_EMITTED, detail, node=node, progress=len(blocks.blocks) - 1)
+    return None
+
+
+def _check_order(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
+    order = _order(blocks, template)
+    if not order or order == template.returns:
+        return None
+    names = return_names(blocks.blocks[0].cls)
+    cls = blocks.blocks[0].cls
+    detail = (
+        f"expected a block that returns ({', '.join(template.returns)}), found "
+        f"`return {', '.join(str(name or '...') for name in names)}` in {cls.__name__ if cls else 'the block'}.forward"
+    )
+    return _miss(blocks, template, Cause.RETURN_ORDER, detail, progress=len(blocks.blocks))
+
+
+def _order(blocks: BlockList, template: BlockTemplate) -> tuple[str, ...]:
+    """Roles in return order, as the block's source tells; empty where it does not, or there is but one."""
+    if len(template.returns) < 2:
+        return ()
+    labels = {role: blocks.labels.get(role, role) for role in template.returns} | dict(template.streams)
+    if template.emitted and blocks.emitted:
+        # What is emitted has no boundary to be named at, so any one other name in the return statement is it.
+        labels = {role: label for role, label in labels.items() if role not in template.emitted}
+        names = return_names(blocks.blocks[0].cls)
+        roles = [next((role for role, label in labels.items() if label == name), None) for name in names]
+        if len(names) == len(template.returns) and roles.count(None) == len(template.emitted) == 1:
+            return tuple(role or template.emitted[0] for role in roles)
+        return ()
+    return return_order(blocks.blocks[0].cls, {role: labels[role] for role in template.returns})
+
+
+def _label(blocks: BlockList, template: BlockTemplate) -> str:
+    if template.number in (0, 1, 4, 5) and not _order(blocks, template):
+        first = 0 if template.number < 2 else 4
+        return f"pattern {first} or {first + 1} ({template.name.split(',')[0]}; the return order is not known)"
+    return str(template)
+
+
+def _miss(
+    blocks: BlockList, template: BlockTemplate, cause: Cause, detail: str, *, node: fx.Node | None = None, progress: int = 0
+) -> Mismatch:
+    name = node.name if node is not None else None
+    return Mismatch(template, cause, detail, name, source_line(node), progress, len(blocks.blocks))

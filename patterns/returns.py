@@ -1,0 +1,47 @@
+"""The order of the tuple that a block returns, read from its source: a graph has no tuple order."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+
+
+def return_names(cls: type | None) -> tuple[str | None, ...]:
+    """Names in the last return statement of `cls.forward`; None for an element that is no plain name.
+
+    Empty where the source is not available or what is returned is not a tuple display or a name.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))  # type: ignore[union-attr]
+        tree = ast.parse(source)
+    except (OSError, TypeError, AttributeError, SyntaxError):
+        return ()
+    returns = [node.value for node in ast.walk(tree.body[0]) if isinstance(node, ast.Return)]
+    if not returns or returns[-1] is None:
+        return ()
+    value = max(returns, key=lambda node: getattr(node, "lineno", 0))
+    if isinstance(value, ast.Tuple):
+        return tuple(element.id if isinstance(element, ast.Name) else None for element in value.elts)
+    return (value.id,) if isinstance(value, ast.Name) else ()
+
+
+def return_order(cls: type | None, labels: dict[str, str]) -> tuple[str, ...]:
+    """Roles in the order in which `cls.forward` returns them.
+
+    Args:
+        labels: Role -> the name that the model's code uses for it.
+
+    Returns:
+        Every role of `labels`, ordered; empty where the source does not tell. One unknown name is enough to tell: it
+        is the one role that is left.
+    """
+    names = return_names(cls)
+    if len(names) != len(labels):
+        return ()
+    by_name = {name: role for role, name in labels.items()}
+    roles = [by_name.get(name) if name is not None else None for name in names]
+    missing = [role for role in labels if role not in roles]
+    if roles.count(None) > 1 or len(set(roles)) != len(roles):
+        return ()
+    return tuple(role if role is not None else missing[0] for role in roles)

@@ -1,0 +1,84 @@
+"""The declared contract between one block of a chain and the next. Data, no algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cachedit_fx.errors import ConfigError
+from cachedit_fx.patterns.chain import ENCODER, HIDDEN
+
+CACHED_AS = ("residual", "value")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTemplate:
+    """What a block takes and returns, and how what it returns is cached.
+
+    A role in both `takes` and `returns` is a stream; one only in `takes` is a context that every block reads; one only
+    in `returns` is emitted: every block makes it anew and no block reads it.
+
+    Attributes:
+        name: What users see; the name carries the meaning.
+        takes: Roles that a block receives. `hidden_states` is the one whose residual the guard looks at.
+        returns: Roles that a block hands on, in the order of its return statement.
+        number: The public pattern number, 0 to 5; None for a user's own template.
+        streams: Role -> the local name in the model's code, where it is not the role's own (`{"hidden_states": "x"}`).
+        cached: Role -> "residual" (default: a reused step adds what the region added last time) or "value" (a reused
+            step takes what the region returned last time).
+        block_class: Only blocks of this class (the class, or its name).
+        module_path: Only lists whose path from the model matches this shell-style pattern (`*single*`).
+
+    Raises:
+        ConfigError: The hidden stream is not both taken and returned, or a field has a value it cannot have.
+    """
+
+    name: str
+    takes: tuple[str, ...]
+    returns: tuple[str, ...]
+    number: int | None = None
+    streams: Mapping[str, str] = field(default_factory=dict)
+    cached: Mapping[str, str] = field(default_factory=dict)
+    block_class: type | str | None = None
+    module_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if HIDDEN not in self.returns or HIDDEN not in self.takes:
+            raise ConfigError(
+                f"cachedit_fx: {self} must take and return {HIDDEN!r}, or there is no residual to reuse; "
+                f"got takes={list(self.takes)}, returns={list(self.returns)}"
+            )
+        roles = {*self.takes, *self.returns}
+        for name in ("streams", "cached"):
+            unknown = sorted(set(getattr(self, name)) - roles)
+            if unknown:
+                raise ConfigError(f"cachedit_fx: {self}: {name} names {unknown}, allowed are {sorted(roles)}")
+        for role, kind in self.cached.items():
+            if kind not in CACHED_AS:
+                raise ConfigError(f"cachedit_fx: {self}: cached[{role!r}] must be one of {CACHED_AS}, got {kind!r}")
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Roles that run from block to block, in return order."""
+        return tuple(role for role in self.returns if role in self.takes)
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        return tuple(role for role in self.takes if role not in self.returns)
+
+    @property
+    def emitted(self) -> tuple[str, ...]:
+        return tuple(role for role in self.returns if role not in self.takes)
+
+    def __str__(self) -> str:
+        return f"pattern {self.number} ({self.name})" if self.number is not None else f"template {self.name!r}"
+
+
+BUILT_IN = (
+    BlockTemplate("dual-stream", (HIDDEN, ENCODER), (HIDDEN, ENCODER), number=0),
+    BlockTemplate("dual-stream, encoder first", (HIDDEN, ENCODER), (ENCODER, HIDDEN), number=1),
+    BlockTemplate("cross-attention", (HIDDEN, ENCODER), (HIDDEN,), number=2),
+    BlockTemplate("hidden-only", (HIDDEN,), (HIDDEN,), number=3),
+    BlockTemplate("hidden-only, emits encoder", (HIDDEN,), (HIDDEN, ENCODER), number=4),
+    BlockTemplate("hidden-only, emits encoder first", (HIDDEN,), (ENCODER, HIDDEN), number=5),
+)
