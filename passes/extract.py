@@ -6,7 +6,11 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import sympy
+import torch
 from torch import fx
+
+from cachedit_fx.patterns.chain import value_of
 
 
 @dataclass(slots=True)
@@ -56,6 +60,8 @@ def extract(nodes: Sequence[fx.Node]) -> Extract:
     """Copies `nodes` (in program order) into a new graph; what they read from outside becomes placeholders."""
     taken = Extract(fx.Graph(), [], {})
     inside = set(nodes)
+    for size in _free_sizes(nodes[0].graph) if nodes else ():
+        taken.take(size)  # A compiler wants every symbol in an input's shape or stride as an input of its own.
     for node in nodes:  # Placeholders first, in the order of first use: they must stand before all else.
         for arg in node.all_input_nodes:
             if arg not in inside:
@@ -63,6 +69,17 @@ def extract(nodes: Sequence[fx.Node]) -> Extract:
     for node in nodes:
         taken.copies[node] = taken.graph.node_copy(node, taken.take)
     return taken
+
+
+def _free_sizes(graph: fx.Graph) -> list[fx.Node]:
+    found = []
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            break
+        value = value_of(node)
+        if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+            found.append(node)
+    return found
 
 
 def outputs_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:

@@ -23,7 +23,7 @@ from torch import fx
 from cachedit_fx.passes.cut import Carried, Region
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.extract import Extract, extract, outputs_of
-from cachedit_fx.patterns.chain import value_of
+from cachedit_fx.patterns.chain import size_key, value_of
 
 
 class Step(Protocol):
@@ -66,19 +66,35 @@ class GuardedGraph:
 
 
 def insert_guards(
-    source: fx.GraphModule, program: Program, regions: tuple[Region, ...], timestep: fx.Node | None
+    source: fx.GraphModule,
+    program: Program,
+    regions: tuple[Region, ...],
+    timestep: fx.Node | None,
+    *,
+    same_strides: bool = True,
 ) -> GuardedGraph:
-    """The guarded graph; `source` is left as it is. Submodules: head, compute_i, reuse_i, (between_i), tail."""
-    return GuardedGraph(_Builder(source, program, regions, timestep).build(), regions, timestep)
+    """The guarded graph. Submodules: head, compute_i, reuse_i, (between_i), tail.
+
+    Args:
+        same_strides: Make what leaves a region contiguous where the branches would differ in strides: a compiled tail
+            takes one layout. It changes rounding where a kernel looks at strides.
+    """
+    return GuardedGraph(_Builder(source, program, regions, timestep, same_strides).build(), regions, timestep)
 
 
 class _Builder:
     """Builds the outer graph, segment after segment."""
 
     def __init__(
-        self, source: fx.GraphModule, program: Program, regions: tuple[Region, ...], timestep: fx.Node | None
+        self,
+        source: fx.GraphModule,
+        program: Program,
+        regions: tuple[Region, ...],
+        timestep: fx.Node | None,
+        same_strides: bool,
     ) -> None:
         self.source, self.program, self.regions, self.timestep = source, program, regions, timestep
+        self.same_strides = same_strides
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.values: dict[fx.Node, fx.Node] = {}
@@ -117,7 +133,7 @@ class _Builder:
         return tuple(self._call(head, outputs_of(nodes), name, [probe, residual]))  # type: ignore[return-value]
 
     def _guard(self, number: int, region: Region, probe: fx.Node, residual: fx.Node) -> None:
-        compute, reuse, operands = _branches(self.source, region)
+        compute, reuse, operands = _branches(self.source, region, self.same_strides)
         pred = self.graph.call_method("decide", (self.step, number, probe))
         stored = self.graph.call_method("stored", (self.step, number))
         held = [self.graph.call_function(operator.getitem, (stored, i)) for i in range(len(region.carried))]
@@ -197,7 +213,9 @@ def _append_probe(
     return probe, residual, before
 
 
-def _branches(source: fx.GraphModule, region: Region) -> tuple[fx.GraphModule, fx.GraphModule, list[fx.Node]]:
+def _branches(
+    source: fx.GraphModule, region: Region, same_strides: bool
+) -> tuple[fx.GraphModule, fx.GraphModule, list[fx.Node]]:
     """`compute` and `reuse`, both over the same operands (values at the cut, then what was stored), both returning
     the carried values and then what is to be stored."""
     body = extract(region.nodes)
@@ -216,12 +234,33 @@ def _branches(source: fx.GraphModule, region: Region) -> tuple[fx.GraphModule, f
         )
         node.meta["cachedit_probe"] = True
         kept.append(node)
+    uneven = {pair for pair in region.carried if same_strides and _differs_in_strides(pair)}
+    outputs = [_contiguous(out) if p in uneven else out for p, out in zip(region.carried, outputs, strict=True)]
     _placeholders(body.graph, [f"stored_{i}" for i in range(len(region.carried))])
     compute = body.finish(source, [*outputs, *kept], "Compute")
-    return compute, _reuse(source, region.carried, operands), operands
+    reuse = _reuse(source, region.carried, operands, uneven)
+    for pair in uneven:  # What reads the value after the region is compiled for the layout that both branches give.
+        with torch.no_grad():
+            pair.after.meta["example_value"] = value_of(pair.after).contiguous()
+    return compute, reuse, operands
 
 
-def _reuse(source: fx.GraphModule, carried: tuple[Carried, ...], operands: list[fx.Node]) -> fx.GraphModule:
+def _differs_in_strides(pair: Carried) -> bool:
+    with torch.no_grad():
+        held = _stored_example(pair)
+        reused = torch.add(value_of(pair.before), held) if pair.before is not None else held
+    return [size_key(s) for s in reused.stride()] != [size_key(s) for s in value_of(pair.after).stride()]
+
+
+def _contiguous(node: fx.Node) -> fx.Node:
+    copied = node.graph.call_method("contiguous", (node,))
+    copied.meta["cachedit_probe"] = True
+    return copied
+
+
+def _reuse(
+    source: fx.GraphModule, carried: tuple[Carried, ...], operands: list[fx.Node], uneven: set[Carried]
+) -> fx.GraphModule:
     graph = fx.Graph()
     inputs = {node: graph.placeholder(node.name) for node in operands}
     for node, placeholder in inputs.items():
@@ -230,11 +269,12 @@ def _reuse(source: fx.GraphModule, carried: tuple[Carried, ...], operands: list[
     outputs = []
     for pair, held in zip(carried, stored, strict=True):
         held.meta = {"example_value": _stored_example(pair)}
-        outputs.append(
+        out = (
             graph.call_function(torch.add, (inputs[pair.before], held))
             if pair.before is not None
             else graph.call_method("clone", (held,))
         )
+        outputs.append(_contiguous(out) if pair in uneven else out)
     graph.output((*outputs, *stored))
     return fx.GraphModule(source, graph, class_name="Reuse")
 

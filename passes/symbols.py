@@ -32,13 +32,13 @@ def hoist_symbols(gm: fx.GraphModule) -> bool:
         for node in placeholders
         if isinstance(value_of(node), torch.SymInt) and isinstance(value_of(node).node.expr, sympy.Symbol)
     }
-    cursor = _Cursor(placeholders[-1])
+    front = placeholders[-1].next  # Everything new goes before this node, in order.
     made: dict[Any, fx.Node] = {}
     changed = False
     for node in list(graph.nodes):
         if node.op in ("placeholder", "output", "get_attr") or not isinstance(value_of(node), _SYMBOLIC):
             continue
-        new = _build(graph, cursor, bound, made, value_of(node))
+        new = _build(graph, front, bound, made, value_of(node))
         if new is not None:
             node.replace_all_uses_with(new)
             changed = True
@@ -49,20 +49,8 @@ def hoist_symbols(gm: fx.GraphModule) -> bool:
     return changed
 
 
-class _Cursor:
-    """Where the next hoisted node goes: behind the placeholders and behind what was hoisted before it."""
-
-    def __init__(self, node: fx.Node) -> None:
-        self.node = node
-
-    def move(self, node: fx.Node) -> None:
-        if self.node is not node:
-            self.node.append(node)
-        self.node = node
-
-
 def _build(
-    graph: fx.Graph, cursor: _Cursor, bound: dict[Any, fx.Node], made: dict[Any, fx.Node], value: Any
+    graph: fx.Graph, front: fx.Node, bound: dict[Any, fx.Node], made: dict[Any, fx.Node], value: Any
 ) -> fx.Node | None:
     """A node that computes `value` from the placeholders' symbols; None where it has others."""
     expr = value.node.expr
@@ -71,14 +59,10 @@ def _build(
     if not isinstance(value, torch.SymInt) or not expr.free_symbols or not expr.free_symbols <= set(bound):
         return None
     if expr not in made:
-        with graph.inserting_after(cursor.node):
+        with graph.inserting_before(front):
             tracer = fx.proxy.GraphAppendingTracer(graph)
-            before = set(graph.nodes)
             env = {symbol: fx.Proxy(bound[symbol], tracer) for symbol in expr.free_symbols}
             proxy = sympy_interp(PythonReferenceAnalysis, env, expr)
-        fresh = [node for node in graph.nodes if node not in before]
-        for node in fresh:
-            cursor.move(node)
         made[expr] = proxy.node
         made[expr].meta["example_value"] = value
     return made[expr]
