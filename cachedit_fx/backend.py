@@ -96,9 +96,7 @@ def _refusal() -> tuple[Mismatch, ...]:
 def _compile_guarded(plan: Plan, config: CacheConfig, compiler: InnerCompiler) -> Compiled:
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
     regions = [_region_plan(region, placeholders) for region in plan.regions]
-    guarded = insert_guards(
-        plan.gm, plan.program, plan.regions, plan.timestep, same_strides=not compiler.is_exact
-    )
+    guarded = insert_guards(plan.gm, plan.program, plan.regions, plan.timestep, same_strides=not compiler.is_exact)
     weight = _find_weight(plan, placeholders)
     pieces = split_pieces(
         _segments(guarded), share_blocks=config.compile_blocks == "once", free_strides=not compiler.is_exact

@@ -25,7 +25,7 @@ class InnerCompiler:
         mode = mode or config.mode
         self._compile: Callable[..., Any]
         if self.name == "inductor":
-            wrapper = torch._TorchCompileInductorWrapper(mode, dict(options), None)
+            wrapper = torch._TorchCompileInductorWrapper(mode, dict(options), None)  # type: ignore[no-untyped-call]
             self._compile = wrapper
             self.owns_buffers = bool(wrapper.config.get("triton.cudagraphs", False))
         else:

@@ -67,8 +67,9 @@ class ConditioningTable:
         content = fingerprint(tensor)
         known = self._orphans.pop(content, None)
         entry = _Entry(tensor, known.token if known else next(_serial), content)
-        entry.ref = weakref.ref(tensor, lambda _, key=id(tensor): self._died(key, entry))  # type: ignore[misc]
-        self._live[id(tensor)] = entry
+        key = id(tensor)
+        entry.ref = weakref.ref(tensor, lambda _: self._died(key, entry))
+        self._live[key] = entry
         for stale in [o for o in self._orphans.values() if self._calls - o.last_call > ORPHAN_CALLS]:
             self._end(self._orphans.pop(stale.fingerprint))
         return entry
@@ -106,7 +107,9 @@ def fingerprint(tensor: torch.Tensor) -> Hashable:
             whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
             bits = flat.view(whole).to(torch.int64)
             place = torch.arange(1, bits.numel() + 1, device=bits.device)
-            sums = torch.stack([(bits * (place * 0x9E3779B1 + 1)).sum(), ((bits ^ (bits >> 7)) * (place * place)).sum()])
+            sums = torch.stack(
+                [(bits * (place * 0x9E3779B1 + 1)).sum(), ((bits ^ (bits >> 7)) * (place * place)).sum()]
+            )
             return (tuple(tensor.shape), tensor.dtype, tensor.device, *sums.tolist())
     except (RuntimeError, NotImplementedError, KeyError):
         return object()

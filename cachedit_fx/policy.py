@@ -51,7 +51,12 @@ class Decision:
 
 
 def decide(config: CacheConfig, history: History, diff: float, *, is_stored: bool) -> Decision:
-    """Computes or reuses. `diff` is dimensionless and >= 0, or NaN; `is_stored`: a residual of these shapes is there."""
+    """Computes or reuses.
+
+    Args:
+        diff: Relative L1 distance, dimensionless, >= 0 or NaN.
+        is_stored: Whether there is a residual of this call's shapes.
+    """
     step = history.num_steps
     threshold = config.residual_diff_threshold
     if step < config.max_warmup_steps and step % config.warmup_interval == 0:

@@ -13,7 +13,7 @@ import torch
 from cachedit_fx.config import CacheConfig
 from cachedit_fx.policy import Decision, History, decide
 from cachedit_fx.session import Instance, RegionState, Session, Snapshot, instance_of
-from cachedit_fx.shapes import Sizes, SizeRule
+from cachedit_fx.shapes import SizeRule, Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +120,7 @@ class StepRun:
     def commit(self) -> None:
         """Makes the step part of its session."""
         regions = MappingProxyType({**self._snapshot.regions, **self._kept})
-        self._instance.commit(
-            self._session, replace(self._snapshot, regions=regions), is_new_generation=self._is_new
-        )
+        self._instance.commit(self._session, replace(self._snapshot, regions=regions), is_new_generation=self._is_new)
 
     def _state(self, region: int) -> RegionState:
         return self._snapshot.regions.get(self._call.regions[region].name) or RegionState()

@@ -59,7 +59,7 @@ class RegionState:
 
     residual: torch.Tensor | None = None
     stored: tuple[torch.Tensor, ...] = ()
-    history: History = History()
+    history: History = field(default_factory=History)
     decisions: tuple[Decision, ...] = ()
     diffs: tuple[float, ...] = ()
 
@@ -86,10 +86,11 @@ class Snapshot:
 class Session:
     """One generation's one guidance branch. `snapshot` is all that changes."""
 
-    __slots__ = ("key", "label", "number", "snapshot")
+    __slots__ = ("key", "label", "number", "request", "snapshot")
 
-    def __init__(self, key: tuple[Hashable, ...], label: str) -> None:
+    def __init__(self, key: tuple[Hashable, ...], label: str, request: Hashable | None) -> None:
         self.key = key
+        self.request = request
         self.label = label
         self.number = 0  # Set when its first step is done.
         self.snapshot = Snapshot()
@@ -97,7 +98,7 @@ class Session:
     @property
     def is_named(self) -> bool:
         """Whether a `session(key)` names its request."""
-        return self.key[1][0] == "named"  # type: ignore[index]
+        return self.request is not None
 
     def stats(self, *, finished: bool) -> list[CacheStats]:
         return [
@@ -136,14 +137,15 @@ class Instance:
         if known is not None:
             return known
         branch = "" if token is None else f"conditioning {token}"
-        return Session(key, ", ".join(filter(None, (str(request) if request is not None else "", branch))) or "unnamed")
+        named = "" if request is None else str(request)
+        return Session(key, ", ".join(filter(None, (named, branch))) or "unnamed", request)
 
     def commit(self, session: Session, snapshot: Snapshot, *, is_new_generation: bool) -> None:
         """Takes a finished step. A new generation under an old key ends the old session first."""
         with self._lock:
             if is_new_generation and session.number:
                 self._finish(session)
-                session = Session(session.key, session.label)
+                session = Session(session.key, session.label, session.request)
             session.number = session.number or next(_serial)
             session.snapshot = snapshot
             self._sessions[session.key] = session

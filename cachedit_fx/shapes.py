@@ -44,7 +44,9 @@ class SizeRule:
         self._compute: Callable[..., Any] = lambda *_: self._fixed
         ordered = sorted(symbols, key=str)
         self._arguments = [held[symbol] for symbol in ordered]
-        text = f"lambda {', '.join(map(str, ordered))}: {_tuple(_tuple(_tuple(map(_print, p)) for p in s) for s in sizes)}"
+        text = (
+            f"lambda {', '.join(map(str, ordered))}: {_tuple(_tuple(_tuple(map(_print, p)) for p in s) for s in sizes)}"
+        )
         compute = eval(text, {"math": __import__("math"), "torch": torch})
         if symbols:
             self._compute = compute

@@ -46,12 +46,14 @@ class Summary(list[CacheStats]):
 
 
 def _table(stats: list[CacheStats]) -> str:
-    rows = [(*_HEADER, "Steps", "Region", "Session")]
+    rows: list[tuple[str, ...]] = [(*_HEADER, "Steps", "Region", "Session")]
     for entry in stats:
         diffs = [d for d in entry.residual_diffs.values() if np.isfinite(d)]
         marks = [f"{q:.3f}" for q in np.percentile(diffs, _PERCENTILES)] if diffs else ["-"] * len(_PERCENTILES)
         rows.append((str(len(entry.cached_steps)), *marks, str(entry.num_steps), entry.region, entry.session))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

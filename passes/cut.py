@@ -1,4 +1,4 @@
-"""Where the chain is cut: Fn and Bn turn into regions, and what enters a region is paired with what leaves it. Reads only.
+"""Where the chain is cut: Fn and Bn turn into regions; what enters one is paired with what leaves it. Reads only.
 
     head: ... blocks[:Fn]  |  region: blocks[Fn : N - Bn]  |  tail: blocks[N - Bn :] ...
 
@@ -85,10 +85,15 @@ def _cut(program: Program, group: tuple[Match, ...], config: CacheConfig, number
     if fn >= last or fn < 1:
         return Mismatch(
             group[0].template, Cause.TOO_FEW_BLOCKS,
-            f"expected 1 <= Fn_compute_blocks and Fn_compute_blocks + Bn_compute_blocks < {total}, the number of blocks "
-            f"of {'+'.join(match.blocks.path for match in group)}, found {fn} + {config.Bn_compute_blocks}",
+            f"expected 1 <= Fn_compute_blocks and Fn_compute_blocks + Bn_compute_blocks < {total}, the number of blocks"
+            f" of {'+'.join(match.blocks.path for match in group)}, found {fn} + {config.Bn_compute_blocks}",
             progress=total, total=total,
         )  # fmt: skip
+    partial = next((match for match in group if not match.blocks.blocks[0].path.endswith(".0")), None)
+    if partial is not None:
+        first = partial.blocks.blocks[0].path
+        detail = f"expected a chain that starts at block 0 of {partial.blocks.path}, found {first}: Dynamo broke it up"
+        return _miss(partial, Cause.NO_CHAIN, detail)
     start, stop = blocks[fn].start, blocks[last].start if last < total else blocks[-1].end
     before, after = streams[fn], streams[last]
     nodes = [n for n in program.born(start, stop)]
@@ -222,9 +227,8 @@ def is_in_place(node: fx.Node) -> bool:
         return False
     name = getattr(node.target, "__name__", "")
     functional = name.endswith("_") and not name.endswith("__") and name not in ("is_", "not_", "and_", "or_")
-    return (
-        node.target in _IN_PLACE_OPERATORS or functional or node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
-    )  # fmt: skip
+    by_keyword = node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
+    return node.target in _IN_PLACE_OPERATORS or functional or by_keyword
 
 
 def _storage(node: fx.Node) -> int | None:

@@ -200,8 +200,7 @@ def _make_contiguous(segment: fx.GraphModule, call: fx.Node, gm: fx.GraphModule)
     mode = next(value.fake_mode for i, value in enumerate(values) if i in strided)
     with mode, torch.no_grad():
         fresh = [value.contiguous() if i in strided else value for i, value in enumerate(values)]
-    old = gm.graph.output_node().args[0]
-    before = [value_of(node) for node in old]  # type: ignore[union-attr]
+    before = [value_of(node) for node in gm.graph.output_node().all_input_nodes]
     with torch.no_grad():
         after = FakeTensorProp(gm, mode).propagate(*fresh)
     if any(_stride(a) != _stride(b) for a, b in zip(before, after, strict=True)):

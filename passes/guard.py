@@ -149,9 +149,7 @@ class _Builder:
             self.values[pair.after] = node
         self.graph.call_method("keep", (self.step, number, residual, tuple(out[count:])))
 
-    def _call(
-        self, piece: Extract, outputs: Sequence[fx.Node], name: str, extra: list[fx.Node]
-    ) -> list[fx.Node]:
+    def _call(self, piece: Extract, outputs: Sequence[fx.Node], name: str, extra: list[fx.Node]) -> list[fx.Node]:
         """Calls the piece as submodule `name`; its outputs become known values. Returns the nodes of `extra`."""
         module = piece.finish(self.source, [*(piece.copies[node] for node in outputs), *extra], name.title())
         self.root.add_module(name, module)
@@ -177,9 +175,7 @@ def _segments(program: Program, regions: tuple[Region, ...]) -> list[list[fx.Nod
     return segments
 
 
-def _append_probe(
-    head: Extract, region: Region, timestep: fx.Node | None
-) -> tuple[fx.Node, fx.Node, fx.Node]:
+def _append_probe(head: Extract, region: Region, timestep: fx.Node | None) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Adds `[diff, timestep]` and the residual to the head. Returns probe, residual, and the new placeholder.
 
     diff = mean(|residual - before|) / mean(|before|), in float32 whatever the dtype: a bfloat16 mean loses the small

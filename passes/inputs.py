@@ -27,9 +27,7 @@ def find_timestep(program: Program, chain: tuple[BlockList, ...]) -> fx.Node | N
     return embedded[0] if len(embedded) == 1 else None
 
 
-def find_conditioning(
-    program: Program, chain: tuple[BlockList, ...], timestep: fx.Node | None
-) -> fx.Node | None:
+def find_conditioning(program: Program, chain: tuple[BlockList, ...], timestep: fx.Node | None) -> fx.Node | None:
     """The input that tells one request and one guidance branch from another by its identity.
 
     The floating input, at least [B, L, D], that the encoder stream or a context of the blocks is made from; for a

@@ -37,7 +37,7 @@ def join_lists(program: Program, lists: tuple[BlockList, ...]) -> tuple[BlockLis
 
 
 def _continues(program: Program, first: BlockList, second: BlockList) -> bool:
-    """Whether the hidden stream of `second` starts from what `first` hands out, with no block of another list between."""
+    """Whether the hidden stream of `second` is what `first` hands out, moved about or added to."""
     start, stop = first.blocks[-1].end, second.blocks[0].start
     if stop < start:
         return False

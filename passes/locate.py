@@ -200,17 +200,21 @@ def _contexts(
     return tuple(found)
 
 
-def _emitted(
-    program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]]
-) -> tuple[fx.Node, ...]:
+def _emitted(program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]]) -> tuple[fx.Node, ...]:
     """What the last block makes, beside its streams, for what stands after the list."""
     last = blocks[-1]
     streams = set(boundaries[-1].values()) if boundaries else set()
-    return tuple(
-        node
-        for node in program.born(last.start, last.end)
-        if node not in streams
-        and program.is_sequence(node)
-        and program.used_in(node, last.end, len(program.nodes))
-        and any(stream in program.ancestors_within(node, last.start, last.end) for stream in boundaries[-2].values())
-    ) if len(boundaries) > 1 else ()
+    return (
+        tuple(
+            node
+            for node in program.born(last.start, last.end)
+            if node not in streams
+            and program.is_sequence(node)
+            and program.used_in(node, last.end, len(program.nodes))
+            and any(
+                stream in program.ancestors_within(node, last.start, last.end) for stream in boundaries[-2].values()
+            )
+        )
+        if len(boundaries) > 1
+        else ()
+    )

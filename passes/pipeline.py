@@ -44,13 +44,15 @@ class Plan:
 
 
 def plan_graph(gm: fx.GraphModule, config: CacheConfig) -> Plan | tuple[Mismatch, ...]:
-    """The plan for a graph whose inputs are labelled, or why it cannot be cached, nearest miss first. Compiles nothing."""
+    """The plan for a graph whose inputs are labelled, or why it has none, nearest miss first. Compiles nothing."""
     hoist_symbols(gm)
     program = Program(gm.graph)
     if any(isinstance(value_of(n), torch.Tensor) and value_of(n).requires_grad for n in program.nodes) and (
         torch.is_grad_enabled()
     ):
-        detail = "expected a graph that needs no gradients, found weights that require them; run it under torch.no_grad()"
+        detail = (
+            "expected a graph that needs no gradients, found weights that require them; run it under torch.no_grad()"
+        )
         return (Mismatch(None, Cause.GRADIENTS, detail),)
     lists = locate_blocks(program)
     chain = join_lists(program, lists)
@@ -81,8 +83,8 @@ def _no_chain(program: Program, lists: tuple[BlockList, ...]) -> tuple[Mismatch,
             return found
     listed = ", ".join(f"{b.path} ({len(b.blocks)} blocks)" for b in lists) or "none"
     detail = (
-        f"expected a list of blocks that hand a stream on and make up most of the graph, found {listed}. If Dynamo broke "
-        "the model up, TORCH_LOGS=graph_breaks says where; fullgraph=True makes it an error"
+        f"expected a list of blocks that hand a stream on and make up most of the graph, found {listed}. If Dynamo "
+        "broke the model up, TORCH_LOGS=graph_breaks says where; fullgraph=True makes it an error"
     )
     return (Mismatch(None, Cause.NO_CHAIN, detail),)
 

@@ -22,7 +22,7 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def hoist_symbols(gm: fx.GraphModule) -> bool:
-    """Computes every size that a node reads from its symbols, in front of the graph. Returns whether anything changed."""
+    """Computes every size that a node reads in front of the graph. Returns whether anything changed."""
     graph = gm.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     if not placeholders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import logging
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 def match_list(blocks: BlockList, template: BlockTemplate) -> Match | Mismatch:
     """Fits one template to one block list."""
+    blocks = _named(blocks, template)
     for check in (_check_restriction, _check_streams, _check_names, _check_context, _check_emitted, _check_order):
         miss = check(blocks, template)
         if miss is not None:
@@ -37,6 +39,21 @@ def match_any(blocks: BlockList, among: Iterable[BlockTemplate] | None = None) -
         log.debug("%s: %s", blocks.path, found)
         misses.append(found)
     return tuple(sorted(misses, key=lambda miss: -miss.progress))
+
+
+def _named(blocks: BlockList, template: BlockTemplate) -> BlockList:
+    """`blocks` with its streams under the roles that the template gives their names; as it is if a name is missing."""
+    if not set(template.streams.values()) <= set(blocks.labels.values()):
+        return blocks
+    by_name = {name: role for role, name in template.streams.items()}
+    roles = {old: by_name.get(name, old) for old, name in blocks.labels.items()}
+    if len(set(roles.values())) != len(roles):
+        return blocks
+    return dataclasses.replace(
+        blocks,
+        boundaries=tuple({roles[old]: node for old, node in boundary.items()} for boundary in blocks.boundaries),
+        labels={roles[old]: name for old, name in blocks.labels.items()},
+    )
 
 
 def _check_restriction(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
@@ -76,10 +93,10 @@ def _check_names(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
             found = ", ".join(sorted(blocks.labels.values()))
             detail = f"expected the stream {role} under the name {name!r}, found {found}"
             return _miss(blocks, template, Cause.STREAM_NAME, detail, progress=len(blocks.blocks) - 1)
-    if not template.streams and HIDDEN not in blocks.labels:
+    if HIDDEN not in blocks.labels:
         detail = (
-            f"expected one stream that is hidden_states, found {', '.join(sorted(blocks.labels.values()))} and no name, "
-            f"shape or use after the list that tells which; name them with BlockTemplate(streams=...)"
+            f"expected one stream that is hidden_states, found {', '.join(sorted(blocks.labels.values()))} and no "
+            "name or use after the list that tells which; name them with BlockTemplate(streams=...)"
         )
         return _miss(blocks, template, Cause.STREAM_NAME, detail, progress=len(blocks.blocks) - 1)
     return None
@@ -100,7 +117,9 @@ def _check_context(blocks: BlockList, template: BlockTemplate) -> Mismatch | Non
 
 def _check_emitted(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
     if template.emitted and not blocks.emitted:
-        detail = f"expected every block to emit {template.emitted[0]}, found nothing used after the list but its streams"
+        detail = (
+            f"expected every block to emit {template.emitted[0]}, found nothing used after the list but its streams"
+        )
         return _miss(blocks, template, Cause.NO_EMITTED, detail, progress=len(blocks.blocks) - 1)
     if not template.emitted and blocks.emitted and len(template.carried) == 1:
         node = blocks.emitted[0]
@@ -146,7 +165,13 @@ def _label(blocks: BlockList, template: BlockTemplate) -> str:
 
 
 def _miss(
-    blocks: BlockList, template: BlockTemplate, cause: Cause, detail: str, *, node: fx.Node | None = None, progress: int = 0
+    blocks: BlockList,
+    template: BlockTemplate,
+    cause: Cause,
+    detail: str,
+    *,
+    node: fx.Node | None = None,
+    progress: int = 0,
 ) -> Mismatch:
     name = node.name if node is not None else None
     return Mismatch(template, cause, detail, name, source_line(node), progress, len(blocks.blocks))

@@ -1,0 +1,204 @@
+"""A plain-Python reference of block caching, to hold the compiled one against.
+
+It shares no code with `cachedit_fx`: it replaces the `forward` of every block, runs the model eagerly,
+and is told by the test which generation and guidance branch a call belongs to.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+Streams = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One call of the transformer.
+
+    Attributes:
+        branch: The key that the test gave.
+        step: Number of calls of that branch before this one.
+        reused: Whether the middle blocks were skipped.
+        reason: Why, in the words of `CacheStats.decisions`.
+        diff: What was compared with the threshold; None when the decision came before that.
+        output: The transformer's output.
+    """
+
+    branch: Hashable
+    step: int
+    reused: bool
+    reason: str
+    diff: float | None
+    output: Tensor
+
+
+@dataclass
+class _Branch:
+    """What is kept for one branch of one generation."""
+
+    step: int = 0
+    reused: int = 0
+    continuous: int = 0
+    accumulated: float = 0.0
+    first_timestep: float | None = None
+    timestep_moved: bool = False
+    first_residual: Tensor | None = None
+    residuals: Streams = field(default_factory=dict)
+
+
+class ReferenceCache:
+    """Runs `transformer` eagerly with its middle blocks cached, one decision per call.
+
+    Use as a context manager: the blocks' own `forward`s are back on exit.
+
+    Args:
+        transformer: Called with keywords, `timestep` among them; returns a tuple, output first.
+        blocks: All blocks in execution order, each with the names of what it returns, in order. A
+            name is one of the block's parameters; `hidden_states` must be among them.
+        Fn_compute_blocks ... max_accumulated_residual_diff_threshold: As in `CacheConfig`.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        blocks: Iterable[tuple[nn.Module, tuple[str, ...]]],
+        *,
+        Fn_compute_blocks: int,
+        Bn_compute_blocks: int = 0,
+        residual_diff_threshold: float,
+        max_warmup_steps: int,
+        warmup_interval: int = 1,
+        max_cached_steps: int = -1,
+        max_continuous_cached_steps: int = -1,
+        max_accumulated_residual_diff_threshold: float | None = None,
+    ) -> None:
+        self.transformer = transformer
+        self.blocks = list(blocks)
+        self.first = Fn_compute_blocks  # Index of the first block that a reused step skips,
+        self.last = len(self.blocks) - Bn_compute_blocks - 1  # and of the last.
+        assert 1 <= self.first <= self.last
+        self.threshold = residual_diff_threshold
+        self.warmup = range(0, max_warmup_steps, warmup_interval)
+        self.max_cached = max_cached_steps
+        self.max_continuous = max_continuous_cached_steps
+        self.max_accumulated = max_accumulated_residual_diff_threshold
+        self.records: list[Record] = []
+        self._branches: dict[Hashable, _Branch] = {}
+
+    def __enter__(self) -> ReferenceCache:
+        for index, (block, returns) in enumerate(self.blocks):
+            block.forward = self._around(index, block, returns)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for block, _returns in self.blocks:
+            del block.forward  # The class's own shows again.
+
+    def __call__(self, branch: Hashable, **inputs: Any) -> Tensor:
+        """The transformer's output for the next step of `branch`."""
+        state = self._state = self._branches.setdefault(branch, _Branch())
+        timestep = inputs["timestep"].flatten()[0].item()
+        if state.first_timestep is None:
+            state.first_timestep = timestep
+        state.timestep_moved |= timestep != state.first_timestep
+        # The class's forward: `stand_in_for_forward` may have put another on the instance.
+        output = type(self.transformer).forward(self.transformer, **inputs)[0]
+        self.records.append(Record(branch, state.step, self._reuse, self._reason, self._diff, output))
+        state.step += 1
+        if self._reuse:
+            state.reused += 1
+            state.continuous += 1
+            state.accumulated += self._diff or 0.0
+        else:
+            state.continuous = 0
+            state.accumulated = 0.0
+        return output
+
+    def of(self, branch: Hashable) -> list[Record]:
+        """The calls of one branch, in order."""
+        return [record for record in self.records if record.branch == branch]
+
+    def stand_in_for_forward(self, next_branch: Callable[[], Hashable]) -> Callable[..., tuple[Tensor]]:
+        """A `forward` for a transformer that is called by a pipeline.
+
+        Args:
+            next_branch: Called once per call of the transformer, for its branch.
+        """
+
+        def forward(**inputs: Any) -> tuple[Tensor]:
+            return (self(next_branch(), **inputs),)
+
+        return forward
+
+    def _around(self, index: int, block: nn.Module, returns: tuple[str, ...]) -> Callable[..., Any]:
+        original = block.forward
+        signature = inspect.signature(original)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            arguments = signature.bind(*args, **kwargs).arguments
+            streams = {name: arguments[name] for name in returns}
+            if index == 0:
+                self._before_first_block = streams["hidden_states"]
+            if index == self.first:
+                self._after_first_blocks = streams
+                self._decide()
+            if not self.first <= index <= self.last:
+                return original(*args, **kwargs)
+            if not self._reuse:
+                result = original(*args, **kwargs)
+                if index == self.last:
+                    ends = dict(zip(returns, result if isinstance(result, tuple) else (result,), strict=True))
+                    begins = self._after_first_blocks
+                    self._state.residuals = {name: ends[name] - begins[name] for name in returns}
+                return result
+            if index == self.last:
+                streams = {name: streams[name] + self._state.residuals[name] for name in returns}
+            result = tuple(streams[name] for name in returns)
+            return result if len(result) > 1 else result[0]
+
+        return forward
+
+    def _decide(self) -> None:
+        state = self._state
+        residual = self._after_first_blocks["hidden_states"] - self._before_first_block
+        self._diff: float | None = None
+        self._reason = self._why_not_to_look() or self._look(residual, state.first_residual)
+        self._reuse = self._reason in ("threshold-one", "diff-below")
+        if not self._reuse:
+            state.first_residual = residual
+
+    def _why_not_to_look(self) -> str | None:
+        """The reason for a decision that does not depend on the diff, if there is one."""
+        state = self._state
+        if state.step in self.warmup:
+            return "warmup"
+        if state.reused >= self.max_cached >= 0:
+            return "max-cached"
+        if state.continuous >= self.max_continuous >= 0:
+            return "max-continuous"
+        if self.max_accumulated is not None and state.accumulated >= self.max_accumulated:
+            return "accumulated-diff"
+        if self.threshold <= 0:
+            return "threshold-zero"
+        if not state.residuals:
+            return "nothing-stored"
+        if any(state.residuals[name].shape != now.shape for name, now in self._after_first_blocks.items()):
+            return "shape-changed"
+        if not state.timestep_moved:
+            return "timestep-still"
+        if self.threshold >= 1:
+            return "threshold-one"
+        return None
+
+    def _look(self, now: Tensor, before: Tensor) -> str:
+        now, before = now.float(), before.float()
+        self._diff = ((now - before).abs().mean() / before.abs().mean()).item()
+        if math.isnan(self._diff):
+            return "nan"
+        return "diff-below" if self._diff < self.threshold else "diff-above"

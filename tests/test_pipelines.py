@@ -1,0 +1,360 @@
+"""Whole generations, cached inside the compiled graph, against the plain-Python reference.
+
+FLUX has two block lists and one call per step; QwenImage two calls with two text lengths; Wan two calls
+with one. Each runs in a plain loop, in the real pipeline, and interleaved with another generation.
+
+With the inner backend "eager" the pieces run the operations of the model in the model's order, and a
+reused step adds the stored residual as the reference does. So everything is compared bitwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import cachedit_fx
+from tests.models import FAMILIES, FLUX, QWEN_IMAGE, WAN, Family, denoise, denoise_steps
+from tests.reference import Record, ReferenceCache
+
+NUM_STEPS = 14
+WARMUP_STEPS = 3
+
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    """As pipelines run; the cache stays out of the way of gradients."""
+    with torch.no_grad():
+        yield
+
+
+def settings(family: Family, Fn: int = 1, Bn: int = 0, **others: Any) -> dict[str, Any]:
+    return dict(
+        Fn_compute_blocks=Fn,
+        Bn_compute_blocks=Bn,
+        residual_diff_threshold=family.threshold,
+        max_warmup_steps=WARMUP_STEPS,
+        **others,
+    )
+
+
+def backend(inner: str = "eager", **fields: Any) -> cachedit_fx.Backend:
+    return cachedit_fx.Backend(cachedit_fx.CacheConfig(**fields, inner_backend=inner))
+
+
+class Recorder:
+    """Calls a compiled transformer in the place of the reference and keeps what it returned.
+
+    The tensors themselves are kept, not copies: one that a later call writes into would show.
+    """
+
+    def __init__(self, module: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.module = module
+        self.outputs: list[Tensor] = []
+
+    def __call__(self, branch: str, **inputs: Any) -> Tensor:
+        output = self.module(**inputs)[0]
+        self.outputs.append(output)
+        return output
+
+
+def reference_run(family: Family, seed: int, **fields: Any) -> ReferenceCache:
+    """One generation by the reference, in the plain loop."""
+    model = family.build()
+    with ReferenceCache(model, family.chain(model), **fields) as reference:
+        denoise(reference, family, family.prompt(seed), family.latents(seed), NUM_STEPS)
+    for branch in family.branches:
+        assert_worth_comparing(reference.of(branch))
+    return reference
+
+
+def reference_pipeline_run(family: Family, seed: int, **fields: Any) -> tuple[ReferenceCache, list[Tensor]]:
+    """One generation by the reference, in the real pipeline, and the latents after every step."""
+    model = family.build()
+    branches = itertools.cycle(family.branches)
+    with ReferenceCache(model, family.chain(model), **fields) as reference:
+        model.forward = reference.stand_in_for_forward(lambda: next(branches))
+        latents = family.generate(family.pipeline(model), family.prompt(seed), family.latents(seed), NUM_STEPS)
+    for branch in family.branches:
+        assert_worth_comparing(reference.of(branch))
+    return reference, latents
+
+
+def assert_worth_comparing(records: list[Record]) -> None:
+    """Both answers occur after warm-up, so that always giving the same one would be noticed."""
+    after_warmup = [record.reused for record in records if record.reason != "warmup"]
+    assert any(after_warmup), "nothing was reused"
+    assert not all(after_warmup), "nothing was computed after warm-up"
+
+
+def assert_same_decisions(stats: cachedit_fx.CacheStats, records: list[Record]) -> None:
+    """Every step of a session was decided as in the reference, on the same diff."""
+    assert stats.decisions == [record.reason for record in records]
+    assert stats.num_steps == len(records)
+    assert list(stats.cached_steps) == [record.step for record in records if record.reused]
+    diffs = {record.step: record.diff for record in records if record.diff is not None}
+    # Float32 means over a few thousand elements, summed in another order by a compiled kernel.
+    assert dict(stats.residual_diffs) == pytest.approx(diffs, rel=1e-4)
+
+
+def assert_newest_sessions(module: nn.Module, family: Family, reference: ReferenceCache) -> None:
+    """The last sessions of `module`, one per branch, went as in the reference."""
+    newest = cachedit_fx.summary(module)[-len(family.branches) :]
+    for branch, stats in zip(family.branches, newest, strict=True):
+        assert_same_decisions(stats, reference.of(branch))
+
+
+def assert_bitwise(outputs: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    for index, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
+        torch.testing.assert_close(output, wanted, rtol=0, atol=0, msg=lambda text, i=index: f"output {i}: {text}")
+
+
+def outputs_of(reference: ReferenceCache) -> list[Tensor]:
+    return [record.output for record in reference.records]
+
+
+# The reference itself.
+
+
+@every_family
+def test_a_reference_that_never_reuses_is_the_plain_model(family):
+    model = family.build()
+    plain = Recorder(model)
+    denoise(plain, family, family.prompt(1), family.latents(1), NUM_STEPS)
+    with ReferenceCache(model, family.chain(model), **settings(family) | {"residual_diff_threshold": 0.0}) as reference:
+        denoise(reference, family, family.prompt(1), family.latents(1), NUM_STEPS)
+    assert not any(record.reused for record in reference.records)
+    assert_bitwise(outputs_of(reference), plain.outputs)
+
+
+@every_family
+def test_the_reference_without_warmup_is_first_block_cache_of_diffusers(family):
+    model = family.build()
+    with ReferenceCache(model, family.chain(model), **settings(family) | {"max_warmup_steps": 0}) as reference:
+        denoise(reference, family, family.prompt(1), family.latents(1), NUM_STEPS)
+    assert 0 < sum(record.reused for record in reference.records) < len(reference.records)
+
+    model.enable_cache(FirstBlockCacheConfig(threshold=family.threshold))
+    outputs = []
+
+    def call(branch, **inputs):
+        with model.cache_context(branch):
+            outputs.append(model(**inputs)[0])
+        return outputs[-1]
+
+    denoise(call, family, family.prompt(1), family.latents(1), NUM_STEPS)
+    assert_bitwise(outputs_of(reference), outputs)
+
+
+# The plain loop.
+
+
+@pytest.mark.parametrize(("Fn", "Bn"), [(1, 0), (2, 1)], ids=["F1B0", "F2B1"])
+@every_family
+def test_a_generation_is_bitwise_that_of_the_reference(family, Fn, Bn):
+    fields = settings(family, Fn, Bn)
+    reference = reference_run(family, seed=1, **fields)
+    module = torch.compile(family.build(), backend=backend(**fields), fullgraph=True)
+    seen = Recorder(module)
+    denoise(seen, family, family.prompt(1), family.latents(1), NUM_STEPS)
+    assert_newest_sessions(module, family, reference)
+    assert_bitwise(seen.outputs, outputs_of(reference))
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        pytest.param({"max_cached_steps": 3}, "max-cached", id="max-cached"),
+        pytest.param({"max_continuous_cached_steps": 1}, "max-continuous", id="max-continuous"),
+        pytest.param({"max_accumulated_residual_diff_threshold": 0.1}, "accumulated-diff", id="accumulated"),
+        pytest.param({"warmup_interval": 2}, "diff-below", id="warmup-interval"),
+        pytest.param({"residual_diff_threshold": 1.0}, "threshold-one", id="threshold-one"),
+    ],
+)
+def test_limits_decide_as_in_the_reference(limit, reason):
+    # Wide enough that the diff alone would rarely compute; `limit` comes on top.
+    fields = settings(WAN, max_continuous_cached_steps=4) | {"residual_diff_threshold": 0.2} | limit
+    reference = reference_run(WAN, seed=1, **fields)
+    assert any(record.reason == reason for record in reference.records)
+    module = torch.compile(WAN.build(), backend=backend(**fields), fullgraph=True)
+    seen = Recorder(module)
+    denoise(seen, WAN, WAN.prompt(1), WAN.latents(1), NUM_STEPS)
+    assert_newest_sessions(module, WAN, reference)
+    assert_bitwise(seen.outputs, outputs_of(reference))
+
+
+@every_family
+def test_a_second_generation_from_the_same_prompt_objects_starts_afresh(family):
+    fields = settings(family)
+    model = family.build()
+    module = torch.compile(family.build(), backend=backend(**fields), fullgraph=True)
+    prompt = family.prompt(1)
+    for seed in (1, 2):
+        with ReferenceCache(model, family.chain(model), **fields) as reference:
+            denoise(reference, family, prompt, family.latents(seed), NUM_STEPS)
+        for branch in family.branches:
+            assert_worth_comparing(reference.of(branch))
+        seen = Recorder(module)
+        denoise(seen, family, prompt, family.latents(seed), NUM_STEPS)
+        assert_newest_sessions(module, family, reference)
+        assert_bitwise(seen.outputs, outputs_of(reference))
+
+
+# The real pipeline.
+
+
+def compile_by_name(pipe, fields):
+    options = fields | {"inner_backend": "eager"}
+    pipe.transformer = torch.compile(pipe.transformer, backend="cachedit", fullgraph=True, options=options)
+
+
+def compile_with_object(pipe, fields):
+    pipe.transformer = torch.compile(pipe.transformer, backend=backend(**fields), fullgraph=True)
+
+
+def compile_in_place(pipe, fields):
+    pipe.transformer.compile(backend=backend(**fields), fullgraph=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "compile_transformer"),
+    [
+        pytest.param(FLUX, compile_by_name, id="flux-by-name"),
+        pytest.param(QWEN_IMAGE, compile_with_object, id="qwen_image"),
+        pytest.param(WAN, compile_in_place, id="wan-in-place"),
+    ],
+)
+def test_every_generation_of_a_pipeline_is_bitwise_a_fresh_one(family, compile_transformer):
+    fields = settings(family)
+    fresh = {seed: reference_pipeline_run(family, seed, **fields) for seed in (1, 2)}
+    pipe = family.pipeline(family.build())
+    compile_transformer(pipe, fields)
+    for seed in (1, 2, 1):  # No reset between them, and each with prompt tensors of its own.
+        latents = family.generate(pipe, family.prompt(seed), family.latents(seed), NUM_STEPS)
+        reference, expected = fresh[seed]
+        assert_newest_sessions(pipe.transformer, family, reference)
+        assert_bitwise(latents, expected)
+
+
+# Two generations at once.
+
+
+def assert_both_sessions_found(module: nn.Module, family: Family, references: list[ReferenceCache]) -> None:
+    """Every branch of every generation has its session, in whatever order they began."""
+
+    def by_diffs(diffs):
+        return [diff for diff in diffs if diff is not None]
+
+    records = [reference.of(branch) for reference in references for branch in family.branches]
+    found = [stats for stats in cachedit_fx.summary(module) if stats.num_steps == NUM_STEPS]
+    assert len(found) == len(records)
+    records.sort(key=lambda branch: by_diffs(record.diff for record in branch))
+    found.sort(key=lambda stats: list(stats.residual_diffs.values()))
+    for stats, expected in zip(found, records, strict=True):
+        assert_same_decisions(stats, expected)
+
+
+@every_family
+def test_generations_that_take_turns_in_one_thread_run_as_if_alone(family):
+    fields = settings(family)
+    references = [reference_run(family, seed, **fields) for seed in (1, 2)]
+    module = torch.compile(family.build(), backend=backend(**fields), fullgraph=True)
+    seen = [Recorder(module), Recorder(module)]
+    running = [
+        denoise_steps(recorder, family, family.prompt(seed), family.latents(seed), NUM_STEPS)
+        for recorder, seed in zip(seen, (1, 2), strict=True)
+    ]
+    for _both in zip(*running, strict=True):
+        pass
+    assert_both_sessions_found(module, family, references)
+    for recorder, reference in zip(seen, references, strict=True):
+        assert_bitwise(recorder.outputs, outputs_of(reference))
+
+
+@every_family
+def test_generations_in_two_threads_run_as_if_alone(family):
+    fields = settings(family)
+    references = [reference_run(family, seed, **fields) for seed in (1, 2)]
+    module = torch.compile(family.build(), backend=backend(**fields), fullgraph=True)
+    # Compiled before the threads come: whether Dynamo can compile in two threads at once is not the question.
+    denoise(Recorder(module), family, family.prompt(3), family.latents(3), 2)
+    turns = threading.Barrier(2, timeout=60)  # Both make their n-th call at the same time.
+
+    def generate(seed: int) -> list[Tensor]:
+        def call(**inputs):
+            turns.wait()
+            return module(**inputs)
+
+        torch.set_num_threads(1)  # Dynamo guards on it; a new thread has its own.
+        seen = Recorder(call)
+        try:
+            with torch.no_grad():  # So is this one's grad mode.
+                denoise(seen, family, family.prompt(seed), family.latents(seed), NUM_STEPS)
+        except BaseException:
+            turns.abort()
+            raise
+        return seen.outputs
+
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(generate, (1, 2)))
+    assert_both_sessions_found(module, family, references)
+    for generated, reference in zip(outputs, references, strict=True):
+        assert_bitwise(generated, outputs_of(reference))
+
+
+# Graphs and compilers.
+
+
+@pytest.mark.parametrize(
+    ("family", "num_graphs"),
+    [
+        pytest.param(FLUX, 1, id="flux"),
+        pytest.param(QWEN_IMAGE, 2, id="qwen_image"),  # One more for another text length, for any length.
+        pytest.param(WAN, 1, id="wan"),
+    ],
+)
+def test_one_graph_without_breaks_serves_all_steps_and_generations(family, num_graphs):
+    fields = settings(family)
+    module = torch.compile(family.build(), backend=backend(**fields), fullgraph=True)
+    counters.clear()
+    first_step = denoise_steps(Recorder(module), family, family.prompt(1), family.latents(1), NUM_STEPS)
+    next(first_step)
+    assert counters["stats"]["unique_graphs"] == num_graphs
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (1, 2):
+            denoise(Recorder(module), family, family.prompt(seed), family.latents(seed), NUM_STEPS)
+    assert counters["stats"]["unique_graphs"] == num_graphs
+    assert not counters["graph_break"]
+    for stats in cachedit_fx.summary(module)[-2 * len(family.branches) :]:
+        assert stats.num_steps == NUM_STEPS
+        assert 0 < len(stats.cached_steps) < NUM_STEPS - WARMUP_STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [FLUX, WAN], ids=["flux", "wan"])
+def test_inductor_gives_the_outputs_of_the_reference(family):
+    fields = settings(family)
+    reference = reference_run(family, seed=1, **fields)
+    module = torch.compile(family.build(), backend=backend(inner="inductor", **fields), fullgraph=True)
+    seen = Recorder(module)
+    records = iter(reference.records)
+
+    def call(branch, **inputs):
+        seen(branch, **inputs)
+        return next(records).output  # On with the reference's latents: errors do not add up over the steps.
+
+    denoise(call, family, family.prompt(1), family.latents(1), NUM_STEPS)
+    assert_newest_sessions(module, family, reference)
+    for output, record in zip(seen.outputs, reference.records, strict=True):
+        # Outputs are of order 1. Fused float32 kernels round differently: 2e-6 was seen, on reused steps too.
+        torch.testing.assert_close(output, record.output, rtol=0, atol=1e-5)
