@@ -17,7 +17,6 @@ from cachedit_fx.passes.cut import Region
 from cachedit_fx.passes.dedupe import split_pieces
 from cachedit_fx.passes.guard import GuardedGraph, insert_guards, stored_examples
 from cachedit_fx.passes.pipeline import Plan, plan_graph
-from cachedit_fx.patterns.chain import value_of
 from cachedit_fx.patterns.mismatch import Cause, Mismatch
 from cachedit_fx.runtime import GuardedCall, RegionPlan
 from cachedit_fx.session import instance_of
@@ -103,7 +102,7 @@ def _compile_guarded(plan: Plan, config: CacheConfig, compiler: InnerCompiler) -
     )
     for piece in pieces:
         compiler.compile_piece(piece)
-    instance_of(weight if isinstance(weight, torch.Tensor) else value_of(placeholders[weight]))
+    instance_of(weight if isinstance(weight, torch.Tensor) else placeholders[weight].meta["cachedit_example"])
     log.info("cached: %s; %d pieces, %d of them blocks", plan, len(pieces), sum(bool(p.blocks) for p in pieces))
     return GuardedCall(
         guarded.gm.forward,
@@ -128,8 +127,7 @@ def _find_weight(plan: Plan, placeholders: list[fx.Node]) -> int | torch.Tensor:
     """The first weight of the chain: an argument of the graph, or held by it where Dynamo specialised on the module."""
     for node in plan.program.nodes[plan.chain[0].blocks.blocks[0].start :]:
         for arg in node.all_input_nodes:
-            value = value_of(arg)
-            if arg.op == "placeholder" and isinstance(value, torch.nn.Parameter):
+            if arg.op == "placeholder" and isinstance(arg.meta["cachedit_example"], torch.nn.Parameter):
                 return placeholders.index(arg)
             if arg.op == "get_attr" and isinstance(getattr(plan.gm, str(arg.target), None), torch.Tensor):
                 return getattr(plan.gm, str(arg.target))  # type: ignore[no-any-return]

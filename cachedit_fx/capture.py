@@ -28,7 +28,8 @@ class GraphInput:
 def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """A copy of Dynamo's graph to work on (it looks at its own again after the backend returns), inputs labelled.
 
-    The placeholders' `example_value` is what Dynamo passes to a backend: it carries what compiling a piece needs.
+    A placeholder keeps the fake tensor that Dynamo traced with, and beside it, as `cachedit_example`, what Dynamo
+    passes to a backend: a piece has to be compiled with that one.
     """
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
@@ -39,7 +40,8 @@ def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
     after = [node for node in graph.nodes if node.op == "placeholder"]
     for old, new, example in zip(before, after, example_inputs, strict=True):
         new.meta["cachedit_input"] = _graph_input(old, example, names)
-        new.meta["example_value"] = example
+        new.meta["cachedit_example"] = example
+        new.meta.setdefault("example_value", example)
     return copy
 
 

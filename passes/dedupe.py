@@ -31,7 +31,6 @@ class Piece:
     """One graph to compile, and where it is called from.
 
     Attributes:
-        gm: Its placeholders' `example_value` are what to compile it with.
         calls: (segment, name of the submodule) of every call; all are to be replaced by the one compiled piece.
         blocks: Numbers of the chain's blocks that share it; empty for what lies around the blocks.
     """
@@ -42,7 +41,9 @@ class Piece:
 
     @property
     def example_inputs(self) -> list[Any]:
-        return [value_of(node) for node in self.gm.graph.nodes if node.op == "placeholder"]
+        """What to compile it with: Dynamo's own inputs, and fakes for the values between pieces."""
+        placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        return [node.meta.get("cachedit_example", value_of(node)) for node in placeholders]
 
 
 def split_pieces(segments: Sequence[fx.GraphModule], *, share_blocks: bool, free_strides: bool) -> list[Piece]:
@@ -210,7 +211,7 @@ def _make_contiguous(segment: fx.GraphModule, call: fx.Node, gm: fx.GraphModule)
         with segment.graph.inserting_before(call):
             source = arguments[i]
             arguments[i] = segment.graph.call_method("contiguous", (source,))
-        placeholders[i].meta = {**placeholders[i].meta, "example_value": fresh[i]}
+        placeholders[i].meta = {"example_value": fresh[i]}
     call.args = tuple(arguments)
 
 

@@ -171,8 +171,8 @@ def _assign_roles(boundaries: list[dict[str, fx.Node]]) -> tuple[list[dict[str, 
     if HIDDEN not in roles.values() and len(leaving) == 1 and leaving[0] in open_names:
         roles[leaving[0]] = HIDDEN
         open_names.remove(leaving[0])
-    if HIDDEN in roles.values() and len(open_names) == 1 and len(names) == 2:
-        roles[open_names[0]] = ENCODER
+    if len(names) == 2 and len(open_names) == 1:  # The one that is left is the other one.
+        roles[open_names[0]] = ENCODER if HIDDEN in roles.values() else HIDDEN
     taken = set(filter(None, roles.values()))
     for name in names:
         if not roles[name]:

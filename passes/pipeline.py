@@ -14,7 +14,7 @@ from cachedit_fx.passes.inputs import find_conditioning, find_timestep
 from cachedit_fx.passes.join import join_lists
 from cachedit_fx.passes.locate import locate_blocks
 from cachedit_fx.passes.symbols import hoist_symbols
-from cachedit_fx.patterns.chain import BlockList, base_name, value_of
+from cachedit_fx.patterns.chain import BlockList, base_name, is_tensor, value_of
 from cachedit_fx.patterns.matcher import match_any
 from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
 
@@ -47,9 +47,7 @@ def plan_graph(gm: fx.GraphModule, config: CacheConfig) -> Plan | tuple[Mismatch
     """The plan for a graph whose inputs are labelled, or why it has none, nearest miss first. Compiles nothing."""
     hoist_symbols(gm)
     program = Program(gm.graph)
-    if any(isinstance(value_of(n), torch.Tensor) and value_of(n).requires_grad for n in program.nodes) and (
-        torch.is_grad_enabled()
-    ):
+    if torch.is_grad_enabled() and any(is_tensor(n) and value_of(n).requires_grad for n in program.nodes):
         detail = (
             "expected a graph that needs no gradients, found weights that require them; run it under torch.no_grad()"
         )
