@@ -105,10 +105,10 @@ def _cut(program: Program, group: tuple[Match, ...], config: CacheConfig, number
     hoisted = _behind([n for n in leaving if n not in made], inside)
     nodes = [n for n in nodes if n not in hoisted]
     carried = _pair(group, before, after, [n for n in leaving if n in made])
-    miss = _check(program, group[0], before, carried, nodes)
+    hidden_before = streams[0][HIDDEN]
+    miss = _check(program, group[0], hidden_before, before, carried, nodes)
     if miss is not None:
         return miss
-    hidden_before = streams[0][HIDDEN]
     if shape_key(hidden_before) != shape_key(before[HIDDEN]):
         return _miss(group[0], Cause.UNPAIRED, f"the Fn blocks change the shape of {describe(hidden_before)}")
     return Region(
@@ -181,7 +181,12 @@ def _pair(
 
 
 def _check(
-    program: Program, match: Match, before: Mapping[str, fx.Node], carried: list[Carried], nodes: list[fx.Node]
+    program: Program,
+    match: Match,
+    hidden_before: fx.Node,
+    before: Mapping[str, fx.Node],
+    carried: list[Carried],
+    nodes: list[fx.Node],
 ) -> Mismatch | None:
     for pair in carried:
         if not is_tensor(pair.after):
@@ -194,9 +199,10 @@ def _check(
             f"found {', '.join(describe(pair.after) for pair in carried) or 'nothing that is used after it'}"
         )
         return _miss(match, Cause.UNPAIRED, detail, carried[0].after if carried else None)
-    written = written_outside(program, nodes)
+    start = program.position[nodes[0]]
+    written = written_outside(program, nodes) or _written_after(program, hidden_before, start)
     if written is not None:
-        detail = f"expected a region that writes into nothing made before it, found `{written.format_node()}`"
+        detail = f"expected streams that nothing writes into in place, found `{written.format_node()}`"
         return _miss(match, Cause.IN_PLACE, detail, written)
     return None
 
@@ -210,11 +216,18 @@ def written_outside(program: Program, nodes: list[fx.Node]) -> fx.Node | None:
     others = {_storage(n) for n in program.nodes if n not in inside and n.op != "output"}
     for node in nodes:
         if is_in_place(node):
-            target = node.kwargs.get("out") or (node.args[0] if node.args else None)
-            storage = _storage(target) if isinstance(target, fx.Node) else None
+            storage = _storage(_target_of(node))
             # An alias of something made outside shares its storage with it; what cannot be told is refused.
             if storage is None or storage in others or storage not in mine:
                 return node
+    return None
+
+
+def _written_after(program: Program, stream: fx.Node, stop: int) -> fx.Node | None:
+    """What writes into `stream` between where it is made and `stop`: its residual would be taken against the result."""
+    for node in program.nodes[program.position[stream] + 1 : stop]:
+        if is_in_place(node) and _storage(_target_of(node)) in (None, _storage(stream)):
+            return node
     return None
 
 
@@ -231,8 +244,14 @@ def is_in_place(node: fx.Node) -> bool:
     return node.target in _IN_PLACE_OPERATORS or functional or by_keyword
 
 
-def _storage(node: fx.Node) -> int | None:
-    value = value_of(node)
+def _target_of(node: fx.Node) -> fx.Node | None:
+    """What an in-place node writes into."""
+    target: object = node.kwargs.get("out") or node.kwargs.get("input") or (node.args[0] if node.args else None)
+    return target if isinstance(target, fx.Node) else None
+
+
+def _storage(node: fx.Node | None) -> int | None:
+    value = value_of(node) if node is not None else None
     if not isinstance(value, torch.Tensor):
         return None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from math import prod
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cachedit_fx.patterns.chain import is_tensor, shape_key, size_key, value_of
+from cachedit_fx.patterns.chain import base_name, is_tensor, shape_key, size_key, value_of
 
 # What keeps a value, up to where it lies: views, copies, casts. A stream that only passed through these is itself.
 LAYOUT_METHODS = {
@@ -22,6 +23,7 @@ LAYOUT_FUNCTIONS = {
     *(operator.getitem, torch.cat, torch.concat, torch.split, torch.chunk, torch.narrow, torch.reshape),
     *(torch.flatten, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute, torch.clone),
 }
+_CONDITIONING_NAME = re.compile(r"encoder_hidden_states|prompt|context|cap|text|cond|label|class", re.IGNORECASE)
 _ADDITIONS = {operator.add, operator.sub, operator.iadd, torch.add, torch.sub, "add", "sub", "add_"}
 _MATMULS = {torch.nn.functional.linear, torch.matmul, torch.bmm, torch.mm, operator.matmul, torch.addmm, torch.baddbmm}
 
@@ -117,16 +119,27 @@ class Program:
         return frozenset(source for source in self.inputs_behind(node) if self.is_sequence(source))
 
     def latent_inputs(self, hidden: fx.Node | None) -> frozenset[fx.Node]:
-        """Inputs that the hidden stream starts from, and every input shaped like something the model returns."""
+        """Inputs that change at every step: those shaped like something the model returns.
+
+        Where none is (image-to-video: extra channels), those that the hidden stream starts from, less what is named
+        like a conditioning (a model may join text and image into one stream before its first block).
+        """
         output = next(node for node in reversed(self.nodes) if node.op == "output")
         shapes = {shape_key(node) for node in output.all_input_nodes if is_tensor(node)}
         alike = {n for n in self.nodes if n.op == "placeholder" and is_tensor(n) and shape_key(n) in shapes}
-        return frozenset(alike) | (self.conditioning_behind(hidden) if hidden is not None else frozenset())
+        behind = self.conditioning_behind(hidden) if hidden is not None else frozenset()
+        if behind & alike:
+            return frozenset(alike)
+        return frozenset(alike) | frozenset(node for node in behind if not is_named_conditioning(node))
 
     def is_sequence(self, node: fx.Node) -> bool:
         """Whether the node is a floating tensor of at least three dimensions, as [B, L, D]."""
         value = value_of(node)
         return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3
+
+
+def is_named_conditioning(node: fx.Node) -> bool:
+    return _CONDITIONING_NAME.search(base_name(node)) is not None
 
 
 def is_weight(node: fx.Node) -> bool:

@@ -7,11 +7,11 @@ import re
 import torch
 from torch import fx
 
-from cachedit_fx.passes.dataflow import Program, is_weight
+from cachedit_fx.passes.dataflow import Program, is_named_conditioning, is_weight
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN, BlockList, base_name, value_of
 
 _TIMESTEP_NAMES = (r"timesteps?", r"t", r"sigmas?", r"time", r"[a-z]+_timesteps?")
-_CONDITIONING_NAME = re.compile(r"encoder_hidden_states|prompt|context|caption|text|cond|label|class", re.IGNORECASE)
+_REBUILT_NAME = re.compile(r"mask|ids$|guidance|rotary|freqs|timestep|sigma|scale|shape|size", re.IGNORECASE)
 
 
 def find_timestep(program: Program, chain: tuple[BlockList, ...]) -> fx.Node | None:
@@ -41,10 +41,9 @@ def find_conditioning(program: Program, chain: tuple[BlockList, ...], timestep: 
     if not behind:
         behind = {node for node in _user_tensors(program) if program.is_sequence(node)} - latents
     if behind:
-        return max(behind, key=lambda node: (_is_named(node), value_of(node).dim(), -program.position[node]))
-    labels = [n for n in _user_tensors(program) if n is not timestep and n not in latents and value_of(n).dim() <= 2]
-    named = [node for node in labels if _is_named(node) and "mask" not in base_name(node)]
-    return named[0] if named else None
+        return max(behind, key=lambda n: (is_named_conditioning(n), value_of(n).dim(), -program.position[n]))
+    rest = [n for n in _user_tensors(program) if n is not timestep and n not in latents and not _is_rebuilt(n)]
+    return max(rest, key=lambda n: (is_named_conditioning(n), -program.position[n]), default=None)
 
 
 def _user_tensors(program: Program) -> list[fx.Node]:
@@ -55,8 +54,9 @@ def _user_tensors(program: Program) -> list[fx.Node]:
     ]
 
 
-def _is_named(node: fx.Node) -> bool:
-    return _CONDITIONING_NAME.search(base_name(node)) is not None
+def _is_rebuilt(node: fx.Node) -> bool:
+    """Whether the input is one that loops make anew at every step and that tells no request apart."""
+    return _is_bool(node) or _REBUILT_NAME.search(base_name(node)) is not None
 
 
 def _is_bool(node: fx.Node) -> bool:
