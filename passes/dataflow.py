@@ -44,7 +44,7 @@ class Program:
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.nodes = tuple(graph.nodes)
+        self.nodes: tuple[fx.Node, ...] = tuple(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.by_name = {node.name: node for node in self.nodes}
         self.flops = [_flops(node) for node in self.nodes]
