@@ -11,7 +11,7 @@ from cachedit_fx.passes.dataflow import Program, is_named_conditioning, is_weigh
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN, BlockList, base_name, value_of
 
 _TIMESTEP_NAMES = (r"timesteps?", r"t", r"sigmas?", r"time", r"[a-z]+_timesteps?")
-_REBUILT_NAME = re.compile(r"mask|ids$|guidance|rotary|freqs|timestep|sigma|scale|shape|size", re.IGNORECASE)
+_REBUILT_NAME = re.compile(r"mask|ids$|guidance|control|rotary|freqs|timestep|sigma|scale|shape|size", re.IGNORECASE)
 
 
 def find_timestep(program: Program, chain: tuple[BlockList, ...]) -> fx.Node | None:
@@ -39,11 +39,12 @@ def find_conditioning(program: Program, chain: tuple[BlockList, ...], timestep: 
     roots += [context for blocks in chain for context in blocks.contexts]
     behind = {source for root in roots for source in program.conditioning_behind(root)} - latents
     if not behind:
-        behind = {node for node in _user_tensors(program) if program.is_sequence(node)} - latents
-    if behind:
-        return max(behind, key=lambda n: (is_named_conditioning(n), value_of(n).dim(), -program.position[n]))
-    rest = [n for n in _user_tensors(program) if n is not timestep and n not in latents and not _is_rebuilt(n)]
-    return max(rest, key=lambda n: (is_named_conditioning(n), -program.position[n]), default=None)
+        behind = {node for node in _user_tensors(program) if node is not timestep and not _is_rebuilt(node)} - latents
+
+    def rank(node: fx.Node) -> tuple[bool, int, int]:
+        return is_named_conditioning(node), value_of(node).dim(), -program.position[node]
+
+    return max(behind, key=rank, default=None)
 
 
 def _user_tensors(program: Program) -> list[fx.Node]:
