@@ -39,7 +39,7 @@ lint: venv ## ruff check, ruff format, mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-demo: venv ## trains a small model on digits and samples it with and without the cache
+demo: venv ## draws the ten digits with the real FluxPipeline, without and with the cache
 	$(PY) examples/digits/demo.py $(ARGS)
 
 bench: venv ## the measurements

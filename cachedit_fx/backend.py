@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch import fx
 from cachedit_fx.capture import captured_module, copy_graph
 from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.config import CacheConfig, split_options
-from cachedit_fx.errors import NoMatchError
+from cachedit_fx.errors import NoMatchError, PassError
 from cachedit_fx.passes.cut import Region
-from cachedit_fx.passes.dedupe import split_pieces
+from cachedit_fx.passes.dedupe import Piece, split_pieces
 from cachedit_fx.passes.guard import GuardedGraph, insert_guards, stored_examples
 from cachedit_fx.passes.pipeline import Plan, plan_graph
 from cachedit_fx.patterns.mismatch import Cause, Mismatch
@@ -63,12 +64,13 @@ class Backend:
         """Compiles one graph: guarded if it matches, else as the inner backend alone would, with the reason logged."""
         config, given = split_options(options or {}, self.config)
         compiler = InnerCompiler(config, mode or self.mode, {**self.inner_options, **given})
-        planned = _refusal() or plan_graph(copy_graph(gm, example_inputs), config)
-        if isinstance(planned, Plan):
-            try:
-                return _compile_guarded(planned, config, compiler)
-            except UnknownSizeError as error:
-                planned = (Mismatch(None, Cause.DYNAMIC, str(error)),)
+        try:
+            planned = _refusal() or _rewrite(copy_graph(gm, example_inputs), config, compiler)
+        except Exception as error:
+            _report_bug(error, config)
+            return compiler(gm, list(example_inputs))
+        if isinstance(planned, Rewritten):
+            return _compile_guarded(planned, config, compiler)
         return _compile_uncached(gm, example_inputs, planned, config, compiler)
 
 
@@ -92,22 +94,49 @@ def _refusal() -> tuple[Mismatch, ...]:
     return ()
 
 
-def _compile_guarded(plan: Plan, config: CacheConfig, compiler: InnerCompiler) -> Compiled:
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A guarded graph, cut into pieces that are still to be compiled.
+
+    Attributes:
+        weight: Position of the argument that tells module instances apart, or the tensor itself.
+    """
+
+    plan: Plan
+    guarded: GuardedGraph
+    pieces: list[Piece]
+    regions: list[RegionPlan]
+    weight: int | torch.Tensor
+
+
+def _rewrite(gm: fx.GraphModule, config: CacheConfig, compiler: InnerCompiler) -> Rewritten | tuple[Mismatch, ...]:
+    plan = plan_graph(gm, config)
+    if not isinstance(plan, Plan):
+        return plan
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
-    regions = [_region_plan(region, placeholders) for region in plan.regions]
+    try:
+        regions = [_region_plan(region, placeholders) for region in plan.regions]
+    except UnknownSizeError as error:
+        return (Mismatch(None, Cause.DYNAMIC, str(error)),)
     guarded = insert_guards(plan.gm, plan.program, plan.regions, plan.timestep, same_strides=not compiler.is_exact)
     weight = _find_weight(plan, placeholders)
     pieces = split_pieces(
         _segments(guarded), share_blocks=config.compile_blocks == "once", free_strides=not compiler.is_exact
     )
+    return Rewritten(plan, guarded, pieces, regions, weight)
+
+
+def _compile_guarded(rewritten: Rewritten, config: CacheConfig, compiler: InnerCompiler) -> Compiled:
+    plan, pieces, weight = rewritten.plan, rewritten.pieces, rewritten.weight
     for piece in pieces:
         compiler.compile_piece(piece)
+    placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
     instance_of(weight if isinstance(weight, torch.Tensor) else placeholders[weight].meta["cachedit_example"])
     log.info("cached: %s; %d pieces, %d of them blocks", plan, len(pieces), sum(bool(p.blocks) for p in pieces))
     return GuardedCall(
-        guarded.gm.forward,
+        rewritten.guarded.gm.forward,
         config,
-        regions,
+        rewritten.regions,
         weight=weight,
         conditioning=placeholders.index(plan.conditioning) if plan.conditioning is not None else None,
         copy_state=compiler.owns_buffers,
@@ -144,7 +173,7 @@ def _compile_uncached(
     message = _explain_fallback(reasons)
     if config.on_no_match == "raise":
         raise NoMatchError(message)
-    _warn_once(message)
+    _warn_once(f'{message}\nMake this an error: options={{"on_no_match": "raise"}}')
     return compiler(gm, list(example_inputs))
 
 
@@ -154,9 +183,18 @@ def _explain_fallback(reasons: tuple[Mismatch, ...]) -> str:
     verdict = f"Nearest miss: {nearest.template}{fitted}." if nearest.template else "Reason:"
     return (
         f"cachedit_fx: this graph runs without caching.\n{verdict}\n  {nearest.cause.value}: {nearest.detail}"
-        f"{f' (at `{nearest.node}`)' if nearest.node else ''}{f' in {nearest.where}' if nearest.where else ''}\n"
-        f'Make this an error: options={{"on_no_match": "raise"}}'
+        f"{f' (at `{nearest.node}`)' if nearest.node else ''}{f' in {nearest.where}' if nearest.where else ''}"
     )
+
+
+def _report_bug(error: Exception, config: CacheConfig) -> None:
+    message = (
+        f"cachedit_fx: a pass failed ({type(error).__name__}: {error}), so this graph runs without caching. "
+        "This is a bug in cachedit_fx; please report it with the traceback"
+    )
+    if config.on_no_match == "raise":
+        raise PassError(message) from error
+    log.warning("%s", message, exc_info=error)
 
 
 _warned: set[str] = set()

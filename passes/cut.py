@@ -7,6 +7,7 @@ Work between two blocks belongs to the block before it.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -238,14 +239,34 @@ def is_in_place(node: fx.Node) -> bool:
         return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     if node.op != "call_function":
         return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
     name = getattr(node.target, "__name__", "")
     functional = name.endswith("_") and not name.endswith("__") and name not in ("is_", "not_", "and_", "or_")
-    by_keyword = node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
+    by_keyword = node.kwargs.get("out") is not None or _argument(node, "inplace") is True
     return node.target in _IN_PLACE_OPERATORS or functional or by_keyword
 
 
+def _argument(node: fx.Node, name: str) -> object:
+    """An argument by its name, passed by keyword or by position."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    try:
+        return inspect.signature(node.target).bind_partial(*node.args).arguments.get(name)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # Built-in functions have no signature, nor such an argument.
+        return None
+
+
 def _target_of(node: fx.Node) -> fx.Node | None:
-    """What an in-place node writes into."""
+    """What an in-place node writes into; None where that can't be told."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        arguments = node.target._schema.arguments
+        written = [i for i, arg in enumerate(arguments) if arg.alias_info is not None and arg.alias_info.is_write]
+        if len(written) != 1:
+            return None
+        i = written[0]
+        found = node.args[i] if i < len(node.args) else node.kwargs.get(arguments[i].name)
+        return found if isinstance(found, fx.Node) else None
     target: object = node.kwargs.get("out") or node.kwargs.get("input") or (node.args[0] if node.args else None)
     return target if isinstance(target, fx.Node) else None
 

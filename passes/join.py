@@ -37,10 +37,16 @@ def join_lists(program: Program, lists: tuple[BlockList, ...]) -> tuple[BlockLis
 
 
 def _continues(program: Program, first: BlockList, second: BlockList) -> bool:
-    """Whether the hidden stream of `second` is what `first` hands out, moved about or added to."""
+    """Whether the hidden stream of `second` is what `first` hands out, moved about or added to.
+
+    If the latents reach it beside `first` (a control signal added to the embedded image), `first` is no part of it.
+    """
     start, stop = first.blocks[-1].end, second.blocks[0].start
     if stop < start:
         return False
     entry = second.boundaries[0].get(HIDDEN) or next(iter(second.boundaries[0].values()))
-    leaving = first.boundaries[-1].get(HIDDEN) or next(iter(first.boundaries[-1].values()))
-    return leaving in program.ancestors_within(entry, start, stop) and leaving in program.residual_spine(entry, start)
+    exits = set(first.boundaries[-1].values())
+    spine = program.residual_spine(entry, start)
+    latents = program.latent_inputs(entry)
+    beside = {node for node in spine if program.position[node] < start} - exits
+    return bool(exits & spine) and not any(program.inputs_behind(node) & latents for node in beside)

@@ -74,7 +74,8 @@ def plan_graph(gm: fx.GraphModule, config: CacheConfig) -> Plan | tuple[Mismatch
 def _no_chain(program: Program, lists: tuple[BlockList, ...]) -> tuple[Mismatch, ...]:
     """The verdicts on the heaviest list that was found, or that there is none."""
     total = sum(program.flops)
-    heavy = [blocks for blocks in lists if 3 * blocks.flops >= total]
+    outer = [blocks for blocks in lists if not any(part.isdigit() for part in blocks.path.split("."))]
+    heavy = [blocks for blocks in outer if 3 * blocks.flops >= total]
     if heavy:
         found = match_any(max(heavy, key=lambda blocks: blocks.flops))
         if not isinstance(found, Match):

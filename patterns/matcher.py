@@ -43,7 +43,7 @@ def match_any(blocks: BlockList, among: Iterable[BlockTemplate] | None = None) -
 
 def _named(blocks: BlockList, template: BlockTemplate) -> BlockList:
     """`blocks` with its streams under the roles that the template gives their names; as it is if a name is missing."""
-    if not set(template.streams.values()) <= set(blocks.labels.values()):
+    if not template.streams or not set(template.streams.values()) <= set(blocks.labels.values()):
         return blocks
     by_name = {name: role for role, name in template.streams.items()}
     roles = {old: by_name.get(name, old) for old, name in blocks.labels.items()}
@@ -78,7 +78,8 @@ def _check_streams(blocks: BlockList, template: BlockTemplate) -> Mismatch | Non
         if len(found) == want:
             continue
         what = ", ".join(describe(node) for node in found.values()) or (blocks.broken or "none")
-        node = next(iter(found.values()), None)
+        last = blocks.boundaries[min(i, len(blocks.boundaries) - 1)] if blocks.boundaries else {}
+        node = next(iter((found or last).values()), None)
         detail = (
             f"expected {want} stream{'s' * (want != 1)} ({', '.join(template.carried)}) from block {i - 1} into "
             f"block {i} of {blocks.path}, found {len(found)} ({what})"

@@ -37,8 +37,8 @@ class BlockTemplate:
     takes: tuple[str, ...]
     returns: tuple[str, ...]
     number: int | None = None
-    streams: Mapping[str, str] = field(default_factory=dict)
-    cached: Mapping[str, str] = field(default_factory=dict)
+    streams: Mapping[str, str] = field(default_factory=dict, hash=False)
+    cached: Mapping[str, str] = field(default_factory=dict, hash=False)
     block_class: type | str | None = None
     module_path: str | None = None
 

@@ -140,7 +140,7 @@ def main() -> None:
 
     outcomes = compare(uncached, cached, steps, seed)
 
-    print(f"\nthe cache, at the last digit:\n{outcomes[-1].stats}\n")
+    print(f"\n{cachedit_fx.summary(cached.transformer)}\n")  # The first line is the image that waited to compile.
     print_digits(outcomes)
     print_times(outcomes, first_uncached, first_cached)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,506 @@
+"""From a graph to its regions and to the guarded graph, one pass after the other."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import cachedit_fx
+from cachedit_fx import CacheConfig
+from cachedit_fx.passes.cut import cut_regions
+from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.passes.locate import locate_blocks
+from cachedit_fx.passes.pipeline import Plan
+from cachedit_fx.patterns import Cause, Mismatch
+from cachedit_fx.patterns.chain import ENCODER, HIDDEN, value_of
+from tests.models import FLUX
+from tests.reference import ReferenceCache
+from tests.synthetic import (
+    BATCH,
+    CHANNELS,
+    IMAGE,
+    TEXT,
+    WIDTH,
+    Captured,
+    CrossBlock,
+    DualBlock,
+    DualStream,
+    Emitting,
+    SelfBlock,
+    TextTransformer,
+    Transformer,
+    capture,
+    capture_plan,
+    make_inputs,
+    plan,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def flux_inputs(seed: int = 1, time: float = 0.9) -> dict[str, Any]:
+    prompt = FLUX.prompt(1).cond
+    return dict(hidden_states=FLUX.latents(seed), timestep=torch.full((BATCH,), time), return_dict=False, **prompt)
+
+
+@pytest.fixture(scope="module")
+def flux() -> Captured:
+    """The plan of a FLUX with 3 double and 4 single blocks, one of them in the head."""
+    with torch.no_grad():
+        return capture_plan(FLUX.build(), flux_inputs())
+
+
+def planned(model: nn.Module, inputs: dict[str, Any] | None = None, **fields: Any) -> Plan:
+    found = plan(model.eval(), inputs, **fields)
+    assert isinstance(found, Plan), [str(miss) for miss in found]
+    return found
+
+
+def refused(model: nn.Module, **fields: Any) -> Mismatch:
+    found = plan(model.eval(), **fields)
+    assert isinstance(found, tuple), str(found)
+    return found[0]
+
+
+def paths_of(model: nn.Module) -> list[str]:
+    """Paths of all block lists that were located and carry a stream."""
+    look: Callable[[fx.GraphModule], Any] = lambda gm: locate_blocks(Program(gm.graph))  # noqa: E731
+    return [blocks.path for blocks in capture(model.eval(), make_inputs(model), look).found if blocks.is_carried]
+
+
+# Locate.
+
+
+def test_flux_is_two_lists_of_blocks_without_gaps(flux):
+    double, single = (match.blocks for match in flux.found.chain)
+    assert (double.path, single.path) == ("transformer_blocks", "single_transformer_blocks")
+    assert [block.path for block in single.blocks] == [f"single_transformer_blocks.{i}" for i in range(4)]
+    assert {block.cls.__name__ for block in double.blocks} == {"FluxTransformerBlock"}
+    for blocks in (double, single):
+        for block, following in zip(blocks.blocks, blocks.blocks[1:], strict=False):
+            assert block.start < block.end <= block.span_end == following.start
+        assert blocks.blocks[-1].span_end == blocks.blocks[-1].end
+    assert double.blocks[-1].end <= single.blocks[0].start
+
+
+def test_flux_carries_both_streams_over_every_boundary(flux):
+    for blocks in (match.blocks for match in flux.found.chain):
+        assert len(blocks.boundaries) == len(blocks.blocks) + 1
+        assert all(set(boundary) == {HIDDEN, ENCODER} for boundary in blocks.boundaries[:-1])
+        for boundary, block in zip(blocks.boundaries[1:], blocks.blocks, strict=True):
+            for role, node in boundary.items():
+                assert block.start <= flux.found.program.position[node] < block.span_end
+                assert re.fullmatch(role + r"(_\d+)?", node.name)
+    assert set(flux.found.chain[1].blocks.boundaries[-1]) == {HIDDEN}  # The text goes no further.
+
+
+def test_the_nodes_of_a_block_are_tagged_with_its_number(flux):
+    tags = [node.meta["cachedit_block"] for node in flux.found.program.nodes if "cachedit_block" in node.meta]
+    assert tags == sorted(tags)
+    assert set(tags) == set(range(7))
+
+
+class NestedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(SelfBlock() for _ in range(2))
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, temb)
+        return hidden_states
+
+
+def test_lists_inside_blocks_are_not_taken():
+    paths = paths_of(Transformer(NestedBlock))
+    assert "blocks" in paths
+    assert not [path for path in paths if path.startswith("blocks.")]
+
+
+class CaptionProjections(TextTransformer):
+    """Every block has a projection of the text of its own; the projections are in a list."""
+
+    def __init__(self) -> None:
+        super().__init__(CrossBlock)
+        self.context_embedder = nn.ModuleList(nn.Linear(12, WIDTH) for _ in self.blocks)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        temb = self.embed_time(timestep)
+        hidden_states = self.x_embedder(hidden_states)
+        captions = [project(encoder_hidden_states) for project in self.context_embedder]
+        for caption, block in zip(captions, self.blocks, strict=True):
+            hidden_states = block(hidden_states, caption, temb)
+        return self.unembed(hidden_states, temb)
+
+
+def test_alike_modules_that_hand_nothing_on_are_no_chain():
+    assert "context_embedder" not in paths_of(CaptionProjections())
+    assert [match.blocks.path for match in planned(CaptionProjections()).chain] == ["blocks"]
+
+
+# Join. A variant of `Transformer` that differs in what it does with its stream only overrides `loop`.
+
+
+class Variant(Transformer):
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        temb = self.embed_time(timestep)
+        hidden_states = self.x_embedder(hidden_states)
+        hidden_states = self.loop(hidden_states, temb)
+        return self.unembed(hidden_states, temb)
+
+
+class Refined(Variant):
+    """Two lists, one after the other, with a scaling and a permutation of the tokens between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refiner = nn.ModuleList(SelfBlock() for _ in range(2))
+
+    def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states, temb)
+        hidden_states = hidden_states.transpose(0, 1).contiguous().transpose(0, 1)
+        for block in self.refiner:
+            hidden_states = block(hidden_states, temb)
+        return hidden_states
+
+
+class Controlled(Transformer):
+    """A second list runs on a control signal; its results are added to the stream of the first."""
+
+    def __init__(self, *, at_once: bool) -> None:
+        super().__init__()
+        self.at_once = at_once
+        self.control_embedder = nn.Linear(CHANNELS, WIDTH)
+        self.control_blocks = nn.ModuleList(SelfBlock() for _ in range(2))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, control: Tensor) -> tuple[Tensor]:
+        temb = self.embed_time(timestep)
+        hidden_states = self.x_embedder(hidden_states)
+        control = self.control_embedder(control)
+        hints = []
+        for block in self.control_blocks:
+            control = block(control, temb)
+            hints.append(control)
+        if self.at_once:
+            hidden_states = hidden_states + control
+            hints.clear()
+        for block in self.blocks:
+            hidden_states = block(hidden_states, temb)
+            if hints:
+                hidden_states = hidden_states + hints.pop()
+        return self.unembed(hidden_states, temb)
+
+
+def test_lists_that_one_stream_runs_through_are_joined():
+    found = planned(Refined())
+    assert [match.blocks.path for match in found.chain] == ["blocks", "refiner"]
+    assert [region.name for region in found.regions] == ["blocks[1:4]+refiner"]
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["behind-blocks", "before-the-first"])
+def test_a_list_whose_results_are_added_from_the_side_is_not_joined(at_once):
+    model = Controlled(at_once=at_once)
+    inputs = {**make_inputs(model), "control": torch.randn(BATCH, IMAGE, CHANNELS)}
+    assert [match.blocks.path for match in planned(model, inputs).chain] == ["blocks"]
+
+
+# Cut.
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [("transformer_blocks[1:3]+single_transformer_blocks", 1, 7)]),
+        ({"Bn_compute_blocks": 1}, [("transformer_blocks[1:3]+single_transformer_blocks[0:3]", 1, 6)]),
+        ({"Fn_compute_blocks": 3}, [("single_transformer_blocks", 3, 7)]),
+        ({"Fn_compute_blocks": 2, "Bn_compute_blocks": 4}, [("transformer_blocks[2:3]", 2, 3)]),
+        ({"Fn_compute_blocks": 5, "Bn_compute_blocks": 1}, [("single_transformer_blocks[2:3]", 5, 6)]),
+        ({"regions": "per_list"}, [("transformer_blocks[1:3]", 1, 3), ("single_transformer_blocks[1:4]", 4, 7)]),
+    ],
+)
+def test_fn_and_bn_place_the_cuts_in_the_joined_chain(flux, fields, expected):
+    config = CacheConfig(**{"Fn_compute_blocks": 1, **fields})
+    regions = cut_regions(flux.found.program, flux.found.chain, config)
+    assert [(region.name, region.first, region.last) for region in regions] == expected
+    blocks = [block for match in flux.found.chain for block in match.blocks.blocks]
+    for region in regions:
+        inside = {node.meta["cachedit_block"] for node in region.nodes if "cachedit_block" in node.meta}
+        assert inside == set(range(region.first, region.last))
+        assert flux.found.program.position[region.nodes[0]] >= blocks[region.first].start
+
+
+@pytest.mark.parametrize(("fn", "bn", "name"), [(1, 0, "blocks[1:4]"), (1, 1, "blocks[1:3]"), (2, 1, "blocks[2:3]")])
+def test_streams_are_paired_across_the_region(fn, bn, name):
+    (region,) = planned(DualStream(), Fn_compute_blocks=fn, Bn_compute_blocks=bn).regions
+    assert region.name == name
+    roles = [HIDDEN, ENCODER] if bn else [HIDDEN]  # Without Bn blocks nobody reads the text after the region.
+    assert {pair.role for pair in region.carried} == set(roles)
+    assert all(pair.before is not None for pair in region.carried)
+
+
+def test_what_blocks_emit_is_cached_as_it_is():
+    (region,) = planned(Emitting()).regions
+    stream, emitted = sorted(region.carried, key=lambda pair: pair.before is None)
+    assert (stream.role, emitted.before) == (HIDDEN, None)
+    assert emitted.after.name.startswith(ENCODER)
+
+
+class AddsBetween(Variant):
+    def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states, temb)
+            hidden_states = hidden_states - temb.unsqueeze(1)
+        return hidden_states
+
+
+def test_work_between_two_blocks_belongs_to_the_one_before():
+    (region,) = planned(AddsBetween(), Fn_compute_blocks=2, Bn_compute_blocks=1).regions
+    subtractions = [node for node in region.nodes if node.target is operator.sub]
+    assert region.hidden_after.target is operator.sub and region.hidden_after not in region.nodes
+    assert len(subtractions) == 1
+    assert [pair.after for pair in region.carried] == subtractions
+    assert subtractions[0] is region.nodes[-1]
+
+
+class SliceBlock(SelfBlock):
+    def forward(self, hidden_states: Tensor, temb: Tensor, shift: Tensor) -> Tensor:
+        return super().forward(hidden_states + shift.unsqueeze(1), temb)
+
+
+class Slices(Variant):
+    """Each block's shift is made from the time embedding just before the block."""
+
+    block_class = SliceBlock
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_shifts = nn.Linear(WIDTH, len(self.blocks) * WIDTH)
+
+    def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        shifts = self.to_shifts(temb).unflatten(-1, (len(self.blocks), WIDTH))
+        for i, block in enumerate(self.blocks):
+            shift = F.silu(shifts[:, i])
+            hidden_states = block(hidden_states, temb, shift)
+        return hidden_states
+
+
+def test_a_value_that_depends_on_no_stream_is_hoisted_if_a_bn_block_needs_it():
+    (region,) = planned(Slices(), Bn_compute_blocks=1).regions
+    assert [node.target for node in region.hoisted] == [operator.getitem, F.silu]
+    assert not set(region.hoisted) & set(region.nodes)
+    assert [pair.role for pair in region.carried] == [HIDDEN]
+
+
+class Skips(Variant):
+    """What one block makes is read once more after the last."""
+
+    def __init__(self, source: int) -> None:
+        super().__init__()
+        self.source = source
+
+    def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            hidden_states = block(hidden_states, temb)
+            if i == self.source:
+                skip = hidden_states.tanh()
+        return hidden_states + skip
+
+
+def test_a_skip_from_an_fn_block_passes_the_region_by():
+    (region,) = planned(Skips(source=0), Bn_compute_blocks=1).regions
+    assert [pair.role for pair in region.carried] == [HIDDEN]
+    assert not [node for node in region.nodes if node.target == "tanh"]
+
+
+def test_a_skip_out_of_the_region_is_cached_as_it_is():
+    (region,) = planned(Skips(source=1), Bn_compute_blocks=1).regions
+    values = [pair for pair in region.carried if pair.before is None]
+    assert [pair.role for pair in region.carried if pair.before is not None] == [HIDDEN]
+    assert [pair.after.target for pair in values] == ["tanh"]
+
+
+@pytest.mark.parametrize(
+    "model", [Slices, Refined, lambda: Skips(source=0)], ids=["slices", "refined", "skip-from-fn-block"]
+)
+def test_computed_and_reused_steps_around_a_cut_are_bitwise_the_reference(model):
+    model = model().eval()
+    fields = dict(Fn_compute_blocks=1, Bn_compute_blocks=1, residual_diff_threshold=1e9, max_warmup_steps=1)
+    config = CacheConfig(**fields, inner_backend="eager", on_no_match="raise")
+    module = torch.compile(model, backend=cachedit_fx.Backend(config), fullgraph=True)
+    steps = [make_inputs(model, seed, time) for seed, time in ((1, 0.9), (2, 0.8), (3, 0.7))]
+    outputs = [module(**inputs)[0] for inputs in steps]
+    blocks = [*model.blocks, *getattr(model, "refiner", ())]
+    with ReferenceCache(model, [(block, ("hidden_states",)) for block in blocks], **fields) as reference:
+        for inputs, output in zip(steps, outputs, strict=True):
+            torch.testing.assert_close(output, reference("only", **inputs), rtol=0, atol=0)
+    assert [record.reused for record in reference.records] == [False, True, True]
+
+
+# Refusals: what the region must not do, or the run must not be.
+
+
+class Writes(Variant):
+    """Behind the second block something is written: write(stream, buffer made before the blocks, time embedding)."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.write = write
+
+    def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        buffer = torch.zeros_like(hidden_states)
+        for i, block in enumerate(self.blocks):
+            hidden_states = block(hidden_states, temb)
+            if i == 1:
+                self.write(hidden_states, buffer, temb)
+        return hidden_states + buffer.mean()
+
+
+@pytest.mark.parametrize(
+    ("write", "found"),
+    [
+        pytest.param(lambda h, b, t: b.__setitem__(0, h[1]), r"operator\.setitem", id="item"),
+        pytest.param(lambda h, b, t: operator.iadd(b, h), r"operator\.iadd", id="augmented"),
+        pytest.param(lambda h, b, t: b.view(-1).add_(h.flatten()), "add_", id="view"),
+        pytest.param(lambda h, b, t: torch.add(h, 1, out=b), r"torch\.add", id="out"),
+        pytest.param(lambda h, b, t: torch.ops.aten.add_.Tensor(b, h), r"add_", id="overload"),
+        pytest.param(lambda h, b, t: F.silu(t, inplace=True), "silu", id="by-keyword"),
+        pytest.param(lambda h, b, t: F.silu(t, True), "silu", id="by-position"),
+    ],
+)
+def test_a_region_that_writes_into_what_was_made_before_it_is_refused(write, found):
+    miss = refused(Writes(write))
+    assert miss.cause is Cause.IN_PLACE
+    assert re.search(r"in place.*, found .*" + found, miss.detail)
+    path, _, line = miss.where.rpartition(":")
+    assert (path, int(line)) == (__file__, write.__code__.co_firstlineno)
+
+
+def test_a_region_may_write_into_what_it_made_itself():
+    (region,) = planned(Writes(lambda h, b, t: torch.zeros_like(h).add_(h))).regions
+    assert "add_" in [node.target for node in region.nodes]
+
+
+class FirstAddsInPlace(SelfBlock):
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        hidden_states += self.attn(self.norm(hidden_states, temb), hidden_states)
+        hidden_states = hidden_states + self.mlp(hidden_states)
+        return hidden_states
+
+
+def test_an_fn_block_that_writes_over_the_stream_it_was_given_is_refused():
+    model = Transformer()
+    model.blocks[0] = FirstAddsInPlace()  # The stream before it, which the residual is taken against, is lost.
+    assert refused(model).cause is Cause.IN_PLACE
+
+
+class Reads(Variant):
+    def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            hidden_states = block(hidden_states, temb)
+            if i == 1:
+                size = hidden_states.abs().mean().item()
+        return hidden_states / size
+
+
+def test_a_number_read_from_the_stream_cannot_leave_the_region():
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        miss = refused(Reads())
+    assert miss.cause is Cause.DYNAMIC
+    assert re.search(r"only tensors to leave the region, found \w+", miss.detail)
+
+
+class Joined(TextTransformer):
+    """Two streams in the first list, one that holds both in the second, and only the image leaves."""
+
+    block_class = DualBlock
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.joint_blocks = nn.ModuleList(SelfBlock() for _ in range(3))
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        temb = self.embed_time(timestep)
+        hidden_states = self.x_embedder(hidden_states)
+        encoder_hidden_states = self.context_embedder(encoder_hidden_states)
+        for block in self.blocks:
+            hidden_states, encoder_hidden_states = block(hidden_states, encoder_hidden_states, temb)
+        hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        for block in self.joint_blocks:
+            hidden_states = block(hidden_states, temb)
+        return self.unembed(hidden_states[:, TEXT:], temb)
+
+
+def test_the_cut_lies_behind_the_slice_that_takes_joined_streams_apart():
+    found = planned(Joined())
+    (region,) = found.regions
+    assert region.name == "blocks[1:2]+joint_blocks"
+    (pair,) = region.carried
+    assert (pair.role, pair.after.target, pair.after is region.nodes[-1]) == (HIDDEN, operator.getitem, True)
+    assert value_of(pair.before).shape == value_of(pair.after).shape == (BATCH, IMAGE, WIDTH)
+
+
+def test_a_cut_between_blocks_of_joined_streams_leaves_them_unpaired():
+    miss = refused(Joined(), Bn_compute_blocks=1)
+    assert miss.cause is Cause.UNPAIRED
+    assert re.search(
+        r"hidden_states_\d float32\[2, 6, 16\].*, found hidden_states_\d+ float32\[2, 11, 16\]", miss.detail
+    )
+
+
+@pytest.mark.parametrize(("fn", "bn"), [(4, 0), (3, 1), (0, 0), (1, 8)])
+def test_fn_and_bn_leave_at_least_one_block_and_have_one_to_look_at(fn, bn):
+    miss = refused(Transformer(), Fn_compute_blocks=fn, Bn_compute_blocks=bn)
+    assert miss.cause is Cause.TOO_FEW_BLOCKS
+    assert re.search(
+        rf"1 <= Fn_compute_blocks .* < 4, the number of blocks of blocks, found {fn} \+ {bn}$", miss.detail
+    )
+
+
+class NoBlocks(Transformer):
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        return self.unembed(self.x_embedder(hidden_states), timestep[:, None] * torch.ones(WIDTH))
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(NoBlocks, id="no-list"), pytest.param(lambda: Transformer(depth=1), id="a-list-of-one")]
+)
+def test_a_model_without_a_loop_of_blocks_has_no_chain(model):
+    miss = refused(model())
+    assert (miss.cause, miss.template) == (Cause.NO_CHAIN, None)
+    assert re.search(r"a list of blocks that hand a stream on .* TORCH_LOGS=graph_breaks", miss.detail)
+
+
+def test_a_graph_that_needs_gradients_is_refused():
+    with torch.enable_grad():
+        miss = refused(Transformer())
+        assert isinstance(plan(Transformer().requires_grad_(False)), Plan)
+    assert miss.cause is Cause.GRADIENTS
+    assert "run it under torch.no_grad()" in miss.detail
+
+
+def test_a_module_in_training_mode_is_refused():
+    config = CacheConfig(Fn_compute_blocks=1, inner_backend="eager", on_no_match="raise")
+    model = Transformer().train()
+    message = rf"NoMatchError.*\n.*\n  {Cause.TRAINING.value}: expected a module in eval mode.*call \.eval\(\)"
+    with pytest.raises(BackendCompilerFailed, match=message):  # Dynamo's own, around ours.
+        torch.compile(model, backend=cachedit_fx.Backend(config))(**make_inputs(model))
+
+
+def test_every_cause_is_provoked_by_a_test():
+    here = Path(__file__)
+    tests = here.read_text(encoding="utf-8") + here.with_name("test_patterns.py").read_text(encoding="utf-8")
+    assert [cause for cause in Cause if f"Cause.{cause.name}" not in tests] == []

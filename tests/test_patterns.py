@@ -1,0 +1,358 @@
+"""Which template a model's blocks fit, and why the others do not."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import cachedit_fx
+from cachedit_fx import BlockTemplate, ConfigError, register_pattern, unregister_pattern
+from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.passes.locate import locate_blocks
+from cachedit_fx.passes.pipeline import Plan
+from cachedit_fx.patterns import BUILT_IN, BlockList, Cause, Match, Mismatch, match_any, match_list, templates
+from cachedit_fx.patterns.chain import ENCODER, HIDDEN
+from tests import synthetic
+from tests.synthetic import (
+    PATTERNS,
+    DropsText,
+    DualStream,
+    DualStreamEncoderFirst,
+    EmitsForNobody,
+    Emitting,
+    EmittingEncoderFirst,
+    Halving,
+    SelfBlock,
+    SkipsText,
+    TextTransformer,
+    Transformer,
+    capture,
+    make_inputs,
+    plan,
+)
+
+MINE = "mine"
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_registered_patterns():
+    yield
+    for template in templates():
+        if template.number is None:
+            unregister_pattern(template.name)
+
+
+def blocks_of(model: nn.Module) -> BlockList:
+    """The list at `blocks`, whether or not it is a chain."""
+
+    def look(gm: fx.GraphModule) -> BlockList:
+        return next(blocks for blocks in locate_blocks(Program(gm.graph)) if blocks.path == "blocks")
+
+    return capture(model.eval(), make_inputs(model), look).found
+
+
+def matched(model: nn.Module) -> Match:
+    """The one match of a model that fits."""
+    found = plan(model.eval())
+    assert isinstance(found, Plan), [str(miss) for miss in found]
+    (match,) = found.chain
+    return match
+
+
+def source_at(where: str) -> str:
+    """The line that `where` points at, in tests/synthetic.py."""
+    path, _, line = where.rpartition(":")
+    assert Path(path).samefile(synthetic.__file__)
+    return Path(path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+
+
+# What fits.
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (0, "dual-stream"),
+        (1, "dual-stream, encoder first"),
+        (2, "cross-attention"),
+        (3, "hidden-only"),
+        (4, "hidden-only, emits encoder"),
+        (5, "hidden-only, emits encoder first"),
+    ],
+)
+def test_each_model_matches_its_pattern(number, name):
+    match = matched(PATTERNS[number]())
+    assert (match.template.number, match.template.name) == (number, name)
+    assert match.label == f"pattern {number} ({name})"
+    assert len(match.blocks.blocks) == synthetic.DEPTH
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        pytest.param(DropsText, None, id="drops-text"),
+        pytest.param(SkipsText, 3, id="skips-text"),
+        pytest.param(Halving, None, id="halving"),
+        pytest.param(EmitsForNobody, 3, id="emits-for-nobody"),
+    ],
+)
+def test_a_model_that_misses_its_pattern_by_one_thing_matches_another_or_none(model, expected):
+    found = match_any(blocks_of(model()))
+    assert (found.template.number if isinstance(found, Match) else None) == expected
+
+
+# A block class without source: its methods are compiled from a string.
+
+UNREADABLE = """
+class Unreadable(Base):
+    def forward(self, {arguments}):
+        hidden_states, encoder_hidden_states = super().forward({arguments})
+        return {returns}
+"""
+
+
+def without_source(base: type, returns: str) -> type:
+    arguments = ", ".join(list(inspect.signature(base.forward).parameters)[1:])
+    namespace = {"__name__": __name__, "Base": base}
+    exec(UNREADABLE.format(arguments=arguments, returns=returns), namespace)
+    return namespace["Unreadable"]
+
+
+@pytest.mark.parametrize(
+    ("number", "base", "returns", "label"),
+    [
+        (0, synthetic.DualBlock, (HIDDEN, ENCODER), r"pattern 0 or 1 \(dual-stream;"),
+        (1, synthetic.DualBlock, (ENCODER, HIDDEN), r"pattern 0 or 1 \(dual-stream;"),
+        (4, synthetic.EmitBlock, (HIDDEN, ENCODER), r"pattern 4 or 5 \(hidden-only"),
+        (5, synthetic.EmitBlock, (ENCODER, HIDDEN), r"pattern 4 or 5 \(hidden-only"),
+    ],
+    ids=["0", "1", "4", "5"],
+)
+def test_without_source_the_label_leaves_the_return_order_open(number, base, returns, label):
+    block = without_source(base, ", ".join(returns))
+    assert re.match(label + r".*the return order is not known\)", matched(PATTERNS[number](block)).label)
+
+
+# What does not fit, and why.
+
+EMITTED = r"encoder_hidden_states_\d+ float32\[2, 6, 16\]"
+SWAPPED = r"returns \(encoder_hidden_states, hidden_states\), found `return hidden_states, encoder_hidden_states`"
+
+# Model, pattern, cause, detail, node, what the user's line holds, blocks that fitted. A None: nothing in the graph
+# is to blame.
+NEAR_MISSES = [
+    pytest.param(DropsText, 0, Cause.STREAM_COUNT, r"expected 2 streams .* from block 1 into block 2 .* found 1",
+                 r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 1, id="0-text-dropped"),
+    pytest.param(DropsText, 1, Cause.STREAM_COUNT, r"expected 2 streams .* from block 1 into block 2 .* found 1",
+                 r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 1, id="1-text-dropped"),
+    pytest.param(DropsText, 3, Cause.STREAM_COUNT, r"expected 1 stream \(hidden_states\) .* found 2 \(hidden_states_2",
+                 r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 0, id="3-text-at-first"),
+    pytest.param(DualStreamEncoderFirst, 0, Cause.RETURN_ORDER, r"`return encoder_hidden_states, hidden_states` in "
+                 r"DualBlockEncoderFirst\.forward", None, None, 4, id="0-encoder-first"),
+    pytest.param(DualStream, 1, Cause.RETURN_ORDER, SWAPPED + r" in DualBlock\.forward", None, None, 4,
+                 id="1-hidden-first"),
+    pytest.param(SkipsText, 2, Cause.NO_CONTEXT, r"a context \(encoder_hidden_states\) that every block reads",
+                 None, None, 0, id="2-text-skipped"),
+    pytest.param(TextTransformer, 3, Cause.EXTRA_CONTEXT, r"also reads encoder_hidden_states float32\[2, 5, 16\]",
+                 r"encoder_hidden_states", "self.context_embedder(encoder_hidden_states)", 0, id="3-text-read"),
+    pytest.param(Halving, 3, Cause.STREAM_COUNT, r"from block 2 into block 3 .* found 0 \(no tensor that leaves",
+                 r"\w+", "hidden_states", 2, id="3-tokens-halved"),
+    pytest.param(Emitting, 3, Cause.EXTRA_EMITTED, rf"alone, found that the last one also emits {EMITTED}",
+                 r"encoder_hidden_states_\d+", "self.to_encoder(hidden_states)", 3, id="3-text-emitted"),
+    pytest.param(EmitsForNobody, 4, Cause.NO_EMITTED, r"to emit encoder_hidden_states, found nothing used after",
+                 None, None, 3, id="4-nobody-reads"),
+    pytest.param(EmittingEncoderFirst, 4, Cause.RETURN_ORDER, r"found `return encoder_hidden_states, hidden_states`",
+                 None, None, 4, id="4-encoder-first"),
+    pytest.param(EmitsForNobody, 5, Cause.NO_EMITTED, r"to emit encoder_hidden_states, found nothing used after",
+                 None, None, 3, id="5-nobody-reads"),
+    pytest.param(Emitting, 5, Cause.RETURN_ORDER, SWAPPED + r" in EmitBlock\.forward", None, None, 4,
+                 id="5-hidden-first"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "number", "cause", "detail", "node", "line", "progress"), NEAR_MISSES)
+def test_a_near_miss_says_why_and_where(model, number, cause, detail, node, line, progress):
+    miss = match_list(blocks_of(model()), BUILT_IN[number])
+    assert isinstance(miss, Mismatch) and not miss
+    assert miss.cause is cause
+    assert re.search(detail, miss.detail)
+    assert (miss.template, miss.progress, miss.total) == (BUILT_IN[number], progress, synthetic.DEPTH)
+    if node is None:
+        assert (miss.node, miss.where) == (None, "")
+    else:
+        assert re.fullmatch(node, miss.node or "nothing named")
+        assert line in source_at(miss.where)
+        assert miss.where in str(miss) and f"`{miss.node}`" in str(miss)
+
+
+def test_without_a_match_every_template_has_a_verdict_nearest_first():
+    verdicts = match_any(blocks_of(DropsText()))
+    assert isinstance(verdicts, tuple)
+    assert [miss.template.number for miss in verdicts] == [0, 1, 2, 3, 4, 5]
+    assert [miss.progress for miss in verdicts] == [1, 1, 0, 0, 0, 0]
+
+
+def test_a_plan_that_fails_at_matching_gives_the_verdicts():
+    verdicts = plan(Halving().eval())
+    assert isinstance(verdicts, tuple) and len(verdicts) == len(BUILT_IN)
+    assert verdicts[0].cause is Cause.STREAM_COUNT and verdicts[0].progress == 2
+
+
+# Templates of one's own.
+
+
+class AnonymousBlock(synthetic.DualBlock):
+    def forward(self, x: Tensor, c: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+        joint = torch.cat([self.norm(x, temb), self.norm_context(c, temb)], dim=1)
+        joint = self.attn(joint, joint)
+        x = x + joint[:, : x.shape[1]]
+        c = c + joint[:, x.shape[1] :]
+        return x, c
+
+
+class Anonymous(TextTransformer):
+    """Two streams under names that tell nothing, both used in the end."""
+
+    def __init__(self) -> None:
+        super().__init__(AnonymousBlock)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        temb = self.embed_time(timestep)
+        x = self.x_embedder(hidden_states)
+        c = self.context_embedder(encoder_hidden_states)
+        for block in self.blocks:
+            x, c = block(x, c, temb)
+        return self.unembed(x + c.mean(dim=1, keepdim=True), temb)
+
+
+def test_streams_whose_names_tell_nothing_are_a_mismatch():
+    miss = match_list(blocks_of(Anonymous()), BUILT_IN[0])
+    assert miss.cause is Cause.STREAM_NAME
+    assert re.search(r"found c, x .*BlockTemplate\(streams=\.\.\.\)", miss.detail)
+    assert miss.progress == synthetic.DEPTH - 1
+
+
+@pytest.mark.parametrize("order", [(HIDDEN, ENCODER), (ENCODER, HIDDEN)], ids=["x-c", "c-x"])
+@pytest.mark.parametrize("hidden", ["x", "c"])
+def test_a_template_names_the_streams_of_a_model(hidden, order):
+    names = {HIDDEN: hidden, ENCODER: "c" if hidden == "x" else "x"}
+    mine = register_pattern(BlockTemplate(MINE, (HIDDEN, ENCODER), order, streams=names))
+    found = match_list(blocks_of(Anonymous()), mine)
+    if [names[role] for role in order] == ["x", "c"]:
+        assert isinstance(found, Match)
+        assert found.label == "template 'mine'"
+        region = plan(Anonymous().eval()).regions[0]
+        entered = {pair.role: pair.before.name for pair in region.carried}
+        assert {role: name.partition("_")[0] for role, name in entered.items()} == names
+        assert region.hidden_before.name == hidden
+    else:
+        assert found.cause is Cause.RETURN_ORDER and "`return x, c`" in found.detail
+
+
+def test_a_template_whose_stream_names_the_model_lacks_is_a_mismatch():
+    mine = BlockTemplate(MINE, (HIDDEN,), (HIDDEN,), streams={HIDDEN: "latents"})
+    miss = match_list(blocks_of(Transformer()), mine)
+    assert miss.cause is Cause.STREAM_NAME
+    assert re.search(r"stream hidden_states under the name 'latents', found hidden_states", miss.detail)
+
+
+def test_a_registered_template_is_tried_before_the_built_in_ones():
+    register_pattern(BlockTemplate("older", (HIDDEN,), (HIDDEN,)))
+    register_pattern(BlockTemplate(MINE, (HIDDEN,), (HIDDEN,)))
+    assert [template.name for template in templates()[:3]] == [MINE, "older", "dual-stream"]
+    assert matched(Transformer()).label == "template 'mine'"
+    unregister_pattern(MINE)
+    torch._dynamo.reset()
+    assert matched(Transformer()).label == "template 'older'"
+
+
+def test_a_template_of_the_same_name_is_replaced():
+    register_pattern(BlockTemplate(MINE, (HIDDEN,), (HIDDEN,)))
+    newer = register_pattern(BlockTemplate(MINE, (HIDDEN, ENCODER), (HIDDEN,)))
+    assert [template for template in templates() if template.number is None] == [newer]
+
+
+@pytest.mark.parametrize(
+    ("restriction", "detail"),
+    [
+        pytest.param({"block_class": SelfBlock}, None, id="class"),
+        pytest.param({"block_class": "SelfBlock"}, None, id="class-name"),
+        pytest.param({"module_path": "bl*"}, None, id="path"),
+        pytest.param({"block_class": nn.Module}, r"of class Module, found SelfBlock", id="base-class"),
+        pytest.param({"block_class": "OtherBlock"}, r"of class OtherBlock, found SelfBlock", id="other-class-name"),
+        pytest.param({"module_path": "*single*"}, r"list at '\*single\*', found 'blocks'", id="other-path"),
+    ],
+)
+def test_a_restricted_template_fits_only_there(restriction, detail):
+    register_pattern(BlockTemplate(MINE, (HIDDEN,), (HIDDEN,), **restriction))
+    blocks = blocks_of(Transformer())
+    found = match_list(blocks, templates()[0])
+    if detail is None:
+        assert isinstance(found, Match)
+    else:
+        assert found.cause is Cause.RESTRICTED and found.progress == 0
+        assert re.search(detail, found.detail)
+        assert match_any(blocks).template is BUILT_IN[3]
+
+
+@pytest.mark.parametrize("cached", ["residual", "value"])
+def test_a_reused_step_takes_the_residual_or_the_value_as_the_template_says(cached):
+    register_pattern(BlockTemplate(MINE, (HIDDEN,), (HIDDEN,), cached={HIDDEN: cached}))
+    model = Transformer().eval()
+    first, second = (make_inputs(model, seed, time) for seed, time in ((1, 0.9), (2, 0.8)))
+    streams: list[list[Tensor]] = []  # Per call: what leaves the first block and what leaves the last, in eager.
+    for inputs in (first, second):
+        temb, stream = model.embed_time(inputs["timestep"]), [model.x_embedder(inputs["hidden_states"])]
+        for block in model.blocks:
+            stream.append(block(stream[-1], temb))
+        streams.append([stream[1], stream[-1]])
+    (entered, left), (enters, _) = streams
+    expected = left if cached == "value" else enters + (left - entered)
+    config = cachedit_fx.CacheConfig(
+        Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=1.0, inner_backend="eager"
+    )
+    module = torch.compile(model, backend=cachedit_fx.Backend(config), fullgraph=True)
+    module(**first)
+    reused = module(**second)[0]
+    assert cachedit_fx.summary(module)[0].decisions == ["warmup", "threshold-one"]
+    torch.testing.assert_close(reused, model.unembed(expected, temb)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"takes": (ENCODER,)}, r"'mine' must take and return 'hidden_states'.*takes=\['encoder_hidden_states'\]"),
+        ({"returns": (ENCODER,)}, r"must take and return 'hidden_states'.*returns=\['encoder_hidden_states'\]"),
+        ({"streams": {ENCODER: "c"}}, r"streams names \['encoder_hidden_states'\], allowed are \['hidden_states'\]"),
+        ({"cached": {"audio": "value"}}, r"cached names \['audio'\], allowed are \['hidden_states'\]"),
+        ({"cached": {HIDDEN: "delta"}}, r"cached\['hidden_states'\] must be one of .*residual.*value.* got 'delta'"),
+    ],
+    ids=["takes", "returns", "streams", "cached-role", "cached-kind"],
+)
+def test_a_malformed_template_is_an_error_that_names_the_field(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        BlockTemplate(**{"name": MINE, "takes": (HIDDEN,), "returns": (HIDDEN,), **fields})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        pytest.param("dual-stream", r"takes a BlockTemplate, got 'dual-stream'", id="no-template"),
+        pytest.param(BUILT_IN[3], r"number 3 belongs to a built-in pattern; leave number=None", id="number"),
+    ],
+)
+def test_only_templates_without_a_number_are_registered(given, message):
+    with pytest.raises(ConfigError, match=message):
+        register_pattern(given)
+    assert templates() == BUILT_IN
