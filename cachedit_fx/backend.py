@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cachedit_fx.capture import captured_module, copy_graph
+from cachedit_fx.capture import captured_module, copy_graph, forget_examples
 from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.config import CacheConfig, split_options
 from cachedit_fx.errors import NoMatchError, PassError
@@ -131,7 +131,9 @@ def _compile_guarded(rewritten: Rewritten, config: CacheConfig, compiler: InnerC
     for piece in pieces:
         compiler.compile_piece(piece)
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
-    instance_of(weight if isinstance(weight, torch.Tensor) else placeholders[weight].meta["cachedit_example"])
+    anchor = weight if isinstance(weight, torch.Tensor) else placeholders[weight].meta["cachedit_example"]
+    forget_examples(plan.gm, rewritten.guarded.gm, *(piece.gm for piece in pieces))
+    instance_of(anchor)
     log.info("cached: %s; %d pieces, %d of them blocks", plan, len(pieces), sum(bool(p.blocks) for p in pieces))
     return GuardedCall(
         rewritten.guarded.gm.forward,

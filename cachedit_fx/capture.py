@@ -45,6 +45,14 @@ def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
     return copy
 
 
+def forget_examples(*modules: fx.GraphModule) -> None:
+    """Lets go of what Dynamo passed: a prompt must be able to die, and its session with it."""
+    for module in modules:
+        for inner in module.modules():
+            for node in inner.graph.nodes if isinstance(inner, fx.GraphModule) else ():
+                node.meta.pop("cachedit_example", None)
+
+
 def captured_module() -> torch.nn.Module | None:
     """The module whose forward Dynamo is tracing now, if that can be told."""
     frame = _traced_locals()

@@ -40,11 +40,12 @@ class ConditioningTable:
 
     Args:
         on_end: Called with a token that can't come back, from whichever thread lets the tensor die.
+        lock: Held by every method and during `on_end`; its owner shares it, so that there is no order of locks.
     """
 
-    def __init__(self, on_end: Callable[[int], None]) -> None:
+    def __init__(self, on_end: Callable[[int], None], lock: threading.RLock) -> None:
         self._on_end = on_end
-        self._lock = threading.RLock()
+        self._lock = lock
         self._live: dict[int, _Entry] = {}
         self._orphans: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._calls = 0

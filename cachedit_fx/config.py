@@ -105,8 +105,7 @@ def _inductor_options() -> tuple[str, ...]:
 
 
 def _unknown_option(name: object, value: object, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(name), OPTION_NAMES, n=1, cutoff=0.5)
-    near = near or difflib.get_close_matches(str(name), known, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(str(name), (*OPTION_NAMES, *known), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     others = ", and every option of Inductor" if known else ""
     return (

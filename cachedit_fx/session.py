@@ -120,8 +120,8 @@ class Instance:
     """All sessions of one module instance."""
 
     def __init__(self) -> None:
-        self.conditioning = ConditioningTable(self._conditioning_ended)
         self._lock = threading.RLock()
+        self.conditioning = ConditioningTable(self._conditioning_ended, self._lock)
         self._sessions: OrderedDict[tuple[Hashable, ...], Session] = OrderedDict()
         self._finished: deque[tuple[int, list[CacheStats]]] = deque(maxlen=MAX_FINISHED)
 

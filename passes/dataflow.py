@@ -128,6 +128,7 @@ class Program:
         shapes = {shape_key(node) for node in output.all_input_nodes if is_tensor(node)}
         alike = {n for n in self.nodes if n.op == "placeholder" and is_tensor(n) and shape_key(n) in shapes}
         behind = self.conditioning_behind(hidden) if hidden is not None else frozenset()
+        alike = {node for node in alike if node in behind or not is_named_conditioning(node)}
         if behind & alike:
             return frozenset(alike)
         return frozenset(alike) | frozenset(node for node in behind if not is_named_conditioning(node))

@@ -1,0 +1,63 @@
+"""The README shows what is true: its code runs, and its table of models is what the passes find."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import cachedit_fx
+from cachedit_fx.passes.pipeline import Plan
+from tests.models import FAMILIES, Family
+from tests.synthetic import plan
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the first table under a heading, without its two header lines."""
+    section = README.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.slow
+def test_the_first_code_block_runs_and_reuses_steps():
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(compile(code[1], "README.md", "exec"), names)
+    (stats,) = cachedit_fx.summary(names["model"])
+    assert stats.num_steps == 8
+    assert stats.cached_steps
+    shown = README.split("prints (random weights", 1)[1].split("```")[1]
+    assert [len(stats.cached_steps), 8] == [int(cell) for cell in re.findall(r"\| (\d+) ", shown)]
+
+
+def test_every_option_is_in_the_table_with_its_default():
+    listed = {name: row[1] for row in rows("Options") for name in re.findall(r"`(\w+)`", row[0])}
+    assert set(listed) == set(cachedit_fx.config.OPTION_NAMES)
+    for name in cachedit_fx.config.OPTION_NAMES:
+        assert str(getattr(cachedit_fx.CacheConfig(), name)) in listed[name].replace('"', "")
+
+
+def plan_of(family: Family) -> Plan:
+    latents = family.latents(1)
+    timestep = torch.full((latents.shape[0],), 0.9 * family.timestep_scale)
+    inputs = dict(hidden_states=latents, timestep=timestep, return_dict=False, **family.prompt(1).cond)
+    with torch.no_grad():
+        found = plan(family.build(), inputs)
+    assert isinstance(found, Plan)
+    return found
+
+
+@pytest.mark.parametrize("row", rows("Which models match"), ids=lambda row: row[0])
+def test_every_model_of_the_table_matches_as_it_says(row):
+    name, lists, patterns = row
+    family = next(family for family in FAMILIES.values() if type(family.build()).__name__ == name)
+    found = plan_of(family)
+    assert [match.blocks.path for match in found.chain] == re.findall(r"`(\w+)`", lists)
+    assert [str(match.template.number) for match in found.chain] == re.findall(r"\d", patterns)
