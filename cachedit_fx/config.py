@@ -119,7 +119,7 @@ def _check_int(field: str, value: object, *, least: int) -> None:
 
 
 def _check_float(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
         raise ConfigError(f"cachedit_fx: {field} must be a finite number, got {value!r}")
 
 

@@ -86,9 +86,10 @@ class Snapshot:
 class Session:
     """One generation's one guidance branch. `snapshot` is all that changes."""
 
-    __slots__ = ("key", "label", "number", "request", "snapshot")
+    __slots__ = ("epoch", "key", "label", "number", "request", "snapshot")
 
-    def __init__(self, key: tuple[Hashable, ...], label: str, request: Hashable | None) -> None:
+    def __init__(self, key: tuple[Hashable, ...], label: str, request: Hashable | None, epoch: int) -> None:
+        self.epoch = epoch
         self.key = key
         self.request = request
         self.label = label
@@ -121,6 +122,7 @@ class Instance:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._epoch = 0  # Counts the resets.
         self.conditioning = ConditioningTable(self._conditioning_ended, self._lock)
         self._sessions: OrderedDict[tuple[Hashable, ...], Session] = OrderedDict()
         self._finished: deque[tuple[int, list[CacheStats]]] = deque(maxlen=MAX_FINISHED)
@@ -138,14 +140,16 @@ class Instance:
             return known
         branch = "" if token is None else f"conditioning {token}"
         named = "" if request is None else str(request)
-        return Session(key, ", ".join(filter(None, (named, branch))) or "unnamed", request)
+        return Session(key, ", ".join(filter(None, (named, branch))) or "unnamed", request, self._epoch)
 
     def commit(self, session: Session, snapshot: Snapshot, *, is_new_generation: bool) -> None:
         """Takes a finished step. A new generation under an old key ends the old session first."""
         with self._lock:
+            if session.epoch != self._epoch:
+                return  # Reset while the step ran: what it would keep was to go.
             if is_new_generation and session.number:
                 self._finish(session)
-                session = Session(session.key, session.label, session.request)
+                session = Session(session.key, session.label, session.request, session.epoch)
             session.number = session.number or next(_serial)
             session.snapshot = snapshot
             self._sessions[session.key] = session
@@ -160,6 +164,7 @@ class Instance:
 
     def clear(self) -> None:
         with self._lock:
+            self._epoch += 1
             self._sessions.clear()
             self._finished.clear()
             self.conditioning.clear()

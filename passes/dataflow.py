@@ -119,19 +119,16 @@ class Program:
         return frozenset(source for source in self.inputs_behind(node) if self.is_sequence(source))
 
     def latent_inputs(self, hidden: fx.Node | None) -> frozenset[fx.Node]:
-        """Inputs that change at every step: those shaped like something the model returns.
+        """Inputs that change at every step: those that the hidden stream starts from.
 
-        Where none is (image-to-video: extra channels), those that the hidden stream starts from, less what is named
-        like a conditioning (a model may join text and image into one stream before its first block).
+        A model may join text and image into one stream before its first block. Then they are those of them that are
+        shaped like something the model returns, or (image-to-video: extra channels) not named like a conditioning.
         """
         output = next(node for node in reversed(self.nodes) if node.op == "output")
         shapes = {shape_key(node) for node in output.all_input_nodes if is_tensor(node)}
-        alike = {n for n in self.nodes if n.op == "placeholder" and is_tensor(n) and shape_key(n) in shapes}
         behind = self.conditioning_behind(hidden) if hidden is not None else frozenset()
-        alike = {node for node in alike if node in behind or not is_named_conditioning(node)}
-        if behind & alike:
-            return frozenset(alike)
-        return frozenset(alike) | frozenset(node for node in behind if not is_named_conditioning(node))
+        alike = frozenset(node for node in behind if shape_key(node) in shapes)
+        return alike or frozenset(node for node in behind if not is_named_conditioning(node))
 
     def is_sequence(self, node: fx.Node) -> bool:
         """Whether the node is a floating tensor of at least three dimensions, as [B, L, D]."""

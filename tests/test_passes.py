@@ -5,34 +5,28 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
 from cachedit_fx.passes.cut import cut_regions
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.locate import locate_blocks
-from cachedit_fx.passes.pipeline import Plan
-from cachedit_fx.patterns import Cause, Mismatch
-from cachedit_fx.patterns.chain import ENCODER, HIDDEN, value_of
+from cachedit_fx.patterns.chain import ENCODER, HIDDEN
 from tests.models import FLUX
 from tests.reference import ReferenceCache
 from tests.synthetic import (
     BATCH,
     CHANNELS,
     IMAGE,
-    TEXT,
     WIDTH,
     Captured,
     CrossBlock,
-    DualBlock,
     DualStream,
     Emitting,
     SelfBlock,
@@ -41,8 +35,8 @@ from tests.synthetic import (
     capture,
     capture_plan,
     make_inputs,
-    plan,
 )
+from tests.variants import Variant, planned
 
 
 @pytest.fixture(autouse=True)
@@ -61,18 +55,6 @@ def flux() -> Captured:
     """The plan of a FLUX with 3 double and 4 single blocks, one of them in the head."""
     with torch.no_grad():
         return capture_plan(FLUX.build(), flux_inputs())
-
-
-def planned(model: nn.Module, inputs: dict[str, Any] | None = None, **fields: Any) -> Plan:
-    found = plan(model.eval(), inputs, **fields)
-    assert isinstance(found, Plan), [str(miss) for miss in found]
-    return found
-
-
-def refused(model: nn.Module, **fields: Any) -> Mismatch:
-    found = plan(model.eval(), **fields)
-    assert isinstance(found, tuple), str(found)
-    return found[0]
 
 
 def paths_of(model: nn.Module) -> list[str]:
@@ -152,14 +134,6 @@ def test_alike_modules_that_hand_nothing_on_are_no_chain():
 
 
 # Join. A variant of `Transformer` that differs in what it does with its stream only overrides `loop`.
-
-
-class Variant(Transformer):
-    def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
-        temb = self.embed_time(timestep)
-        hidden_states = self.x_embedder(hidden_states)
-        hidden_states = self.loop(hidden_states, temb)
-        return self.unembed(hidden_states, temb)
 
 
 class Refined(Variant):
@@ -348,159 +322,3 @@ def test_computed_and_reused_steps_around_a_cut_are_bitwise_the_reference(model)
         for inputs, output in zip(steps, outputs, strict=True):
             torch.testing.assert_close(output, reference("only", **inputs), rtol=0, atol=0)
     assert [record.reused for record in reference.records] == [False, True, True]
-
-
-# Refusals: what the region must not do, or the run must not be.
-
-
-class Writes(Variant):
-    """Behind the second block something is written: write(stream, buffer made before the blocks, time embedding)."""
-
-    def __init__(self, write: Callable[[Tensor, Tensor, Tensor], object]) -> None:
-        super().__init__()
-        self.write = write
-
-    def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        buffer = torch.zeros_like(hidden_states)
-        for i, block in enumerate(self.blocks):
-            hidden_states = block(hidden_states, temb)
-            if i == 1:
-                self.write(hidden_states, buffer, temb)
-        return hidden_states + buffer.mean()
-
-
-@pytest.mark.parametrize(
-    ("write", "found"),
-    [
-        pytest.param(lambda h, b, t: b.__setitem__(0, h[1]), r"operator\.setitem", id="item"),
-        pytest.param(lambda h, b, t: operator.iadd(b, h), r"operator\.iadd", id="augmented"),
-        pytest.param(lambda h, b, t: b.view(-1).add_(h.flatten()), "add_", id="view"),
-        pytest.param(lambda h, b, t: torch.add(h, 1, out=b), r"torch\.add", id="out"),
-        pytest.param(lambda h, b, t: torch.ops.aten.add_.Tensor(b, h), r"add_", id="overload"),
-        pytest.param(lambda h, b, t: F.silu(t, inplace=True), "silu", id="by-keyword"),
-        pytest.param(lambda h, b, t: F.silu(t, True), "silu", id="by-position"),
-    ],
-)
-def test_a_region_that_writes_into_what_was_made_before_it_is_refused(write, found):
-    miss = refused(Writes(write))
-    assert miss.cause is Cause.IN_PLACE
-    assert re.search(r"in place.*, found .*" + found, miss.detail)
-    path, _, line = miss.where.rpartition(":")
-    assert (path, int(line)) == (__file__, write.__code__.co_firstlineno)
-
-
-def test_a_region_may_write_into_what_it_made_itself():
-    (region,) = planned(Writes(lambda h, b, t: torch.zeros_like(h).add_(h))).regions
-    assert "add_" in [node.target for node in region.nodes]
-
-
-class FirstAddsInPlace(SelfBlock):
-    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        hidden_states += self.attn(self.norm(hidden_states, temb), hidden_states)
-        hidden_states = hidden_states + self.mlp(hidden_states)
-        return hidden_states
-
-
-def test_an_fn_block_that_writes_over_the_stream_it_was_given_is_refused():
-    model = Transformer()
-    model.blocks[0] = FirstAddsInPlace()  # The stream before it, which the residual is taken against, is lost.
-    assert refused(model).cause is Cause.IN_PLACE
-
-
-class Reads(Variant):
-    def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        for i, block in enumerate(self.blocks):
-            hidden_states = block(hidden_states, temb)
-            if i == 1:
-                size = hidden_states.abs().mean().item()
-        return hidden_states / size
-
-
-def test_a_number_read_from_the_stream_cannot_leave_the_region():
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        miss = refused(Reads())
-    assert miss.cause is Cause.DYNAMIC
-    assert re.search(r"only tensors to leave the region, found \w+", miss.detail)
-
-
-class Joined(TextTransformer):
-    """Two streams in the first list, one that holds both in the second, and only the image leaves."""
-
-    block_class = DualBlock
-
-    def __init__(self) -> None:
-        super().__init__(depth=2)
-        self.joint_blocks = nn.ModuleList(SelfBlock() for _ in range(3))
-
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
-        temb = self.embed_time(timestep)
-        hidden_states = self.x_embedder(hidden_states)
-        encoder_hidden_states = self.context_embedder(encoder_hidden_states)
-        for block in self.blocks:
-            hidden_states, encoder_hidden_states = block(hidden_states, encoder_hidden_states, temb)
-        hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        for block in self.joint_blocks:
-            hidden_states = block(hidden_states, temb)
-        return self.unembed(hidden_states[:, TEXT:], temb)
-
-
-def test_the_cut_lies_behind_the_slice_that_takes_joined_streams_apart():
-    found = planned(Joined())
-    (region,) = found.regions
-    assert region.name == "blocks[1:2]+joint_blocks"
-    (pair,) = region.carried
-    assert (pair.role, pair.after.target, pair.after is region.nodes[-1]) == (HIDDEN, operator.getitem, True)
-    assert value_of(pair.before).shape == value_of(pair.after).shape == (BATCH, IMAGE, WIDTH)
-
-
-def test_a_cut_between_blocks_of_joined_streams_leaves_them_unpaired():
-    miss = refused(Joined(), Bn_compute_blocks=1)
-    assert miss.cause is Cause.UNPAIRED
-    assert re.search(
-        r"hidden_states_\d float32\[2, 6, 16\].*, found hidden_states_\d+ float32\[2, 11, 16\]", miss.detail
-    )
-
-
-@pytest.mark.parametrize(("fn", "bn"), [(4, 0), (3, 1), (0, 0), (1, 8)])
-def test_fn_and_bn_leave_at_least_one_block_and_have_one_to_look_at(fn, bn):
-    miss = refused(Transformer(), Fn_compute_blocks=fn, Bn_compute_blocks=bn)
-    assert miss.cause is Cause.TOO_FEW_BLOCKS
-    assert re.search(
-        rf"1 <= Fn_compute_blocks .* < 4, the number of blocks of blocks, found {fn} \+ {bn}$", miss.detail
-    )
-
-
-class NoBlocks(Transformer):
-    def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
-        return self.unembed(self.x_embedder(hidden_states), timestep[:, None] * torch.ones(WIDTH))
-
-
-@pytest.mark.parametrize(
-    "model", [pytest.param(NoBlocks, id="no-list"), pytest.param(lambda: Transformer(depth=1), id="a-list-of-one")]
-)
-def test_a_model_without_a_loop_of_blocks_has_no_chain(model):
-    miss = refused(model())
-    assert (miss.cause, miss.template) == (Cause.NO_CHAIN, None)
-    assert re.search(r"a list of blocks that hand a stream on .* TORCH_LOGS=graph_breaks", miss.detail)
-
-
-def test_a_graph_that_needs_gradients_is_refused():
-    with torch.enable_grad():
-        miss = refused(Transformer())
-        assert isinstance(plan(Transformer().requires_grad_(False)), Plan)
-    assert miss.cause is Cause.GRADIENTS
-    assert "run it under torch.no_grad()" in miss.detail
-
-
-def test_a_module_in_training_mode_is_refused():
-    config = CacheConfig(Fn_compute_blocks=1, inner_backend="eager", on_no_match="raise")
-    model = Transformer().train()
-    message = rf"NoMatchError.*\n.*\n  {Cause.TRAINING.value}: expected a module in eval mode.*call \.eval\(\)"
-    with pytest.raises(BackendCompilerFailed, match=message):  # Dynamo's own, around ours.
-        torch.compile(model, backend=cachedit_fx.Backend(config))(**make_inputs(model))
-
-
-def test_every_cause_is_provoked_by_a_test():
-    here = Path(__file__)
-    tests = here.read_text(encoding="utf-8") + here.with_name("test_patterns.py").read_text(encoding="utf-8")
-    assert [cause for cause in Cause if f"Cause.{cause.name}" not in tests] == []

@@ -1,0 +1,233 @@
+"""`decide` against tables, and against a reference that counts from the full record of a session."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cachedit_fx.config import CacheConfig
+from cachedit_fx.policy import Decision, History, decide
+
+REUSED = ("threshold-one", "diff-below")
+
+
+def run(config, diffs, *, first_still=0):
+    """The reasons of a session's decisions; every step after the first finds something stored."""
+    history, reasons = History(), []
+    for number, diff in enumerate(diffs):
+        moved = replace(history, has_moved=number > first_still)
+        decision = decide(config, moved, diff, is_stored=number > 0)
+        assert decision.compute == (decision.reason not in REUSED)
+        reasons.append(decision.reason)
+        history = history.after(decision, diff)
+    return reasons
+
+
+def pattern(reasons):
+    """`.` for a computed step, `C` for a reused one."""
+    return "".join("C" if reason in REUSED else "." for reason in reasons)
+
+
+# Every check says no in this situation, so the reason is that of the first one left in.
+ALL = dict(
+    config=dict(
+        max_warmup_steps=8,
+        max_cached_steps=2,
+        max_continuous_cached_steps=1,
+        max_accumulated_residual_diff_threshold=0.1,
+        residual_diff_threshold=0.0,
+    ),
+    history=dict(num_steps=4, num_cached=2, num_continuous=1, accumulated_diff=0.1, has_moved=False),
+    is_stored=False,
+    diff=math.nan,
+)
+
+
+def without(*, config=(), history=(), **others):
+    return ALL | {"config": ALL["config"] | dict(config), "history": ALL["history"] | dict(history)} | others
+
+
+PAST_WARMUP = dict(max_warmup_steps=4)
+PAST_TOTAL = PAST_WARMUP | dict(max_cached_steps=3)
+PAST_RUN = PAST_TOTAL | dict(max_continuous_cached_steps=2)
+PAST_CAP = PAST_RUN | dict(max_accumulated_residual_diff_threshold=0.11)
+PAST_ZERO = PAST_CAP | dict(residual_diff_threshold=0.2)
+PAST_ZERO_ONE = PAST_CAP | dict(residual_diff_threshold=1.0)
+MOVED = dict(has_moved=True)
+
+
+@pytest.mark.parametrize(
+    ("situation", "expected"),
+    [
+        pytest.param(without(), Decision(True, "warmup"), id="1-warmup"),
+        pytest.param(without(config=PAST_WARMUP), Decision(True, "max-cached"), id="2-max-cached"),
+        pytest.param(without(config=PAST_TOTAL), Decision(True, "max-continuous"), id="3-max-continuous"),
+        pytest.param(without(config=PAST_RUN), Decision(True, "accumulated-diff"), id="4-accumulated"),
+        pytest.param(without(config=PAST_CAP), Decision(True, "threshold-zero"), id="5-threshold-zero"),
+        pytest.param(without(config=PAST_ZERO), Decision(True, "nothing-stored"), id="6-nothing-stored"),
+        pytest.param(without(config=PAST_ZERO, is_stored=True), Decision(True, "timestep-still"), id="7-still"),
+        pytest.param(
+            without(config=PAST_ZERO_ONE, is_stored=True, history=MOVED),
+            Decision(False, "threshold-one"),
+            id="8-threshold-one",
+        ),
+        pytest.param(
+            without(config=PAST_ZERO, is_stored=True, history=MOVED),
+            Decision(True, "nan", looked=True),
+            id="9-nan",
+        ),
+        pytest.param(
+            without(config=PAST_ZERO, is_stored=True, history=MOVED, diff=0.19),
+            Decision(False, "diff-below", looked=True),
+            id="9-below",
+        ),
+        pytest.param(
+            without(config=PAST_ZERO, is_stored=True, history=MOVED, diff=0.2),
+            Decision(True, "diff-above", looked=True),
+            id="9-equal-is-above",
+        ),
+        pytest.param(
+            without(config=PAST_ZERO, is_stored=True, history=MOVED, diff=math.inf),
+            Decision(True, "diff-above", looked=True),
+            id="9-infinite",
+        ),
+    ],
+)
+def test_the_first_check_that_applies_decides(situation, expected):
+    config = CacheConfig(**situation["config"])
+    found = decide(config, History(**situation["history"]), situation["diff"], is_stored=situation["is_stored"])
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "diffs", "expected"),
+    [
+        pytest.param({}, [0.0] * 5, "...CC", id="plain"),
+        pytest.param({"max_warmup_steps": 0}, [0.0] * 4, ".CCC", id="no-warmup-still-computes-first"),
+        pytest.param({"max_warmup_steps": 6, "warmup_interval": 2}, [0.0] * 8, ".C.C.CCC", id="warmup-interval"),
+        pytest.param({"max_warmup_steps": 7, "warmup_interval": 3}, [0.0] * 8, ".CC.CC.C", id="warmup-interval-3"),
+        pytest.param({"max_warmup_steps": 2, "warmup_interval": 9}, [0.0] * 4, ".CCC", id="interval-beyond-warmup"),
+        pytest.param({"max_cached_steps": 0}, [0.0] * 6, "......", id="max-cached-0"),
+        pytest.param({"max_cached_steps": 2}, [0.0] * 7, "...CC..", id="max-cached-2"),
+        pytest.param({"max_continuous_cached_steps": 0}, [0.0] * 6, "......", id="max-continuous-0"),
+        pytest.param({"max_continuous_cached_steps": 1}, [0.0] * 9, "...C.C.C.", id="max-continuous-1"),
+        pytest.param({"max_continuous_cached_steps": 2}, [0.0] * 9, "...CC.CC.", id="max-continuous-2"),
+        pytest.param(
+            {"max_continuous_cached_steps": 2},
+            [0, 0, 0, 0, 0.5, 0, 0, 0, 0],
+            "...C.CC.C",
+            id="a-run-ends-at-a-step-computed-for-another-reason",
+        ),
+        pytest.param(
+            {"max_accumulated_residual_diff_threshold": 0.0}, [0.0] * 6, "......", id="accumulated-0-never-opens"
+        ),
+        pytest.param(
+            {"max_accumulated_residual_diff_threshold": 0.125},
+            [0, 0, 0, 0.0625, 0.0625, 0, 0.0625, 0.0625, 0],
+            "...CC.CC.",
+            id="accumulated-opens-again-after-a-computed-step",
+        ),
+        pytest.param({"residual_diff_threshold": 0.0}, [0.0] * 6, "......", id="threshold-0"),
+        pytest.param({"residual_diff_threshold": -1.0}, [-2.0] * 6, "......", id="threshold-below-0"),
+        pytest.param({"residual_diff_threshold": 1.0}, [9.0, math.nan] * 3, "...CCC", id="threshold-1-never-looks"),
+        pytest.param({}, [0, 0, 0, 0, math.nan, 0, math.nan], "...C.C.", id="nan-computes"),
+    ],
+)
+def test_a_session_goes_as_drawn(fields, diffs, expected):
+    config = CacheConfig(**dict(max_warmup_steps=3, residual_diff_threshold=0.1) | fields)
+    assert pattern(run(config, diffs)) == expected
+
+
+def test_a_step_that_was_not_looked_at_adds_nothing_to_the_accumulated_diff():
+    config = CacheConfig(max_warmup_steps=1, residual_diff_threshold=1.0, max_accumulated_residual_diff_threshold=0.1)
+    assert pattern(run(config, [0.0, 5.0, 5.0, math.nan, 5.0])) == ".CCCC"
+
+
+def test_nothing_is_reused_before_the_timestep_has_moved():
+    config = CacheConfig(max_warmup_steps=1, residual_diff_threshold=0.1)
+    reasons = run(config, [0.0] * 5, first_still=2)
+    assert reasons == ["warmup", "timestep-still", "timestep-still", "diff-below", "diff-below"]
+
+
+# The same from the record alone.
+
+
+def reference_decision(fields, record, diff, is_stored, has_moved):
+    """`record`: per step (reason, diff). Counts from scratch at every step, in the order of the documentation."""
+    threshold = fields["residual_diff_threshold"]
+    run = []
+    for reason, old in reversed(record):
+        if reason not in REUSED:
+            break
+        run.insert(0, old if reason == "diff-below" else 0.0)
+    reused = [reason for reason, _ in record if reason in REUSED]
+    if len(record) in range(0, fields["max_warmup_steps"], fields["warmup_interval"]):
+        return "warmup"
+    if 0 <= fields["max_cached_steps"] <= len(reused):
+        return "max-cached"
+    if 0 <= fields["max_continuous_cached_steps"] <= len(run):
+        return "max-continuous"
+    cap = fields["max_accumulated_residual_diff_threshold"]
+    if cap is not None and sum(run) >= cap:
+        return "accumulated-diff"
+    if threshold <= 0:
+        return "threshold-zero"
+    if not is_stored:
+        return "nothing-stored"
+    if not has_moved:
+        return "timestep-still"
+    if threshold >= 1:
+        return "threshold-one"
+    if math.isnan(diff):
+        return "nan"
+    return "diff-below" if diff < threshold else "diff-above"
+
+
+limits = st.integers(-1, 4)
+configs = st.fixed_dictionaries(
+    dict(
+        residual_diff_threshold=st.sampled_from([-1.0, 0.0, 0.05, 0.2, 0.2, 0.5, 1.0, 3.0]),
+        max_warmup_steps=st.integers(0, 5),
+        warmup_interval=st.integers(1, 4),
+        max_cached_steps=limits,
+        max_continuous_cached_steps=limits,
+        max_accumulated_residual_diff_threshold=st.none() | st.floats(0, 0.6),
+    )
+)
+steps = st.lists(
+    st.tuples(
+        st.floats(0, 0.4) | st.sampled_from([0.05, 0.2, math.inf, math.nan]),
+        st.sampled_from([True, True, True, False]),  # Whether something of the right shape is stored,
+        st.sampled_from([True, True, True, False]),  # and whether the timestep has moved.
+    ),
+    max_size=24,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(configs, steps)
+@example(
+    dict(
+        residual_diff_threshold=0.2, max_warmup_steps=1, warmup_interval=1, max_cached_steps=-1,
+        max_continuous_cached_steps=2, max_accumulated_residual_diff_threshold=0.3,
+    ),
+    [(diff, True, True) for diff in (0.1, 0.1, 0.1, 0.1, 0.3, 0.1, math.nan, 0.19, 0.19, 0.19)],
+)  # fmt: skip
+def test_any_session_goes_as_in_the_reference(fields, steps):
+    config, history, record = CacheConfig(**fields), History(), []
+    for diff, is_stored, has_moved in steps:
+        known = replace(history, has_moved=has_moved)
+        decision = decide(config, known, diff, is_stored=is_stored)
+        expected = reference_decision(fields, record, diff, is_stored, has_moved)
+        assert decision.reason == expected
+        assert decision.compute == (expected not in REUSED)
+        assert decision.looked == (expected in ("diff-below", "diff-above", "nan"))
+        record.append((decision.reason, diff))
+        history = known.after(decision, diff)
+        assert history.has_moved == has_moved
+    assert history.num_steps == len(steps)
+    assert history.num_cached == sum(reason in REUSED for reason, _ in record)

@@ -1,0 +1,107 @@
+"""What cannot be cached runs as without the backend, and says why."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import cachedit_fx
+from cachedit_fx import backend as backend_module
+from tests import tiny
+from tests.tiny import TIMES, build, compiled, frozen, generate, latents, prompt, ran_blocks, step
+
+ALL = tiny.NUM_BLOCKS
+FIRST = 1
+
+
+def expected(model, text, noise, times=TIMES, **fields):
+    return [record.output for record in tiny.reference(model, text, noise, times, **fields).records]
+
+
+UNCACHED = [
+    pytest.param(
+        lambda: build().train(), {}, ["training: expected a module in eval mode", "call .eval()"], id="training"
+    ),
+    pytest.param(lambda: build().requires_grad_(True), {}, ["gradients: ", "torch.no_grad()"], id="gradients"),
+    pytest.param(build, {"Fn_compute_blocks": 4}, ["too-few-blocks: ", "< 4, ", "found 4 + 0"], id="Fn-takes-all"),
+    pytest.param(
+        build,
+        {"Fn_compute_blocks": 2, "Bn_compute_blocks": 2},
+        ["too-few-blocks: ", "Fn_compute_blocks + Bn_compute_blocks < 4", "of blocks, found 2 + 2"],
+        id="Fn-and-Bn-take-all",
+    ),
+    pytest.param(
+        build, {"Fn_compute_blocks": 0}, ["too-few-blocks: ", "1 <= Fn_compute_blocks", "found 0 + 0"], id="F0"
+    ),
+    pytest.param(
+        lambda: frozen(tiny.Plain()), {}, ["no-chain: ", "found none", "TORCH_LOGS=graph_breaks"], id="no-chain"
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "fields", "said"), UNCACHED)
+def test_what_cannot_be_cached_runs_as_it_is_with_one_warning(make, fields, said, caplog, monkeypatch):
+    monkeypatch.setattr(backend_module, "_warned", set())
+    model, text, noise = make(), prompt(), latents()
+    module = compiled(model, dynamic=False, **fields)
+    with caplog.at_level(logging.WARNING, logger="cachedit_fx"):
+        outputs = generate(module, text, noise)
+        step(module, text, 1.0, latents(1, tokens=9))  # Another graph, the same reason.
+    tiny.assert_bitwise(outputs, generate(model, text, noise))
+    assert not cachedit_fx.is_cached(module)
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and "cachedit" in r.name]
+    for words in ["this graph runs without caching", *said, 'options={"on_no_match": "raise"}']:
+        assert words in warning
+
+
+@pytest.mark.parametrize(("make", "fields", "said"), UNCACHED)
+def test_what_cannot_be_cached_raises_if_asked_to(make, fields, said):
+    module = compiled(make(), on_no_match="raise", **fields)
+    with pytest.raises(BackendCompilerFailed) as caught:
+        step(module, prompt(), 1.0, latents())
+    assert isinstance(caught.value.inner_exception, cachedit_fx.NoMatchError)
+    assert all(words in str(caught.value) for words in said)
+
+
+def test_gradients_flow_where_they_are_needed_and_the_cache_waits():
+    model, text, noise = build().requires_grad_(True), prompt(), latents()
+    module = compiled(model)
+    with torch.no_grad():
+        ran = [ran_blocks(module, text, timestep, noise) for timestep in TIMES[:2]]
+    step(module, text, TIMES[2], noise).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.blocks[2].image.parameters())
+    with torch.no_grad():
+        ran += [ran_blocks(module, text, timestep, noise) for timestep in TIMES[2:4]]
+    assert ran == [ALL, FIRST, ALL, FIRST]
+    assert cachedit_fx.summary(module)[0].num_steps == 4
+
+
+def test_training_mode_after_compilation_stops_the_cache():
+    class Dropping(tiny.Transformer):
+        """Reads the mode, as all models do in which it makes a difference."""
+
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, hidden_states, encoder_hidden_states, timestep):
+            return super().forward(self.dropout(hidden_states), encoder_hidden_states, timestep)
+
+    model, text, noise = frozen(Dropping()), prompt(), latents()
+    module = compiled(model)
+    step(module, text, TIMES[0], noise)
+    model.train()
+    assert ran_blocks(module, text, TIMES[1], noise) == ALL
+    model.eval()
+    assert ran_blocks(module, text, TIMES[1], noise) == FIRST
+
+
+def test_what_is_left_of_a_chain_after_a_graph_break_runs_as_it_is():
+    model, text, noise = frozen(tiny.TwoLists(broken=True)), prompt(), latents()
+    module = torch.compile(model, backend=cachedit_fx.Backend(tiny.config()))
+    tiny.assert_bitwise(generate(module, text, noise), generate(model, text, noise))
+    assert not cachedit_fx.is_cached(module)

@@ -1,0 +1,33 @@
+"""Synthetic transformers that differ in their loop only, and what the passes say to a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from cachedit_fx.passes.pipeline import Plan
+from cachedit_fx.patterns import Mismatch
+from tests.synthetic import Transformer, plan
+
+
+def planned(model: nn.Module, inputs: dict[str, Any] | None = None, **fields: Any) -> Plan:
+    found = plan(model.eval(), inputs, **fields)
+    assert isinstance(found, Plan), [str(miss) for miss in found]
+    return found
+
+
+def refused(model: nn.Module, **fields: Any) -> Mismatch:
+    found = plan(model.eval(), **fields)
+    assert isinstance(found, tuple), str(found)
+    return found[0]
+
+
+class Variant(Transformer):
+    """Overrides `loop`."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        temb = self.embed_time(timestep)
+        hidden_states = self.x_embedder(hidden_states)
+        hidden_states = self.loop(hidden_states, temb)
+        return self.unembed(hidden_states, temb)
