@@ -63,6 +63,13 @@ class GuardedCall:
         return output
 
 
+def in_layout(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """`tensor` in these strides: a graph compiled later for the same shape may want another layout. Seldom a copy."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 class StepRun:
     """One step of one session: the `Step` that a guarded graph asks. Changes nothing before `commit`."""
 
@@ -82,7 +89,7 @@ class StepRun:
         self._sizes.append(plan.sizes(self._args))
         state = self._state(region)
         if self._is_stored(region) and state.residual is not None:
-            return state.residual
+            return in_layout(state.residual, self._sizes[region][0][1])
         shape, strides = self._sizes[region][0]
         return torch.empty_strided(shape, strides, dtype=plan.dtypes[0], device=plan.device).zero_()
 
@@ -101,7 +108,8 @@ class StepRun:
     def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
         if self._decided[region][0].compute:
             return (None,) * (len(self._call.regions[region].dtypes) - 1)
-        return self._state(region).stored
+        kept = zip(self._state(region).stored, self._sizes[region][1:], strict=True)
+        return tuple(in_layout(tensor, strides) for tensor, (_, strides) in kept)
 
     def keep(self, region: int, residual: torch.Tensor, stored: tuple[torch.Tensor, ...]) -> None:
         decision, history, diff = self._decided[region]

@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import cachedit_fx
+from cachedit_fx.runtime import in_layout
 from tests import tiny
 from tests.tiny import TIMES, Watch, build, compiled, frozen, generate, latents, prompt, ran_blocks, step
 
@@ -244,6 +245,14 @@ def test_blocks_compiled_once_or_inline_give_the_outputs_of_the_reference(compil
 
 
 # Tensors.
+
+
+def test_what_is_kept_is_handed_over_in_the_layout_that_the_graph_wants():
+    kept = torch.arange(6.0).reshape(2, 3)
+    assert in_layout(kept, (3, 1)) is kept
+    other = in_layout(kept, (1, 2))
+    assert other.stride() == (1, 2)
+    assert torch.equal(other, kept)
 
 
 @pytest.mark.parametrize("fields", [{}, {"Bn_compute_blocks": 1}], ids=["F1B0", "F1B1"])
