@@ -17,7 +17,7 @@ from torch import fx
 
 from cachedit_fx.config import CacheConfig
 from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.patterns.chain import HIDDEN, describe, is_tensor, shape_key, source_line, value_of
+from cachedit_fx.patterns.chain import HIDDEN, describe, is_tensor, same_shape, shape_key, source_line, value_of
 from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
 
 _IN_PLACE_OPERATORS = {
@@ -110,7 +110,7 @@ def _cut(program: Program, group: tuple[Match, ...], config: CacheConfig, number
     miss = _check(program, group[0], hidden_before, before, carried, nodes)
     if miss is not None:
         return miss
-    if shape_key(hidden_before) != shape_key(before[HIDDEN]):
+    if not same_shape(hidden_before, before[HIDDEN]):
         return _miss(group[0], Cause.UNPAIRED, f"the Fn blocks change the shape of {describe(hidden_before)}")
     return Region(
         name=_name(group, fn, last), first=number + fn, last=number + last, nodes=tuple(nodes),
@@ -164,12 +164,12 @@ def _pair(
     partner: dict[fx.Node, str] = {}
     for node in leaving:  # By role first, so that a look-alike cannot take a stream's partner away.
         role = role_of.get(node, "")
-        if role in free and is_tensor(node) and shape_key(free[role]) == shape_key(node):
+        if role in free and is_tensor(node) and same_shape(free[role], node):
             partner[node] = role
             del free[role]
     for node in leaving:  # A stream under another role, or the slice that undoes a join.
         if node not in partner and is_tensor(node) and (node in role_of or node.target is operator.getitem):
-            fits = [role for role in free if shape_key(free[role]) == shape_key(node)]
+            fits = [role for role in free if same_shape(free[role], node)]
             if len(fits) == 1:
                 partner[node] = fits[0]
                 del free[fits[0]]

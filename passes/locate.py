@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.patterns.chain import ENCODER, HIDDEN, Block, BlockList, base_name, is_tensor, shape_key
+from cachedit_fx.patterns.chain import ENCODER, HIDDEN, Block, BlockList, base_name, is_tensor, same_shape
 
 _TOKEN = re.compile(r"\['([^']+)'\]|\.?([A-Za-z_]\w*|\d+)|\[(\d+)\]")
 _NOT_NAMES = {"L", "self", "__dict__", "_modules"}
@@ -136,7 +136,7 @@ def _pair(
     scored = []
     for node in after:
         reached = program.ancestors_within(node, block.start, block.span_end)
-        same = [(name, old) for name, old in before.items() if old in reached and shape_key(old) == shape_key(node)]
+        same = [(name, old) for name, old in before.items() if old in reached and same_shape(old, node)]
         if not same:
             continue
         spine = program.residual_spine(node, block.start)

@@ -62,7 +62,13 @@ def _build(
         with graph.inserting_before(front):
             tracer = fx.proxy.GraphAppendingTracer(graph)
             env = {symbol: fx.Proxy(bound[symbol], tracer) for symbol in expr.free_symbols}
-            proxy = sympy_interp(PythonReferenceAnalysis, env, expr)
+            last = front.prev
+            try:
+                proxy = sympy_interp(PythonReferenceAnalysis, env, expr)
+            except (fx.proxy.TraceError, TypeError, KeyError):  # A function that asks for the value, as a square root.
+                while front.prev is not last:
+                    graph.erase_node(front.prev)
+                return None
         made[expr] = proxy.node
         made[expr].meta["example_value"] = value
     return made[expr]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 HIDDEN = "hidden_states"
 ENCODER = "encoder_hidden_states"
@@ -86,6 +87,18 @@ def shape_key(node: fx.Node) -> tuple[object, ...]:
     """Shape, dtype and device of a tensor node; equal keys can be added elementwise without broadcasting."""
     value = value_of(node)
     return (*(size_key(s) for s in value.shape), value.dtype, value.device)
+
+
+def same_shape(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensor nodes have one shape, dtype and device, as far as is known without adding a guard."""
+    if shape_key(one) == shape_key(other):
+        return True
+    a, b = value_of(one), value_of(other)
+    if a.dim() != b.dim() or (a.dtype, a.device) != (b.dtype, b.device):
+        return False
+    return all(
+        size_key(x) == size_key(y) or statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True)
+    )
 
 
 def describe(node: fx.Node) -> str:

@@ -120,6 +120,25 @@ def test_one_compiled_graph_serves_all_sizes():
             torch.testing.assert_close(module(**inputs), model(**inputs), rtol=0, atol=0)
 
 
+class Square(Transformer):
+    """Takes the square root of the number of tokens behind its loop, as DiT does to fold them into an image."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        (out,) = super().forward(hidden_states, timestep)
+        side = int(out.shape[1] ** 0.5)
+        return (out[:, : side * side].unflatten(1, (side, side)),)
+
+
+def test_a_size_that_cannot_be_computed_from_symbols_alone_stays_where_it_is():
+    model = Square().eval()
+    config = CacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=1, inner_backend="eager", on_no_match="raise")
+    module = torch.compile(model, backend=cachedit_fx.Backend(config), dynamic=True)
+    for tokens in (16, 9):
+        inputs = make_inputs(model, tokens=tokens)
+        assert_bitwise(module(**inputs)[0], model(**inputs)[0])
+    assert cachedit_fx.is_cached(model)
+
+
 # Guard.
 
 CASES = [
