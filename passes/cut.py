@@ -200,8 +200,8 @@ def _check(
             f"found {', '.join(describe(pair.after) for pair in carried) or 'nothing that is used after it'}"
         )
         return _miss(match, Cause.UNPAIRED, detail, carried[0].after if carried else None)
-    start = program.position[nodes[0]]
-    written = written_outside(program, nodes) or _written_after(program, hidden_before, start)
+    first, region = match.blocks.blocks[0].start, program.position[nodes[0]]
+    written = written_outside(program, nodes) or _written_between(program, hidden_before, first, region)
     if written is not None:
         detail = f"expected streams that nothing writes into in place, found `{written.format_node()}`"
         return _miss(match, Cause.IN_PLACE, detail, written)
@@ -224,9 +224,12 @@ def written_outside(program: Program, nodes: list[fx.Node]) -> fx.Node | None:
     return None
 
 
-def _written_after(program: Program, stream: fx.Node, stop: int) -> fx.Node | None:
-    """What writes into `stream` between where it is made and `stop`: its residual would be taken against the result."""
-    for node in program.nodes[program.position[stream] + 1 : stop]:
+def _written_between(program: Program, stream: fx.Node, start: int, stop: int) -> fx.Node | None:
+    """What the Fn blocks write into the stream that entered them: the residual would be taken against the result.
+
+    Before the first block a stream may well be filled in place (a joint buffer of text and image).
+    """
+    for node in program.nodes[start:stop]:
         if is_in_place(node) and _storage(_target_of(node)) in (None, _storage(stream)):
             return node
     return None

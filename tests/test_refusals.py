@@ -93,6 +93,19 @@ def test_an_fn_block_that_writes_over_the_stream_it_was_given_is_refused():
     assert refused(model).cause is Cause.IN_PLACE
 
 
+class Fills(Variant):
+    def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        joint = torch.zeros_like(hidden_states)
+        joint[:] = hidden_states
+        for block in self.blocks:
+            joint = block(joint, temb)
+        return joint
+
+
+def test_a_stream_may_be_filled_in_place_before_the_first_block():
+    assert planned(Fills()).regions[0].hidden_before.name == "joint"
+
+
 class Reads(Variant):
     def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         for i, block in enumerate(self.blocks):
