@@ -58,7 +58,7 @@ class ConditioningTable:
             if entry is None or entry.ref is None or entry.ref() is not tensor:
                 entry = self._admit(tensor)
             elif entry.version != _version(tensor):  # Written over in place: another prompt in the same buffer.
-                self._end(entry)
+                self._on_end(entry.token)
                 entry = self._admit(tensor)
             entry.calls += 1
             entry.last_call = self._calls
@@ -72,7 +72,7 @@ class ConditioningTable:
         entry.ref = weakref.ref(tensor, lambda _: self._died(key, entry))
         self._live[key] = entry
         for stale in [o for o in self._orphans.values() if self._calls - o.last_call > ORPHAN_CALLS]:
-            self._end(self._orphans.pop(stale.fingerprint))
+            self._on_end(self._orphans.pop(stale.fingerprint).token)
         return entry
 
     def _died(self, key: int, entry: _Entry) -> None:
@@ -81,15 +81,11 @@ class ConditioningTable:
                 return
             del self._live[key]
             if entry.calls > 1:  # A loop that keeps its prompt: it let go, so the generation is over.
-                self._end(entry)
+                self._on_end(entry.token)
                 return
             self._orphans[entry.fingerprint] = entry
             while len(self._orphans) > MAX_ORPHANS:
-                self._end(self._orphans.popitem(last=False)[1])
-
-    def _end(self, entry: _Entry) -> None:
-        entry.fingerprint = None
-        self._on_end(entry.token)
+                self._on_end(self._orphans.popitem(last=False)[1].token)
 
     def clear(self) -> None:
         with self._lock:

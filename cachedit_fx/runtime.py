@@ -73,13 +73,25 @@ def in_layout(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
 class StepRun:
     """One step of one session: the `Step` that a guarded graph asks. Changes nothing before `commit`."""
 
-    __slots__ = ("_args", "_call", "_decided", "_instance", "_is_new", "_kept", "_session", "_sizes", "_snapshot")
+    __slots__ = (
+        "_args",
+        "_call",
+        "_decided",
+        "_fits",
+        "_instance",
+        "_is_new",
+        "_kept",
+        "_session",
+        "_sizes",
+        "_snapshot",
+    )
 
     def __init__(self, call: GuardedCall, instance: Instance, session: Session, args: Sequence[Any]) -> None:
         self._call, self._instance, self._session, self._args = call, instance, session, args
         self._snapshot = session.snapshot
         self._is_new = False
         self._sizes: list[Sizes] = []
+        self._fits: list[bool] = []
         self._decided: dict[int, tuple[Decision, History, float]] = {}
         self._kept: dict[str, RegionState] = {}
 
@@ -87,8 +99,9 @@ class StepRun:
         """The residual over the Fn blocks at the last computed step, or zeros: then nothing looks at the diff."""
         plan = self._call.regions[region]
         self._sizes.append(plan.sizes(self._args))
+        self._fits.append(self._is_stored(region))
         state = self._state(region)
-        if self._is_stored(region) and state.residual is not None:
+        if self._fits[region] and state.residual is not None:
             return in_layout(state.residual, self._sizes[region][0][1])
         shape, strides = self._sizes[region][0]
         return torch.empty_strided(shape, strides, dtype=plan.dtypes[0], device=plan.device).zero_()
@@ -101,7 +114,8 @@ class StepRun:
         elif region == 0:
             self._tick(None)
         state = self._state(region)
-        decision = decide(self._call.config, self._moved(state.history), diff, is_stored=self._is_stored(region))
+        is_stored = self._fits[region] and state.residual is not None  # A new generation has let go of it.
+        decision = decide(self._call.config, self._moved(state.history), diff, is_stored=is_stored)
         self._decided[region] = (decision, state.history, diff)
         return decision.compute
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,25 +41,19 @@ class SizeRule:
         }
         if symbols - set(held):
             raise UnknownSizeError(f"the size {sorted(map(str, symbols - set(held)))} of a stream depends on data")
-        self._fixed: Sizes | None = None
-        self._compute: Callable[..., Any] = lambda *_: self._fixed
         ordered = sorted(symbols, key=str)
         self._arguments = [held[symbol] for symbol in ordered]
         text = (
             f"lambda {', '.join(map(str, ordered))}: {_tuple(_tuple(_tuple(map(_print, p)) for p in s) for s in sizes)}"
         )
-        compute = eval(text, {"math": __import__("math"), "torch": torch})
-        if symbols:
-            self._compute = compute
-        else:
-            self._fixed = compute()
+        self._compute: Callable[..., Sizes] = eval(text, {"math": math, "torch": torch})
+        self._fixed: Sizes | None = None if symbols else self._compute()
 
     def __call__(self, arguments: Sequence[Any]) -> Sizes:
         """`arguments`: those of the graph's call; sizes among them are ints."""
         if self._fixed is not None:
             return self._fixed
-        sizes: Sizes = self._compute(*(arguments[i] for i in self._arguments))
-        return sizes
+        return self._compute(*(arguments[i] for i in self._arguments))
 
 
 def _free(expression: Any) -> set[sympy.Symbol]:

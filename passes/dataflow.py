@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cachedit_fx.patterns.chain import base_name, is_tensor, shape_key, size_key, value_of
+from cachedit_fx.patterns.chain import base_name, is_tensor, shape_key, value_of
 
 # What keeps a value, up to where it lies: views, copies, casts. A stream that only passed through these is itself.
 LAYOUT_METHODS = {
@@ -171,6 +171,3 @@ def _hint(size: Any) -> int:
         return size
     hint = getattr(size.node, "hint", None)
     return int(hint) if hint is not None else 1
-
-
-__all__ = ["Program", "is_layout", "is_weight", "size_key"]

@@ -66,8 +66,6 @@ def _module_lists(program: Program) -> dict[Path, list[_Call]]:
 def module_path(raw: str) -> Path:
     """`L['self'].__dict__['_modules']['blocks'].0.attn` -> ("blocks", "0", "attn"). Roots vary and are dropped."""
     tokens = [next(filter(None, groups)) for groups in _TOKEN.findall(raw)]
-    while "_modules" in tokens and "_modules" not in _NOT_NAMES:
-        tokens.remove("_modules")
     if "__dict__" in tokens:
         tokens = tokens[tokens.index("__dict__") :]
     return tuple(token for token in tokens if token not in _NOT_NAMES)
@@ -109,14 +107,13 @@ def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[di
     for i, block in enumerate(blocks):
         is_last = i + 1 == len(blocks)
         reads = (block.span_end, blocks[i + 1].span_end) if not is_last else (block.end, len(program.nodes))
-        born = (n for n in program.born(block.start, block.span_end) if is_tensor(n) and program.used_in(n, *reads))
-        candidates = list(born)
+        born = program.born(block.start, block.span_end)
+        candidates = [node for node in born if is_tensor(node) and program.used_in(node, *reads)]
         if i == 0:
             entries = [n for n in program.read_from_before(block.start, block.span_end) if is_tensor(n)]
             later = {n for n in entries if program.used_in(n, block.span_end, blocks[-1].end)}
             pairs = _pair(program, block, {node.name: node for node in entries}, candidates, later)
             boundaries.append({name: program.by_name[name] for name in pairs})
-            pairs = dict(pairs)
         else:
             pairs = _pair(program, block, boundaries[-1], candidates, set())
         if not pairs:

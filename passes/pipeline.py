@@ -11,7 +11,7 @@ from cachedit_fx.config import CacheConfig
 from cachedit_fx.passes.cut import Region, cut_regions
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inputs import find_conditioning, find_timestep
-from cachedit_fx.passes.join import join_lists
+from cachedit_fx.passes.join import LEAST_SHARE, join_lists
 from cachedit_fx.passes.locate import locate_blocks
 from cachedit_fx.passes.symbols import hoist_symbols
 from cachedit_fx.patterns.chain import BlockList, base_name, is_tensor, value_of
@@ -75,7 +75,7 @@ def _no_chain(program: Program, lists: tuple[BlockList, ...]) -> tuple[Mismatch,
     """The verdicts on the heaviest list that was found, or that there is none."""
     total = sum(program.flops)
     outer = [blocks for blocks in lists if not any(part.isdigit() for part in blocks.path.split("."))]
-    heavy = [blocks for blocks in outer if 3 * blocks.flops >= total]
+    heavy = [blocks for blocks in outer if blocks.flops >= LEAST_SHARE * total]
     if heavy:
         found = match_any(max(heavy, key=lambda blocks: blocks.flops))
         if not isinstance(found, Match):

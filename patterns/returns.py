@@ -17,10 +17,10 @@ def return_names(cls: type | None) -> tuple[str | None, ...]:
         tree = ast.parse(source)
     except (OSError, TypeError, AttributeError, SyntaxError):
         return ()
-    returns = [node.value for node in ast.walk(tree.body[0]) if isinstance(node, ast.Return)]
-    if not returns or returns[-1] is None:
+    found = [node.value for node in ast.walk(tree.body[0]) if isinstance(node, ast.Return) and node.value is not None]
+    if not found:
         return ()
-    value = max(returns, key=lambda node: getattr(node, "lineno", 0))
+    value = max(found, key=lambda node: node.lineno)
     if isinstance(value, ast.Tuple):
         return tuple(element.id if isinstance(element, ast.Name) else None for element in value.elts)
     return (value.id,) if isinstance(value, ast.Name) else ()

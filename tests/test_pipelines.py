@@ -312,6 +312,26 @@ def test_generations_in_two_threads_run_as_if_alone(family):
         assert_bitwise(generated, outputs_of(reference))
 
 
+@every_family
+def test_pipelines_in_two_threads_that_share_a_transformer_run_as_if_alone(family):
+    fields = settings(family)
+    expected = [reference_pipeline_run(family, seed, **fields) for seed in (1, 2)]
+    model = family.build()
+    model.compile(backend=backend(**fields), fullgraph=True)
+    family.generate(family.pipeline(model), family.prompt(3), family.latents(3), 2)  # Compiles, before the threads.
+
+    def generate(seed: int) -> list[Tensor]:
+        torch.set_num_threads(1)
+        pipe = family.pipeline(model)  # One of its own: a scheduler counts its steps.
+        return family.generate(pipe, family.prompt(seed), family.latents(seed), NUM_STEPS)
+
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(generate, (1, 2)))
+    assert_both_sessions_found(model, family, [reference for reference, _ in expected])
+    for latents, (_, alone) in zip(outputs, expected, strict=True):
+        assert_bitwise(latents, alone)
+
+
 # Graphs and compilers.
 
 
