@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint demo bench wheel clean
+.PHONY: help venv test lint demo bench peers wheel clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
@@ -44,6 +44,10 @@ demo: venv ## draws the ten digits with the real FluxPipeline, without and with 
 
 bench: venv ## the measurements
 	$(PY) benchmarks/run.py $(ARGS)
+
+peers: venv ## records anew what cache-dit decides on the cases of tests/peers
+	$(PIP) install --quiet -c constraints.txt cache-dit
+	$(PY) -m tests.peers.record
 
 wheel: venv ## sdist, wheel from the sdist, then the wheel tried outside the tree
 	rm -rf build dist

@@ -64,6 +64,7 @@ setup(
         "diffusers": DIFFUSERS,
         "report": REPORT,
         "test": [*DIFFUSERS, "pytest", "hypothesis", "matplotlib", "scikit-learn", "tqdm"],
+        "peers": ["cache-dit==1.5.3"],
         "dev": ["ruff", "mypy", "build", "wheel", "setuptools>=77"],
     },
     entry_points={"torch_dynamo_backends": ["cachedit = cachedit_fx.backend:cachedit"]},

@@ -106,7 +106,7 @@ class Worker:
     def _expect(self, reason: str) -> None:
         import cachedit_fx
 
-        found = cachedit_fx.summary(self.model)[-1].decisions[-1]
+        found = cachedit_fx.summary(self.model, logging=False)[-1].decisions[-1]
         if found != reason:
             raise RuntimeError(f"the measured step was to be {reason!r}, it was {found!r}")
 

@@ -12,27 +12,55 @@ Words, one meaning each:
     session    the cache state of one generation's one guidance branch, across its steps
 """
 
+from cachedit_fx.adapter import BlockAdapter, ParamsModifier
 from cachedit_fx.backend import Backend
-from cachedit_fx.config import CacheConfig
-from cachedit_fx.errors import ConfigError, NoMatchError, PassError
+from cachedit_fx.config import CacheConfig, CacheType, DBPruneConfig
+from cachedit_fx.errors import ConfigError, NoMatchError, PassError, PatternError
+from cachedit_fx.functor import PatchFunctor, give_to_block, rename_stream, split_stream
+from cachedit_fx.load import load_configs
 from cachedit_fx.patterns import BlockTemplate, register_pattern, unregister_pattern
-from cachedit_fx.session import is_cached, reset, session, summary
+from cachedit_fx.patterns.forward_pattern import ForwardPattern
+from cachedit_fx.pipeline import disable_cache, enable_cache, refresh_context
+from cachedit_fx.registry import BlockAdapterRegistry
+from cachedit_fx.report import summary
+from cachedit_fx.session import is_cached, reset, session
 from cachedit_fx.stats import CacheStats
+from cachedit_fx.steps_mask import steps_mask
+
+BasicCacheConfig = DBCacheConfig = CacheConfig  # Under cache-dit's names.
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "BasicCacheConfig",
+    "BlockAdapter",
+    "BlockAdapterRegistry",
     "BlockTemplate",
     "CacheConfig",
     "CacheStats",
+    "CacheType",
     "ConfigError",
+    "DBCacheConfig",
+    "DBPruneConfig",
+    "ForwardPattern",
     "NoMatchError",
+    "ParamsModifier",
     "PassError",
+    "PatchFunctor",
+    "PatternError",
+    "disable_cache",
+    "enable_cache",
+    "give_to_block",
     "is_cached",
+    "load_configs",
+    "refresh_context",
     "register_pattern",
+    "rename_stream",
     "reset",
     "session",
+    "split_stream",
+    "steps_mask",
     "summary",
     "unregister_pattern",
 ]

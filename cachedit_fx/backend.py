@@ -12,15 +12,16 @@ from torch import fx
 
 from cachedit_fx.capture import captured_module, copy_graph, forget_examples
 from cachedit_fx.compiler import InnerCompiler
-from cachedit_fx.config import CacheConfig, split_options
-from cachedit_fx.errors import NoMatchError, PassError
+from cachedit_fx.config import CacheConfig, check_together, split_options
+from cachedit_fx.errors import NoMatchError, PassError, PatternError
 from cachedit_fx.passes.cut import Region
 from cachedit_fx.passes.dedupe import Piece, split_pieces
 from cachedit_fx.passes.guard import GuardedGraph, insert_guards, stored_examples
 from cachedit_fx.passes.pipeline import Plan, plan_graph
+from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Cause, Mismatch
 from cachedit_fx.runtime import GuardedCall, RegionPlan
-from cachedit_fx.session import instance_of
+from cachedit_fx.session import current_call, instance_of
 from cachedit_fx.shapes import SizeRule, UnknownSizeError
 
 log = logging.getLogger(__name__)
@@ -34,24 +35,35 @@ class Backend:
         config: When to reuse, and how to compile.
         mode: `torch.compile`'s mode for the inner backend.
         options: Inductor's options, for the inner backend.
+        declared: What is known of the model's blocks; by default nothing, and the graph tells.
 
     Raises:
         ConfigError: An option is unknown.
     """
 
     def __init__(
-        self, config: CacheConfig | None = None, *, mode: str | None = None, options: Mapping[str, Any] | None = None
+        self,
+        config: CacheConfig | None = None,
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        declared: Declaration | None = None,
     ) -> None:
         self.config, self.inner_options = split_options(options or {}, config)
         self.mode = mode
+        self.declared = declared or Declaration()
+        for override in self.declared.overrides:
+            check_together(self.config.override(override))
         self.__name__ = "cachedit"
 
+    def _key(self) -> tuple[object, ...]:
+        return (self.config, self.mode, self.declared, tuple(sorted(self.inner_options.items())))
+
     def __eq__(self, other: object) -> bool:
-        mine = (self.config, self.mode, self.inner_options)
-        return isinstance(other, Backend) and mine == (other.config, other.mode, other.inner_options)
+        return isinstance(other, Backend) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash((self.config, self.mode, tuple(sorted(self.inner_options))))
+        return hash((self.config, self.mode, self.declared, tuple(sorted(self.inner_options))))
 
     def __call__(
         self,
@@ -65,12 +77,14 @@ class Backend:
         config, given = split_options(options or {}, self.config)
         compiler = InnerCompiler(config, mode or self.mode, {**self.inner_options, **given})
         try:
-            planned = _refusal() or _rewrite(copy_graph(gm, example_inputs), config, compiler)
+            planned = _refusal() or _rewrite(copy_graph(gm, example_inputs), config, self.declared, compiler)
+        except PatternError:
+            raise
         except Exception as error:
             _report_bug(error, config)
             return compiler(gm, list(example_inputs))
         if isinstance(planned, Rewritten):
-            return _compile_guarded(planned, config, compiler)
+            return _compile_guarded(planned, config, compiler, owner=(config, self.declared))
         return _compile_uncached(gm, example_inputs, planned, config, compiler)
 
 
@@ -109,8 +123,10 @@ class Rewritten:
     weight: int | torch.Tensor
 
 
-def _rewrite(gm: fx.GraphModule, config: CacheConfig, compiler: InnerCompiler) -> Rewritten | tuple[Mismatch, ...]:
-    plan = plan_graph(gm, config)
+def _rewrite(
+    gm: fx.GraphModule, config: CacheConfig, declared: Declaration, compiler: InnerCompiler
+) -> Rewritten | tuple[Mismatch, ...]:
+    plan = plan_graph(gm, config, declared)
     if not isinstance(plan, Plan):
         return plan
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
@@ -126,7 +142,7 @@ def _rewrite(gm: fx.GraphModule, config: CacheConfig, compiler: InnerCompiler) -
     return Rewritten(plan, guarded, pieces, regions, weight)
 
 
-def _compile_guarded(rewritten: Rewritten, config: CacheConfig, compiler: InnerCompiler) -> Compiled:
+def _compile_guarded(rewritten: Rewritten, config: CacheConfig, compiler: InnerCompiler, *, owner: object) -> Compiled:
     plan, pieces, weight = rewritten.plan, rewritten.pieces, rewritten.weight
     for piece in pieces:
         compiler.compile_piece(piece)
@@ -137,10 +153,12 @@ def _compile_guarded(rewritten: Rewritten, config: CacheConfig, compiler: InnerC
     log.info("cached: %s; %d pieces, %d of them blocks", plan, len(pieces), sum(bool(p.blocks) for p in pieces))
     return GuardedCall(
         rewritten.guarded.gm.forward,
+        owner,
         config,
         rewritten.regions,
         weight=weight,
         conditioning=placeholders.index(plan.conditioning) if plan.conditioning is not None else None,
+        has_clock=plan.timestep is not None,
         copy_state=compiler.owns_buffers,
     )
 
@@ -151,7 +169,14 @@ def _segments(guarded: GuardedGraph) -> list[fx.GraphModule]:
 
 def _region_plan(region: Region, placeholders: list[fx.Node]) -> RegionPlan:
     kept = stored_examples(region)
-    return RegionPlan(region.name, SizeRule(kept, placeholders), tuple(t.dtype for t in kept), kept[0].device)
+    return RegionPlan(
+        name=region.name,
+        config=region.config,
+        looks=region.looked_at is not None,
+        sizes=SizeRule(kept, placeholders),
+        dtypes=tuple(tensor.dtype for tensor in kept),
+        device=kept[-1].device,
+    )
 
 
 def _find_weight(plan: Plan, placeholders: list[fx.Node]) -> int | torch.Tensor:
@@ -173,10 +198,23 @@ def _compile_uncached(
     compiler: InnerCompiler,
 ) -> Compiled:
     message = _explain_fallback(reasons)
+    call = current_call()
+    if call is not None:  # Where Dynamo breaks a model up, one of its graphs may still match: the call's end tells.
+        call.misses.append((len(gm.graph.nodes), message))
+    else:
+        report_uncached(message, config)
+    return compiler(gm, list(example_inputs))
+
+
+def report_uncached(message: str, config: CacheConfig) -> None:
+    """Warns once, or raises if that is asked for.
+
+    Raises:
+        NoMatchError: `on_no_match` is "raise".
+    """
     if config.on_no_match == "raise":
         raise NoMatchError(message)
     _warn_once(f'{message}\nMake this an error: options={{"on_no_match": "raise"}}')
-    return compiler(gm, list(example_inputs))
 
 
 def _explain_fallback(reasons: tuple[Mismatch, ...]) -> str:

@@ -5,36 +5,72 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import StrEnum
+from typing import Any, Self
 
 from cachedit_fx.errors import ConfigError
 
-_COUNTS = ("Fn_compute_blocks", "Bn_compute_blocks", "max_warmup_steps")
-_LIMITS = ("max_cached_steps", "max_continuous_cached_steps")
+
+class CacheType(StrEnum):
+    """What is decided about: the middle blocks as one, or every block on its own."""
+
+    DBCache = "DBCache"
+    DBPrune = "DBPrune"
+
+
+_COUNTS = {"Fn_compute_blocks": 0, "Bn_compute_blocks": 0, "max_warmup_steps": 0, "warmup_interval": 1}
+_LIMITS = {"max_cached_steps": -1, "max_continuous_cached_steps": -1}
+_OPTIONAL_COUNTS = {"num_inference_steps": 1, "force_refresh_step_hint": 1}
+_NUMBERS = ("residual_diff_threshold", "dynamic_prune_threshold_relax_ratio")
+_OPTIONAL_NUMBERS = ("max_accumulated_residual_diff_threshold", "max_dynamic_prune_threshold")
+_SWITCHES = ("cfg_compute_first", "cfg_diff_compute_separate", "enable_dynamic_prune_threshold")
 _CHOICES = {
+    "cache_type": tuple(map(str, CacheType)),
+    "steps_computation_policy": ("dynamic", "static"),
+    "force_refresh_step_policy": ("once", "repeat"),
     "on_no_match": ("fallback", "raise"),
     "regions": ("merged", "per_list"),
     "compile_blocks": ("once", "inline"),
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CacheConfig:
-    """When a step may reuse, and how the pieces are compiled. Names and defaults of the first eight are cache-dit's.
+    """When a step may reuse, and how the pieces are compiled. Names, defaults and meaning are cache-dit's up to the
+    fields for pruning; those after them are ours. Also called `DBCacheConfig` and `BasicCacheConfig`.
 
     Attributes:
-        Fn_compute_blocks: Blocks at the front that always run; the residual over them is what the guard looks at.
+        Fn_compute_blocks: Blocks at the front that always run; the residual over them is what the guard looks at. 0 is
+            for a mask of policy "static": nothing is looked at, and the region is the whole chain.
         Bn_compute_blocks: Blocks at the end that always run, and so correct what a reused step added.
         residual_diff_threshold: Reuse only if the relative L1 distance between the residual of the Fn blocks now and
             at the last computed step is strictly below this. 0 or less: never reuse. 1 or more: never look.
-        max_warmup_steps: The first steps of a session that are computed (strictly fewer than this).
+        max_warmup_steps: The first steps of a session that are computed (strictly fewer than this); with a mask, no
+            more than the ones that it begins with.
         warmup_interval: During warm-up only every so-many-th step is forced to be computed.
         max_cached_steps: Reused steps per session at the most; -1 for no limit.
         max_continuous_cached_steps: Reused steps in a row at the most; -1 for no limit.
         max_accumulated_residual_diff_threshold: Compute once the diffs of the steps reused since the last computed
-            step add up to this; None for no limit.
+            step add up to this; None or 0 for no limit.
+        num_inference_steps: Steps of a generation: the step after them begins a new one. None: told by the timestep,
+            the conditioning and the end of the pipeline's call alone.
+        steps_computation_mask: Per step 1 (compute) or 0 (may reuse); beyond its end 0 is meant. See `steps_mask`.
+        steps_computation_policy: What a 0 of the mask means: "dynamic" asks the other rules, "static" reuses at once.
+        force_refresh_step_hint: Before this step of a session, forget and warm up again.
+        force_refresh_step_policy: "once" in a session, or "repeat": before every so-many-th step.
+        enable_separate_cfg: Whether guidance calls the model once per branch. Branches are told apart whatever this
+            says; False declares that there are none to share a diff (see `cfg_diff_compute_separate`).
+        cfg_compute_first: The guidance branch ("uncond") is called first at every step.
+        cfg_diff_compute_separate: False: the guidance branch does not look itself, but takes the diff that the other
+            branch measured at this step, if it measured one and was called first.
+        cache_type: "DBCache" decides about all middle blocks at once, "DBPrune" about each of them, by how far its
+            input moved since it was last computed.
+        enable_dynamic_prune_threshold: DBPrune: the threshold follows the mean of the first diffs of this step.
+        max_dynamic_prune_threshold: What it stays below; None for twice `residual_diff_threshold`.
+        dynamic_prune_threshold_relax_ratio: Factor on that mean.
+        non_prune_block_ids: DBPrune: numbers of blocks in their list that always run, beside the Fn and Bn ones.
         inner_backend: The `torch.compile` backend that compiles the pieces.
         on_no_match: "fallback" compiles the uncached graph and warns once; "raise" raises `NoMatchError`.
         regions: "merged" decides once for the whole chain; "per_list" decides for every module list on its own.
@@ -54,31 +90,75 @@ class CacheConfig:
     max_cached_steps: int = -1
     max_continuous_cached_steps: int = -1
     max_accumulated_residual_diff_threshold: float | None = None
+    num_inference_steps: int | None = None
+    steps_computation_mask: Sequence[int] | None = None
+    steps_computation_policy: str = "dynamic"
+    force_refresh_step_hint: int | None = None
+    force_refresh_step_policy: str = "once"
+    enable_separate_cfg: bool | None = None
+    cfg_compute_first: bool = False
+    cfg_diff_compute_separate: bool = True
+    cache_type: str = CacheType.DBCache
+    enable_dynamic_prune_threshold: bool = False
+    max_dynamic_prune_threshold: float | None = None
+    dynamic_prune_threshold_relax_ratio: float = 1.25
+    non_prune_block_ids: Sequence[int] = ()
     inner_backend: str = "inductor"
     on_no_match: str = "fallback"
     regions: str = "merged"
     compile_blocks: str = "once"
     mode: str | None = None
 
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        config = super().__new__(cls)
+        kind = () if cls is CacheConfig else ("cache_type",)
+        object.__setattr__(config, "_given", frozenset((*FIELD_NAMES[: len(args)], *fields, *kind)))
+        return config
+
     def __post_init__(self) -> None:
-        for field in _COUNTS:
-            _check_int(field, getattr(self, field), least=0)
-        for field in _LIMITS:
-            _check_int(field, getattr(self, field), least=-1)
-        _check_int("warmup_interval", self.warmup_interval, least=1)
-        _check_float("residual_diff_threshold", self.residual_diff_threshold)
-        if self.max_accumulated_residual_diff_threshold is not None:
-            _check_float("max_accumulated_residual_diff_threshold", self.max_accumulated_residual_diff_threshold)
-        for field, allowed in _CHOICES.items():
-            _check_choice(field, getattr(self, field), allowed)
-        _check_inner_backend(self.inner_backend)
-        if self.mode is not None:
-            from torch._inductor import list_mode_options
+        for name in ("steps_computation_mask", "non_prune_block_ids"):
+            if isinstance(getattr(self, name), Sequence):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check_fields(self)
 
-            _check_choice("mode", self.mode, ("default", *sorted(list_mode_options())))
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the fields that the caller set: what a `ParamsModifier` overrides with."""
+        names: frozenset[str] = self.__dict__["_given"]
+        return names
+
+    def override(self, other: CacheConfig | None = None, **fields: Any) -> Self:
+        """This configuration with the fields that `other` was given, and with `fields`.
+
+        Raises:
+            ConfigError: A field is unknown or has a value it cannot have.
+        """
+        fields = {name: getattr(other, name) for name in other.given} | fields if other is not None else fields
+        mine = {name: getattr(self, name) for name in self.given}
+        try:
+            return type(self)(**mine | fields)
+        except TypeError:
+            unknown = next(name for name in fields if name not in FIELD_NAMES)
+            raise ConfigError(_unknown_option(unknown, fields[unknown], ())) from None
+
+    def reset(self, **fields: Any) -> Self:
+        """A partial configuration, for `ParamsModifier`: of this one nothing is kept, and only `fields` are given."""
+        return type(self)(**fields)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether a mask alone decides, so that nothing has to be looked at."""
+        return self.steps_computation_mask is not None and self.steps_computation_policy == "static"
 
 
-OPTION_NAMES = tuple(field.name for field in dataclasses.fields(CacheConfig))
+FIELD_NAMES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(CacheConfig))
+
+
+@dataclass(frozen=True)
+class DBPruneConfig(CacheConfig):
+    """`CacheConfig` with `cache_type="DBPrune"`."""
+
+    cache_type: str = CacheType.DBPrune
 
 
 def split_options(options: Mapping[str, Any], base: CacheConfig | None = None) -> tuple[CacheConfig, dict[str, Any]]:
@@ -88,14 +168,29 @@ def split_options(options: Mapping[str, Any], base: CacheConfig | None = None) -
         ConfigError: An option is neither ours nor, where the inner backend is Inductor, Inductor's.
     """
     base = base or CacheConfig()
-    ours = {name: value for name, value in options.items() if name in OPTION_NAMES}
-    rest = {name: value for name, value in options.items() if name not in OPTION_NAMES}
-    config = dataclasses.replace(base, **ours)
+    ours = {name: value for name, value in options.items() if name in FIELD_NAMES}
+    rest = {name: value for name, value in options.items() if name not in FIELD_NAMES}
+    config = base.override(**ours)
+    check_together(config)
     known = _inductor_options() if config.inner_backend == "inductor" else ()
     for name, value in rest.items():
         if str(name).replace("-", "_") not in known:
             raise ConfigError(_unknown_option(name, value, known))
     return config, rest
+
+
+def check_together(config: CacheConfig) -> None:
+    """What one field asks of the others; a partial configuration need not satisfy it.
+
+    Raises:
+        ConfigError: No block is left to look at, and nothing decides without looking.
+    """
+    if config.Fn_compute_blocks == 0 and not config.is_static and config.cache_type != CacheType.DBPrune:
+        raise ConfigError(
+            "cachedit_fx: Fn_compute_blocks=0 leaves nothing to look at, so it needs steps_computation_mask and "
+            f"steps_computation_policy='static', got mask {config.steps_computation_mask!r} and policy "
+            f"{config.steps_computation_policy!r}"
+        )
 
 
 def _inductor_options() -> tuple[str, ...]:
@@ -105,12 +200,36 @@ def _inductor_options() -> tuple[str, ...]:
 
 
 def _unknown_option(name: object, value: object, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(name), (*OPTION_NAMES, *known), n=1)
+    near = difflib.get_close_matches(str(name), (*FIELD_NAMES, *known), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     others = ", and every option of Inductor" if known else ""
     return (
-        f"cachedit_fx: option {name!r} (given {value!r}) is unknown.{hint} Allowed: {', '.join(OPTION_NAMES)}{others}."
+        f"cachedit_fx: option {name!r} (given {value!r}) is unknown.{hint} Allowed: {', '.join(FIELD_NAMES)}{others}."
     )
+
+
+def _check_fields(config: CacheConfig) -> None:
+    for name, least in (_COUNTS | _LIMITS).items():
+        _check_int(name, getattr(config, name), least=least)
+    for name, least in _OPTIONAL_COUNTS.items():
+        if getattr(config, name) is not None:
+            _check_int(name, getattr(config, name), least=least)
+    for name in (*_NUMBERS, *(n for n in _OPTIONAL_NUMBERS if getattr(config, n) is not None)):
+        _check_float(name, getattr(config, name))
+    for name in (*_SWITCHES, *(("enable_separate_cfg",) if config.enable_separate_cfg is not None else ())):
+        _check_choice(name, getattr(config, name), (True, False))
+    for name, allowed in _CHOICES.items():
+        _check_choice(name, getattr(config, name), allowed)
+    mask, kept = config.steps_computation_mask, config.non_prune_block_ids
+    if mask is not None and not (isinstance(mask, tuple) and mask and all(m in (0, 1) for m in mask)):
+        raise ConfigError(f"cachedit_fx: steps_computation_mask must be a list of 0 and 1, got {mask!r}")
+    if not isinstance(kept, tuple) or not all(isinstance(i, int) and i >= 0 for i in kept):
+        raise ConfigError(f"cachedit_fx: non_prune_block_ids must be a list of ints >= 0, got {kept!r}")
+    _check_inner_backend(config.inner_backend)
+    if config.mode is not None:
+        from torch._inductor import list_mode_options
+
+        _check_choice("mode", config.mode, ("default", *sorted(list_mode_options())))
 
 
 def _check_int(field: str, value: object, *, least: int) -> None:
@@ -123,10 +242,10 @@ def _check_float(field: str, value: object) -> None:
         raise ConfigError(f"cachedit_fx: {field} must be a finite number, got {value!r}")
 
 
-def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value in allowed:
+def _check_choice(field: str, value: object, allowed: tuple[object, ...]) -> None:
+    if any(value == known and isinstance(value, type(known) | str) for known in allowed):
         return
-    near = difflib.get_close_matches(str(value), allowed, n=1)
+    near = difflib.get_close_matches(str(value), list(map(str, allowed)), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"cachedit_fx: {field} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{hint}")
 

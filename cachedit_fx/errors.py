@@ -13,3 +13,7 @@ class NoMatchError(RuntimeError):
 
 class PassError(RuntimeError):
     """A pass raised, or left a graph that does not lint. Always a bug in cachedit_fx, never in the model."""
+
+
+class PatternError(RuntimeError):
+    """What a user declared of a model (`BlockAdapter`) is not what its graph shows, or a patch functor failed."""

@@ -4,26 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from cachedit_fx.config import CacheConfig
-from cachedit_fx.policy import Decision, History, decide
-from cachedit_fx.session import Instance, RegionState, Session, Snapshot, instance_of
+from cachedit_fx.policy import Decision, History, decide, needs_refresh
+from cachedit_fx.session import Instance, RegionState, Session, Snapshot, current_call, instance_of
 from cachedit_fx.shapes import SizeRule, Sizes
 
 
 @dataclass(frozen=True, slots=True)
 class RegionPlan:
-    """What the runtime knows of a region. Shapes: the residual's, then those of what is stored."""
+    """What the runtime knows of a region.
+
+    Attributes:
+        looks: Whether the guard looks at a value; then it is the first in `sizes` and `dtypes`, before what is stored.
+    """
 
     name: str
+    config: CacheConfig
+    looks: bool
     sizes: SizeRule
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What decides: for the session as a whole, and for each region.
+
+    Attributes:
+        owner: Equal for equal configurations: what one of them keeps is nothing to another.
+    """
+
+    owner: int
+    config: CacheConfig
+    regions: tuple[RegionPlan, ...]
 
 
 class GuardedCall:
@@ -31,36 +50,68 @@ class GuardedCall:
 
     Args:
         forward: The guarded graph's: takes a step and then the graph's arguments.
+        owner: Whoever compiled it: sessions of another owner are none of its own.
+        config: What ends a generation and what guidance branches share; decisions are by each region's own.
         weight: Position of the argument that tells module instances apart, or the tensor itself.
         conditioning: Position of the argument whose identity tells requests and guidance branches apart.
+        has_clock: Whether the first region's probe ends with the timestep.
         copy_state: Copy what is kept: the inner compiler hands out buffers that it will write over (CUDA graphs).
     """
 
     def __init__(
         self,
         forward: Callable[..., Any],
+        owner: object,
         config: CacheConfig,
         regions: Sequence[RegionPlan],
         *,
         weight: int | torch.Tensor,
         conditioning: int | None,
+        has_clock: bool,
         copy_state: bool = False,
     ) -> None:
         self.forward = forward
+        self.owner = owner
         self.config = config
         self.regions = tuple(regions)
+        self._policies: dict[CacheConfig | None, Policy] = {}
         self.weight = weight
         self.conditioning = conditioning
+        self.has_clock = has_clock
         self.copy_state = copy_state
 
     def __call__(self, *args: Any) -> Any:
         weight = args[self.weight] if isinstance(self.weight, int) else self.weight
         instance = instance_of(weight)
         conditioning = args[self.conditioning] if self.conditioning is not None else None
-        step = StepRun(self, instance, instance.open(self.config, conditioning), args)
+        call = current_call()
+        is_part = call is not None and not self.has_clock
+        if call is not None and is_part:  # What a part of the model's forward gets was made on the way to it.
+            conditioning = call.conditioning
+        policy = self.policy(call.policy if call is not None else None)
+        session = instance.open(policy.owner, conditioning)
+        step = StepRun(self, policy, instance, session, args)
+        if call is not None and is_part and call.timestep is not None:
+            step.tick(call.timestep)
         output = self.forward(step, *args)
         step.commit()
         return output
+
+    def policy(self, change: CacheConfig | None) -> Policy:
+        """What decides at this call: the configuration that this was compiled with, and what has changed since."""
+        if change not in self._policies:
+            config = self.config.override(change)
+            regions = tuple(replace(plan, config=plan.config.override(change)) for plan in self.regions)
+            self._policies[change] = Policy(_number_of((self.owner, config)), config, regions)
+        return self._policies[change]
+
+
+_owners: dict[object, int] = {}
+
+
+def _number_of(owner: object) -> int:
+    """A number for every distinct owner: cheap to compare at every call."""
+    return _owners.setdefault(owner, len(_owners))
 
 
 def in_layout(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -70,97 +121,91 @@ def in_layout(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+@dataclass(slots=True)
+class _RegionRun:
+    """A region during one step."""
+
+    plan: RegionPlan
+    state: RegionState
+    sizes: Sizes
+    fits: bool  # Whether what is kept fits this call's shapes: a session may change size.
+    decision: Decision | None = None
+    history: History = field(default_factory=History)
+    diff: float = math.nan
+
+
 class StepRun:
     """One step of one session: the `Step` that a guarded graph asks. Changes nothing before `commit`."""
 
-    __slots__ = (
-        "_args",
-        "_call",
-        "_decided",
-        "_fits",
-        "_instance",
-        "_is_new",
-        "_kept",
-        "_session",
-        "_sizes",
-        "_snapshot",
-    )
+    __slots__ = ("_args", "_call", "_instance", "_is_new", "_policy", "_runs", "_session", "_snapshot", "_ticked")
 
-    def __init__(self, call: GuardedCall, instance: Instance, session: Session, args: Sequence[Any]) -> None:
-        self._call, self._instance, self._session, self._args = call, instance, session, args
+    def __init__(
+        self, call: GuardedCall, policy: Policy, instance: Instance, session: Session, args: Sequence[Any]
+    ) -> None:
+        self._call, self._policy, self._instance, self._session, self._args = call, policy, instance, session, args
         self._snapshot = session.snapshot
-        self._is_new = False
-        self._sizes: list[Sizes] = []
-        self._fits: list[bool] = []
-        self._decided: dict[int, tuple[Decision, History, float]] = {}
-        self._kept: dict[str, RegionState] = {}
+        self._is_new = self._ticked = False
+        self._runs: list[_RegionRun] = []
+        if (
+            call.config.num_inference_steps is not None
+            and session.snapshot.num_steps >= call.config.num_inference_steps
+        ):
+            self._begin_generation()
 
     def before(self, region: int) -> torch.Tensor:
-        """The residual over the Fn blocks at the last computed step, or zeros: then nothing looks at the diff."""
-        plan = self._call.regions[region]
-        self._sizes.append(plan.sizes(self._args))
-        self._fits.append(self._is_stored(region))
-        state = self._state(region)
-        if self._fits[region] and state.residual is not None:
-            return in_layout(state.residual, self._sizes[region][0][1])
-        shape, strides = self._sizes[region][0]
-        return torch.empty_strided(shape, strides, dtype=plan.dtypes[0], device=plan.device).zero_()
+        """What was looked at at the last computed step, or zeros: then nothing looks at the diff."""
+        run = self._run(region)
+        shape, strides = run.sizes[0]
+        if run.fits and run.state.seen is not None:
+            return in_layout(run.state.seen, strides)
+        return torch.empty_strided(shape, strides, dtype=run.plan.dtypes[0], device=run.plan.device).zero_()
 
-    def decide(self, region: int, probe: torch.Tensor) -> bool:
+    def decide(self, region: int, probe: torch.Tensor | None) -> bool:
         """Whether to compute. Reads the probe: the one time in a call (and region) that the host waits."""
-        diff, *clock = probe.tolist()
-        if clock:
-            self._tick(clock[0])
-        elif region == 0:
-            self._tick(None)
-        state = self._state(region)
-        is_stored = self._fits[region] and state.residual is not None  # A new generation has let go of it.
-        decision = decide(self._call.config, self._moved(state.history), diff, is_stored=is_stored)
-        self._decided[region] = (decision, state.history, diff)
-        return decision.compute
+        run = self._run(region)
+        values = probe.tolist() if probe is not None else []
+        if region == 0 and not self._ticked:
+            self.tick(values.pop() if self._call.has_clock else None)
+        if self._is_new:  # What it had kept is let go of.
+            run.state, run.fits = RegionState(), False
+        diff = values[0] if run.plan.looks else math.nan
+        shared = self._shared_diff(run)
+        run.diff = diff if shared is None else shared
+        run.history = replace(run.state.history, has_moved=self._snapshot.direction != 0)
+        earlier = [done.diff for done in self._runs[:region]]
+        run.decision = decide(run.plan.config, run.history, run.diff, is_stored=run.fits, earlier=earlier)
+        return run.decision.compute
 
     def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
-        if self._decided[region][0].compute:
-            return (None,) * (len(self._call.regions[region].dtypes) - 1)
-        kept = zip(self._state(region).stored, self._sizes[region][1:], strict=True)
+        run = self._runs[region]
+        if run.decision is None or run.decision.compute:
+            return (None,) * (len(run.plan.dtypes) - run.plan.looks)
+        kept = zip(run.state.stored, run.sizes[run.plan.looks :], strict=True)
         return tuple(in_layout(tensor, strides) for tensor, (_, strides) in kept)
 
-    def keep(self, region: int, residual: torch.Tensor, stored: tuple[torch.Tensor, ...]) -> None:
-        decision, history, diff = self._decided[region]
-        state = self._state(region)
-        if decision.compute:
+    def keep(self, region: int, seen: torch.Tensor | None, stored: tuple[torch.Tensor, ...]) -> None:
+        run = self._runs[region]
+        assert run.decision is not None
+        if run.decision.compute:
             if self._call.copy_state:
-                residual, stored = residual.clone(), tuple(tensor.clone() for tensor in stored)
-            state = replace(state, residual=residual, stored=stored)
-        self._kept[self._call.regions[region].name] = replace(
-            state,
-            history=history.after(decision, diff),
-            decisions=(*state.decisions, decision),
-            diffs=(*state.diffs, diff),
+                seen, stored = seen.clone() if seen is not None else None, tuple(tensor.clone() for tensor in stored)
+            run.state = replace(run.state, seen=seen, stored=stored)
+        run.state = replace(
+            run.state,
+            history=run.history.after(run.decision, run.diff),
+            decisions=(*run.state.decisions, run.decision),
+            diffs=(*run.state.diffs, run.diff),
         )
 
     def commit(self) -> None:
         """Makes the step part of its session."""
-        regions = MappingProxyType({**self._snapshot.regions, **self._kept})
-        self._instance.commit(self._session, replace(self._snapshot, regions=regions), is_new_generation=self._is_new)
+        regions = MappingProxyType({**self._snapshot.regions, **{run.plan.name: run.state for run in self._runs}})
+        snapshot = replace(self._snapshot, regions=regions, num_steps=self._snapshot.num_steps + 1)
+        self._instance.commit(self._session, snapshot, is_new_generation=self._is_new)
 
-    def _state(self, region: int) -> RegionState:
-        return self._snapshot.regions.get(self._call.regions[region].name) or RegionState()
-
-    def _is_stored(self, region: int) -> bool:
-        """Whether what is kept fits this call's shapes: a session may change size, and then nothing may be added."""
-        state = self._state(region)
-        if state.residual is None:
-            return False
-        plan = self._call.regions[region]
-        kept = (state.residual, *state.stored)
-        return len(kept) == len(plan.dtypes) and all(
-            tensor.shape == size[0] and tensor.dtype == dtype and tensor.device == plan.device
-            for tensor, size, dtype in zip(kept, self._sizes[region], plan.dtypes, strict=True)
-        )
-
-    def _tick(self, timestep: float | None) -> None:
+    def tick(self, timestep: float | None) -> None:
         """Moves the session's clock. A timestep that turns back starts a new generation."""
+        self._ticked = True
         last, direction = self._snapshot.timestep, self._snapshot.direction
         if timestep is None:
             # Without a clock only a request with a name is known to be one generation.
@@ -168,9 +213,41 @@ class StepRun:
             return
         turn = 0 if last is None or math.isnan(timestep) else (timestep > last) - (timestep < last)
         if turn and direction and turn != direction:
-            self._is_new = True
-            self._snapshot, turn, direction = Snapshot(), 0, 0
+            self._begin_generation()
+            turn, direction = 0, 0
         self._snapshot = replace(self._snapshot, timestep=timestep, direction=turn or direction)
 
-    def _moved(self, history: History) -> History:
-        return replace(history, has_moved=self._snapshot.direction != 0)
+    def _begin_generation(self) -> None:
+        self._is_new, self._snapshot = True, Snapshot()
+
+    def _run(self, region: int) -> _RegionRun:
+        """The region's part of this step; made when it is first asked for, in order."""
+        if region == len(self._runs):
+            plan = self._policy.regions[region]
+            state = self._snapshot.regions.get(plan.name) or RegionState()
+            if needs_refresh(plan.config, state.history):
+                fresh = History(num_refreshes=state.history.num_refreshes + 1)
+                state = replace(state, seen=None, stored=(), history=fresh)
+            sizes = plan.sizes(self._args)
+            self._runs.append(_RegionRun(plan, state, sizes, _fits(plan, state, sizes)))
+        return self._runs[region]
+
+    def _shared_diff(self, run: _RegionRun) -> float | None:
+        """What the branch that was called just before measured at this step, if this one is to take that."""
+        config = self._policy.config
+        if config.cfg_diff_compute_separate or config.enable_separate_cfg is False or config.cfg_compute_first:
+            return None
+        partner = self._instance.partner(self._session)
+        other = partner.snapshot.regions.get(run.plan.name) if partner is not None else None
+        if partner is None or other is None or partner.snapshot.timestep != self._snapshot.timestep:
+            return None
+        is_same_step = len(other.decisions) == len(run.state.decisions) + 1
+        return other.diffs[-1] if is_same_step and other.decisions[-1].looked else None
+
+
+def _fits(plan: RegionPlan, state: RegionState, sizes: Sizes) -> bool:
+    kept = (*((state.seen,) if plan.looks else ()), *state.stored)
+    return len(kept) == len(plan.dtypes) and all(
+        tensor is not None and tensor.shape == size[0] and tensor.dtype == dtype and tensor.device == plan.device
+        for tensor, size, dtype in zip(kept, sizes, plan.dtypes, strict=True)
+    )

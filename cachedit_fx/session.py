@@ -19,13 +19,65 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cachedit_fx.conditioning import ConditioningTable
 from cachedit_fx.config import CacheConfig
 from cachedit_fx.policy import Decision, History
-from cachedit_fx.stats import CacheStats, Summary
+from cachedit_fx.stats import CacheStats
 
 MAX_SESSIONS = 64  # Per module; beyond it the one that was used least recently ends.
 MAX_FINISHED = 64  # Sessions per module whose statistics are kept.
 
 _request: ContextVar[Hashable | None] = ContextVar("cachedit_fx_request", default=None)
-_serial = itertools.count(1)
+_label: ContextVar[str | None] = ContextVar("cachedit_fx_label", default=None)
+_call: ContextVar[ModelCall | None] = ContextVar("cachedit_fx_call", default=None)
+_clock = itertools.count(1)  # Numbers the steps of all sessions.
+
+
+class ModelCall:
+    """What a call of the whole model was given: for graphs that begin behind the model's first lines.
+
+    Attributes:
+        conditioning: The tensor whose identity tells requests and guidance branches apart.
+        policy: What of the configuration has changed since the graphs were compiled.
+        misses: Of graphs that were compiled during this call and run uncached, the number of nodes and the reason.
+    """
+
+    __slots__ = ("_timestep", "conditioning", "misses", "policy")
+
+    def __init__(
+        self,
+        timestep: torch.Tensor | float | None,
+        conditioning: torch.Tensor | None,
+        policy: CacheConfig | None = None,
+    ) -> None:
+        self._timestep = timestep
+        self.conditioning = conditioning
+        self.policy = policy
+        self.misses: list[tuple[int, str]] = []
+
+    @property
+    def timestep(self) -> float | None:
+        """The largest of the timesteps. Reads from the device."""
+        if isinstance(self._timestep, torch.Tensor):
+            return float(self._timestep.max())
+        return self._timestep
+
+
+def current_call() -> ModelCall | None:
+    """The model call that this thread and async task is in, if someone told (see `within_call`)."""
+    return _call.get()
+
+
+@contextlib.contextmanager
+def within_call(call: ModelCall) -> Iterator[None]:
+    """Tells the graphs that run inside what the model was called with."""
+    token = _call.set(call)
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
+
+def set_label(label: str | None) -> None:
+    """Names the guidance branch that this thread and async task calls the model for from now on; None for no name."""
+    _label.set(label)
 
 
 @contextlib.contextmanager
@@ -53,11 +105,11 @@ class RegionState:
     """What one region keeps from its last computed step, and the record of its decisions.
 
     Attributes:
-        residual: Over the Fn blocks, as the hidden stream.
+        seen: What the guard looked at; None before the first, or where it looks at nothing.
         stored: One per value that leaves the region: what it added to its stream, or the value itself.
     """
 
-    residual: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
     stored: tuple[torch.Tensor, ...] = ()
     history: History = field(default_factory=History)
     decisions: tuple[Decision, ...] = ()
@@ -65,7 +117,7 @@ class RegionState:
 
     @property
     def num_bytes(self) -> int:
-        kept = self.stored if self.residual is None else (self.residual, *self.stored)
+        kept = self.stored if self.seen is None else (self.seen, *self.stored)
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
@@ -76,24 +128,42 @@ class Snapshot:
     Attributes:
         timestep: Of the last step; None before the first, or where the graph has no such input.
         direction: Sign in which the timestep moves; 0 while it has not.
+        num_steps: Steps so far.
     """
 
     timestep: float | None = None
     direction: int = 0
+    num_steps: int = 0
     regions: Mapping[str, RegionState] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """What tells one session of a module from another.
+
+    Attributes:
+        owner: Whoever compiled the graph: two configurations share nothing.
+        who: The request's name, or the thread and async task.
+        label: What the pipeline calls this guidance branch.
+        token: Number of the conditioning.
+    """
+
+    owner: Hashable
+    who: Hashable
+    label: str | None
+    token: int | None
 
 
 class Session:
     """One generation's one guidance branch. `snapshot` is all that changes."""
 
-    __slots__ = ("epoch", "key", "label", "number", "request", "snapshot")
+    __slots__ = ("epoch", "first", "key", "last", "request", "snapshot")
 
-    def __init__(self, key: tuple[Hashable, ...], label: str, request: Hashable | None, epoch: int) -> None:
+    def __init__(self, key: SessionKey, request: Hashable | None, epoch: int) -> None:
         self.epoch = epoch
         self.key = key
         self.request = request
-        self.label = label
-        self.number = 0  # Set when its first step is done.
+        self.first = self.last = 0  # Numbers of its first and its last step among those of all sessions.
         self.snapshot = Snapshot()
 
     @property
@@ -101,11 +171,17 @@ class Session:
         """Whether a `session(key)` names its request."""
         return self.request is not None
 
+    @property
+    def name(self) -> str:
+        branch = self.key.label or ("" if self.key.token is None else f"conditioning {self.key.token}")
+        named = "" if self.request is None else str(self.request)
+        return ", ".join(filter(None, (named, branch))) or "unnamed"
+
     def stats(self, *, finished: bool) -> list[CacheStats]:
         return [
             CacheStats(
                 region=name,
-                session=self.label,
+                session=self.name,
                 num_steps=len(state.decisions),
                 cached_steps=[i for i, decision in enumerate(state.decisions) if not decision.compute],
                 residual_diffs={i: d for i, d in enumerate(state.diffs) if state.decisions[i].looked},
@@ -117,6 +193,16 @@ class Session:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is known of a session, running or finished, and when it ran: numbers of its first and last step."""
+
+    key: SessionKey
+    first: int
+    last: int
+    stats: list[CacheStats]
+
+
 class Instance:
     """All sessions of one module instance."""
 
@@ -124,43 +210,50 @@ class Instance:
         self._lock = threading.RLock()
         self._epoch = 0  # Counts the resets.
         self.conditioning = ConditioningTable(self._conditioning_ended, self._lock)
-        self._sessions: OrderedDict[tuple[Hashable, ...], Session] = OrderedDict()
-        self._finished: deque[tuple[int, list[CacheStats]]] = deque(maxlen=MAX_FINISHED)
+        self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()  # The one used last stands last.
+        self._finished: deque[Record] = deque(maxlen=MAX_FINISHED)
 
-    def open(self, config: CacheConfig, conditioning: torch.Tensor | None) -> Session:
+    def open(self, owner: Hashable, conditioning: torch.Tensor | None) -> Session:
         """The session that this call belongs to; a new one is not kept before `commit`."""
         token = self.conditioning.token(conditioning) if conditioning is not None else None
-        request = _request.get()
-        # Without a name, another thread or task is another request: one prompt object may serve two generations.
-        who: Hashable = ("named", request) if request is not None else ("thread", *_running_in())
-        key = (config, who, token)
+        key = SessionKey(owner, _who(), _label.get(), token)
         with self._lock:
             known = self._sessions.get(key)
-        if known is not None:
-            return known
-        branch = "" if token is None else f"conditioning {token}"
-        named = "" if request is None else str(request)
-        return Session(key, ", ".join(filter(None, (named, branch))) or "unnamed", request, self._epoch)
+        return known or Session(key, _request.get(), self._epoch)
+
+    def partner(self, session: Session) -> Session | None:
+        """The session of another guidance branch of the same request that made the last step before this."""
+        owner, who = session.key.owner, session.key.who
+        with self._lock:
+            others = (s for s in reversed(self._sessions.values()) if s is not session)
+            return next((s for s in others if s.key.owner == owner and s.key.who == who), None)
 
     def commit(self, session: Session, snapshot: Snapshot, *, is_new_generation: bool) -> None:
         """Takes a finished step. A new generation under an old key ends the old session first."""
         with self._lock:
             if session.epoch != self._epoch:
                 return  # Reset while the step ran: what it would keep was to go.
-            if is_new_generation and session.number:
+            if is_new_generation and session.first:
                 self._finish(session)
-                session = Session(session.key, session.label, session.request, session.epoch)
-            session.number = session.number or next(_serial)
+                session = Session(session.key, session.request, session.epoch)
+            session.last = next(_clock)
+            session.first = session.first or session.last
             session.snapshot = snapshot
             self._sessions[session.key] = session
             self._sessions.move_to_end(session.key)
             while len(self._sessions) > MAX_SESSIONS:
                 self._finish(next(iter(self._sessions.values())))
 
-    def summary(self) -> list[tuple[int, list[CacheStats]]]:
+    def records(self) -> list[Record]:
+        """All sessions that are running, and the latest of those that are finished."""
         with self._lock:
-            running = [(session.number, session.stats(finished=False)) for session in self._sessions.values()]
-            return [*self._finished, *running]
+            return [*self._finished, *(self._record(session, finished=False) for session in self._sessions.values())]
+
+    def end(self, *, everyone: bool) -> None:
+        """Ends the sessions of the request (or the thread and async task) that asks, or all."""
+        with self._lock:
+            for session in [s for s in self._sessions.values() if everyone or s.key.who == _who()]:
+                self._finish(session)
 
     def clear(self) -> None:
         with self._lock:
@@ -170,22 +263,30 @@ class Instance:
             self.conditioning.clear()
 
     def _finish(self, session: Session) -> None:
-        self._finished.append((session.number, session.stats(finished=True)))
+        self._finished.append(self._record(session, finished=True))
         self._sessions.pop(session.key, None)
         session.snapshot = Snapshot()
 
+    @staticmethod
+    def _record(session: Session, *, finished: bool) -> Record:
+        return Record(session.key, session.first, session.last, session.stats(finished=finished))
+
     def _conditioning_ended(self, token: int) -> None:
         with self._lock:
-            for session in [s for s in self._sessions.values() if s.key[-1] == token]:
+            for session in [s for s in self._sessions.values() if s.key.token == token]:
                 self._finish(session)
 
 
-def _running_in() -> tuple[Hashable, ...]:
+def _who() -> Hashable:
+    """Whose generation this is: without a name, another thread or task is another request, even with one prompt."""
+    request = _request.get()
+    if request is not None:
+        return ("named", request)
     try:
         task = asyncio.current_task()
     except RuntimeError:
         task = None
-    return (threading.get_ident(), id(task) if task is not None else None)
+    return ("thread", threading.get_ident(), id(task) if task is not None else None)
 
 
 # One instance is told from another by a weight of its chain: two instances of a class share one compiled graph.
@@ -204,26 +305,39 @@ def instance_of(weight: torch.Tensor) -> Instance:
     return found
 
 
-def _instances_in(module: torch.nn.Module) -> list[Instance]:
+def instances_in(module: torch.nn.Module) -> list[Instance]:
+    """The instances that hold a weight of `module`: one for each of its chains."""
     held = itertools.chain(module.parameters(), module.buffers())
     return [_instances[tensor] for tensor in held if tensor in _instances]
 
 
 def is_cached(module: torch.nn.Module) -> bool:
     """Whether a graph of `module` was compiled with a guard in it."""
-    return bool(_instances_in(module))
+    return bool(instances_in(module))
 
 
 def reset(module: torch.nn.Module | None = None) -> None:
     """Ends every session of `module`, or of all modules, and forgets their statistics. Compiled graphs stay."""
-    for instance in list(_instances.values()) if module is None else _instances_in(module):
+    for instance in list(_instances.values()) if module is None else instances_in(module):
         instance.clear()
 
 
-def summary(module: torch.nn.Module) -> Summary:
-    """Statistics per session and region of `module`, finished or running, in the order of their first steps.
+def end_generation(module: torch.nn.Module, *, everyone: bool = False) -> None:
+    """Ends the sessions of `module` that the asking request (or thread and async task) has, or all; statistics stay."""
+    for instance in instances_in(module):
+        instance.end(everyone=everyone)
 
-    A list of `CacheStats`; printed, it is a table.
-    """
-    found = [entry for instance in _instances_in(module) for entry in instance.summary()]
-    return Summary(stats for _, group in sorted(found, key=lambda entry: entry[0]) for stats in group)
+
+def records_of(module: torch.nn.Module, *, every_generation: bool) -> list[Record]:
+    """Sessions of `module` in the order of their first steps: those of its last generation, or all that are known."""
+    found = []
+    for instance in instances_in(module):
+        records = instance.records()
+        last = max(records, key=lambda record: record.last, default=None)
+        found += [r for r in records if last is None or every_generation or _are_one_generation(r, last)]
+    return sorted(found, key=lambda record: record.first)
+
+
+def _are_one_generation(one: Record, last: Record) -> bool:
+    """Guidance branches of a generation take turns, so the times at which they ran overlap."""
+    return one.key.who == last.key.who and one.key.owner == last.key.owner and one.last >= last.first

@@ -1,13 +1,19 @@
-"""What a session did, as numbers and as a table."""
+"""What a session did, as numbers and as tables."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-_PERCENTILES = (0, 25, 50, 75, 95, 100)
-_HEADER = ("Cache Steps", "Diffs Min", "Diffs P25", "Diffs P50", "Diffs P75", "Diffs P95", "Diffs Max")
+_PERCENTILES = {"Min": 0, "P25": 25, "P50": 50, "P75": 75, "P95": 95, "Max": 100}
+_HEADER = ("Cache Steps", *(f"Diffs {name}" for name in _PERCENTILES), "Steps", "Region", "Session")
+_STEP_HEADER = ("Step", "Decision", "Reason", "Diff", "Region", "Session")
+
+Row = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +22,15 @@ class CacheStats:
 
     Attributes:
         region: Its blocks, as in `transformer_blocks[1:]`.
-        session: The request's name, if it has one, and the number of its conditioning.
+        session: The request's name, if it has one, and the guidance branch: its label, or the number of its
+            conditioning.
         num_steps: Steps so far.
         cached_steps: Numbers of the steps that were reused, from 0.
         residual_diffs: Step -> relative L1 distance, dimensionless; only steps whose decision looked at it.
         decisions: Per step the reason: "warmup", "diff-below", "diff-above", ... (see `policy.decide`).
         state_bytes: What the session holds now; 0 once it is finished.
         peak_state_bytes: What it held at its last step.
+        module: The pipeline's name for the transformer; empty where a transformer was asked itself.
     """
 
     region: str
@@ -33,24 +41,65 @@ class CacheStats:
     decisions: list[str] = field(default_factory=list)
     state_bytes: int = 0
     peak_state_bytes: int = 0
+    module: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON takes them."""
+        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        return _table([self])
+        return str(Summary([self]))
 
 
 class Summary(list[CacheStats]):
-    """A list of statistics that prints as one table, a line each."""
+    """A list of statistics that prints as one table, a line each; with `details` a second one, a line per step."""
+
+    def __init__(self, stats: Iterable[CacheStats] = (), *, title: str = "", details: bool = False) -> None:
+        super().__init__(stats)
+        self.title = title
+        self.details = details
+
+    @property
+    def tables(self) -> list[list[Row]]:
+        """The tables, each a header and its rows."""
+        first = [_HEADER, *map(_summary_row, self)]
+        return (
+            [first, [_STEP_HEADER, *(row for entry in self for row in _step_rows(entry))]] if self.details else [first]
+        )
 
     def __str__(self) -> str:
-        return _table(self) if self else "no session has run yet"
+        if not self:
+            return "no session has run yet"
+        head = [f"Cache Steps and Residual Diffs Statistics: {self.title}"] if self.title else []
+        return "\n\n".join([*head, *map(_markdown, self.tables)])
 
 
-def _table(stats: list[CacheStats]) -> str:
-    rows: list[tuple[str, ...]] = [(*_HEADER, "Steps", "Region", "Session")]
-    for entry in stats:
-        diffs = [d for d in entry.residual_diffs.values() if np.isfinite(d)]
-        marks = [f"{q:.3f}" for q in np.percentile(diffs, _PERCENTILES)] if diffs else ["-"] * len(_PERCENTILES)
-        rows.append((str(len(entry.cached_steps)), *marks, str(entry.num_steps), entry.region, entry.session))
+def _summary_row(entry: CacheStats) -> Row:
+    diffs = [d for d in entry.residual_diffs.values() if np.isfinite(d)]
+    marks = [f"{q:.3f}" for q in np.percentile(diffs, [*_PERCENTILES.values()])] if diffs else ["-"] * len(_PERCENTILES)
+    return (str(len(entry.cached_steps)), *marks, str(entry.num_steps), _place(entry), entry.session)
+
+
+def _step_rows(entry: CacheStats) -> list[Row]:
+    cached = set(entry.cached_steps)
+    return [
+        (
+            str(step),
+            "reuse" if step in cached else "compute",
+            reason,
+            f"{entry.residual_diffs[step]:.3f}" if step in entry.residual_diffs else "-",
+            _place(entry),
+            entry.session,
+        )
+        for step, reason in enumerate(entry.decisions)
+    ]
+
+
+def _place(entry: CacheStats) -> str:
+    return f"{entry.module}.{entry.region}" if entry.module else entry.region
+
+
+def _markdown(rows: Sequence[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows

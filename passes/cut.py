@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config import CacheConfig, CacheType
 from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.patterns.chain import HIDDEN, describe, is_tensor, same_shape, shape_key, source_line, value_of
+from cachedit_fx.patterns.chain import HIDDEN, Block, describe, is_tensor, same_shape, shape_key, source_line, value_of
 from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
 
 _IN_PLACE_OPERATORS = {
@@ -49,8 +49,10 @@ class Region:
         name: As in `transformer_blocks[1:4]`; two lists are joined by `+`.
         first, last: Numbers of the chain's first block in the region and the first after it.
         nodes: The region's nodes in program order.
-        hidden_before: The hidden stream before the first of the Fn blocks.
-        hidden_after: The same after the last of them: `hidden_after - hidden_before` is what the guard looks at.
+        config: When this region is reused.
+        looked_at: What the guard looks at: the hidden stream behind the Fn blocks, or in front of a single block.
+            None: nothing is looked at.
+        looked_from: What is taken off it first: the hidden stream before the Fn blocks; None to look at the value.
         carried: What a reused step has to supply.
         hoisted: Nodes that lie between the cuts but depend on no stream: they run with the head, at every step.
     """
@@ -59,46 +61,106 @@ class Region:
     first: int
     last: int
     nodes: tuple[fx.Node, ...]
-    hidden_before: fx.Node
-    hidden_after: fx.Node
+    config: CacheConfig
+    looked_at: fx.Node | None
+    looked_from: fx.Node | None
     carried: tuple[Carried, ...]
     hoisted: tuple[fx.Node, ...]
 
 
-def cut_regions(program: Program, chain: tuple[Match, ...], config: CacheConfig) -> tuple[Region, ...] | Mismatch:
-    """One region over the whole chain, or one for every list of it."""
-    groups = [chain] if config.regions == "merged" else [(match,) for match in chain]
-    regions, first = [], 0
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Lists of the chain that follow each other and are decided about by one configuration.
+
+    Attributes:
+        number: Of its first block in the chain.
+    """
+
+    matches: tuple[Match, ...]
+    config: CacheConfig
+    number: int = 0
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for match in self.matches for block in match.blocks.blocks]
+
+    @property
+    def paths(self) -> str:
+        return "+".join(match.blocks.path for match in self.matches)
+
+
+def cut_regions(program: Program, groups: Sequence[Group]) -> tuple[Region, ...] | Mismatch:
+    """The regions of every group: its middle blocks, or where blocks are pruned each of them on its own."""
+    regions: list[Region] = []
     for group in groups:
-        region = _cut(program, group, config, first)
-        if isinstance(region, Mismatch):
-            return region
-        regions.append(region)
-        first += sum(len(match.blocks.blocks) for match in group)
+        miss = _check_blocks(group)
+        if miss is not None:
+            return miss
+        prune = group.config.cache_type == CacheType.DBPrune
+        cut = _cut_every(program, group) if prune else _cut_middle(program, group)
+        if isinstance(cut, Mismatch):
+            return cut
+        regions += cut
     return tuple(regions)
 
 
-def _cut(program: Program, group: tuple[Match, ...], config: CacheConfig, number: int) -> Region | Mismatch:
-    blocks = [block for match in group for block in match.blocks.blocks]
-    streams = _boundaries(group)
-    fn, total = config.Fn_compute_blocks, len(blocks)
-    last = total - config.Bn_compute_blocks
-    if fn >= last or fn < 1:
+def _check_blocks(group: Group) -> Mismatch | None:
+    fn, bn, total = group.config.Fn_compute_blocks, group.config.Bn_compute_blocks, len(group.blocks)
+    if fn + bn >= total:
         return Mismatch(
-            group[0].template, Cause.TOO_FEW_BLOCKS,
-            f"expected 1 <= Fn_compute_blocks and Fn_compute_blocks + Bn_compute_blocks < {total}, the number of blocks"
-            f" of {'+'.join(match.blocks.path for match in group)}, found {fn} + {config.Bn_compute_blocks}",
+            group.matches[0].template, Cause.TOO_FEW_BLOCKS,
+            f"expected Fn_compute_blocks + Bn_compute_blocks < {total}, the number of blocks of {group.paths}, "
+            f"found {fn} + {bn}",
             progress=total, total=total,
         )  # fmt: skip
-    partial = next((match for match in group if not match.blocks.blocks[0].path.endswith(".0")), None)
+    partial = next((m for m in group.matches if not m.blocks.blocks[0].path.endswith(".0")), None)
     if partial is not None:
         first = partial.blocks.blocks[0].path
         detail = f"expected a chain that starts at block 0 of {partial.blocks.path}, found {first}: Dynamo broke it up"
         return _miss(partial, Cause.NO_CHAIN, detail)
-    start, stop = blocks[fn].start, blocks[last].start if last < total else blocks[-1].end
-    before, after = streams[fn], streams[last]
+    return None
+
+
+def _cut_middle(program: Program, group: Group) -> list[Region] | Mismatch:
+    fn, streams = group.config.Fn_compute_blocks, _boundaries(group)
+    looked_at = streams[fn][HIDDEN] if fn else None
+    looked_from = streams[0][HIDDEN] if fn else None
+    if looked_at is not None and looked_from is not None and not same_shape(looked_from, looked_at):
+        return _miss(group.matches[0], Cause.UNPAIRED, f"the Fn blocks change the shape of {describe(looked_from)}")
+    found = _cut(program, group, fn, len(group.blocks) - group.config.Bn_compute_blocks, looked_at, looked_from)
+    return found if isinstance(found, Mismatch) else [found]
+
+
+def _cut_every(program: Program, group: Group) -> list[Region] | Mismatch:
+    """One region per block that may be pruned. One that can't be cut on its own is always computed."""
+    config, streams = group.config, _boundaries(group)
+    in_list = [i for match in group.matches for i in range(len(match.blocks.blocks))]
+    regions: list[Region] = []
+    misses: list[Mismatch] = []
+    for i in range(config.Fn_compute_blocks, len(group.blocks) - config.Bn_compute_blocks):
+        if in_list[i] in config.non_prune_block_ids:
+            continue
+        found = _cut(program, group, i, i + 1, streams[i][HIDDEN], None)
+        if isinstance(found, Region):
+            regions.append(found)
+        else:
+            misses.append(found)
+    if regions:
+        return regions
+    detail = f"expected a block of {group.paths} that may be pruned, found all among non_prune_block_ids"
+    return misses[0] if misses else _miss(group.matches[0], Cause.TOO_FEW_BLOCKS, detail)
+
+
+def _cut(
+    program: Program, group: Group, first: int, last: int, looked_at: fx.Node | None, looked_from: fx.Node | None
+) -> Region | Mismatch:
+    """The region of the group's blocks `first` to `last` (exclusive)."""
+    blocks, streams, match = group.blocks, _boundaries(group), group.matches[0]
+    is_end = last == len(blocks)
+    start, stop = blocks[first].start, blocks[-1].end if is_end else blocks[last].start
+    before, after = streams[first], streams[last]
     nodes = [n for n in program.born(start, stop)]
-    if last == total:
+    if is_end:
         nodes += _undo_joins(program, before, after, nodes)
     inside = set(nodes)
     made = program.descendants_within(set(before.values()), start, stop) | (inside - set(program.nodes[start:stop]))
@@ -106,23 +168,20 @@ def _cut(program: Program, group: tuple[Match, ...], config: CacheConfig, number
     hoisted = _behind([n for n in leaving if n not in made], inside)
     nodes = [n for n in nodes if n not in hoisted]
     carried = _pair(group, before, after, [n for n in leaving if n in made])
-    hidden_before = streams[0][HIDDEN]
-    miss = _check(program, group[0], hidden_before, before, carried, nodes)
+    miss = _check(program, match, streams[0][HIDDEN] if looked_from is not None else None, before, carried, nodes)
     if miss is not None:
         return miss
-    if not same_shape(hidden_before, before[HIDDEN]):
-        return _miss(group[0], Cause.UNPAIRED, f"the Fn blocks change the shape of {describe(hidden_before)}")
     return Region(
-        name=_name(group, fn, last), first=number + fn, last=number + last, nodes=tuple(nodes),
-        hidden_before=hidden_before, hidden_after=before[HIDDEN],
+        name=_name(group, first, last), first=group.number + first, last=group.number + last, nodes=tuple(nodes),
+        config=group.config, looked_at=looked_at, looked_from=looked_from,
         carried=tuple(carried), hoisted=tuple(n for n in program.nodes if n in hoisted),
     )  # fmt: skip
 
 
-def _boundaries(group: tuple[Match, ...]) -> list[Mapping[str, fx.Node]]:
+def _boundaries(group: Group) -> list[Mapping[str, fx.Node]]:
     """Streams before every block of the chain, and after the last. Where two lists meet, the later one's entry."""
     streams: list[Mapping[str, fx.Node]] = []
-    for match in group:
+    for match in group.matches:
         streams = [*streams[:-1], *match.blocks.boundaries]
     return streams
 
@@ -155,10 +214,10 @@ def _behind(nodes: list[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
 
 
 def _pair(
-    group: tuple[Match, ...], before: Mapping[str, fx.Node], after: Mapping[str, fx.Node], leaving: list[fx.Node]
+    group: Group, before: Mapping[str, fx.Node], after: Mapping[str, fx.Node], leaving: list[fx.Node]
 ) -> list[Carried]:
     """Each value that leaves the region, with the stream that it continues: that of its role, else of its shape."""
-    kinds = {**group[0].template.cached, **group[-1].template.cached}
+    kinds = {**group.matches[0].template.cached, **group.matches[-1].template.cached}
     role_of = {node: role for role, node in after.items()}
     free = dict(before)
     partner: dict[fx.Node, str] = {}
@@ -184,7 +243,7 @@ def _pair(
 def _check(
     program: Program,
     match: Match,
-    hidden_before: fx.Node,
+    looked_from: fx.Node | None,
     before: Mapping[str, fx.Node],
     carried: list[Carried],
     nodes: list[fx.Node],
@@ -201,7 +260,9 @@ def _check(
         )
         return _miss(match, Cause.UNPAIRED, detail, carried[0].after if carried else None)
     first, region = match.blocks.blocks[0].start, program.position[nodes[0]]
-    written = written_outside(program, nodes) or _written_between(program, hidden_before, first, region)
+    written = written_outside(program, nodes)
+    if looked_from is not None:
+        written = written or _written_between(program, looked_from, first, region)
     if written is not None:
         detail = f"expected streams that nothing writes into in place, found `{written.format_node()}`"
         return _miss(match, Cause.IN_PLACE, detail, written)
@@ -284,13 +345,14 @@ def _storage(node: fx.Node | None) -> int | None:
         return None
 
 
-def _name(group: tuple[Match, ...], fn: int, last: int) -> str:
+def _name(group: Group, first: int, last: int) -> str:
     parts, offset = [], 0
-    for match in group:
+    for match in group.matches:
         count = len(match.blocks.blocks)
-        low, high = max(0, fn - offset), min(count, last - offset)
+        low, high = max(0, first - offset), min(count, last - offset)
         if low < high:
-            parts.append(match.blocks.path + ("" if (low, high) == (0, count) else f"[{low}:{high}]"))
+            part = f"[{low}]" if group.config.cache_type == CacheType.DBPrune else f"[{low}:{high}]"
+            parts.append(match.blocks.path + ("" if (low, high) == (0, count) else part))
         offset += count
     return "+".join(parts)
 

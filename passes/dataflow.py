@@ -137,7 +137,11 @@ class Program:
 
 
 def is_named_conditioning(node: fx.Node) -> bool:
-    return _CONDITIONING_NAME.search(base_name(node)) is not None
+    return is_conditioning_name(base_name(node))
+
+
+def is_conditioning_name(name: str) -> bool:
+    return _CONDITIONING_NAME.search(name) is not None
 
 
 def is_weight(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,16 +31,22 @@ class Step(Protocol):
     """What a guarded graph asks of its caller during one call. `region` counts from 0."""
 
     def before(self, region: int) -> torch.Tensor:
-        """The residual over the Fn blocks at the last computed step; any tensor of that shape where there is none."""
+        """What was looked at at the last computed step; any tensor of that shape where there is none."""
 
-    def decide(self, region: int, probe: torch.Tensor) -> bool:
-        """True: compute. `probe` is [diff] or [diff, timestep], float32; reading it is the call's one host read."""
+    def decide(self, region: int, probe: torch.Tensor | None) -> bool:
+        """True: compute. `probe` is [diff, timestep], float32; reading it is the call's one host read.
+
+        A region that looks at nothing has no diff in it, one after the first no timestep; with neither it is None.
+        """
 
     def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
         """What was kept at the last computed step, one per carried value; Nones where there is nothing."""
 
-    def keep(self, region: int, residual: torch.Tensor, stored: tuple[torch.Tensor, ...]) -> None:
-        """Takes what the step leaves behind. Called on every step; a reused step hands back what it was given."""
+    def keep(self, region: int, seen: torch.Tensor | None, stored: tuple[torch.Tensor, ...]) -> None:
+        """Takes what the step leaves behind: what was looked at (None: nothing is), and what a reused step will add.
+
+        Called on every step; a reused step hands back what it was given.
+        """
 
 
 def guard(
@@ -106,8 +113,7 @@ class _Builder:
                 self.values[node] = self.graph.node_copy(node)
         segments = _segments(self.program, self.regions)
         for number, region in enumerate(self.regions):
-            probe, residual = self._head(segments[number], number, region)
-            self._guard(number, region, probe, residual)
+            self._guard(number, region, *self._head(segments[number], number, region))
         self._call(extract(segments[-1]), outputs_of(segments[-1]), "tail", [])
         output = self.program.nodes[-1]
         self.graph.output(fx.map_arg(output.args[0], lambda node: self._value(node)))
@@ -121,18 +127,31 @@ class _Builder:
             self.values[node] = self.graph.node_copy(node)
         return self.values[node]
 
-    def _head(self, nodes: list[fx.Node], number: int, region: Region) -> tuple[fx.Node, fx.Node]:
-        """The segment before the region with the diff in it. Returns the probe and the residual."""
-        before = self.graph.call_method("before", (self.step, number))
+    def _head(self, nodes: list[fx.Node], number: int, region: Region) -> tuple[fx.Node | None, fx.Node | None]:
+        """The segment before the region, with what the guard looks at. Returns the probe and what was looked at."""
         head = extract(nodes)
-        timestep = self.timestep if number == 0 else None
-        probe, residual, before_in = _append_probe(head, region, timestep)
-        head.inputs.append(before_in)
-        self.values[before_in] = before
+        clock = self.timestep if number == 0 else None
+        parts, extra, seen = [], [], None
+        if region.looked_at is not None:
+            before = self.graph.call_method("before", (self.step, number))
+            diff, seen, before_in = _append_diff(head, region)
+            head.inputs.append(before_in)
+            self.values[before_in] = before
+            parts.append(diff)
+            extra.append(seen)
+        if clock is not None:
+            parts.append(_append_clock(head, clock, value_of(region.carried[0].after).device))
+        if parts:
+            probe = head.graph.call_function(torch.stack, (parts,))
+            probe.meta["cachedit_probe"] = True
+            extra.insert(0, probe)
         name = "head" if number == 0 else f"between_{number - 1}"
-        return tuple(self._call(head, outputs_of(nodes), name, [probe, residual]))  # type: ignore[return-value]
+        if not nodes and not parts:
+            return None, None
+        called = self._call(head, outputs_of(nodes), name, extra)
+        return called[0] if parts else None, called[-1] if seen is not None else None
 
-    def _guard(self, number: int, region: Region, probe: fx.Node, residual: fx.Node) -> None:
+    def _guard(self, number: int, region: Region, probe: fx.Node | None, seen: fx.Node | None) -> None:
         compute, reuse, operands = _branches(self.source, region, self.same_strides)
         pred = self.graph.call_method("decide", (self.step, number, probe))
         stored = self.graph.call_method("stored", (self.step, number))
@@ -147,7 +166,7 @@ class _Builder:
         for pair, node in zip(region.carried, out, strict=False):
             node.meta = copy.copy(pair.after.meta)
             self.values[pair.after] = node
-        self.graph.call_method("keep", (self.step, number, residual, tuple(out[count:])))
+        self.graph.call_method("keep", (self.step, number, seen, tuple(out[count:])))
 
     def _call(self, piece: Extract, outputs: Sequence[fx.Node], name: str, extra: list[fx.Node]) -> list[fx.Node]:
         """Calls the piece as submodule `name`; its outputs become known values. Returns the nodes of `extra`."""
@@ -175,38 +194,45 @@ def _segments(program: Program, regions: tuple[Region, ...]) -> list[list[fx.Nod
     return segments
 
 
-def _append_probe(head: Extract, region: Region, timestep: fx.Node | None) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Adds `[diff, timestep]` and the residual to the head. Returns probe, residual, and the new placeholder.
+def _append_diff(head: Extract, region: Region) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Adds the diff to the head. Returns it, what was looked at, and the placeholder for what was seen before.
 
-    diff = mean(|residual - before|) / mean(|before|), in float32 whatever the dtype: a bfloat16 mean loses the small
+    diff = mean(|now - before|) / mean(|before|), in float32 whatever the dtype: a bfloat16 mean loses the small
     differences this is for.
     """
-    after, start = head.take(region.hidden_after), head.take(region.hidden_before)
-    clock = head.take(timestep) if timestep is not None else None
+    assert region.looked_at is not None
+    now = head.take(region.looked_at)
+    start = head.take(region.looked_from) if region.looked_from is not None else None
     graph, call = head.graph, head.graph.call_function
-    tag = {"cachedit_probe": True}
-    with torch.no_grad():
-        fake = torch.sub(value_of(region.hidden_after), value_of(region.hidden_before))
+    fake = _seen_example(region)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
-        before = graph.placeholder("residual_before")
+        before = graph.placeholder("seen_before")
     before.meta = {"example_value": fake}
-    residual = call(torch.sub, (after, start))
-    residual.meta = {"example_value": fake}
-    now, old = (graph.call_method("to", (node, torch.float32)) for node in (residual, before))
-    distance = graph.call_method("mean", (graph.call_method("abs", (call(torch.sub, (now, old)),)),))
+    # What is kept outlives the call, so it may be no alias of anything.
+    seen = call(torch.sub, (now, start)) if start is not None else graph.call_method("clone", (now,))
+    seen.meta = {"example_value": fake}
+    new, old = (graph.call_method("to", (node, torch.float32)) for node in (seen, before))
+    distance = graph.call_method("mean", (graph.call_method("abs", (call(torch.sub, (new, old)),)),))
     size = graph.call_method("mean", (graph.call_method("abs", (old,)),))
-    parts = [call(torch.div, (distance, size))]
-    if clock is not None:
-        flat = graph.call_method("to", (graph.call_method("amax", (clock,)), fake.device, torch.float32))
-        parts.append(flat)
-    probe = call(torch.stack, (parts,))
-    seen = False
-    for node in graph.nodes:
-        seen = seen or node is residual
-        if seen:
-            node.meta.update(tag)
-    return probe, residual, before
+    diff = call(torch.div, (distance, size))
+    _tag_from(seen)
+    return diff, seen, before
+
+
+def _append_clock(head: Extract, timestep: fx.Node, device: torch.device) -> fx.Node:
+    """Adds the timestep to the head, as a float32 number on the device where the diff is."""
+    taken = head.take(timestep)
+    largest = head.graph.call_method("amax", (taken,))
+    clock = head.graph.call_method("to", (largest, device, torch.float32))
+    _tag_from(largest)
+    return clock
+
+
+def _tag_from(first: fx.Node) -> None:
+    """Marks everything from `first` on as ours."""
+    for node in itertools.dropwhile(lambda node: node is not first, first.graph.nodes):
+        node.meta["cachedit_probe"] = True
 
 
 def _branches(
@@ -276,10 +302,16 @@ def _reuse(
 
 
 def stored_examples(region: Region) -> list[torch.Tensor]:
-    """Fakes of what a session keeps of a region: the residual over the Fn blocks, then one per carried value."""
+    """Fakes of what a session keeps of a region: what is looked at, if anything is; then one per carried value."""
+    seen = [_seen_example(region)] if region.looked_at is not None else []
+    return [*seen, *(_stored_example(pair) for pair in region.carried)]
+
+
+def _seen_example(region: Region) -> torch.Tensor:
+    assert region.looked_at is not None
     with torch.no_grad():
-        residual = torch.sub(value_of(region.hidden_after), value_of(region.hidden_before))
-    return [residual, *(_stored_example(pair) for pair in region.carried)]
+        now: torch.Tensor = value_of(region.looked_at)
+        return now.clone() if region.looked_from is None else torch.sub(now, value_of(region.looked_from))
 
 
 def _stored_example(pair: Carried) -> torch.Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
 
-from cachedit_fx.passes.dataflow import Program, is_named_conditioning, is_weight
+from cachedit_fx.passes.dataflow import Program, is_conditioning_name, is_named_conditioning, is_weight
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN, BlockList, base_name, value_of
 
 _TIMESTEP_NAMES = (r"timesteps?", r"t", r"sigmas?", r"time", r"[a-z]+_timesteps?")
@@ -45,6 +47,25 @@ def find_conditioning(program: Program, chain: tuple[BlockList, ...], timestep: 
         return is_named_conditioning(node), value_of(node).dim(), -program.position[node]
 
     return max(behind, key=rank, default=None)
+
+
+def timestep_among(arguments: Mapping[str, Any]) -> torch.Tensor | float | None:
+    """The timestep among the arguments of a model's forward, by name."""
+    for pattern in _TIMESTEP_NAMES:
+        for name, value in arguments.items():
+            if re.fullmatch(pattern, name) and isinstance(value, torch.Tensor | float | int):
+                return value
+    return None
+
+
+def conditioning_among(arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    """The argument of a model's forward that tells requests and branches apart, by name; the first of a list."""
+    for name, value in arguments.items():
+        first = value[0] if isinstance(value, list | tuple) and value else value
+        is_prompt = is_conditioning_name(name) and _REBUILT_NAME.search(name) is None
+        if is_prompt and isinstance(first, torch.Tensor) and first.is_floating_point() and first.dim() >= 2:
+            return first
+    return None
 
 
 def _user_tensors(program: Program) -> list[fx.Node]:

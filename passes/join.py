@@ -25,9 +25,9 @@ def join_lists(program: Program, lists: tuple[BlockList, ...]) -> tuple[BlockLis
         for blocks in carried:
             if blocks in chain:
                 continue
-            if _continues(program, blocks, chain[0]):
+            if continues(program, blocks, chain[0]):
                 chain.insert(0, blocks)
-            elif _continues(program, chain[-1], blocks):
+            elif continues(program, chain[-1], blocks):
                 chain.append(blocks)
             else:
                 continue
@@ -36,7 +36,7 @@ def join_lists(program: Program, lists: tuple[BlockList, ...]) -> tuple[BlockLis
     return tuple(chain) if share >= LEAST_SHARE * sum(program.flops) else ()
 
 
-def _continues(program: Program, first: BlockList, second: BlockList) -> bool:
+def continues(program: Program, first: BlockList, second: BlockList) -> bool:
     """Whether the hidden stream of `second` is what `first` hands out, moved about or added to.
 
     If the latents reach it beside `first` (a control signal added to the embedded image), `first` is no part of it.

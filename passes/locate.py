@@ -66,8 +66,9 @@ def _module_lists(program: Program) -> dict[Path, list[_Call]]:
 def module_path(raw: str) -> Path:
     """`L['self'].__dict__['_modules']['blocks'].0.attn` -> ("blocks", "0", "attn"). Roots vary and are dropped."""
     tokens = [next(filter(None, groups)) for groups in _TOKEN.findall(raw)]
-    if "__dict__" in tokens:
-        tokens = tokens[tokens.index("__dict__") :]
+    for root in ("__self__", "__dict__"):  # The first where a hook calls the forward of the module that it holds.
+        if root in tokens:
+            tokens = tokens[tokens.index(root) + 1 :]
     return tuple(token for token in tokens if token not in _NOT_NAMES)
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from cachedit_fx.config import CacheConfig
-from cachedit_fx.passes.cut import Region, cut_regions
+from cachedit_fx.errors import PatternError
+from cachedit_fx.passes.cut import Group, Region, cut_regions
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inputs import find_conditioning, find_timestep
-from cachedit_fx.passes.join import LEAST_SHARE, join_lists
+from cachedit_fx.passes.join import LEAST_SHARE, continues, join_lists
 from cachedit_fx.passes.locate import locate_blocks
 from cachedit_fx.passes.symbols import hoist_symbols
 from cachedit_fx.patterns.chain import BlockList, base_name, is_tensor, value_of
-from cachedit_fx.patterns.matcher import match_any
+from cachedit_fx.patterns.declaration import Declaration
+from cachedit_fx.patterns.matcher import match_any, match_list
 from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
 
 
@@ -43,8 +46,16 @@ class Plan:
         return f"{lists}; region {regions}; timestep {names[0]}, conditioning {names[1]}"
 
 
-def plan_graph(gm: fx.GraphModule, config: CacheConfig) -> Plan | tuple[Mismatch, ...]:
-    """The plan for a graph whose inputs are labelled, or why it has none, nearest miss first. Compiles nothing."""
+def plan_graph(
+    gm: fx.GraphModule, config: CacheConfig, declared: Declaration | None = None
+) -> Plan | tuple[Mismatch, ...]:
+    """The plan for a graph whose inputs are labelled, or why it has none, nearest miss first. Compiles nothing.
+
+    Raises:
+        PatternError: The graph contradicts what was declared.
+    """
+    declared = declared or Declaration()
+    gm = _apply_functor(gm, declared)
     hoist_symbols(gm)
     program = Program(gm.graph)
     if torch.is_grad_enabled() and any(is_tensor(n) and value_of(n).requires_grad for n in program.nodes):
@@ -52,26 +63,96 @@ def plan_graph(gm: fx.GraphModule, config: CacheConfig) -> Plan | tuple[Mismatch
             "expected a graph that needs no gradients, found weights that require them; run it under torch.no_grad()"
         )
         return (Mismatch(None, Cause.GRADIENTS, detail),)
-    lists = locate_blocks(program)
-    chain = join_lists(program, lists)
-    if not chain:
-        return _no_chain(program, lists)
-    matches = []
-    for blocks in chain:
-        found = match_any(blocks)
-        if not isinstance(found, Match):
-            return found
-        matches.append(found)
-    regions = cut_regions(program, tuple(matches), config)
+    matches = _match(program, declared)
+    if isinstance(matches, list):
+        return tuple(matches)
+    chain = tuple(match.blocks for match in matches)
+    regions = cut_regions(program, _groups(program, matches, config, declared))
     if isinstance(regions, Mismatch):
         return (regions,)
     timestep = find_timestep(program, chain)
     conditioning = find_conditioning(program, chain, timestep)
     _tag_blocks(program, chain)
-    return Plan(gm, program, tuple(matches), regions, timestep, conditioning)
+    return Plan(gm, program, matches, regions, timestep, conditioning)
 
 
-def _no_chain(program: Program, lists: tuple[BlockList, ...]) -> tuple[Mismatch, ...]:
+def _apply_functor(gm: fx.GraphModule, declared: Declaration) -> fx.GraphModule:
+    if declared.rewrite is None:
+        return gm
+    try:
+        gm = declared.rewrite(gm)
+        gm.graph.lint()
+    except Exception as error:
+        name = getattr(declared.rewrite, "__qualname__", declared.rewrite)
+        raise PatternError(f"cachedit_fx: patch functor `{name}` failed on the captured graph: {error}") from error
+    return gm
+
+
+def _match(program: Program, declared: Declaration) -> tuple[Match, ...] | list[Mismatch]:
+    """The chain's lists with the template that each fits: those declared, or those that the graph shows."""
+    lists = locate_blocks(program)
+    if set(declared.lists) - {
+        blocks.path for blocks in lists
+    }:  # Not an error: where Dynamo broke the model up this is one graph of many.
+        detail = f"expected a graph that calls the declared {', '.join(declared.lists)}, found {_listed(lists)}"
+        return [Mismatch(None, Cause.NO_CHAIN, detail)]
+    chain = tuple(blocks for blocks in lists if blocks.path in declared.lists) or join_lists(program, lists)
+    if not chain:
+        return _no_chain(program, lists)
+    found: list[Match] = []
+    misses: list[tuple[BlockList, Mismatch]] = []
+    for blocks in chain:
+        pattern = declared.pattern_for(blocks.path)
+        verdict = match_list(blocks, pattern) if pattern is not None else match_any(blocks)
+        if isinstance(verdict, tuple):
+            return list(verdict)
+        if isinstance(verdict, Match):
+            found.append(verdict)
+        else:
+            misses.append((blocks, verdict))
+    if misses and (declared.lists or not found):  # Of lists that were only found, those that fit are enough.
+        raise PatternError(_contradiction(*misses[0]))
+    return tuple(found)
+
+
+def _listed(lists: Sequence[BlockList]) -> str:
+    return ", ".join(f"{blocks.path} ({len(blocks.blocks)} blocks)" for blocks in lists) or "none"
+
+
+def _contradiction(blocks: BlockList, miss: Mismatch) -> str:
+    found = match_any(blocks)
+    fits = f"{blocks.path} fits {found.label}" if isinstance(found, Match) else "No other pattern fits either"
+    at = f" (at `{miss.node}`)" if miss.node else ""
+    return (
+        f"cachedit_fx: {miss.template} was declared for {blocks.path}, but its graph shows something else.\n"
+        f"  {miss.cause.value}: {miss.detail}{at}{f' in {miss.where}' if miss.where else ''}\n"
+        f"{fits}. Declare what is found, or skip the check with check_forward_pattern=False."
+    )
+
+
+def _groups(
+    program: Program, matches: Sequence[Match], config: CacheConfig, declared: Declaration
+) -> tuple[Group, ...]:
+    """Lists that are decided about together: all that continue each other, or with a say of their own each alone."""
+    overrides = declared.overrides
+    if overrides and len(overrides) != len(matches) and not declared.lists:
+        paths = ", ".join(match.blocks.path for match in matches)
+        raise PatternError(f"cachedit_fx: params_modifiers has {len(overrides)} entries for the block lists {paths}")
+    own = dict(zip(declared.lists or [match.blocks.path for match in matches], overrides, strict=False))
+    alone = config.regions == "per_list" or declared.has_overrides
+    groups: list[Group] = []
+    number = 0
+    for match in matches:
+        last = groups[-1] if groups else None
+        if last is not None and not alone and continues(program, last.matches[-1].blocks, match.blocks):
+            groups[-1] = replace(last, matches=(*last.matches, match))
+        else:
+            groups.append(Group((match,), config.override(own.get(match.blocks.path)), number))
+        number += len(match.blocks.blocks)
+    return tuple(groups)
+
+
+def _no_chain(program: Program, lists: tuple[BlockList, ...]) -> list[Mismatch]:
     """The verdicts on the heaviest list that was found, or that there is none."""
     total = sum(program.flops)
     outer = [blocks for blocks in lists if not any(part.isdigit() for part in blocks.path.split("."))]
@@ -79,13 +160,12 @@ def _no_chain(program: Program, lists: tuple[BlockList, ...]) -> tuple[Mismatch,
     if heavy:
         found = match_any(max(heavy, key=lambda blocks: blocks.flops))
         if not isinstance(found, Match):
-            return found
-    listed = ", ".join(f"{b.path} ({len(b.blocks)} blocks)" for b in lists) or "none"
+            return list(found)
     detail = (
-        f"expected a list of blocks that hand a stream on and make up most of the graph, found {listed}. If Dynamo "
-        "broke the model up, TORCH_LOGS=graph_breaks says where; fullgraph=True makes it an error"
+        f"expected a list of blocks that hand a stream on and make up most of the graph, found {_listed(lists)}. If "
+        "Dynamo broke the model up, TORCH_LOGS=graph_breaks says where; fullgraph=True makes it an error"
     )
-    return (Mismatch(None, Cause.NO_CHAIN, detail),)
+    return [Mismatch(None, Cause.NO_CHAIN, detail)]
 
 
 def _tag_blocks(program: Program, chain: tuple[BlockList, ...]) -> None:

@@ -64,7 +64,9 @@ class BlockList:
 
 
 def base_name(node: fx.Node) -> str:
-    """The Python local that Dynamo named `node` after: `hidden_states_47` -> `hidden_states`."""
+    """The Python local that Dynamo named `node` after: `hidden_states_47` -> `hidden_states`; or a name given since."""
+    if "cachedit_name" in node.meta:
+        return str(node.meta["cachedit_name"])
     info = node.meta.get("cachedit_input")
     return info.name if info is not None else re.sub(r"_\d+$", "", node.name)
 

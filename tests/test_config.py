@@ -16,8 +16,9 @@ from torch._dynamo.utils import counters
 
 import cachedit_fx
 from cachedit_fx import Backend, CacheConfig, ConfigError
-from cachedit_fx.config import OPTION_NAMES, split_options
+from cachedit_fx.config import FIELD_NAMES, split_options
 from tests import tiny
+from tests.sessions import every_session
 
 # CacheConfig.
 
@@ -33,6 +34,19 @@ def test_defaults_are_those_of_cache_dit():
         max_cached_steps=-1,
         max_continuous_cached_steps=-1,
         max_accumulated_residual_diff_threshold=None,
+        num_inference_steps=None,
+        steps_computation_mask=None,
+        steps_computation_policy="dynamic",
+        force_refresh_step_hint=None,
+        force_refresh_step_policy="once",
+        enable_separate_cfg=None,
+        cfg_compute_first=False,
+        cfg_diff_compute_separate=True,
+        cache_type="DBCache",
+        enable_dynamic_prune_threshold=False,
+        max_dynamic_prune_threshold=None,
+        dynamic_prune_threshold_relax_ratio=1.25,
+        non_prune_block_ids=(),
         inner_backend="inductor",
         on_no_match="fallback",
         regions="merged",
@@ -135,7 +149,7 @@ def test_an_unknown_option_is_told_the_nearest_spelling(option, nearest):
         split_options({option: 0.1})
     message = str(caught.value)
     assert message.startswith(f"cachedit_fx: option {option!r} (given 0.1) is unknown. Did you mean {nearest!r}?")
-    assert all(name in message for name in OPTION_NAMES)
+    assert all(name in message for name in FIELD_NAMES)
 
 
 def test_an_option_like_no_other_gets_no_guess():
@@ -167,7 +181,7 @@ def test_options_are_set_on_top_of_a_config():
         pytest.param(
             {"residual_diff_treshold": 0.1, "inner_backend": "eager"},
             "cachedit_fx: option 'residual_diff_treshold' (given 0.1) is unknown. "
-            f"Did you mean 'residual_diff_threshold'? Allowed: {', '.join(OPTION_NAMES)}.",
+            f"Did you mean 'residual_diff_threshold'? Allowed: {', '.join(FIELD_NAMES)}.",
             id="unknown",
         ),
         pytest.param(
@@ -223,7 +237,7 @@ def test_an_equal_backend_does_not_compile_again():
 def assert_reuses(module):
     """Every other step is reused, and the backend was reached at all."""
     outputs = tiny.generate(module, tiny.prompt(), tiny.latents())
-    assert cachedit_fx.summary(module)[-1].cached_steps == [1, 3, 5, 7]
+    assert every_session(module)[-1].cached_steps == [1, 3, 5, 7]
     expected = tiny.reference(tiny.build(), tiny.prompt(), tiny.latents())
     tiny.assert_bitwise(outputs, [record.output for record in expected.records])
 
@@ -250,7 +264,7 @@ def test_a_function_around_the_module_can_be_compiled():
         return module(**inputs)
 
     outputs = tiny.generate(call, tiny.prompt(), tiny.latents())
-    assert cachedit_fx.summary(module)[-1].cached_steps == [1, 3, 5, 7]
+    assert every_session(module)[-1].cached_steps == [1, 3, 5, 7]
     expected = tiny.reference(tiny.build(), tiny.prompt(), tiny.latents())
     tiny.assert_bitwise(outputs, [record.output for record in expected.records])
 
@@ -348,6 +362,6 @@ def test_the_backend_needs_no_options():
             rtol=1e-5,
             atol=1e-4,
         )
-    (stats,) = cachedit_fx.summary(module)
+    (stats,) = every_session(module)
     assert stats.region == "blocks[8:10]"
     assert stats.decisions == ["warmup", "warmup"]

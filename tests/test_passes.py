@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
-from cachedit_fx.passes.cut import cut_regions
+from cachedit_fx.passes.cut import Group, cut_regions
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.locate import locate_blocks
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN
@@ -208,7 +208,7 @@ def test_a_list_whose_results_are_added_from_the_side_is_not_joined(at_once):
 )
 def test_fn_and_bn_place_the_cuts_in_the_joined_chain(flux, fields, expected):
     config = CacheConfig(**{"Fn_compute_blocks": 1, **fields})
-    regions = cut_regions(flux.found.program, flux.found.chain, config)
+    regions = cut_regions(flux.found.program, (Group(flux.found.chain, config),))
     assert [(region.name, region.first, region.last) for region in regions] == expected
     blocks = [block for match in flux.found.chain for block in match.blocks.blocks]
     for region in regions:
@@ -244,7 +244,7 @@ class AddsBetween(Variant):
 def test_work_between_two_blocks_belongs_to_the_one_before():
     (region,) = planned(AddsBetween(), Fn_compute_blocks=2, Bn_compute_blocks=1).regions
     subtractions = [node for node in region.nodes if node.target is operator.sub]
-    assert region.hidden_after.target is operator.sub and region.hidden_after not in region.nodes
+    assert region.looked_at.target is operator.sub and region.looked_at not in region.nodes
     assert len(subtractions) == 1
     assert [pair.after for pair in region.carried] == subtractions
     assert subtractions[0] is region.nodes[-1]

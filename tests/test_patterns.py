@@ -18,6 +18,7 @@ from cachedit_fx.passes.pipeline import Plan
 from cachedit_fx.patterns import BUILT_IN, BlockList, Cause, Match, Mismatch, match_any, match_list, templates
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN
 from tests import synthetic
+from tests.sessions import every_session
 from tests.synthetic import (
     PATTERNS,
     DropsText,
@@ -255,7 +256,7 @@ def test_a_template_names_the_streams_of_a_model(hidden, order):
         region = plan(Anonymous().eval()).regions[0]
         entered = {pair.role: pair.before.name for pair in region.carried}
         assert {role: name.partition("_")[0] for role, name in entered.items()} == names
-        assert region.hidden_before.name == hidden
+        assert region.looked_from.name == hidden
     else:
         assert found.cause is Cause.RETURN_ORDER and "`return x, c`" in found.detail
 
@@ -325,7 +326,7 @@ def test_a_reused_step_takes_the_residual_or_the_value_as_the_template_says(cach
     module = torch.compile(model, backend=cachedit_fx.Backend(config), fullgraph=True)
     module(**first)
     reused = module(**second)[0]
-    assert cachedit_fx.summary(module)[0].decisions == ["warmup", "threshold-one"]
+    assert every_session(module)[0].decisions == ["warmup", "threshold-one"]
     torch.testing.assert_close(reused, model.unembed(expected, temb)[0], rtol=0, atol=0)
 
 

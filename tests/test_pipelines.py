@@ -24,6 +24,7 @@ from torch._dynamo.utils import counters
 import cachedit_fx
 from tests.models import FAMILIES, FLUX, QWEN_IMAGE, WAN, Family, denoise, denoise_steps
 from tests.reference import Record, ReferenceCache
+from tests.sessions import every_session
 
 NUM_STEPS = 14
 WARMUP_STEPS = 3
@@ -109,7 +110,7 @@ def assert_same_decisions(stats: cachedit_fx.CacheStats, records: list[Record]) 
 
 def assert_newest_sessions(module: nn.Module, family: Family, reference: ReferenceCache) -> None:
     """The last sessions of `module`, one per branch, went as in the reference."""
-    newest = cachedit_fx.summary(module)[-len(family.branches) :]
+    newest = every_session(module)[-len(family.branches) :]
     for branch, stats in zip(family.branches, newest, strict=True):
         assert_same_decisions(stats, reference.of(branch))
 
@@ -256,7 +257,7 @@ def assert_both_sessions_found(module: nn.Module, family: Family, references: li
         return [diff for diff in diffs if diff is not None]
 
     records = [reference.of(branch) for reference in references for branch in family.branches]
-    found = [stats for stats in cachedit_fx.summary(module) if stats.num_steps == NUM_STEPS]
+    found = [stats for stats in every_session(module) if stats.num_steps == NUM_STEPS]
     assert len(found) == len(records)
     records.sort(key=lambda branch: by_diffs(record.diff for record in branch))
     found.sort(key=lambda stats: list(stats.residual_diffs.values()))
@@ -355,7 +356,7 @@ def test_one_graph_without_breaks_serves_all_steps_and_generations(family, num_g
             denoise(Recorder(module), family, family.prompt(seed), family.latents(seed), NUM_STEPS)
     assert counters["stats"]["unique_graphs"] == num_graphs
     assert not counters["graph_break"]
-    for stats in cachedit_fx.summary(module)[-2 * len(family.branches) :]:
+    for stats in every_session(module)[-2 * len(family.branches) :]:
         assert stats.num_steps == NUM_STEPS
         assert 0 < len(stats.cached_steps) < NUM_STEPS - WARMUP_STEPS
 

@@ -39,8 +39,8 @@ def test_the_first_code_block_runs_and_reuses_steps():
 
 def test_every_option_is_in_the_table_with_its_default():
     listed = {name: row[1] for row in rows("Options") for name in re.findall(r"`(\w+)`", row[0])}
-    assert set(listed) == set(cachedit_fx.config.OPTION_NAMES)
-    for name in cachedit_fx.config.OPTION_NAMES:
+    assert set(listed) == set(cachedit_fx.config.FIELD_NAMES)
+    for name in cachedit_fx.config.FIELD_NAMES:
         assert str(getattr(cachedit_fx.CacheConfig(), name)) in listed[name].replace('"', "")
 
 

@@ -103,7 +103,7 @@ class Fills(Variant):
 
 
 def test_a_stream_may_be_filled_in_place_before_the_first_block():
-    assert planned(Fills()).regions[0].hidden_before.name == "joint"
+    assert planned(Fills()).regions[0].looked_from.name == "joint"
 
 
 class Reads(Variant):
@@ -160,12 +160,12 @@ def test_a_cut_between_blocks_of_joined_streams_leaves_them_unpaired():
     )
 
 
-@pytest.mark.parametrize(("fn", "bn"), [(4, 0), (3, 1), (0, 0), (1, 8)])
-def test_fn_and_bn_leave_at_least_one_block_and_have_one_to_look_at(fn, bn):
+@pytest.mark.parametrize(("fn", "bn"), [(4, 0), (3, 1), (1, 8)])
+def test_fn_and_bn_leave_at_least_one_block(fn, bn):
     miss = refused(Transformer(), Fn_compute_blocks=fn, Bn_compute_blocks=bn)
     assert miss.cause is Cause.TOO_FEW_BLOCKS
     assert re.search(
-        rf"1 <= Fn_compute_blocks .* < 4, the number of blocks of blocks, found {fn} \+ {bn}$", miss.detail
+        rf"Fn_compute_blocks \+ Bn_compute_blocks < 4, the number of blocks of blocks, found {fn} \+ {bn}$", miss.detail
     )
 
 

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 import cachedit_fx
 from cachedit_fx.runtime import in_layout
 from tests import tiny
+from tests.sessions import every_session
 from tests.tiny import TIMES, Watch, build, compiled, frozen, generate, latents, prompt, ran_blocks, step
 
 ALL = tiny.NUM_BLOCKS
@@ -58,22 +59,22 @@ def test_a_step_that_raises_leaves_the_session_as_it_was(failing, error, done, a
     module, text, noise = compiled(build(), **fields), prompt(), latents()
     step(module, prompt(9), 1.0, noise)  # Compiled before anything fails.
     outputs = generate(module, text, noise, TIMES[:done])
-    before = cachedit_fx.summary(module)
+    before = every_session(module)
     with failing(error, at):
         step(module, text, TIMES[done], noise)
-    assert cachedit_fx.summary(module) == before
+    assert every_session(module) == before
     outputs += generate(module, text, noise, TIMES[done:])
     tiny.assert_bitwise(outputs, expected(build(), text, noise, **fields))
-    assert cachedit_fx.summary(module)[-1].num_steps == len(TIMES)
+    assert every_session(module)[-1].num_steps == len(TIMES)
 
 
 def test_a_first_step_of_a_new_generation_that_raises_does_not_end_the_old_one(failing):
     module, text, noise = compiled(build()), prompt(), latents()
     generate(module, text, noise, TIMES[:3])
-    before = cachedit_fx.summary(module)
+    before = every_session(module)
     with failing(RuntimeError("on demand"), 3):
         step(module, text, 1.0, noise)
-    assert cachedit_fx.summary(module) == before
+    assert every_session(module) == before
     assert ran_blocks(module, text, TIMES[3], noise) == FIRST
 
 
@@ -86,7 +87,7 @@ def test_a_step_whose_diff_is_nan_is_computed():
     bad[0, 0, 0] = torch.nan
     ran = [ran_blocks(module, text, t, x) for t, x in zip(TIMES, [noise, noise, bad, noise, noise], strict=False)]
     assert ran == [ALL, FIRST, ALL, ALL, FIRST]
-    (stats,) = cachedit_fx.summary(module)
+    (stats,) = every_session(module)
     assert stats.decisions == ["warmup", "diff-below", "nan", "nan", "diff-below"]
     assert "0.050" in str(stats)
 
@@ -104,7 +105,7 @@ def test_a_change_of_size_in_a_session_computes(dynamic):
         if ran[-1] == ALL:
             tiny.assert_bitwise([outputs[-1]], [step(model, text, timestep, noise)])
     assert ran == [ALL, FIRST, ALL, FIRST, ALL, FIRST, ALL, ALL]
-    (stats,) = cachedit_fx.summary(module)
+    (stats,) = every_session(module)
     assert (stats.num_steps, stats.cached_steps) == (8, [1, 3, 5])
 
 
@@ -117,7 +118,7 @@ def test_another_text_length_or_batch_in_a_named_request_computes(dynamic):
         for timestep, text in zip(TIMES, texts, strict=False):
             noise = latents(1, batch=text.shape[0])
             tiny.assert_bitwise([step(module, text, timestep, noise)], [step(model, text, timestep, noise)])
-    assert not any(stats.cached_steps for stats in cachedit_fx.summary(module))
+    assert not any(stats.cached_steps for stats in every_session(module))
 
 
 def test_a_change_of_dtype_in_a_session_computes():
@@ -132,7 +133,7 @@ def test_a_change_of_dtype_in_a_session_computes():
     model.bfloat16()
     ran += [ran_blocks(module, text, timestep, noise) for timestep in TIMES[2:4]]
     assert ran == [ALL, FIRST, ALL, FIRST]
-    assert len(cachedit_fx.summary(module)) == 1
+    assert len(every_session(module)) == 1
 
 
 # Decisions.
@@ -143,7 +144,7 @@ def test_a_change_of_dtype_in_a_session_computes():
 def test_a_threshold_of_zero_or_less_is_bitwise_the_plain_model(threshold, fields):
     module, model, text = compiled(build(), **{"residual_diff_threshold": threshold}, **fields), build(), prompt()
     tiny.assert_bitwise(generate(module, text, latents()), generate(model, text, latents()))
-    assert cachedit_fx.summary(module)[0].decisions == ["warmup", *["threshold-zero"] * 7]
+    assert every_session(module)[0].decisions == ["warmup", *["threshold-zero"] * 7]
 
 
 def test_a_threshold_of_one_or_more_reuses_without_a_look():
@@ -151,7 +152,7 @@ def test_a_threshold_of_one_or_more_reuses_without_a_look():
     step(module, text, 1.0, latents(1))
     ran = [ran_blocks(module, text, timestep, latents(seed)) for seed, timestep in enumerate(TIMES[1:4], 5)]
     assert ran == [FIRST] * 3
-    (stats,) = cachedit_fx.summary(module)
+    (stats,) = every_session(module)
     assert (stats.residual_diffs, stats.cached_steps) == ({}, [1, 2, 3])
 
 
@@ -192,7 +193,7 @@ def test_a_call_reads_from_the_device_once_per_region(regions, allowed, monkeypa
     monkeypatch.undo()
     # A prompt that was not seen before is looked at as well.
     assert counts == [allowed] * 6 + [allowed + 1]
-    assert cachedit_fx.summary(module)[0].cached_steps
+    assert every_session(module)[0].cached_steps
 
 
 # Regions and pieces.
@@ -207,7 +208,7 @@ def test_every_list_may_decide_on_its_own():
         Watch.ran = 0
         outputs.append(step(module, text, timestep, noise))
         ran.append(Watch.ran)
-    first, second = cachedit_fx.summary(module)
+    first, second = every_session(module)
     assert [first.region, second.region] == ["blocks[1:3]", "more[1:3]"]
     assert first.session == second.session
     assert first.num_steps == second.num_steps == 8
@@ -241,7 +242,7 @@ def per_list_by_hand(model, text, noise):
 def test_blocks_compiled_once_or_inline_give_the_outputs_of_the_reference(compile_blocks, fields):
     module, text, noise = compiled(build(), compile_blocks=compile_blocks, **fields), prompt(), latents()
     tiny.assert_bitwise(generate(module, text, noise), expected(build(), text, noise, **fields))
-    assert 0 < len(cachedit_fx.summary(module)[0].cached_steps) < 8
+    assert 0 < len(every_session(module)[0].cached_steps) < 8
 
 
 # Tensors.
@@ -272,7 +273,7 @@ def test_what_is_kept_aliases_neither_inputs_nor_outputs(make, compile_blocks, f
         for tensor in (given, times, *results):
             tensor.fill_(7.0)
     tiny.assert_bitwise(outputs, wanted)
-    assert 0 < len(cachedit_fx.summary(module)[0].cached_steps) < 8
+    assert 0 < len(every_session(module)[0].cached_steps) < 8
 
 
 def test_a_bfloat16_model_decides_in_float32():
@@ -280,7 +281,7 @@ def test_a_bfloat16_model_decides_in_float32():
     wanted = tiny.reference(model, text, noise)
     module = compiled(build().bfloat16())
     tiny.assert_bitwise(generate(module, text, noise), [record.output for record in wanted.records])
-    (stats,) = cachedit_fx.summary(module)
+    (stats,) = every_session(module)
     assert stats.decisions == [record.reason for record in wanted.records]
     diffs = {record.step: record.diff for record in wanted.records if record.diff is not None}
     assert stats.residual_diffs == pytest.approx(diffs, rel=1e-6)  # Of the same bfloat16 residuals, in float32.
@@ -314,7 +315,7 @@ def test_the_grad_mode_makes_no_difference_to_a_session(modes):
             outputs.append(step(module, text, timestep, noise))
     with torch.no_grad():
         tiny.assert_bitwise([o.clone() for o in outputs], expected(build(), text, noise))
-    assert len(cachedit_fx.summary(module)) == 1
+    assert len(every_session(module)) == 1
 
 
 def test_autocast_decides_and_computes_as_the_reference():
@@ -322,7 +323,7 @@ def test_autocast_decides_and_computes_as_the_reference():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         module = compiled(build())
         tiny.assert_bitwise(generate(module, text, noise), expected(build(), text, noise))
-    assert 0 < len(cachedit_fx.summary(module)[0].cached_steps) < 8
+    assert 0 < len(every_session(module)[0].cached_steps) < 8
 
 
 def test_a_model_without_timesteps_is_cached_in_named_requests_alone():

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 import cachedit_fx
 from cachedit_fx.session import MAX_FINISHED, MAX_SESSIONS, Instance
 from tests import tiny
+from tests.sessions import every_session
 from tests.tiny import TIMES, build, compiled, generate, latents, prompt, ran_blocks, step
 
 ALL = tiny.NUM_BLOCKS  # Blocks that a computed step runs.
@@ -53,7 +54,7 @@ def test_a_second_generation_from_the_same_prompt_object_starts_afresh():
     tiny.assert_bitwise(generate(module, text, latents(1)), alone(1))
     second = tiny.reference(build(), text, latents(2))
     tiny.assert_bitwise(generate(module, text, latents(2)), [record.output for record in second.records])
-    assert [stats.cached_steps for stats in cachedit_fx.summary(module)] == [EVERY_OTHER, EVERY_OTHER]
+    assert [stats.cached_steps for stats in every_session(module)] == [EVERY_OTHER, EVERY_OTHER]
 
 
 def test_generations_from_different_prompts_start_afresh():
@@ -61,14 +62,14 @@ def test_generations_from_different_prompts_start_afresh():
     kept = [prompt(seed) for seed in (1, 2, 3)]
     for seed, text in zip((1, 2, 3), kept, strict=True):
         tiny.assert_bitwise(generate(module, text, latents(seed)), alone(seed))
-    assert [stats.num_steps for stats in cachedit_fx.summary(module)] == [8, 8, 8]
+    assert [stats.num_steps for stats in every_session(module)] == [8, 8, 8]
 
 
 def test_a_model_that_counts_upwards_has_its_generations_told_apart():
     module, text, times = compiled(build()), prompt(1), TIMES[::-1]
     for _ in range(2):
         tiny.assert_bitwise(generate(module, text, latents(1), times), alone(1, times=times))
-    assert [stats.num_steps for stats in cachedit_fx.summary(module)] == [8, 8]
+    assert [stats.num_steps for stats in every_session(module)] == [8, 8]
 
 
 def test_equal_timesteps_in_the_middle_keep_the_session():
@@ -76,14 +77,14 @@ def test_equal_timesteps_in_the_middle_keep_the_session():
     times = (TIMES[0], *itertools.chain.from_iterable((t, t) for t in TIMES[1:]))  # As Heun's method calls.
     for _ in range(2):
         tiny.assert_bitwise(generate(module, text, latents(1), times), alone(1, times=times))
-    assert [stats.num_steps for stats in cachedit_fx.summary(module)] == [15, 15]
+    assert [stats.num_steps for stats in every_session(module)] == [15, 15]
 
 
 def test_a_session_whose_timestep_never_moved_never_reuses():
     module, text = compiled(build()), prompt(1)
     ran = [ran_blocks(module, text, 0.5, latents(seed)) for seed in (1, 1, 2, 3)]  # One-step generations, maybe.
     assert ran == [ALL] * 4
-    (stats,) = cachedit_fx.summary(module)
+    (stats,) = every_session(module)
     assert stats.decisions == ["warmup", *["timestep-still"] * 3]
 
 
@@ -100,7 +101,7 @@ def test_guidance_branches_are_told_apart_by_their_prompt_objects():
                 outputs[branch].append(step(module, text, timestep, latents(branch)))
         for branch in texts:
             tiny.assert_bitwise(outputs[branch], alone(branch))
-    assert len(cachedit_fx.summary(module)) == 4
+    assert len(every_session(module)) == 4
 
 
 def test_a_prompt_shaped_like_the_latents_tells_branches_apart():
@@ -113,7 +114,7 @@ def test_a_prompt_shaped_like_the_latents_tells_branches_apart():
     cond, uncond = latents(11), latents(12)
     ran = [ran_blocks(module, text, timestep, latents(1)) for timestep in TIMES[:2] for text in (cond, uncond)]
     assert ran == [ALL, ALL, FIRST, FIRST]
-    assert len(cachedit_fx.summary(module)) == 2
+    assert len(every_session(module)) == 2
 
 
 def test_live_prompts_of_equal_content_never_share():
@@ -135,14 +136,14 @@ def test_a_prompt_rebuilt_at_every_call_continues_by_its_content():
             kept.append(step(module, prompt(branch), timestep, latents(branch)))
     for branch, kept in outputs.items():
         tiny.assert_bitwise(kept, alone(branch))
-    assert [stats.num_steps for stats in cachedit_fx.summary(module)] == [8, 8]
+    assert [stats.num_steps for stats in every_session(module)] == [8, 8]
 
 
 def test_rebuilt_prompts_that_never_come_back_hold_bounded_memory(held_tensors):
     module = compiled(build())
     for seed in range(20):
         step(module, prompt(seed), 1.0, latents(1))
-    running = [stats for stats in cachedit_fx.summary(module) if stats.state_bytes]
+    running = [stats for stats in every_session(module) if stats.state_bytes]
     assert 1 <= len(running) <= 8
     assert held_tensors() == 3 * len(running)
 
@@ -155,7 +156,7 @@ def test_a_prompt_written_over_in_place_starts_anew():
     second = generate(module, text, latents(1), TIMES[3:])
     expected = tiny.reference(build(), text, latents(1), TIMES[3:])
     tiny.assert_bitwise(second, [record.output for record in expected.records])
-    assert [stats.num_steps for stats in cachedit_fx.summary(module)] == [3, 5]
+    assert [stats.num_steps for stats in every_session(module)] == [3, 5]
 
 
 def test_a_new_prompt_at_the_address_of_a_dead_one_starts_anew():
@@ -171,10 +172,10 @@ def test_state_goes_with_the_prompt(held_tensors):
     module, text = compiled(build()), prompt(1)
     generate(module, text, latents(1))
     assert held_tensors() == 3
-    assert cachedit_fx.summary(module)[-1].state_bytes > 0
+    assert every_session(module)[-1].state_bytes > 0
     del text
     assert held_tensors() == 0
-    (stats,) = cachedit_fx.summary(module)
+    (stats,) = every_session(module)
     assert (stats.state_bytes, stats.num_steps, stats.cached_steps) == (0, 8, EVERY_OTHER)
 
 
@@ -201,7 +202,7 @@ def test_named_requests_that_share_a_prompt_object_are_apart():
     for seed, kept in outputs.items():
         expected = tiny.reference(build(), text, latents(seed))
         tiny.assert_bitwise(kept, [record.output for record in expected.records])
-    assert [stats.session.split(",")[0] for stats in cachedit_fx.summary(module)] == ["request 1", "request 2"]
+    assert [stats.session.split(",")[0] for stats in every_session(module)] == ["request 1", "request 2"]
 
 
 def test_a_name_holds_inside_its_block_alone():
@@ -211,7 +212,7 @@ def test_a_name_holds_inside_its_block_alone():
             raise KeyError
         step(module, text, 1.0, latents())
     step(module, text, 1.0, latents())
-    labels = [stats.session for stats in cachedit_fx.summary(module)]
+    labels = [stats.session for stats in every_session(module)]
     assert [label.startswith("outer") for label in labels] == [True, False]
 
 
@@ -235,7 +236,7 @@ def test_a_named_request_continues_from_any_thread():
         thread.start()
         thread.join()
     tiny.assert_bitwise(outputs, alone(1))
-    assert len(cachedit_fx.summary(module)) == 1
+    assert len(every_session(module)) == 1
 
 
 def test_threads_that_share_a_prompt_object_never_mix():
@@ -323,7 +324,7 @@ def test_two_instances_of_a_class_share_a_graph_and_no_session():
     assert counters["stats"]["unique_graphs"] == 0
     for seed, module in modules.items():
         tiny.assert_bitwise(outputs[seed], alone(1, model=seed))
-        (stats,) = cachedit_fx.summary(module)
+        (stats,) = every_session(module)
         assert (stats.num_steps, stats.cached_steps) == (8, EVERY_OTHER)
 
 
@@ -336,7 +337,7 @@ def test_loading_weights_keeps_the_graph_and_the_sessions():
     generate(module, text, latents(1), TIMES[3:])
     tiny.assert_bitwise(generate(module, text, latents(1)), alone(1, model=5))
     assert counters["stats"]["unique_graphs"] == 0
-    assert [stats.num_steps for stats in cachedit_fx.summary(module)] == [8, 8]
+    assert [stats.num_steps for stats in every_session(module)] == [8, 8]
 
 
 # What a user asks.
@@ -352,8 +353,8 @@ def test_is_cached_from_the_first_call_of_a_module_that_can_be():
     assert cachedit_fx.is_cached(module)
     assert cachedit_fx.is_cached(model)
     assert not cachedit_fx.is_cached(plain)
-    assert cachedit_fx.summary(plain) == []
-    assert str(cachedit_fx.summary(plain)) == "no session has run yet"
+    assert every_session(plain) == []
+    assert str(every_session(plain)) == "no session has run yet"
 
 
 @pytest.mark.parametrize("everything", [True, False])
@@ -362,7 +363,7 @@ def test_reset_ends_the_sessions_of_one_module_or_of_all(everything, held_tensor
     for module in modules:
         generate(module, text, latents(1), TIMES[:3])
     cachedit_fx.reset(*[] if everything else modules[:1])
-    assert cachedit_fx.summary(modules[0]) == []
+    assert every_session(modules[0]) == []
     assert held_tensors() == (0 if everything else 3)
     assert all(cachedit_fx.is_cached(module) for module in modules)
     ran = [ran_blocks(module, text, TIMES[3], latents(1)) for module in modules]
@@ -372,7 +373,7 @@ def test_reset_ends_the_sessions_of_one_module_or_of_all(everything, held_tensor
 def test_summary_tells_what_a_session_did_and_holds():
     module, text = compiled(build(), max_warmup_steps=2), prompt(1)
     generate(module, text, latents(1), TIMES[:5])
-    (stats,) = cachedit_fx.summary(module)
+    (stats,) = every_session(module)
     assert isinstance(stats, cachedit_fx.CacheStats)
     assert stats.region == "blocks[1:4]"
     assert stats.decisions == ["warmup", "warmup", "diff-below", "diff-above", "diff-below"]
@@ -382,7 +383,7 @@ def test_summary_tells_what_a_session_did_and_holds():
     # The residual of the first block, and what the region added to either stream.
     assert stats.state_bytes == stats.peak_state_bytes == 2 * tiny.STREAM_BYTES + tiny.TEXT_BYTES
     generate(module, text, latents(1), TIMES[:1])
-    finished, running = cachedit_fx.summary(module)
+    finished, running = every_session(module)
     assert (finished.num_steps, finished.state_bytes, finished.peak_state_bytes) == (5, 0, stats.state_bytes)
     assert (running.num_steps, running.state_bytes) == (1, stats.state_bytes)
 
@@ -390,20 +391,21 @@ def test_summary_tells_what_a_session_did_and_holds():
 def test_summary_prints_the_table_of_cache_dit():
     module, text = compiled(build()), prompt(1)
     generate(module, text, latents(1))
-    header, rule, row = str(cachedit_fx.summary(module)).splitlines()
+    title, _, header, rule, row = str(every_session(module)).splitlines()
+    assert title == "Cache Steps and Residual Diffs Statistics: Transformer"
     columns = "| Cache Steps | Diffs Min | Diffs P25 | Diffs P50 | Diffs P75 | Diffs P95 | Diffs Max |"
     assert header.startswith(columns)
     assert set(rule) == {"|", "-"}
     assert len(header) == len(rule) == len(row)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert (cells[0], cells[1], cells[6]) == ("4", "0.050", "0.125")
-    assert str(cachedit_fx.summary(module)[0]).splitlines()[0] == header
+    assert str(every_session(module)[0]).splitlines()[0] == header
 
 
 def test_a_table_without_diffs_has_dashes():
     module = compiled(build())
     step(module, prompt(), 1.0, latents())
-    row = str(cachedit_fx.summary(module)).splitlines()[2]
+    row = str(every_session(module)).splitlines()[4]
     assert [cell.strip() for cell in row.strip("|").split("|")][:7] == ["0", *["-"] * 6]
 
 
@@ -413,7 +415,7 @@ def test_the_number_of_sessions_is_bounded(held_tensors):
     for number in range(count):
         with cachedit_fx.session(number):
             step(module, text, 1.0, latents(1))
-    summary = cachedit_fx.summary(module)
+    summary = every_session(module)
     running = [stats for stats in summary if stats.state_bytes]
     assert (len(running), len(summary)) == (MAX_SESSIONS, MAX_SESSIONS + MAX_FINISHED)
     assert [stats.session.split(",")[0] for stats in running] == [str(n) for n in range(count)[-MAX_SESSIONS:]]

@@ -87,7 +87,7 @@ def compare(uncached: FluxPipeline, cached: FluxPipeline, steps: int, seed: int)
             bar.update()
             image, seconds = generate(cached, digit, steps, seed)
             bar.update()
-            stats = cachedit_fx.summary(cached.transformer)[-1]
+            stats = cachedit_fx.summary(cached.transformer, logging=False)[-1]
             outcomes.append(Outcome(digit, plain_image, image, plain_seconds, seconds, stats))
     return outcomes
 

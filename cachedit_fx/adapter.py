@@ -1,0 +1,234 @@
+"""What can a user say of a model: `BlockAdapter`, `ParamsModifier`, and what they mean for each transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cachedit_fx.config import CacheConfig
+from cachedit_fx.errors import ConfigError
+from cachedit_fx.functor import PatchFunctor
+from cachedit_fx.patterns.declaration import Declaration
+from cachedit_fx.patterns.forward_pattern import ForwardPattern
+from cachedit_fx.patterns.template import BlockTemplate
+
+Nested = Any  # One value, a list with one per block list, or with several transformers a list of such lists.
+
+
+class ParamsModifier:
+    """What the region of one block list does differently.
+
+    Args:
+        cache_config: Its given fields override those of the configuration for the whole model; others stay.
+        calibrator_config: Not supported yet: a reused step adds the last residual.
+        fields: Fields of `CacheConfig`, instead of `cache_config` or on top of it.
+
+    Raises:
+        ConfigError: A field is unknown or cannot differ between block lists, or there is a `calibrator_config`.
+    """
+
+    def __init__(
+        self, cache_config: CacheConfig | None = None, calibrator_config: object | None = None, **fields: Any
+    ) -> None:
+        require_no_calibrator(calibrator_config)
+        if cache_config is not None and not isinstance(cache_config, CacheConfig):
+            raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {cache_config!r}")
+        self.cache_config = (cache_config or CacheConfig()).override(**fields)
+        whole = self.cache_config.given & {"inner_backend", "on_no_match", "regions", "compile_blocks", "mode"}
+        if whole:
+            raise ConfigError(f"cachedit_fx: {sorted(whole)[0]} holds for a whole model, not for one block list")
+
+
+def require_no_calibrator(calibrator_config: object | None) -> None:
+    if calibrator_config is not None:
+        raise ConfigError(
+            "cachedit_fx: calibrator_config must be None, no forecaster is available: a reused step adds the last "
+            f"residual; got {calibrator_config!r}"
+        )
+
+
+@dataclass
+class BlockAdapter:
+    """Which blocks of which transformer to cache, for models that are to be matched in no other way.
+
+    What is declared here is held against the graph when the model is first called (`PatternError`). With several
+    transformers every argument from `blocks` on is a list with one entry for each.
+
+    Attributes:
+        pipe: The pipeline; None for a transformer that is called by hand.
+        transformer: The transformer or a list of them; by default those of `pipe`.
+        blocks: Its block list, or several in any order; by default (`auto`) those that the graph shows.
+        blocks_name: Their names in the transformer, instead of `blocks`.
+        forward_pattern: A `ForwardPattern` or a `BlockTemplate`, or one per block list.
+        params_modifiers: What each list's region does differently; each list then has a region of its own.
+        check_forward_pattern: False: take the pattern for a remark and match as without it.
+        patch_functor: Changes the model or its graph before it is matched.
+        has_separate_cfg: Guidance calls the transformer once per branch.
+        auto: Find the blocks by the graph; those that don't fit the pattern are left alone.
+
+    Raises:
+        ConfigError: An argument is missing, of a wrong kind or length, or names blocks that the transformer lacks.
+    """
+
+    pipe: Any = None
+    transformer: nn.Module | Sequence[nn.Module] | None = None
+    blocks: Nested = None
+    blocks_name: Nested = None
+    forward_pattern: Nested = None
+    params_modifiers: Nested = None
+    check_forward_pattern: bool | None = None
+    patch_functor: PatchFunctor | None = None
+    has_separate_cfg: bool = False
+    auto: bool = False
+
+    def __post_init__(self) -> None:
+        if self.patch_functor is not None and not isinstance(self.patch_functor, PatchFunctor):
+            raise ConfigError(f"cachedit_fx: patch_functor must be a PatchFunctor, got {self.patch_functor!r}")
+        if self.blocks is not None and self.blocks_name is not None:
+            raise ConfigError("cachedit_fx: blocks and blocks_name say the same; pass one of them")
+        if self.blocks is None and self.blocks_name is None and not self.auto and self.forward_pattern is not None:
+            raise ConfigError("cachedit_fx: blocks must be given unless auto=True, got None")
+        if self.auto and self.forward_pattern is None:
+            raise ConfigError("cachedit_fx: forward_pattern must be given with auto=True, got None")
+        self.declarations()
+
+    def transformers(self) -> dict[str, nn.Module]:
+        """The transformers under their names in the pipeline."""
+        if self.transformer is None:
+            return transformers_of(self.pipe)
+        found = list(self.transformer) if isinstance(self.transformer, list | tuple) else [self.transformer]
+        for module in found:
+            if not isinstance(module, nn.Module):
+                raise ConfigError(f"cachedit_fx: transformer must be a module or a list of modules, got {module!r}")
+        names = {id(module): name for name, module in _components(self.pipe).items()}
+        defaults = ["transformer", *(f"transformer_{i}" for i in range(2, len(found) + 1))]
+        return {
+            names.get(id(module), default): module  # type: ignore[misc]
+            for module, default in zip(found, defaults, strict=True)
+        }
+
+    def declarations(self) -> dict[str, Declaration]:
+        """What is declared of each transformer."""
+        modules = self.transformers()
+        is_many = isinstance(self.transformer, list | tuple)
+        given = self.blocks if self.blocks is not None else self.blocks_name
+        lists = _nest("blocks", given, modules, is_many, None, lambda value: value)
+        paths = [tuple(_path(blocks, m) for blocks in of) for of, m in zip(lists, modules.values(), strict=True)]
+        counts = [len(of) for of in paths]
+        patterns = _nest("forward_pattern", self.forward_pattern, modules, is_many, counts, _template)
+        modifiers = _nest("params_modifiers", self.params_modifiers, modules, is_many, counts, _override)
+        rewrite = self.patch_functor.apply if self.patch_functor is not None else None
+        is_checked = self.check_forward_pattern is not False
+        return {
+            name: Declaration(*entry, is_checked, rewrite)
+            for name, entry in zip(modules, zip(paths, patterns, modifiers, strict=True), strict=True)
+        }
+
+
+def _nest(
+    argument: str,
+    value: Nested,
+    modules: dict[str, nn.Module],
+    is_many: bool,
+    counts: Sequence[int] | None,
+    leaf: Callable[[Any], Any],
+) -> list[tuple[Any, ...]]:
+    """`value` as one tuple per transformer with one entry per block list; a single value stands for all of them."""
+    if value is None:
+        return [()] * len(modules)
+    is_list = isinstance(value, list | tuple)
+    entries = list(value) if is_many and is_list else [value] * len(modules)
+    if len(entries) != len(modules):
+        raise ConfigError(
+            f"cachedit_fx: {argument} must have one entry per transformer, {len(modules)}, got {len(entries)}"
+        )
+    nested = []
+    for i, entry in enumerate(entries):
+        count = counts[i] if counts is not None else 0
+        many = list(entry) if isinstance(entry, list | tuple) else [entry] * max(1, count)
+        if count and len(many) != count:
+            raise ConfigError(f"cachedit_fx: {argument} must have one entry per block list, {count}, got {len(many)}")
+        nested.append(tuple(leaf(one) for one in many))
+    return nested
+
+
+def _path(blocks: Any, transformer: nn.Module) -> str:
+    """The path of a block list (or its name) in the transformer, as in `transformer_blocks`."""
+    for path, module in transformer.named_modules():
+        if path and (module is blocks or path == blocks):
+            if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
+                raise ConfigError(f"cachedit_fx: blocks {path!r} must be a ModuleList of at least two blocks")
+            return str(path)
+    what = repr(blocks) if isinstance(blocks, str) else f"a {type(blocks).__name__}"
+    held = ", ".join(path for path, m in transformer.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
+    raise ConfigError(
+        f"cachedit_fx: blocks must be a block list of {type(transformer).__name__} itself (no slice of one), got "
+        f"{what}; it has {held or 'none'}"
+    )
+
+
+def _template(pattern: Any) -> BlockTemplate:
+    if isinstance(pattern, ForwardPattern):
+        return pattern.value
+    if isinstance(pattern, BlockTemplate):
+        return pattern
+    allowed = ", ".join(str(known) for known in ForwardPattern)
+    raise ConfigError(f"cachedit_fx: forward_pattern must be one of {allowed} or a BlockTemplate, got {pattern!r}")
+
+
+def _override(modifier: Any) -> CacheConfig | None:
+    if modifier is None:
+        return None
+    if not isinstance(modifier, ParamsModifier):
+        raise ConfigError(f"cachedit_fx: params_modifiers must hold ParamsModifier or None, got {modifier!r}")
+    return modifier.cache_config
+
+
+def transformers_of(target: Any) -> dict[str, nn.Module]:
+    """The diffusion transformers of a pipeline, an adapter, or a transformer itself, by name.
+
+    Of a pipeline's components: every module that is called a transformer, by the pipeline or by its class.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if isinstance(target, BlockAdapter):
+        return target.transformers()
+    if isinstance(target, nn.Module):
+        return {type(target).__name__: target}
+    parts = _components(target)
+    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and _is_transformer(name, part)}
+    if not found:
+        held = ", ".join(f"{name} ({type(part).__name__})" for name, part in parts.items()) or "no components"
+        raise ConfigError(
+            f"cachedit_fx: expected a pipeline with a diffusion transformer, a transformer or a BlockAdapter, got "
+            f"{type(target).__name__} with {held}"
+        )
+    return found
+
+
+def title_of(target: Any) -> str:
+    """What to call `target` above a table."""
+    if isinstance(target, BlockAdapter):
+        target = target.pipe if target.pipe is not None else next(iter(target.transformers().values()))
+    return type(getattr(target, "_orig_mod", target)).__name__
+
+
+def _components(pipe: Any) -> dict[str, Any]:
+    components = getattr(pipe, "components", None)
+    if isinstance(components, dict):
+        return components
+    held = getattr(pipe, "transformer", None)
+    return {"transformer": held} if isinstance(held, nn.Module) else {}
+
+
+def _is_transformer(name: str, module: nn.Module) -> bool:
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        raise ConfigError(f"cachedit_fx: {name} is compiled already; pass the module that torch.compile was given")
+    # Text encoders are called models or encoders, control networks and adapters by what they are.
+    called = f"{name} {type(module).__name__}".lower()
+    return "transformer" in called and not any(word in called for word in ("controlnet", "encoder", "adapter", "vae"))

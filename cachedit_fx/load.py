@@ -1,0 +1,68 @@
+"""Configurations from files: `load_configs`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from cachedit_fx.config import CacheConfig, CacheType, DBPruneConfig
+from cachedit_fx.errors import ConfigError
+from cachedit_fx.steps_mask import steps_mask
+
+
+def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for `enable_cache(pipe, **load_configs(...))`, read from YAML, JSON or a dict.
+
+        cache_config:
+          max_warmup_steps: 8
+          num_inference_steps: 28
+          steps_computation_mask: fast        # a policy of `steps_mask`, or a list of 0 and 1
+
+    The fields may also stand without `cache_config` above them.
+
+    Raises:
+        ConfigError: The file is missing or says something else, or a field is unknown or has a value it cannot have.
+        ImportError: A YAML file, and PyYAML is not installed.
+    """
+    known = dict(path_or_dict) if isinstance(path_or_dict, Mapping) else _read(Path(path_or_dict))
+    if "cache_config" in known:
+        others = sorted(set(known) - {"cache_config"})
+        if others:
+            raise ConfigError(f"cachedit_fx: {others[0]!r} is not supported; allowed is 'cache_config'")
+        known = known["cache_config"] or {}
+    if not isinstance(known, Mapping):
+        raise ConfigError(f"cachedit_fx: cache_config must be a mapping of fields, got {known!r}")
+    fields = dict(known)
+    if isinstance(fields.get("steps_computation_mask"), str):
+        total = fields.get("num_inference_steps")
+        fields["steps_computation_mask"] = steps_mask(mask_policy=fields["steps_computation_mask"], total_steps=total)
+    base = DBPruneConfig() if fields.get("cache_type") == CacheType.DBPrune else CacheConfig()
+    return {"cache_config": base.override(**fields)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cachedit_fx: configuration file {str(path)!r} cannot be read: {error.strerror}") from error
+    try:
+        found = json.loads(text) if path.suffix == ".json" else _yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"cachedit_fx: configuration file {str(path)!r} cannot be understood: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"cachedit_fx: configuration file {str(path)!r} must hold a mapping, got {found!r}")
+    return found
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("cachedit_fx: reading YAML needs PyYAML; install it, or write JSON") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

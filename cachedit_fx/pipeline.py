@@ -1,0 +1,249 @@
+"""The cache in a pipeline: `enable_cache`, `disable_cache`, `refresh_context`. Alone in knowing diffusers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from cachedit_fx.adapter import BlockAdapter, Nested, require_no_calibrator, transformers_of
+from cachedit_fx.backend import Backend, report_uncached
+from cachedit_fx.config import FIELD_NAMES, CacheConfig
+from cachedit_fx.errors import ConfigError
+from cachedit_fx.functor import PatchFunctor
+from cachedit_fx.passes.inputs import conditioning_among, timestep_among
+from cachedit_fx.patterns.declaration import Declaration
+from cachedit_fx.registry import BlockAdapterRegistry
+from cachedit_fx.session import ModelCall, end_generation, is_cached, set_label, within_call
+
+_HOOK = "cachedit_fx"
+_COMPILE_KWARGS = ("fullgraph", "dynamic", "mode", "options", "recompile_limit", "isolate_recompiles")
+# What a graph is built by; all else is asked at every step, and may change without compiling anew.
+_STRUCTURAL = {
+    *("Fn_compute_blocks", "Bn_compute_blocks", "cache_type", "non_prune_block_ids"),
+    *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode"),
+}
+_MISSING = object()
+Target = TypeVar("Target")
+
+
+def enable_cache(
+    pipe_or_adapter: Target,
+    cache_config: CacheConfig | None = None,
+    calibrator_config: object | None = None,
+    params_modifiers: Nested = None,
+    **kwargs: Any,
+) -> Target:
+    """Compiles the diffusion transformers of a pipeline in place, with the cache inside. Returns what it was given.
+
+    The modules stay the objects that they are, with their classes, weights and state_dict keys. Calling it again
+    changes the configuration; with the same one it does nothing.
+
+    Args:
+        pipe_or_adapter: A pipeline, a transformer, or a `BlockAdapter`. For a pipeline whose class has a registered
+            adapter that one is taken.
+        cache_config: When to reuse; by default `CacheConfig()`.
+        calibrator_config: Not supported yet.
+        params_modifiers: What the region of each block list does differently, in the order in which the lists run.
+        kwargs: `fullgraph`, `dynamic`, `mode` and `options` of `torch.compile`; fields of `CacheConfig`.
+
+    Raises:
+        ConfigError: An argument is unknown or has a value that it cannot have, or there is no transformer.
+    """
+    require_no_calibrator(calibrator_config)
+    fields = {name: kwargs.pop(name) for name in [*kwargs] if name in FIELD_NAMES and name not in _COMPILE_KWARGS}
+    for name in kwargs:
+        if name not in _COMPILE_KWARGS:
+            allowed = ", ".join((*_COMPILE_KWARGS, *FIELD_NAMES))
+            raise ConfigError(f"cachedit_fx: enable_cache has no argument {name!r}; allowed are {allowed}")
+    if cache_config is not None and not isinstance(cache_config, CacheConfig):
+        raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {cache_config!r}")
+    config = (cache_config or CacheConfig()).override(**fields)
+    adapter = _adapter_for(pipe_or_adapter)
+    if adapter is not None:
+        if params_modifiers is not None:
+            adapter = replace(adapter, params_modifiers=params_modifiers)
+        if adapter.has_separate_cfg and config.enable_separate_cfg is None:
+            config = config.override(enable_separate_cfg=True)
+        modules, declared, functor = adapter.transformers(), adapter.declarations(), adapter.patch_functor
+    else:
+        modules, functor = transformers_of(pipe_or_adapter), None
+        declared = BlockAdapter(transformer=[*modules.values()], params_modifiers=params_modifiers).declarations()
+        declared = dict(zip(modules, declared.values(), strict=True))
+    for name, module in modules.items():
+        _enable(module, _Settings(config, declared[name], functor, kwargs))
+    return pipe_or_adapter
+
+
+def disable_cache(pipe_or_adapter: Any) -> None:
+    """Makes a pipeline (or transformer, or what an adapter names) what it was before `enable_cache`.
+
+    Statistics stay; nothing happens where no cache was enabled.
+    """
+    for module in transformers_of(pipe_or_adapter).values():
+        _disable(module)
+
+
+def refresh_context(transformer: Any, cache_config: CacheConfig | None = None, **fields: Any) -> None:
+    """Begins anew: ends the running sessions, and changes the given fields of the configuration.
+
+    Compiles anew only if the blocks that run change, or how they are compiled.
+
+    Args:
+        transformer: What `enable_cache` was called with, or one of its transformers.
+        cache_config: Its given fields replace the present ones.
+        fields: More of them, as in `num_inference_steps=50`. `verbose` is taken and ignored.
+
+    Raises:
+        ConfigError: No cache is enabled, or a field is unknown or has a value that it cannot have.
+    """
+    fields.pop("verbose", None)
+    change = (cache_config or CacheConfig()).override(**fields)
+    for module in transformers_of(transformer).values():
+        if module not in _enabled:
+            raise ConfigError(f"cachedit_fx: enable_cache was not called for this {type(module).__name__}")
+        enabled = _enabled[module]
+        end_generation(module, everyone=True)
+        if change.given & _STRUCTURAL:
+            settings = replace(enabled.settings, config=enabled.settings.config.override(change))
+            _enable(module, settings)
+        else:
+            enabled.call.policy = (enabled.call.policy or CacheConfig()).override(change)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What `enable_cache` was asked to do with one transformer."""
+
+    config: CacheConfig
+    declared: Declaration
+    functor: PatchFunctor | None
+    compile_kwargs: Mapping[str, Any]
+
+
+@dataclass
+class _Enabled:
+    """What it takes to undo it."""
+
+    settings: _Settings
+    call: _Call
+    compiled_before: Any
+    had_registry: bool
+
+
+_enabled: WeakKeyDictionary[nn.Module, _Enabled] = WeakKeyDictionary()
+
+
+class _Call:
+    """Stands between a module and its compiled forward: what the call was given is known to the graphs inside."""
+
+    def __init__(self, module: nn.Module, compiled: Callable[..., Any], names: list[str], config: CacheConfig) -> None:
+        self.module = weakref.ref(module)
+        self.compiled = compiled
+        self.names = names
+        self.config = config
+        self.policy: CacheConfig | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        call = ModelCall(timestep_among(given), conditioning_among(given), self.policy)
+        with within_call(call):
+            result = self.compiled(*args, **kwargs)
+        if call.misses:
+            module = self.module()
+            if module is not None and not is_cached(module):
+                report_uncached(max(call.misses)[1], self.config)  # That of the largest graph.
+        return result
+
+
+def _adapter_for(target: Any) -> BlockAdapter | None:
+    return target if isinstance(target, BlockAdapter) else BlockAdapterRegistry.get(target)
+
+
+def _enable(module: nn.Module, settings: _Settings) -> None:
+    known = _enabled.get(module)
+    if known is not None:
+        if known.settings == settings and known.call.policy is None:
+            return
+        _disable(module)
+    compile_kwargs = dict(settings.compile_kwargs)
+    backend = Backend(
+        settings.config,
+        mode=compile_kwargs.pop("mode", None),
+        options=compile_kwargs.pop("options", None),
+        declared=settings.declared,
+    )
+    if settings.functor is not None:
+        settings.functor.prepare(module)
+    before = module.__dict__.get("_compiled_call_impl", _MISSING)
+    had_registry = hasattr(module, "_diffusers_hook")
+    names = list(inspect.signature(module.forward).parameters)
+    if hasattr(module, "cache_context"):
+        _register_hook(module)
+    module.compile(backend=backend, **compile_kwargs)
+    assert module._compiled_call_impl is not None
+    call = _Call(module, module._compiled_call_impl, names, settings.config)
+    module._compiled_call_impl = call
+    _enabled[module] = _Enabled(settings, call, before, had_registry)
+
+
+def _disable(module: nn.Module) -> None:
+    enabled = _enabled.pop(module, None)
+    if enabled is None:
+        return
+    end_generation(module, everyone=True)
+    if enabled.compiled_before is _MISSING:
+        module.__dict__.pop("_compiled_call_impl", None)
+    else:
+        module._compiled_call_impl = enabled.compiled_before
+    if hasattr(module, "_diffusers_hook"):
+        _remove_hook(module, keep_registry=enabled.had_registry)
+    if enabled.settings.functor is not None:
+        enabled.settings.functor.restore(module)
+
+
+def _register_hook(module: nn.Module) -> None:
+    from diffusers.hooks.hooks import HookRegistry
+
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(_hook_type()(), _HOOK)
+
+
+def _remove_hook(module: nn.Module, *, keep_registry: bool) -> None:
+    registry: Any = module._diffusers_hook
+    registry.remove_hook(_HOOK, recurse=False)
+    forward = module.__dict__.get("forward")
+    if getattr(forward, "__func__", None) is type(module).forward:
+        del module.__dict__["forward"]  # The class's own shows again.
+    if not registry.hooks and not keep_registry:
+        del module._diffusers_hook
+
+
+@functools.cache
+def _hook_type() -> type:
+    """A diffusers hook that hears what `cache_context` calls a branch, and when a pipeline's call is over."""
+    from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
+
+    class Labels(StateManager):
+        """Hands the label on to this thread's sessions; one transformer may run in several threads."""
+
+        def set_context(self, context: Any) -> None:
+            set_label(getattr(context, "name", context))
+
+    class SessionHook(ModelHook):
+        _is_stateful = True
+
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.labels = Labels(BaseState)  # type: ignore[arg-type]
+
+        def reset_state(self, module: nn.Module) -> nn.Module:
+            end_generation(module)
+            return module
+
+    return SessionHook

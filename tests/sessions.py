@@ -1,0 +1,12 @@
+"""What the sessions of a module did."""
+
+from __future__ import annotations
+
+from torch import nn
+
+import cachedit_fx
+
+
+def every_session(module: nn.Module) -> list[cachedit_fx.CacheStats]:
+    """All that are known, finished or running, in the order of their first steps."""
+    return cachedit_fx.summary(module, every_generation=True, logging=False)

@@ -1,0 +1,421 @@
+"""Real diffusers pipelines around tiny random transformers, for whole generations that end in latents.
+
+    tiny = PIPELINES["wan"]
+    pipe = tiny.build()
+    latents = tiny.run(pipe, seed=1, num_steps=8)
+
+The pipelines are what diffusers ships: their loops, guidance, schedulers and calls of `cache_context`. They get
+neither VAE nor text encoder: prompts are given as embeddings, and latents are what they return. Latents are 8x8, the
+transformers at most 32 wide, the batch is 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+NUM_BLOCKS = 4  # In every list of blocks.
+TEXT = 7  # Tokens of a prompt; no pipeline here has as many image tokens.
+NEGATIVE_TEXT = 5  # Tokens of a negative prompt, where it need not be as long as the prompt.
+TEXT_WIDTH = 16
+SIDE = 8  # Of the latents.
+FRAMES = 2  # Of the latents of a video.
+GUIDANCE = 3.0
+LLAMA_LAYERS = 4  # Hidden states of Llama that HiDream's blocks choose from.
+
+_BLOCK_COUNTS = ("num_layers", "num_single_layers", "num_mmdit_layers", "num_single_dit_layers", "n_layers")
+_SMALL = dict(
+    in_channels=4,
+    out_channels=4,
+    patch_size=2,
+    sample_size=SIDE,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    cross_attention_dim=32,
+    caption_projection_dim=32,
+    pooled_projection_dim=32,
+    time_embed_dim=16,
+    num_refiner_layers=1,
+    joint_attention_dim=TEXT_WIDTH,
+    text_embed_dim=TEXT_WIDTH,
+    text_dim=TEXT_WIDTH,
+    caption_channels=TEXT_WIDTH,
+    cap_feat_dim=TEXT_WIDTH,
+)
+"""What a transformer is configured with, where it has the name and its entry in the table says nothing else."""
+
+
+@dataclass(frozen=True)
+class TinyPipeline:
+    """One pipeline, with all that a test needs to run it.
+
+    Attributes:
+        name: Key in `PIPELINES`.
+        kind: The pipeline's class.
+        transformer_kind: The class of its transformers.
+        config: Their configuration, besides `_SMALL` and the numbers of blocks.
+        inputs: seed -> arguments of a call, in new tensors; see `arguments` for what all have in common.
+        branches: Labels that the pipeline gives to `cache_context` in each step of a call with `arguments`, in order.
+            Empty for a pipeline that gives none.
+        scheduler: Makes its scheduler.
+        transformers: Components that hold a diffusion transformer.
+        others: Makes what it has besides; whatever else its class asks for is None.
+    """
+
+    name: str
+    kind: type[DiffusionPipeline]
+    transformer_kind: type[nn.Module]
+    config: dict[str, Any]
+    inputs: Callable[[int], dict[str, Any]]
+    branches: tuple[str, ...] = ()
+    scheduler: Callable[[], Any] = diffusers.FlowMatchEulerDiscreteScheduler
+    transformers: tuple[str, ...] = ("transformer",)
+    others: Callable[[], dict[str, Any]] = dict
+
+    def build(self, num_blocks: int = NUM_BLOCKS) -> DiffusionPipeline:
+        """A new pipeline, always with the same weights for the same number of blocks."""
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            transformers = {name: self._transformer(num_blocks) for name in self.transformers}
+        parameters = inspect.signature(self.kind).parameters.values()
+        absent = {p.name: None for p in parameters if p.default is p.empty}
+        pipe = self.kind(**(absent | self.others() | transformers | {"scheduler": self.scheduler()}))
+        pipe.default_sample_size = SIDE  # HiDream scales any height and width up to this area.
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _transformer(self, num_blocks: int) -> nn.Module:
+        accepted = inspect.signature(self.transformer_kind).parameters
+        shared = _SMALL | dict.fromkeys(_BLOCK_COUNTS, num_blocks)
+        # HiDream alone has this, with a layer for every block.
+        shared["llama_layers"] = [i % LLAMA_LAYERS for i in range(2 * num_blocks)]
+        config = {name: value for name, value in shared.items() if name in accepted} | self.config
+        model = self.transformer_kind(**config).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            # Gates and output projections start at zero, and blocks would do nothing.
+            if parameter.numel() > 1 and not parameter.any():
+                parameter.normal_(0, 0.02)
+        return model
+
+    def arguments(self, seed: int = 1) -> dict[str, Any]:
+        """Keyword arguments of a call, besides `num_inference_steps`; new tensors every time."""
+        common = dict(height=8 * SIDE, width=8 * SIDE, output_type="latent", return_dict=False)
+        return common | self.inputs(seed)
+
+    def run(self, pipe: DiffusionPipeline, seed: int = 1, num_steps: int = 8, **overrides: Any) -> Tensor:
+        """The latents after the last of `num_steps` steps, in the shape that the pipeline works with."""
+        return pipe(num_inference_steps=num_steps, **(self.arguments(seed) | overrides))[0]
+
+
+def _noise(seed: int, *shape: int) -> Tensor:
+    """Unit Gaussian values, the same for the same shape and seed."""
+    return torch.randn(*shape, generator=_generator(1000 * seed + sum(shape)))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _image(seed: int, channels: int = 4, side: int = SIDE) -> Tensor:
+    """Latents of an image, [1, channels, side, side]."""
+    return _noise(seed, 1, channels, side, side)
+
+
+def _packed(seed: int, channels: int) -> Tensor:
+    """Latents of an image as tokens of 2x2, [1, tokens, channels]."""
+    return _noise(seed, 1, SIDE**2 // 4, channels)
+
+
+def _video(seed: int, compression: int = 4) -> dict[str, Any]:
+    """Latents of a video, [1, 4, FRAMES, SIDE, SIDE], and the number of frames that `compression` makes of them."""
+    return dict(latents=_noise(seed, 1, 4, FRAMES, SIDE, SIDE), num_frames=compression * (FRAMES - 1) + 1)
+
+
+def _embeddings(seed: int, tokens: int = TEXT) -> Tensor:
+    """[1, tokens, TEXT_WIDTH]."""
+    return _noise(seed, 1, tokens, TEXT_WIDTH)
+
+
+def _padding_mask(padding: int, tokens: int = TEXT) -> Tensor:
+    """int64 [1, tokens], zeros for the last `padding` tokens."""
+    return (torch.arange(tokens) < tokens - padding).long()[None]
+
+
+def _both(seed: int, prompt: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """The prompt of `seed` and, with "negative_" before its names, that of a seed below zero."""
+    return prompt(seed) | {f"negative_{name}": value for name, value in prompt(-1 - seed).items()}
+
+
+def _prompts(seed: int) -> dict[str, Any]:
+    """A prompt and a negative one of the same length, and the guidance that uses both."""
+    prompts = _both(seed, lambda seed: dict(prompt_embeds=_embeddings(seed)))
+    # Where the default of `negative_prompt` is "", embeddings beside it are refused.
+    return prompts | dict(negative_prompt=None, guidance_scale=GUIDANCE)
+
+
+def _masked_prompts(seed: int, dtype: torch.dtype = torch.long) -> dict[str, Any]:
+    """As `_prompts`, with masks of `dtype` that leave fewer tokens to the negative prompt."""
+    masks = dict(
+        prompt_attention_mask=_padding_mask(1).to(dtype), negative_prompt_attention_mask=_padding_mask(3).to(dtype)
+    )
+    return _prompts(seed) | masks
+
+
+def _distilled(seed: int) -> dict[str, Any]:
+    """A prompt for a transformer that takes guidance as an input: one call per step."""
+    return dict(prompt_embeds=_embeddings(seed), pooled_prompt_embeds=_noise(seed, 1, 32), guidance_scale=3.5)
+
+
+def _qwen_inputs(seed: int) -> dict[str, Any]:
+    return dict(
+        prompt_embeds=_embeddings(seed),
+        prompt_embeds_mask=_padding_mask(0),
+        negative_prompt_embeds=_embeddings(-1 - seed, NEGATIVE_TEXT),
+        negative_prompt_embeds_mask=_padding_mask(0, NEGATIVE_TEXT),
+        true_cfg_scale=GUIDANCE,
+        latents=_packed(seed, 16),
+    )
+
+
+def _zimage_inputs(seed: int) -> dict[str, Any]:
+    return dict(
+        prompt_embeds=[*_embeddings(seed)],  # A list, with one tensor for each image of the batch.
+        negative_prompt_embeds=[*_embeddings(-1 - seed, NEGATIVE_TEXT)],
+        guidance_scale=GUIDANCE,
+        latents=_image(seed),
+    )
+
+
+def _hidream_prompt(seed: int) -> dict[str, Any]:
+    return dict(
+        prompt_embeds_t5=_embeddings(seed),
+        prompt_embeds_llama3=_noise(seed, LLAMA_LAYERS, 1, TEXT, TEXT_WIDTH),
+        pooled_prompt_embeds=_noise(seed, 1, 8),
+    )
+
+
+def _hunyuan_image_prompt(seed: int) -> dict[str, Any]:
+    return dict(
+        prompt_embeds=_embeddings(seed),
+        prompt_embeds_mask=_padding_mask(1 if seed >= 0 else 3),  # Seeds below zero are negative prompts'.
+        prompt_embeds_2=_noise(seed, 1, 3, 12),  # Of the text that is to be written in the image.
+        prompt_embeds_mask_2=_padding_mask(0, 3),
+    )
+
+
+# PixArt and Allegro as published predict the noise; when a random transformer does, the latents grow a hundredfold.
+_V_PREDICTION = dict(prediction_type="v_prediction", timestep_spacing="trailing")
+_FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+_FLOW_UNIPC = partial(diffusers.UniPCMultistepScheduler, **_FLOW)
+_FLUX = dict(in_channels=64, out_channels=None, patch_size=1, guidance_embeds=True, axes_dims_rope=(4, 4, 8))
+_WAN = dict(patch_size=(1, 2, 2), freq_dim=256, ffn_dim=64, cross_attn_norm=True, rope_max_seq_len=32)
+
+_TABLE = (
+    TinyPipeline(
+        "flux",
+        diffusers.FluxPipeline,
+        diffusers.FluxTransformer2DModel,
+        _FLUX,
+        lambda seed: _distilled(seed) | dict(latents=_packed(seed, 64)),
+        branches=("cond",),
+    ),
+    TinyPipeline(
+        "flux_img2img",  # Runs only `strength` of the steps; takes an image of 16 channels for an encoded one.
+        diffusers.FluxImg2ImgPipeline,
+        diffusers.FluxTransformer2DModel,
+        _FLUX,
+        lambda seed: _distilled(seed) | dict(image=_image(seed, 16), strength=0.6, generator=_generator(seed)),
+    ),
+    TinyPipeline(
+        "flux2",
+        diffusers.Flux2Pipeline,
+        diffusers.Flux2Transformer2DModel,
+        dict(in_channels=16, patch_size=1, out_channels=None, axes_dims_rope=(4, 4, 4, 4)),
+        lambda seed: dict(prompt_embeds=_embeddings(seed), latents=_image(seed, 16, SIDE // 2), guidance_scale=4.0),
+    ),
+    TinyPipeline(
+        "qwen_image",
+        diffusers.QwenImagePipeline,
+        diffusers.QwenImageTransformer2DModel,
+        dict(in_channels=16, axes_dims_rope=(8, 4, 4)),
+        _qwen_inputs,
+        branches=("cond", "uncond"),
+    ),
+    TinyPipeline(
+        "wan",
+        diffusers.WanPipeline,
+        diffusers.WanTransformer3DModel,
+        _WAN,
+        lambda seed: _prompts(seed) | _video(seed),
+        branches=("cond", "uncond"),
+        scheduler=_FLOW_UNIPC,
+    ),
+    TinyPipeline(
+        "wan22",  # About half of the timesteps are above the boundary, for the first transformer.
+        diffusers.WanPipeline,
+        diffusers.WanTransformer3DModel,
+        _WAN,
+        lambda seed: _prompts(seed) | _video(seed),
+        branches=("cond", "uncond"),
+        scheduler=_FLOW_UNIPC,
+        transformers=("transformer", "transformer_2"),
+        others=lambda: dict(boundary_ratio=0.8),
+    ),
+    TinyPipeline(
+        "hunyuan_video",
+        diffusers.HunyuanVideoPipeline,
+        diffusers.HunyuanVideoTransformer3DModel,
+        dict(guidance_embeds=True, rope_axes_dim=(4, 4, 8)),
+        lambda seed: _distilled(seed) | _video(seed) | dict(prompt_attention_mask=_padding_mask(1)),
+        branches=("cond",),
+    ),
+    TinyPipeline(
+        "ltx",
+        diffusers.LTXPipeline,
+        diffusers.LTXVideoTransformer3DModel,
+        dict(patch_size=1),
+        lambda seed: (
+            _masked_prompts(seed, torch.bool)
+            | _video(seed, compression=8)
+            | dict(latents=_noise(seed, 1, FRAMES * SIDE**2, 4), height=32 * SIDE, width=32 * SIDE)
+        ),
+        branches=("cond_uncond",),
+    ),
+    TinyPipeline(
+        "cogvideox",
+        diffusers.CogVideoXPipeline,
+        diffusers.CogVideoXTransformer3DModel,
+        dict(sample_width=SIDE, sample_height=SIDE, max_text_seq_length=TEXT, use_rotary_positional_embeddings=True),
+        lambda seed: _prompts(seed) | _video(seed) | dict(latents=_noise(seed, 1, FRAMES, 4, SIDE, SIDE)),
+        branches=("cond_uncond",),
+        scheduler=partial(diffusers.CogVideoXDDIMScheduler, **_V_PREDICTION),
+    ),
+    TinyPipeline(
+        "sd3",
+        diffusers.StableDiffusion3Pipeline,
+        diffusers.SD3Transformer2DModel,
+        {},
+        lambda seed: (
+            _prompts(seed)
+            | _both(seed, lambda seed: dict(pooled_prompt_embeds=_noise(seed, 1, 32)))
+            | dict(latents=_image(seed))
+        ),
+    ),
+    TinyPipeline(
+        "chroma",
+        diffusers.ChromaPipeline,
+        diffusers.ChromaTransformer2DModel,
+        dict(
+            in_channels=16,
+            out_channels=None,
+            patch_size=1,
+            axes_dims_rope=(4, 4, 8),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+        # The pipeline's own masks are floats too, and so are added to the attention's scores.
+        lambda seed: _masked_prompts(seed, torch.float) | dict(latents=_packed(seed, 16)),
+    ),
+    TinyPipeline(
+        "lumina2",
+        diffusers.Lumina2Pipeline,
+        diffusers.Lumina2Transformer2DModel,
+        dict(hidden_size=32, num_kv_heads=1, multiple_of=2, axes_dim_rope=(8, 4, 4), axes_lens=(128, 32, 32)),
+        lambda seed: _masked_prompts(seed) | dict(latents=_image(seed)),
+    ),
+    TinyPipeline(
+        "hidream",  # The experts that run depend on the data, as in the published checkpoints.
+        diffusers.HiDreamImagePipeline,
+        diffusers.HiDreamImageTransformer2DModel,
+        dict(
+            caption_channels=[TEXT_WIDTH, TEXT_WIDTH],
+            text_emb_dim=8,
+            num_routed_experts=4,
+            num_activated_experts=2,
+            axes_dims_rope=(8, 4, 4),
+            max_resolution=(SIDE, SIDE),
+        ),
+        lambda seed: _both(seed, _hidream_prompt) | dict(latents=_image(seed), guidance_scale=GUIDANCE),
+    ),
+    TinyPipeline(
+        "sana",
+        diffusers.SanaPipeline,
+        diffusers.SanaTransformer2DModel,
+        dict(patch_size=1, num_cross_attention_heads=2, cross_attention_head_dim=16),
+        lambda seed: (
+            _masked_prompts(seed)
+            | dict(latents=_image(seed), height=32 * SIDE, width=32 * SIDE, use_resolution_binning=False)
+        ),
+        scheduler=partial(diffusers.DPMSolverMultistepScheduler, **_FLOW),
+    ),
+    TinyPipeline(
+        "pixart",
+        diffusers.PixArtAlphaPipeline,
+        diffusers.PixArtTransformer2DModel,
+        dict(out_channels=8),
+        lambda seed: _masked_prompts(seed) | dict(latents=_image(seed), use_resolution_binning=False),
+        scheduler=partial(diffusers.DPMSolverMultistepScheduler, **_V_PREDICTION),
+    ),
+    TinyPipeline(
+        "auraflow",
+        diffusers.AuraFlowPipeline,
+        diffusers.AuraFlowTransformer2DModel,
+        dict(pos_embed_max_size=64),
+        lambda seed: _masked_prompts(seed) | dict(latents=_image(seed)),
+    ),
+    TinyPipeline(
+        "allegro",  # The scheduler adds noise at every step.
+        diffusers.AllegroPipeline,
+        diffusers.AllegroTransformer3DModel,
+        dict(attention_head_dim=12, cross_attention_dim=24, sample_width=SIDE, sample_height=SIDE),
+        lambda seed: _masked_prompts(seed) | _video(seed) | dict(generator=_generator(seed)),
+        scheduler=partial(diffusers.EulerAncestralDiscreteScheduler, **_V_PREDICTION),
+    ),
+    TinyPipeline(
+        "mochi",
+        diffusers.MochiPipeline,
+        diffusers.MochiTransformer3DModel,
+        dict(max_sequence_length=TEXT),
+        lambda seed: _masked_prompts(seed, torch.bool) | _video(seed, compression=6),
+        branches=("cond_uncond",),
+        scheduler=partial(diffusers.FlowMatchEulerDiscreteScheduler, invert_sigmas=True),
+    ),
+    TinyPipeline(
+        "zimage",
+        diffusers.ZImagePipeline,
+        diffusers.ZImageTransformer2DModel,
+        dict(dim=32, n_refiner_layers=1, n_heads=2, n_kv_heads=2, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32]),
+        _zimage_inputs,
+    ),
+    TinyPipeline(
+        "cogview4",
+        diffusers.CogView4Pipeline,
+        diffusers.CogView4Transformer2DModel,
+        dict(condition_dim=4),
+        lambda seed: _prompts(seed) | dict(latents=_image(seed)),
+        branches=("cond", "uncond"),
+    ),
+    TinyPipeline(
+        "hunyuan_image",
+        diffusers.HunyuanImagePipeline,
+        diffusers.HunyuanImageTransformer2DModel,
+        dict(patch_size=(2, 2), text_embed_2_dim=12, rope_axes_dim=(8, 8)),
+        lambda seed: _both(seed, _hunyuan_image_prompt) | dict(latents=_image(seed), height=32 * SIDE, width=32 * SIDE),
+        branches=("pred_cond", "pred_uncond"),
+        # Has the scale of guidance; `ocr_guider` takes its place for prompts with text to write.
+        others=lambda: dict(
+            guider=diffusers.AdaptiveProjectedMixGuidance(), ocr_guider=diffusers.AdaptiveProjectedMixGuidance()
+        ),
+    ),
+)
+
+PIPELINES: dict[str, TinyPipeline] = {tiny.name: tiny for tiny in _TABLE}
