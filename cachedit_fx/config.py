@@ -70,7 +70,8 @@ class CacheConfig:
         enable_dynamic_prune_threshold: DBPrune: the threshold follows the mean of the first diffs of this step.
         max_dynamic_prune_threshold: What it stays below; None for twice `residual_diff_threshold`.
         dynamic_prune_threshold_relax_ratio: Factor on that mean.
-        non_prune_block_ids: DBPrune: numbers of blocks in their list that always run, beside the Fn and Bn ones.
+        non_prune_block_ids: DBPrune: blocks that always run beside the Fn and Bn ones, by their number in the chain (in
+            their list, where each list has a region of its own).
         inner_backend: The `torch.compile` backend that compiles the pieces.
         on_no_match: "fallback" compiles the uncached graph and warns once; "raise" raises `NoMatchError`.
         regions: "merged" decides once for the whole chain; "per_list" decides for every module list on its own.

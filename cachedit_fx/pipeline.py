@@ -74,7 +74,8 @@ def enable_cache(
         modules, declared, functor = adapter.transformers(), adapter.declarations(), adapter.patch_functor
     else:
         modules, functor = transformers_of(pipe_or_adapter), None
-        declared = BlockAdapter(transformer=[*modules.values()], params_modifiers=params_modifiers).declarations()
+        given = [*modules.values()] if len(modules) > 1 else next(iter(modules.values()))
+        declared = BlockAdapter(transformer=given, params_modifiers=params_modifiers).declarations()
         declared = dict(zip(modules, declared.values(), strict=True))
     for name, module in modules.items():
         _enable(module, _Settings(config, declared[name], functor, kwargs))

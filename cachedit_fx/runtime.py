@@ -172,7 +172,7 @@ class StepRun:
         shared = self._shared_diff(run)
         run.diff = diff if shared is None else shared
         run.history = replace(run.state.history, has_moved=self._snapshot.direction != 0)
-        earlier = [done.diff for done in self._runs[:region]]
+        earlier = [r.diff for r in self._runs[:region] if r.decision is not None and r.decision.looked]
         run.decision = decide(run.plan.config, run.history, run.diff, is_stored=run.fits, earlier=earlier)
         return run.decision.compute
 

@@ -134,11 +134,10 @@ def _cut_middle(program: Program, group: Group) -> list[Region] | Mismatch:
 def _cut_every(program: Program, group: Group) -> list[Region] | Mismatch:
     """One region per block that may be pruned. One that can't be cut on its own is always computed."""
     config, streams = group.config, _boundaries(group)
-    in_list = [i for match in group.matches for i in range(len(match.blocks.blocks))]
     regions: list[Region] = []
     misses: list[Mismatch] = []
     for i in range(config.Fn_compute_blocks, len(group.blocks) - config.Bn_compute_blocks):
-        if in_list[i] in config.non_prune_block_ids:
+        if i in config.non_prune_block_ids:
             continue
         found = _cut(program, group, i, i + 1, streams[i][HIDDEN], None)
         if isinstance(found, Region):

@@ -1,0 +1,242 @@
+"""Decisions and outputs against those that cache-dit 1.5.3 was recorded with, step by step (`make peers`).
+
+Where cache-dit has a quirk that is not to be copied, the test shows both.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor, nn
+
+import cachedit_fx
+from cachedit_fx.pipeline import _STRUCTURAL
+from tests.models import FAMILIES
+from tests.peers.cases import CASES, Case, build, generate, recorded, subject
+from tests.reference import ReferenceCache
+from tests.sessions import every_session
+
+BRANCHES = ("cond", "uncond")
+POLICY_FIELDS = [name for name in cachedit_fx.config.FIELD_NAMES if name not in _STRUCTURAL]
+# Those with a forecast of what a reused step adds: nothing here makes one yet.
+COMPARED = [case for case in CASES if not case.taylorseer_order]
+
+
+def settings(case: Case) -> dict[str, Any]:
+    kind = {"cache_type": "DBPrune"} if case.prune else {}
+    return dict(case.fields) | kind | {"inner_backend": "eager", "regions": case.regions}
+
+
+def structure(case: Case) -> tuple[object, ...]:
+    """Equal for cases that one compiled graph serves."""
+    built = {name: value for name, value in settings(case).items() if name in _STRUCTURAL}
+    return (case.family, case.dtype, str(built), str(case.modifiers))
+
+
+def run(case: Case, transformer: nn.Module) -> tuple[dict[str, dict[str, list[cachedit_fx.CacheStats]]], Tensor]:
+    """Statistics per branch and region, an entry for each generation, and the final latents."""
+    cachedit_fx.reset(transformer)
+    latents = generate(case, subject(case, transformer))
+    found: dict[str, dict[str, list[cachedit_fx.CacheStats]]] = {}
+    names: list[str] = []  # In a loop the branches have no label; they come in the order in which they are called.
+    for stats in every_session(transformer):
+        if stats.session not in names:
+            names.append(stats.session)
+        number = names.index(stats.session) % len(FAMILIES[case.family].branches)
+        found.setdefault(BRANCHES[number], {}).setdefault(stats.region, []).append(stats)
+    return found, latents
+
+
+def enabled(case: Case) -> nn.Module:
+    transformer = build(case)
+    modifiers = [cachedit_fx.ParamsModifier(**fields) for fields in case.modifiers] or None
+    cachedit_fx.enable_cache(transformer, params_modifiers=modifiers, **settings(case))
+    return transformer
+
+
+def over_generations(entries: list[cachedit_fx.CacheStats]) -> tuple[list[int], dict[int, float]]:
+    """Reused steps and diffs, steps counted on from one generation to the next."""
+    starts = [0, *itertools.accumulate(entry.num_steps for entry in entries)]
+    steps = [start + s for start, entry in zip(starts, entries, strict=False) for s in entry.cached_steps]
+    diffs = {s + start: d for start, e in zip(starts, entries, strict=False) for s, d in e.residual_diffs.items()}
+    return steps, diffs
+
+
+def assert_same(case: Case, found: dict[str, dict[str, list[cachedit_fx.CacheStats]]], latents: Tensor) -> None:
+    wanted = recorded(case)
+    assert set(found) == set(wanted["branches"]), case
+    for branch, regions in wanted["branches"].items():
+        for name, want in regions.items():
+            mine = {region: over_generations(e) for region, e in found[branch].items() if belongs(region, name)}
+            (assert_same_pruning if case.prune else assert_same_steps)(case, want, mine)
+    first = np.array(wanted["latents"]["first"], dtype=np.float32)
+    scale = wanted["latents"]["mean_abs"]
+    assert list(latents.shape) == wanted["latents"]["shape"]
+    # The one operation in another order is the addition of a residual.
+    np.testing.assert_allclose(latents.flatten()[: len(first)].numpy(), first, rtol=1e-5, atol=1e-5 * scale)
+    assert latents.abs().mean().item() == pytest.approx(scale, rel=1e-5)
+
+
+def belongs(region: str, recorded_as: str) -> bool:
+    return recorded_as in ("merged", region.partition("[")[0])
+
+
+def assert_same_steps(case: Case, want: dict[str, Any], mine: dict[str, tuple[list[int], dict[int, float]]]) -> None:
+    [(steps, diffs)] = mine.values()
+    assert steps == want["cached_steps"], case
+    recorded_diffs = {int(step): diff for step, diff in want["residual_diffs"].items()}
+    # Float32 means over a few thousand elements, summed in another order.
+    assert diffs == pytest.approx(recorded_diffs, rel=1e-4), case
+
+
+def assert_same_pruning(case: Case, want: dict[str, Any], mine: dict[str, tuple[list[int], dict[int, float]]]) -> None:
+    by_block = {block_number(region, case): entry for region, entry in mine.items()}
+    pruned: dict[str, list[int]] = defaultdict(list)
+    for block, (steps, diffs) in sorted(by_block.items()):
+        for step in steps:
+            pruned[str(step)].append(block)
+        recorded_diffs = {int(s): d[str(block)] for s, d in want["residual_diffs"].items() if str(block) in d}
+        assert diffs == pytest.approx(recorded_diffs, rel=1e-4), (case, block)
+    assert pruned == want["pruned_blocks"], case
+
+
+def block_number(region: str, case: Case) -> int:
+    """`single_transformer_blocks[2]` -> 2, or with the lists merged its number in the chain."""
+    path, _, number = region.removesuffix("]").partition("[")
+    is_second = case.regions == "merged" and path == "single_transformer_blocks"
+    return int(number) + (len(build(case).transformer_blocks) if is_second else 0)
+
+
+def by_structure(cases: list[Case]) -> list[Any]:
+    groups: dict[tuple[object, ...], list[Case]] = defaultdict(list)
+    for case in cases:
+        groups[structure(case)].append(case)
+    return [pytest.param(group, id=str(group[0]) + ("" if len(group) == 1 else "-etc")) for group in groups.values()]
+
+
+@pytest.mark.parametrize("cases", by_structure([case for case in COMPARED if not case.quirk]))
+def test_decisions_and_outputs_are_those_of_cache_dit(cases):
+    transformer = enabled(cases[0])
+    for case in cases:
+        if not case.modifiers:
+            policy = cachedit_fx.CacheConfig(**settings(case))
+            cachedit_fx.refresh_context(transformer, **{name: getattr(policy, name) for name in POLICY_FIELDS})
+        assert_same(case, *run(case, transformer))
+
+
+def reference(case: Case) -> list[list[int]]:
+    """Reused steps of every generation by the plain-Python reference, which has none of the quirks."""
+    family, found = FAMILIES[case.family], []
+    fields = dict(case.fields)
+    fields.pop("num_inference_steps", None)
+    for seed in range(case.seed, case.seed + case.generations):
+        model = family.build()
+        branches = itertools.cycle(family.branches)
+        with ReferenceCache(model, family.chain(model), **fields) as cache:
+            model.forward = cache.stand_in_for_forward(lambda branches=branches: next(branches))
+            family.generate(family.pipeline(model), family.prompt(seed), family.latents(seed), case.num_steps)
+        found.append([record.step for record in cache.of("cond") if record.reused])
+    return found
+
+
+def quirk(name: str) -> Case:
+    return next(case for case in CASES if str(case) == name)
+
+
+def cond_steps(case: Case) -> list[list[int]]:
+    """Reused steps of the first branch: per generation where one graph has one region."""
+    found, _ = run(case, enabled(case))
+    [entries] = found["cond"].values()
+    return [entry.cached_steps for entry in entries]
+
+
+def recorded_steps(case: Case) -> list[int]:
+    [region] = recorded(case)["branches"]["cond"].values()
+    return region["cached_steps"]
+
+
+@pytest.mark.parametrize("name", ["flux-accumulated", "wan-accumulated"])
+def test_the_accumulated_limit_opens_again_after_a_computed_step(name):
+    case = quirk(name)
+    assert cond_steps(case) == reference(case)
+    assert len(recorded_steps(case)) < len(reference(case)[0])
+    assert recorded_steps(case) == reference(case)[0][: len(recorded_steps(case))]  # Then it never opens again.
+
+
+@pytest.mark.parametrize("name", ["flux-loop-twice", "wan-loop-twice"])
+def test_a_second_generation_without_a_pipeline_is_as_if_alone(name):
+    case = quirk(name)
+    mine = cond_steps(case)
+    assert mine == reference(case)
+    assert recorded_steps(case) != mine[0] + [step + case.num_steps for step in mine[1]]
+
+
+def test_a_refresh_counts_the_steps_of_a_branch():
+    for name, fresh_from in [("wan-refresh-once", 14), ("qwen_image-refresh-once", 7)]:
+        case = quirk(name)
+        [steps] = cond_steps(case)
+        plain = quirk(f"{case.family}-plain")
+        warm_up = range(fresh_from, fresh_from + 3)
+        assert [s for s in steps if s < fresh_from] == [s for s in recorded_steps(plain) if s < fresh_from]
+        assert not set(steps) & set(warm_up)
+        assert recorded_steps(case) != steps
+
+
+def test_the_diff_is_computed_in_float32_whatever_the_dtype():
+    case = quirk("flux-bfloat16")
+    [steps] = cond_steps(case)
+    assert 9 in steps and 9 not in recorded_steps(case)
+
+
+def pruned(case: Case, branch: str) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+    """Step -> blocks that were pruned: here, and as recorded."""
+    found, _ = run(case, enabled(case))
+    mine: dict[int, set[int]] = defaultdict(set)
+    for region, [entry] in found[branch].items():
+        for step in entry.cached_steps:
+            mine[step].add(block_number(region, case))
+    [want] = recorded(case)["branches"][branch].values()
+    return mine, {int(step): set(blocks) for step, blocks in want["pruned_blocks"].items() if blocks}
+
+
+def test_a_dynamic_threshold_is_the_mean_of_the_diffs_of_its_own_branch():
+    case = quirk("wan-prune-dynamic")
+    mine, theirs = pruned(case, "cond")
+    assert mine == theirs
+    mine, theirs = pruned(case, "uncond")
+    assert mine != theirs
+
+
+def test_a_limit_of_reused_steps_holds_for_each_block():
+    mine, theirs = pruned(quirk("wan-prune-max-cached"), "cond")
+    for block in set.union(*mine.values()):
+        assert sum(block in blocks for blocks in mine.values()) <= 3
+    assert max(map(len, mine.values())) > len(theirs[max(theirs)])  # There the third step stops at its first block.
+
+
+def test_the_accumulated_limit_holds_for_pruned_blocks_too():
+    case = quirk("flux-prune-accumulated")
+    mine, theirs = pruned(case, "cond")
+    assert mine != theirs
+    found, _ = run(case, enabled(case))
+    for [entry] in found["cond"].values():
+        total = 0.0
+        for step in range(entry.num_steps):
+            if step in entry.cached_steps:
+                assert total < case.fields["max_accumulated_residual_diff_threshold"]
+                total += entry.residual_diffs[step]
+            else:
+                total = 0.0
+
+
+def test_every_quirk_has_a_test():
+    tested = {
+        *("flux-accumulated", "wan-accumulated", "flux-loop-twice", "wan-loop-twice", "wan-refresh-once"),
+        *("qwen_image-refresh-once", "flux-bfloat16", "wan-prune-dynamic", "wan-prune-max-cached"),
+        "flux-prune-accumulated",
+    }
+    assert {str(case) for case in COMPARED if case.quirk} == tested
