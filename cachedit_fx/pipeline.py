@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from cachedit_fx.adapter import BlockAdapter, Nested, require_no_calibrator, transformers_of
@@ -17,7 +18,7 @@ from cachedit_fx.backend import Backend, report_uncached
 from cachedit_fx.config import FIELD_NAMES, CacheConfig
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.functor import PatchFunctor
-from cachedit_fx.passes.inputs import conditioning_among, timestep_among
+from cachedit_fx.passes.inputs import conditioning_names, timestep_name
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.registry import BlockAdapterRegistry
 from cachedit_fx.session import ModelCall, end_generation, is_cached, set_label, within_call
@@ -148,12 +149,15 @@ class _Call:
         self.module = weakref.ref(module)
         self.compiled = compiled
         self.names = names
+        self.timestep = timestep_name(names)
+        self.conditioning = conditioning_names(names)
         self.config = config
         self.policy: CacheConfig | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        call = ModelCall(timestep_among(given), conditioning_among(given), self.policy)
+        prompts = (_first_tensor(given.get(name)) for name in self.conditioning)
+        call = ModelCall(given.get(self.timestep or ""), next(filter(_is_tensor, prompts), None), self.policy)
         with within_call(call):
             result = self.compiled(*args, **kwargs)
         if call.misses:
@@ -161,6 +165,15 @@ class _Call:
             if module is not None and not is_cached(module):
                 report_uncached(max(call.misses)[1], self.config)  # That of the largest graph.
         return result
+
+
+def _first_tensor(value: Any) -> Any:
+    """A prompt may be handed over as a list: a new one at every call, of the same tensors."""
+    return value[0] if isinstance(value, list | tuple) and value else value
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _adapter_for(target: Any) -> BlockAdapter | None:

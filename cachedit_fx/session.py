@@ -43,7 +43,7 @@ class ModelCall:
 
     def __init__(
         self,
-        timestep: torch.Tensor | float | None,
+        timestep: object,
         conditioning: torch.Tensor | None,
         policy: CacheConfig | None = None,
     ) -> None:
@@ -57,7 +57,7 @@ class ModelCall:
         """The largest of the timesteps. Reads from the device."""
         if isinstance(self._timestep, torch.Tensor):
             return float(self._timestep.max())
-        return self._timestep
+        return float(self._timestep) if isinstance(self._timestep, int | float) else None
 
 
 def current_call() -> ModelCall | None:

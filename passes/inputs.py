@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -49,23 +48,16 @@ def find_conditioning(program: Program, chain: tuple[BlockList, ...], timestep: 
     return max(behind, key=rank, default=None)
 
 
-def timestep_among(arguments: Mapping[str, Any]) -> torch.Tensor | float | None:
-    """The timestep among the arguments of a model's forward, by name."""
-    for pattern in _TIMESTEP_NAMES:
-        for name, value in arguments.items():
-            if re.fullmatch(pattern, name) and isinstance(value, torch.Tensor | float | int):
-                return value
-    return None
+def timestep_name(names: Iterable[str]) -> str | None:
+    """Which of the arguments of a model's forward is the timestep."""
+    ordered = list(names)
+    found = (name for pattern in _TIMESTEP_NAMES for name in ordered if re.fullmatch(pattern, name))
+    return next(found, None)
 
 
-def conditioning_among(arguments: Mapping[str, Any]) -> torch.Tensor | None:
-    """The argument of a model's forward that tells requests and branches apart, by name; the first of a list."""
-    for name, value in arguments.items():
-        first = value[0] if isinstance(value, list | tuple) and value else value
-        is_prompt = is_conditioning_name(name) and _REBUILT_NAME.search(name) is None
-        if is_prompt and isinstance(first, torch.Tensor) and first.is_floating_point() and first.dim() >= 2:
-            return first
-    return None
+def conditioning_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Which of the arguments of a model's forward may tell requests and guidance branches apart, best first."""
+    return tuple(name for name in names if is_conditioning_name(name) and _REBUILT_NAME.search(name) is None)
 
 
 def _user_tensors(program: Program) -> list[fx.Node]:

@@ -12,7 +12,7 @@ from torch import fx
 from cachedit_fx.patterns.chain import HIDDEN, BlockList, describe, source_line
 from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
 from cachedit_fx.patterns.registry import templates
-from cachedit_fx.patterns.returns import return_names, return_order
+from cachedit_fx.patterns.returns import return_line, return_names, return_order
 from cachedit_fx.patterns.template import BlockTemplate
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,8 @@ def _check_order(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
         f"expected a block that returns ({', '.join(template.returns)}), found "
         f"`return {', '.join(str(name or '...') for name in names)}` in {cls.__name__ if cls else 'the block'}.forward"
     )
-    return _miss(blocks, template, Cause.RETURN_ORDER, detail, progress=len(blocks.blocks))
+    miss = _miss(blocks, template, Cause.RETURN_ORDER, detail, progress=len(blocks.blocks))
+    return dataclasses.replace(miss, where=return_line(cls))
 
 
 def _order(blocks: BlockList, template: BlockTemplate) -> tuple[str, ...]:

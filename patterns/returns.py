@@ -12,18 +12,30 @@ def return_names(cls: type | None) -> tuple[str | None, ...]:
 
     Empty where the source is not available or what is returned is not a tuple display or a name.
     """
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))  # type: ignore[union-attr]
-        tree = ast.parse(source)
-    except (OSError, TypeError, AttributeError, SyntaxError):
-        return ()
-    found = [node.value for node in ast.walk(tree.body[0]) if isinstance(node, ast.Return) and node.value is not None]
-    if not found:
-        return ()
-    value = max(found, key=lambda node: node.lineno)
+    value, _ = _last_return(cls)
     if isinstance(value, ast.Tuple):
         return tuple(element.id if isinstance(element, ast.Name) else None for element in value.elts)
     return (value.id,) if isinstance(value, ast.Name) else ()
+
+
+def return_line(cls: type | None) -> str:
+    """`file.py:123` of the last return statement of `cls.forward`; empty where the source is not available."""
+    return _last_return(cls)[1]
+
+
+def _last_return(cls: type | None) -> tuple[ast.expr | None, str]:
+    """What the last return statement of `cls.forward` returns, and where it stands."""
+    try:
+        function = inspect.unwrap(cls.forward)  # type: ignore[union-attr]
+        lines, first = inspect.getsourcelines(function)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, AttributeError, SyntaxError):
+        return None, ""
+    found = [node for node in ast.walk(tree.body[0]) if isinstance(node, ast.Return) and node.value is not None]
+    if not found:
+        return None, ""
+    last = max(found, key=lambda node: node.lineno)
+    return last.value, f"{inspect.getsourcefile(function)}:{first + last.lineno - 1}"
 
 
 def return_order(cls: type | None, labels: dict[str, str]) -> tuple[str, ...]:
