@@ -1,0 +1,6 @@
+"""Where cache-dit's users look for patch functors: `cache_factory.patch_functors`."""
+
+from cachedit_fx.cache_factory.patch_functors.hidream import HiDreamPatchFunctor
+from cachedit_fx.cache_factory.patch_functors.hunyuan_image import HunyuanImagePatchFunctor
+
+__all__ = ["HiDreamPatchFunctor", "HunyuanImagePatchFunctor"]
