@@ -186,6 +186,10 @@ def _enable(module: nn.Module, settings: _Settings) -> None:
         if known.settings == settings and known.call.policy is None:
             return
         _disable(module)
+    if getattr(module, "is_cache_enabled", False):
+        raise ConfigError(
+            f"cachedit_fx: a cache of diffusers is enabled for {type(module).__name__}; call its disable_cache() first"
+        )
     compile_kwargs = dict(settings.compile_kwargs)
     backend = Backend(
         settings.config,

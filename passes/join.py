@@ -33,7 +33,17 @@ def join_lists(program: Program, lists: tuple[BlockList, ...]) -> tuple[BlockLis
                 continue
             grown = True
     share = sum(blocks.flops for blocks in chain)
-    return tuple(chain) if share >= LEAST_SHARE * sum(program.flops) else ()
+    return tuple(chain) if share >= LEAST_SHARE * flops_on_latents(program, chain[0]) else ()
+
+
+def flops_on_latents(program: Program, blocks: BlockList) -> int:
+    """The work on what the latents turn into; that on the text alone, however large, says nothing about a chain."""
+    latents = program.latent_inputs(blocks.boundaries[0].get(HIDDEN)) if blocks.boundaries else frozenset()
+    if not latents:
+        return sum(program.flops)
+    return sum(
+        flops for node, flops in zip(program.nodes, program.flops, strict=True) if program.inputs_behind(node) & latents
+    )
 
 
 def continues(program: Program, first: BlockList, second: BlockList) -> bool:

@@ -13,7 +13,7 @@ from cachedit_fx.errors import PatternError
 from cachedit_fx.passes.cut import Group, Region, cut_regions
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inputs import find_conditioning, find_timestep
-from cachedit_fx.passes.join import LEAST_SHARE, continues, join_lists
+from cachedit_fx.passes.join import LEAST_SHARE, continues, flops_on_latents, join_lists
 from cachedit_fx.passes.locate import locate_blocks
 from cachedit_fx.passes.symbols import hoist_symbols
 from cachedit_fx.patterns.chain import BlockList, base_name, is_tensor, value_of
@@ -154,9 +154,8 @@ def _groups(
 
 def _no_chain(program: Program, lists: tuple[BlockList, ...]) -> list[Mismatch]:
     """The verdicts on the heaviest list that was found, or that there is none."""
-    total = sum(program.flops)
     outer = [blocks for blocks in lists if not any(part.isdigit() for part in blocks.path.split("."))]
-    heavy = [blocks for blocks in outer if blocks.flops >= LEAST_SHARE * total]
+    heavy = [blocks for blocks in outer if blocks.flops >= LEAST_SHARE * flops_on_latents(program, blocks)]
     if heavy:
         found = match_any(max(heavy, key=lambda blocks: blocks.flops))
         if not isinstance(found, Match):
