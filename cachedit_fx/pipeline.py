@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -78,8 +77,10 @@ def enable_cache(
         given = [*modules.values()] if len(modules) > 1 else next(iter(modules.values()))
         declared = BlockAdapter(transformer=given, params_modifiers=params_modifiers).declarations()
         declared = dict(zip(modules, declared.values(), strict=True))
+    settings = {name: _Settings(config, declared[name], functor, kwargs) for name in modules}
+    backends = {name: settings[name].backend() for name in modules}  # Before anything changes: this is what may fail.
     for name, module in modules.items():
-        _enable(module, _Settings(config, declared[name], functor, kwargs))
+        _enable(module, settings[name], backends[name])
     return pipe_or_adapter
 
 
@@ -108,15 +109,16 @@ def refresh_context(transformer: Any, cache_config: CacheConfig | None = None, *
     fields.pop("verbose", None)
     change = (cache_config or CacheConfig()).override(**fields)
     for module in transformers_of(transformer).values():
-        if module not in _enabled:
+        enabled = _enabled(module)
+        if enabled is None:
             raise ConfigError(f"cachedit_fx: enable_cache was not called for this {type(module).__name__}")
-        enabled = _enabled[module]
         end_generation(module, everyone=True)
+        policy = (enabled.policy or CacheConfig()).override(change)
         if change.given & _STRUCTURAL:
-            settings = replace(enabled.settings, config=enabled.settings.config.override(change))
-            _enable(module, settings)
+            settings = replace(enabled.settings, config=enabled.settings.config.override(policy))
+            _enable(module, settings, settings.backend())
         else:
-            enabled.call.policy = (enabled.call.policy or CacheConfig()).override(change)
+            enabled.policy = policy
 
 
 @dataclass(frozen=True)
@@ -128,31 +130,36 @@ class _Settings:
     functor: PatchFunctor | None
     compile_kwargs: Mapping[str, Any]
 
+    def backend(self) -> Backend:
+        mode, options = self.compile_kwargs.get("mode"), self.compile_kwargs.get("options")
+        return Backend(self.config, mode=mode, options=options, declared=self.declared)
 
-@dataclass
+
 class _Enabled:
-    """What it takes to undo it."""
+    """Stands in a module for its compiled forward: what a call was given is known to the graphs inside.
 
-    settings: _Settings
-    call: _Call
-    compiled_before: Any
-    had_registry: bool
+    It also holds what undoes it; the module holds it, so that it goes with the module.
 
+    Attributes:
+        policy: What of the configuration has changed since the graphs were compiled.
+        before: What stood in its place.
+        forward: The module's forward with our hook around it; None without a hook.
+    """
 
-_enabled: WeakKeyDictionary[nn.Module, _Enabled] = WeakKeyDictionary()
-
-
-class _Call:
-    """Stands between a module and its compiled forward: what the call was given is known to the graphs inside."""
-
-    def __init__(self, module: nn.Module, compiled: Callable[..., Any], names: list[str], config: CacheConfig) -> None:
-        self.module = weakref.ref(module)
-        self.compiled = compiled
-        self.names = names
-        self.timestep = timestep_name(names)
-        self.conditioning = conditioning_names(names)
-        self.config = config
+    def __init__(self, module: nn.Module, settings: _Settings, backend: Backend) -> None:
+        self.settings = settings
         self.policy: CacheConfig | None = None
+        self.before = module.__dict__.get("_compiled_call_impl", _MISSING)
+        self.had_registry = hasattr(module, "_diffusers_hook")
+        self.names = list(inspect.signature(module.forward).parameters)
+        self.timestep = timestep_name(self.names)
+        self.conditioning = conditioning_names(self.names)
+        self.module = weakref.ref(module)
+        kwargs = {name: value for name, value in settings.compile_kwargs.items() if name not in ("mode", "options")}
+        module.compile(backend=backend, **kwargs)
+        assert module._compiled_call_impl is not None
+        self.compiled: Callable[..., Any] = module._compiled_call_impl
+        self.forward = _register_hook(module) if hasattr(module, "cache_context") else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -163,7 +170,7 @@ class _Call:
         if call.misses:
             module = self.module()
             if module is not None and not is_cached(module):
-                report_uncached(max(call.misses)[1], self.config)  # That of the largest graph.
+                report_uncached(max(call.misses)[1], self.settings.config)  # That of the largest graph.
         return result
 
 
@@ -180,56 +187,50 @@ def _adapter_for(target: Any) -> BlockAdapter | None:
     return target if isinstance(target, BlockAdapter) else BlockAdapterRegistry.get(target)
 
 
-def _enable(module: nn.Module, settings: _Settings) -> None:
-    known = _enabled.get(module)
-    if known is not None:
-        if known.settings == settings and known.call.policy is None:
-            return
-        _disable(module)
+def _enabled(module: nn.Module) -> _Enabled | None:
+    found = module._compiled_call_impl
+    return found if isinstance(found, _Enabled) else None
+
+
+def _enable(module: nn.Module, settings: _Settings, backend: Backend) -> None:
+    known = _enabled(module)
+    if known is not None and known.settings == settings and known.policy is None:
+        return
+    _disable(module)
     if getattr(module, "is_cache_enabled", False):
         raise ConfigError(
             f"cachedit_fx: a cache of diffusers is enabled for {type(module).__name__}; call its disable_cache() first"
         )
-    compile_kwargs = dict(settings.compile_kwargs)
-    backend = Backend(
-        settings.config,
-        mode=compile_kwargs.pop("mode", None),
-        options=compile_kwargs.pop("options", None),
-        declared=settings.declared,
-    )
     if settings.functor is not None:
         settings.functor.prepare(module)
-    before = module.__dict__.get("_compiled_call_impl", _MISSING)
-    had_registry = hasattr(module, "_diffusers_hook")
-    names = list(inspect.signature(module.forward).parameters)
-    if hasattr(module, "cache_context"):
-        _register_hook(module)
-    module.compile(backend=backend, **compile_kwargs)
-    assert module._compiled_call_impl is not None
-    call = _Call(module, module._compiled_call_impl, names, settings.config)
-    module._compiled_call_impl = call
-    _enabled[module] = _Enabled(settings, call, before, had_registry)
+    module._compiled_call_impl = _Enabled(module, settings, backend)
 
 
 def _disable(module: nn.Module) -> None:
-    enabled = _enabled.pop(module, None)
+    enabled = _enabled(module)
     if enabled is None:
         return
     end_generation(module, everyone=True)
-    if enabled.compiled_before is _MISSING:
-        module.__dict__.pop("_compiled_call_impl", None)
+    if enabled.before is _MISSING:
+        del module.__dict__["_compiled_call_impl"]
     else:
-        module._compiled_call_impl = enabled.compiled_before
-    if hasattr(module, "_diffusers_hook"):
+        module._compiled_call_impl = enabled.before
+    # If something was put around the forward since, our hook stays inside; it does nothing there.
+    if enabled.forward is not None and module.__dict__.get("forward") is enabled.forward:
         _remove_hook(module, keep_registry=enabled.had_registry)
     if enabled.settings.functor is not None:
         enabled.settings.functor.restore(module)
 
 
-def _register_hook(module: nn.Module) -> None:
+def _register_hook(module: nn.Module) -> Callable[..., Any]:
+    """Registers our hook, if it is not there; returns the forward around it."""
     from diffusers.hooks.hooks import HookRegistry
 
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(_hook_type()(), _HOOK)
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    if registry.get_hook(_HOOK) is None:
+        registry.register_hook(_hook_type()(), _HOOK)
+    forward: Callable[..., Any] = module.forward
+    return forward
 
 
 def _remove_hook(module: nn.Module, *, keep_registry: bool) -> None:
