@@ -40,7 +40,8 @@ def find_conditioning(program: Program, chain: tuple[BlockList, ...], timestep: 
     roots += [context for blocks in chain for context in blocks.contexts]
     behind = {source for root in roots for source in program.conditioning_behind(root)} - latents
     if not behind:
-        behind = {node for node in _user_tensors(program) if node is not timestep and not _is_rebuilt(node)} - latents
+        given = {node for node in _user_tensors(program) if node is not timestep} - latents
+        behind = set(filter(_is_looked_up, given)) or {node for node in given if not _is_rebuilt(node)}
 
     def rank(node: fx.Node) -> tuple[bool, int, int]:
         return is_named_conditioning(node), value_of(node).dim(), -program.position[node]
@@ -66,6 +67,11 @@ def _user_tensors(program: Program) -> list[fx.Node]:
         for node in program.nodes
         if node.op == "placeholder" and isinstance(value_of(node), torch.Tensor) and not is_weight(node)
     ]
+
+
+def _is_looked_up(node: fx.Node) -> bool:
+    """Whether the input picks rows of an embedding table, as token ids and class labels do."""
+    return any(user.target is torch.nn.functional.embedding and user.args[0] is node for user in node.users)
 
 
 def _is_rebuilt(node: fx.Node) -> bool:

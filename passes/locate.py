@@ -77,7 +77,7 @@ def _trace_list(program: Program, path: Path, calls: list[_Call]) -> BlockList:
     boundaries, broken = _trace_streams(program, blocks)
     labels: dict[str, str] = {}
     if len(boundaries) == len(blocks) + 1:
-        boundaries, labels = _assign_roles(boundaries)
+        boundaries, labels = _assign_roles(program, blocks, boundaries)
     stop = blocks[-1].end
     return BlockList(
         path=".".join(path),
@@ -148,8 +148,11 @@ def _pair(
     return {name: pairs[name] for name in before if name in pairs}
 
 
-def _assign_roles(boundaries: list[dict[str, fx.Node]]) -> tuple[list[dict[str, fx.Node]], dict[str, str]]:
-    """Provisional names -> roles, told by the names that the blocks gave what they made, then by use afterwards.
+def _assign_roles(
+    program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]]
+) -> tuple[list[dict[str, fx.Node]], dict[str, str]]:
+    """Provisional names -> roles, told by the names that the blocks gave what they made, then by use afterwards, then
+    by what looks at what: of two streams, one that the blocks make of itself alone cannot be the image.
 
     A stream that cannot be told keeps the name that the model's code uses.
     """
@@ -169,6 +172,11 @@ def _assign_roles(boundaries: list[dict[str, fx.Node]]) -> tuple[list[dict[str, 
     if HIDDEN not in roles.values() and len(leaving) == 1 and leaving[0] in open_names:
         roles[leaving[0]] = HIDDEN
         open_names.remove(leaving[0])
+    if len(names) == len(open_names) == 2:
+        looking = [name for name in names if _looks_beside(program, blocks, boundaries, name)]
+        if len(looking) == 1:
+            roles[looking[0]] = HIDDEN
+            open_names.remove(looking[0])
     if len(names) == 2 and len(open_names) == 1:  # The one that is left is the other one.
         roles[open_names[0]] = ENCODER if HIDDEN in roles.values() else HIDDEN
     taken = set(filter(None, roles.values()))
@@ -179,6 +187,15 @@ def _assign_roles(boundaries: list[dict[str, fx.Node]]) -> tuple[list[dict[str, 
     ordered = sorted(names, key=lambda name: roles[name] != HIDDEN)
     renamed = [{roles[name]: boundary[name] for name in ordered if name in boundary} for boundary in boundaries]
     return renamed, {roles[name]: labels[name] for name in ordered}
+
+
+def _looks_beside(program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]], name: str) -> bool:
+    """Whether any block makes the stream `name` from another stream, too."""
+    for block, before, after in zip(blocks, boundaries, boundaries[1:], strict=False):
+        others = {node for other, node in before.items() if other != name}
+        if name in after and others & program.ancestors_within(after[name], block.start, block.span_end):
+            return True
+    return False
 
 
 def _contexts(

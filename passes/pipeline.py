@@ -67,7 +67,7 @@ def plan_graph(
     if isinstance(matches, list):
         return tuple(matches)
     chain = tuple(match.blocks for match in matches)
-    regions = cut_regions(program, _groups(program, matches, config, declared))
+    regions = cut_regions(program, group_lists(program, matches, config, declared))
     if isinstance(regions, Mismatch):
         return (regions,)
     timestep = find_timestep(program, chain)
@@ -130,7 +130,7 @@ def _contradiction(blocks: BlockList, miss: Mismatch) -> str:
     )
 
 
-def _groups(
+def group_lists(
     program: Program, matches: Sequence[Match], config: CacheConfig, declared: Declaration
 ) -> tuple[Group, ...]:
     """Lists that are decided about together: all that continue each other, or with a say of their own each alone."""

@@ -14,10 +14,12 @@ from torch import Tensor, fx, nn
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
-from cachedit_fx.passes.cut import Group, cut_regions
+from cachedit_fx.passes.cut import cut_regions
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.locate import locate_blocks
+from cachedit_fx.passes.pipeline import group_lists
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN
+from cachedit_fx.patterns.declaration import Declaration
 from tests.models import FLUX
 from tests.reference import ReferenceCache
 from tests.synthetic import (
@@ -208,7 +210,7 @@ def test_a_list_whose_results_are_added_from_the_side_is_not_joined(at_once):
 )
 def test_fn_and_bn_place_the_cuts_in_the_joined_chain(flux, fields, expected):
     config = CacheConfig(**{"Fn_compute_blocks": 1, **fields})
-    regions = cut_regions(flux.found.program, (Group(flux.found.chain, config),))
+    regions = cut_regions(flux.found.program, group_lists(flux.found.program, flux.found.chain, config, Declaration()))
     assert [(region.name, region.first, region.last) for region in regions] == expected
     blocks = [block for match in flux.found.chain for block in match.blocks.blocks]
     for region in regions:
