@@ -9,32 +9,74 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
-from tests.synthetic import DualBlockEncoderFirst, SelfBlock, TextTransformer, make_inputs
-from tests.tiny import frozen
+from tests.tiny import TIMES, WIDTH, Block, frozen, latents, prompt
 
-TIMES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 DUAL = ("encoder_hidden_states", "hidden_states")  # What the blocks of the first list return,
 SINGLE = ("hidden_states",)  # and those of the second.
 
 
-class Hybrid(TextTransformer):
+class DualBlock(Block):
+    """Pattern 1."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_states, encoder_hidden_states = super().forward(hidden_states, encoder_hidden_states, scale)
+        return encoder_hidden_states, hidden_states
+
+
+class SingleBlock(nn.Module):
+    """Pattern 3; its tokens see each other by their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden_states: Tensor, scale: Tensor) -> Tensor:
+        mean = hidden_states.mean(1, keepdim=True)
+        hidden_states = hidden_states + scale * self.linear(hidden_states + mean).tanh()
+        return hidden_states
+
+
+class Hybrid(nn.Module):
     """As FLUX.1: first image and text beside each other (pattern 1), then joined (pattern 3)."""
 
     def __init__(self) -> None:
-        super().__init__(DualBlockEncoderFirst, depth=3)
-        self.single_blocks = nn.ModuleList(SelfBlock() for _ in range(3))
+        super().__init__()
+        self.proj_in = nn.Linear(4, WIDTH)
+        self.proj_text = nn.Linear(3, WIDTH)
+        self.blocks = nn.ModuleList(DualBlock() for _ in range(3))
+        self.single_blocks = nn.ModuleList(SingleBlock() for _ in range(3))
+        self.proj_out = nn.Linear(WIDTH, 4)
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
-        temb = self.embed_time(timestep)
-        hidden_states = self.x_embedder(hidden_states)
-        encoder_hidden_states = self.context_embedder(encoder_hidden_states)
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
+        scale = (1 + timestep)[:, None, None]
+        hidden_states = self.proj_in(hidden_states)
+        encoder_hidden_states = self.proj_text(encoder_hidden_states)
         for block in self.blocks:
-            encoder_hidden_states, hidden_states = block(hidden_states, encoder_hidden_states, temb)
+            encoder_hidden_states, hidden_states = block(hidden_states, encoder_hidden_states, scale)
         text_length = encoder_hidden_states.shape[1]
         hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         for block in self.single_blocks:
-            hidden_states = block(hidden_states, temb)
-        return self.unembed(hidden_states[:, text_length:], temb)
+            hidden_states = block(hidden_states, scale)
+        return (self.proj_out(hidden_states[:, text_length:]),)
+
+
+class LosesText(Hybrid):
+    """No pattern: the last block of the first list takes and hands on the image alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[2] = SingleBlock()
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
+        scale = (1 + timestep)[:, None, None]
+        hidden_states = self.proj_in(hidden_states)
+        encoder_hidden_states = self.proj_text(encoder_hidden_states)
+        for block in self.blocks:
+            if isinstance(block, DualBlock):
+                encoder_hidden_states, hidden_states = block(hidden_states, encoder_hidden_states, scale)
+            else:
+                hidden_states = block(hidden_states, scale)
+        return (self.proj_out(hidden_states),)
 
 
 def build(kind: type[nn.Module] = Hybrid) -> Any:
@@ -55,11 +97,28 @@ def config(**fields: Any) -> cachedit_fx.CacheConfig:
     return cachedit_fx.CacheConfig(**base | fields)
 
 
-def inputs_at(model: nn.Module, time: float, seed: int = 0) -> dict[str, Tensor]:
-    return make_inputs(model, seed, time)
+def calls(times: tuple[float, ...] = TIMES, seed: int = 1) -> list[dict[str, Tensor]]:
+    """Arguments of the calls of one generation: the same prompt object at every step, latents that stay."""
+    text, image = prompt(seed), latents(seed)
+    return [
+        {
+            "hidden_states": image,
+            "encoder_hidden_states": text,
+            "timestep": torch.full((image.shape[0],), time),
+        }
+        for time in times
+    ]
 
 
-def generate(model: nn.Module, times: tuple[float, ...] = TIMES, **others: Any) -> list[Tensor]:
-    """The outputs at all times, from one prompt that stays the same object."""
-    given = make_inputs(model) | others
-    return [model(**given | {"timestep": torch.full_like(given["timestep"], time)})[0] for time in times]
+def moving(seed: int = 1, times: tuple[float, ...] = TIMES) -> list[dict[str, Tensor]]:
+    """The calls of a generation whose latents change from step to step."""
+    drift = latents(seed + 50)
+    return [
+        call | {"hidden_states": call["hidden_states"] + 0.3 * time * drift}
+        for call, time in zip(calls(times, seed), times, strict=True)
+    ]
+
+
+def generate(model: nn.Module, times: tuple[float, ...] = TIMES) -> list[Tensor]:
+    """The outputs at all times."""
+    return [model(**call)[0] for call in calls(times)]

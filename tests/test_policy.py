@@ -10,17 +10,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cachedit_fx.config import CacheConfig
-from cachedit_fx.policy import Decision, History, decide
+from cachedit_fx.policy import Decision, History, decide, needs_refresh
 
-REUSED = ("threshold-one", "diff-below")
+REUSED = ("threshold-one", "diff-below", "mask-static")
 
 
 def run(config, diffs, *, first_still=0):
-    """The reasons of a session's decisions; every step after the first finds something stored."""
+    """The reasons of a session's decisions; every step after the first, or after a refresh, finds something stored."""
     history, reasons = History(), []
     for number, diff in enumerate(diffs):
+        if needs_refresh(config, history):
+            history = History(num_refreshes=history.num_refreshes + 1)
         moved = replace(history, has_moved=number > first_still)
-        decision = decide(config, moved, diff, is_stored=number > 0)
+        decision = decide(config, moved, diff, is_stored=history.num_steps > 0)
         assert decision.compute == (decision.reason not in REUSED)
         reasons.append(decision.reason)
         history = history.after(decision, diff)
@@ -123,7 +125,7 @@ def test_the_first_check_that_applies_decides(situation, expected):
             id="a-run-ends-at-a-step-computed-for-another-reason",
         ),
         pytest.param(
-            {"max_accumulated_residual_diff_threshold": 0.0}, [0.0] * 6, "......", id="accumulated-0-never-opens"
+            {"max_accumulated_residual_diff_threshold": 0.0}, [0.0625] * 6, "...CCC", id="accumulated-0-is-no-limit"
         ),
         pytest.param(
             {"max_accumulated_residual_diff_threshold": 0.125},
@@ -153,26 +155,166 @@ def test_nothing_is_reused_before_the_timestep_has_moved():
     assert reasons == ["warmup", "timestep-still", "timestep-still", "diff-below", "diff-below"]
 
 
+# Masks.
+
+
+NEVER = 9.0  # No threshold lets a step with this diff be reused.
+
+
+@pytest.mark.parametrize(
+    ("mask", "fields", "diffs", "expected"),
+    [
+        pytest.param("100100", {}, [0.0] * 8, ".CC.CCCC", id="beyond-its-end-a-mask-is-0"),
+        pytest.param("100100", {}, [0, 0.5, 0, 0, 0.5, 0, 0, 0.5], "..C..CC.", id="dynamic-looks-where-the-mask-is-0"),
+        pytest.param("100100", {"max_cached_steps": 3}, [0.0] * 8, ".CC.C...", id="dynamic-keeps-to-the-limits"),
+        pytest.param("100100", {"residual_diff_threshold": 0.0}, [0.0] * 4, "....", id="dynamic-at-threshold-0"),
+        pytest.param("10", {"residual_diff_threshold": 1.0}, [NEVER] * 4, ".CCC", id="dynamic-at-threshold-1"),
+        pytest.param("111110", {}, [0.0] * 7, ".....CC", id="ones-beyond-the-warmup-are-computed"),
+        pytest.param("1", {}, [0.0] * 4, ".CCC", id="a-short-mask-caps-the-warmup"),
+        pytest.param("0111", {}, [0.0] * 6, "....CC", id="a-mask-that-begins-with-0-has-no-warmup"),
+        pytest.param("1110", {"warmup_interval": 2}, [0.0] * 6, "...CCC", id="ones-between-the-warmup-intervals"),
+        pytest.param("100100", {"max_warmup_steps": 0}, [0.0] * 6, ".CC.CC", id="no-warmup"),
+        pytest.param("100100", {"static": True}, [NEVER] * 8, ".CC.CCCC", id="static-never-looks"),
+        pytest.param("100100", {"static": True}, [math.nan] * 8, ".CC.CCCC", id="static-takes-any-diff"),
+        pytest.param("0011", {"static": True}, [0.0] * 6, ".C..CC", id="static-with-nothing-stored-computes"),
+        pytest.param(
+            "1000",
+            dict(
+                static=True,
+                max_cached_steps=0,
+                max_continuous_cached_steps=0,
+                max_accumulated_residual_diff_threshold=0.01,
+                residual_diff_threshold=0.0,
+            ),
+            [NEVER] * 6,
+            ".CCCCC",
+            id="static-knows-no-limits",
+        ),
+    ],
+)
+def test_a_session_with_a_mask_goes_as_drawn(mask, fields, diffs, expected):
+    fields = dict(max_warmup_steps=3, residual_diff_threshold=0.1) | fields
+    policy = "static" if fields.pop("static", False) else "dynamic"
+    config = CacheConfig(**fields, steps_computation_mask=[*map(int, mask)], steps_computation_policy=policy)
+    assert pattern(run(config, diffs)) == expected
+
+
+def test_a_mask_says_why_it_computes_and_why_it_reuses():
+    mask = dict(max_warmup_steps=2, residual_diff_threshold=0.1, steps_computation_mask=[1, 1, 1, 0, 1])
+    assert run(CacheConfig(**mask), [0.0] * 6) == ["warmup", "warmup", "mask", "diff-below", "mask", "diff-below"]
+    static = CacheConfig(**mask, steps_computation_policy="static")
+    assert run(static, [0.0] * 6) == ["warmup", "warmup", "mask", "mask-static", "mask", "mask-static"]
+
+
+def test_a_static_policy_without_a_mask_looks():
+    config = CacheConfig(max_warmup_steps=1, residual_diff_threshold=0.1, steps_computation_policy="static")
+    assert run(config, [0.0, 0.0, 0.5]) == ["warmup", "diff-below", "diff-above"]
+
+
+def test_a_static_mask_reuses_nothing_before_the_timestep_has_moved():
+    config = CacheConfig(steps_computation_mask=[1, 0, 0], steps_computation_policy="static")
+    assert run(config, [0.0] * 4, first_still=1) == ["warmup", "timestep-still", "mask-static", "mask-static"]
+
+
+def test_a_step_that_a_static_mask_reuses_was_not_looked_at():
+    config = CacheConfig(steps_computation_mask=[1, 0], steps_computation_policy="static")
+    decision = decide(config, History(num_steps=1, has_moved=True), 0.01, is_stored=True)
+    assert decision == Decision(False, "mask-static", looked=False)
+
+
+# Refreshing.
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        pytest.param(dict(force_refresh_step_hint=None), "..CCCCCCCCCC", id="never"),
+        pytest.param(dict(force_refresh_step_hint=5), "..CCC..CCCCC", id="once-unless-told-otherwise"),
+        pytest.param(dict(force_refresh_step_hint=5, force_refresh_step_policy="once"), "..CCC..CCCCC", id="once"),
+        pytest.param(dict(force_refresh_step_hint=5, force_refresh_step_policy="repeat"), "..CCC..CCC..", id="repeat"),
+        pytest.param(dict(force_refresh_step_hint=1, force_refresh_step_policy="repeat"), "." * 12, id="every-step"),
+        pytest.param(dict(force_refresh_step_hint=1), "...CCCCCCCCC", id="once-after-the-first"),
+        pytest.param(dict(force_refresh_step_hint=99), "..CCCCCCCCCC", id="beyond-the-end"),
+        pytest.param(dict(force_refresh_step_hint=5, max_cached_steps=2), "..CC...CC...", id="limits-begin-anew"),
+        pytest.param(
+            dict(force_refresh_step_hint=5, steps_computation_mask=[1, 0, 1, 0]), ".C.CC.C.CCCC", id="masks-begin-anew"
+        ),
+    ],
+)
+def test_before_the_step_of_the_hint_all_begins_anew(fields, expected):
+    config = CacheConfig(max_warmup_steps=2, residual_diff_threshold=0.1, **fields)
+    assert pattern(run(config, [0.0] * 12)) == expected
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("once", [4]), ("repeat", [4, 8, 12])])
+def test_a_refresh_is_due_at_the_hint_and_counts(policy, expected):
+    config = CacheConfig(force_refresh_step_hint=4, force_refresh_step_policy=policy)
+    history, due = History(), []
+    for step in range(14):
+        if needs_refresh(config, history):
+            due.append(step)
+            history = History(num_refreshes=history.num_refreshes + 1)
+        history = history.after(Decision(True, "warmup"), 0.0)
+    assert due == expected
+    assert history.num_refreshes == len(expected)
+
+
+# The threshold of pruning.
+
+
+@pytest.mark.parametrize(
+    ("earlier", "fields", "threshold"),
+    [
+        pytest.param([], {}, 0.1, id="no-diff-yet"),
+        pytest.param([0.12], {}, 0.15, id="the-mean-relaxed"),
+        pytest.param([0.02], {}, 0.1, id="never-below-the-threshold-itself"),
+        pytest.param([0.08, 0.16], {}, 0.15, id="of-two"),
+        pytest.param([0.12] * 5 + [5.0], {}, 0.15, id="of-the-first-five"),
+        pytest.param([0.0, 0.12, math.nan], {}, 0.15, id="only-those-above-0"),
+        pytest.param([0.16], {}, 0.1, id="at-twice-the-threshold-it-is-not-relaxed"),
+        pytest.param([math.inf], {}, 0.1, id="infinite"),
+        pytest.param([0.2], {"max_dynamic_prune_threshold": 0.3}, 0.25, id="up-to-a-maximum"),
+        pytest.param([0.12], {"max_dynamic_prune_threshold": 0.15}, 0.1, id="strictly-below-the-maximum"),
+        pytest.param([0.08], {"dynamic_prune_threshold_relax_ratio": 2.0}, 0.16, id="by-another-factor"),
+        pytest.param([0.12], {"enable_dynamic_prune_threshold": False}, 0.1, id="switched-off"),
+    ],
+)
+def test_a_dynamic_threshold_follows_the_diffs_before_it(earlier, fields, threshold):
+    base = dict(residual_diff_threshold=0.1, enable_dynamic_prune_threshold=True)
+    config = CacheConfig(**base | fields)
+    history = History(num_steps=9, has_moved=True)
+    for diff, reason in ((threshold * 0.999, "diff-below"), (threshold * 1.001, "diff-above")):
+        decision = decide(config, history, diff, is_stored=True, earlier=earlier)
+        assert decision == Decision(reason == "diff-above", reason, looked=True)
+
+
 # The same from the record alone.
 
 
 def reference_decision(fields, record, diff, is_stored, has_moved):
     """`record`: per step (reason, diff). Counts from scratch at every step, in the order of the documentation."""
     threshold = fields["residual_diff_threshold"]
+    mask = fields["steps_computation_mask"]
+    bit = None if mask is None else (mask[len(record)] if len(record) < len(mask) else 0)
+    warmup = fields["max_warmup_steps"] if mask is None else min(fields["max_warmup_steps"], ([*mask, 0]).index(0))
     run = []
     for reason, old in reversed(record):
         if reason not in REUSED:
             break
         run.insert(0, old if reason == "diff-below" else 0.0)
     reused = [reason for reason, _ in record if reason in REUSED]
-    if len(record) in range(0, fields["max_warmup_steps"], fields["warmup_interval"]):
+    if len(record) in range(0, warmup, fields["warmup_interval"]):
         return "warmup"
+    if bit == 1:
+        return "mask"
+    if bit == 0 and fields["steps_computation_policy"] == "static":
+        return "nothing-stored" if not is_stored else "mask-static" if has_moved else "timestep-still"
     if 0 <= fields["max_cached_steps"] <= len(reused):
         return "max-cached"
     if 0 <= fields["max_continuous_cached_steps"] <= len(run):
         return "max-continuous"
     cap = fields["max_accumulated_residual_diff_threshold"]
-    if cap is not None and sum(run) >= cap:
+    if cap and sum(run) >= cap:
         return "accumulated-diff"
     if threshold <= 0:
         return "threshold-zero"
@@ -196,6 +338,8 @@ configs = st.fixed_dictionaries(
         max_cached_steps=limits,
         max_continuous_cached_steps=limits,
         max_accumulated_residual_diff_threshold=st.none() | st.floats(0, 0.6),
+        steps_computation_mask=st.none() | st.lists(st.integers(0, 1), min_size=1, max_size=12),
+        steps_computation_policy=st.sampled_from(["dynamic", "static"]),
     )
 )
 steps = st.lists(
@@ -213,7 +357,8 @@ steps = st.lists(
 @example(
     dict(
         residual_diff_threshold=0.2, max_warmup_steps=1, warmup_interval=1, max_cached_steps=-1,
-        max_continuous_cached_steps=2, max_accumulated_residual_diff_threshold=0.3,
+        max_continuous_cached_steps=2, max_accumulated_residual_diff_threshold=0.3, steps_computation_mask=None,
+        steps_computation_policy="dynamic",
     ),
     [(diff, True, True) for diff in (0.1, 0.1, 0.1, 0.1, 0.3, 0.1, math.nan, 0.19, 0.19, 0.19)],
 )  # fmt: skip
