@@ -16,7 +16,7 @@ from cachedit_fx.adapter import BlockAdapter, ParamsModifier
 from cachedit_fx.backend import Backend
 from cachedit_fx.config import CacheConfig, CacheType, DBPruneConfig
 from cachedit_fx.errors import ConfigError, NoMatchError, PassError, PatternError
-from cachedit_fx.functor import PatchFunctor, give_to_block, rename_stream, split_stream
+from cachedit_fx.functor import PatchFunctor, block_nodes, give_to_block, rename_stream, split_stream
 from cachedit_fx.load import load_configs
 from cachedit_fx.patterns import BlockTemplate, register_pattern, unregister_pattern
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
@@ -49,6 +49,7 @@ __all__ = [
     "PassError",
     "PatchFunctor",
     "PatternError",
+    "block_nodes",
     "disable_cache",
     "enable_cache",
     "give_to_block",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config import CacheConfig, Changes
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.functor import PatchFunctor
 from cachedit_fx.patterns.declaration import Declaration
@@ -100,31 +100,33 @@ class BlockAdapter:
         """The transformers under their names in the pipeline."""
         if self.transformer is None:
             return transformers_of(self.pipe)
-        found = list(self.transformer) if isinstance(self.transformer, list | tuple) else [self.transformer]
+        found: list[Any] = list(self.transformer) if isinstance(self.transformer, list | tuple) else [self.transformer]
         for module in found:
             if not isinstance(module, nn.Module):
                 raise ConfigError(f"cachedit_fx: transformer must be a module or a list of modules, got {module!r}")
         names = {id(module): name for name, module in _components(self.pipe).items()}
-        defaults = ["transformer", *(f"transformer_{i}" for i in range(2, len(found) + 1))]
-        return {
-            names.get(id(module), default): module  # type: ignore[misc]
-            for module, default in zip(found, defaults, strict=True)
-        }
+        free = (name for i in itertools.count(1) if (name := f"transformer_{i}" if i > 1 else "transformer"))
+        taken = {names[id(module)] for module in found if id(module) in names}
+        unnamed = (name for name in free if name not in taken)
+        return {names.get(id(module)) or next(unnamed): module for module in found}
 
     def declarations(self) -> dict[str, Declaration]:
         """What is declared of each transformer."""
         modules = self.transformers()
-        is_many = isinstance(self.transformer, list | tuple)
+        is_many = len(modules) > 1 or isinstance(self.transformer, list | tuple)
         given = self.blocks if self.blocks is not None else self.blocks_name
         lists = _nest("blocks", given, modules, is_many, None, lambda value: value)
         paths = [tuple(_path(blocks, m) for blocks in of) for of, m in zip(lists, modules.values(), strict=True)]
         counts = [len(of) for of in paths]
         patterns = _nest("forward_pattern", self.forward_pattern, modules, is_many, counts, _template)
         modifiers = _nest("params_modifiers", self.params_modifiers, modules, is_many, counts, _override)
-        rewrite = self.patch_functor.apply if self.patch_functor is not None else None
+        if not self.blocks and any(len(of) > 1 for of in patterns) and not any(counts):
+            raise ConfigError(
+                f"cachedit_fx: forward_pattern must be one pattern with auto=True, got {self.forward_pattern!r}"
+            )
         is_checked = self.check_forward_pattern is not False
         return {
-            name: Declaration(*entry, is_checked, rewrite)
+            name: Declaration(*entry, is_checked, self.patch_functor)
             for name, entry in zip(modules, zip(paths, patterns, modifiers, strict=True), strict=True)
         }
 
@@ -180,12 +182,12 @@ def _template(pattern: Any) -> BlockTemplate:
     raise ConfigError(f"cachedit_fx: forward_pattern must be one of {allowed} or a BlockTemplate, got {pattern!r}")
 
 
-def _override(modifier: Any) -> CacheConfig | None:
+def _override(modifier: Any) -> Changes | None:
     if modifier is None:
         return None
     if not isinstance(modifier, ParamsModifier):
         raise ConfigError(f"cachedit_fx: params_modifiers must hold ParamsModifier or None, got {modifier!r}")
-    return modifier.cache_config
+    return modifier.cache_config.changes
 
 
 def transformers_of(target: Any) -> dict[str, nn.Module]:
@@ -227,8 +229,6 @@ def _components(pipe: Any) -> dict[str, Any]:
 
 
 def _is_transformer(name: str, module: nn.Module) -> bool:
-    if isinstance(module, torch._dynamo.OptimizedModule):
-        raise ConfigError(f"cachedit_fx: {name} is compiled already; pass the module that torch.compile was given")
     # Text encoders are called models or encoders, control networks and adapters by what they are.
-    called = f"{name} {type(module).__name__}".lower()
+    called = f"{name} {type(getattr(module, '_orig_mod', module)).__name__}".lower()
     return "transformer" in called and not any(word in called for word in ("controlnet", "encoder", "adapter", "vae"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class Backend:
         mode: `torch.compile`'s mode for the inner backend.
         options: Inductor's options, for the inner backend.
         declared: What is known of the model's blocks; by default nothing, and the graph tells.
+        policy_per_call: Every call brings its policy along (`ModelCall.policy`), so that modules whose configurations
+            differ in nothing else share their graphs.
 
     Raises:
         ConfigError: An option is unknown.
@@ -48,22 +50,26 @@ class Backend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
         declared: Declaration | None = None,
+        policy_per_call: bool = False,
     ) -> None:
         self.config, self.inner_options = split_options(options or {}, config)
         self.mode = mode
         self.declared = declared or Declaration()
         for override in self.declared.overrides:
             check_together(self.config.override(override))
+        self.policy_per_call = policy_per_call
         self.__name__ = "cachedit"
 
-    def _key(self) -> tuple[object, ...]:
-        return (self.config, self.mode, self.declared, tuple(sorted(self.inner_options.items())))
+    @property
+    def owner(self) -> tuple[Hashable, ...]:
+        """Equal for backends that may share their graphs, up to Inductor's options, and their sessions."""
+        return (self.config.structure if self.policy_per_call else self.config, self.mode, self.declared)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Backend) and self._key() == other._key()
+        return isinstance(other, Backend) and (self.owner, self.inner_options) == (other.owner, other.inner_options)
 
     def __hash__(self) -> int:
-        return hash((self.config, self.mode, self.declared, tuple(sorted(self.inner_options))))
+        return hash((self.owner, tuple(sorted(self.inner_options))))
 
     def __call__(
         self,
@@ -84,7 +90,9 @@ class Backend:
             _report_bug(error, config)
             return compiler(gm, list(example_inputs))
         if isinstance(planned, Rewritten):
-            return _compile_guarded(planned, config, compiler, owner=(config, self.declared))
+            return _compile_guarded(
+                planned, config, compiler, owner=(self.owner, config) if config != self.config else self.owner
+            )
         return _compile_uncached(gm, example_inputs, planned, config, compiler)
 
 
@@ -171,7 +179,7 @@ def _region_plan(region: Region, placeholders: list[fx.Node]) -> RegionPlan:
     kept = stored_examples(region)
     return RegionPlan(
         name=region.name,
-        config=region.config,
+        own=region.own,
         looks=region.looked_at is not None,
         sizes=SizeRule(kept, placeholders),
         dtypes=tuple(tensor.dtype for tensor in kept),
@@ -221,8 +229,10 @@ def _explain_fallback(reasons: tuple[Mismatch, ...]) -> str:
     nearest = reasons[0]
     fitted = f", {nearest.progress} of {nearest.total} blocks fit" if nearest.total else ""
     verdict = f"Nearest miss: {nearest.template}{fitted}." if nearest.template else "Reason:"
+    module = captured_module()
+    what = f"this graph of {type(module).__name__}" if module is not None else "this graph"
     return (
-        f"cachedit_fx: this graph runs without caching.\n{verdict}\n  {nearest.cause.value}: {nearest.detail}"
+        f"cachedit_fx: {what} runs without caching.\n{verdict}\n  {nearest.cause.value}: {nearest.detail}"
         f"{f' (at `{nearest.node}`)' if nearest.node else ''}{f' in {nearest.where}' if nearest.where else ''}"
     )
 

@@ -36,6 +36,9 @@ _CHOICES = {
 }
 
 
+Changes = tuple[tuple[str, Any], ...]  # Names and values of some fields, by name.
+
+
 @dataclass(frozen=True)
 class CacheConfig:
     """When a step may reuse, and how the pieces are compiled. Names, defaults and meaning are cache-dit's up to the
@@ -128,19 +131,34 @@ class CacheConfig:
         names: frozenset[str] = self.__dict__["_given"]
         return names
 
-    def override(self, other: CacheConfig | None = None, **fields: Any) -> Self:
-        """This configuration with the fields that `other` was given, and with `fields`.
+    @property
+    def changes(self) -> Changes:
+        """The given fields with their values: unlike two configurations, not equal if one only spells a default out."""
+        return tuple((name, getattr(self, name)) for name in sorted(self.given))
+
+    @property
+    def structure(self) -> Changes:
+        """The fields that a graph is built by, with their values."""
+        return tuple((name, getattr(self, name)) for name in FIELD_NAMES if name in STRUCTURAL)
+
+    @property
+    def policy(self) -> Changes:
+        """All other fields: when to reuse."""
+        return tuple((name, getattr(self, name)) for name in FIELD_NAMES if name not in STRUCTURAL)
+
+    def override(self, changes: CacheConfig | Changes | None = None, **fields: Any) -> Self:
+        """This configuration with other values: those that another configuration was given, and `fields`.
+
+        `dataclasses.replace` counts every field as given; this one does not.
 
         Raises:
             ConfigError: A field is unknown or has a value it cannot have.
         """
-        fields = {name: getattr(other, name) for name in other.given} | fields if other is not None else fields
-        mine = {name: getattr(self, name) for name in self.given}
-        try:
-            return type(self)(**mine | fields)
-        except TypeError:
-            unknown = next(name for name in fields if name not in FIELD_NAMES)
-            raise ConfigError(_unknown_option(unknown, fields[unknown], ())) from None
+        changed = dict(changes.changes if isinstance(changes, CacheConfig) else changes or ()) | fields
+        for name in changed:
+            if name not in FIELD_NAMES:
+                raise ConfigError(_unknown_option(name, changed[name], ()))
+        return type(self)(**dict(self.changes) | changed)
 
     def reset(self, **fields: Any) -> Self:
         """A partial configuration, for `ParamsModifier`: of this one nothing is kept, and only `fields` are given."""
@@ -152,6 +170,11 @@ class CacheConfig:
         return self.steps_computation_mask is not None and self.steps_computation_policy == "static"
 
 
+# What a graph is built by. All else is asked at every step, and may change without compiling anew.
+STRUCTURAL = {
+    *("Fn_compute_blocks", "Bn_compute_blocks", "cache_type", "non_prune_block_ids"),
+    *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode"),
+}
 FIELD_NAMES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(CacheConfig))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,8 @@ import torch
 from torch import fx, nn
 
 from cachedit_fx.errors import ConfigError
+from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.passes.locate import module_lists
 
 _MISSING = object()
 
@@ -26,11 +29,24 @@ class PatchFunctor:
     def __init__(self) -> None:
         self._replaced: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
+    def __eq__(self, other: object) -> bool:
+        """Functors of one class with equal attributes do the same."""
+        return isinstance(other, PatchFunctor) and type(self) is type(other) and self._settings() == other._settings()
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_replaced"}
+
     def prepare(self, transformer: nn.Module) -> None:
         """Makes `transformer` capturable, by `replace_method` alone: outputs stay the same up to rounding."""
 
     def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
         """Rewrites a captured graph before its blocks are looked for.
+
+        Called for every graph that is captured: anew for another size, and for each part of a model that Dynamo broke
+        up. One that lacks what is looked for is handed back as it is.
 
         Args:
             gm: A copy of what Dynamo captured; may be changed in place. Its nodes carry `example_value` and
@@ -79,38 +95,74 @@ def rename_stream(nodes: Iterable[fx.Node], name: str) -> None:
         node.meta["cachedit_name"] = name
 
 
-def split_stream(node: fx.Node, sizes: Iterable[int], dim: int, names: Iterable[str]) -> list[fx.Node]:
+def split_stream(node: fx.Node, sizes: Sequence[int | fx.Node | None], dim: int, names: Iterable[str]) -> list[fx.Node]:
     """Lets a joint stream cross a cut as several: sliced apart behind `node`, joined again for whoever reads it.
 
-        x -> block      ->      a, b = x.split(sizes, dim); x = cat((a, b), dim) -> block
+        x -> block      ->      a, b = x[:, :n], x[:, n:]; x = cat((a, b), dim) -> block
 
     Args:
         node: A tensor node between two blocks.
-        sizes: Lengths along `dim`, one for each stream; they add up to that of `node`.
+        sizes: Lengths along `dim`, one for each stream: numbers, nodes that compute them, and for the last None, which
+            is what is left. Numbers hold for this graph alone; for any image size pass None.
         names: What the streams are called, as in `("encoder_hidden_states", "hidden_states")`.
 
     Returns:
         The slices. The join belongs to the block that reads it.
 
     Raises:
-        ConfigError: The sizes don't add up to the length of `node` along `dim`.
+        ConfigError: A size is something else, the numbers don't add up to the length of `node`, or nothing reads it.
     """
-    graph, value = node.graph, node.meta["example_value"]
-    sizes = list(sizes)
-    if sum(sizes) != value.shape[dim]:
-        raise ConfigError(f"cachedit_fx: sizes {sizes} don't add up to {value.shape[dim]}, the length of `{node.name}`")
+    graph, whole = node.graph, node.meta["example_value"]
+    if not node.users:
+        raise ConfigError(f"cachedit_fx: nothing reads `{node.name}`, so there is no stream to split")
+    _check_sizes(node, sizes, dim)
     readers = list(node.users)
-    parts, start = [], 0
-    with graph.inserting_after(node), torch.no_grad():
-        for size, name in zip(sizes, names, strict=True):
-            part = graph.call_function(torch.narrow, (node, dim, start, size))
-            part.meta = {**node.meta, "example_value": value.narrow(dim, start, size), "cachedit_name": name}
-            parts.append(part)
-            start += size
     first = min(readers, key=list(graph.nodes).index)
+    parts: list[fx.Node] = []
     with graph.inserting_before(first), torch.no_grad():
-        whole = graph.call_function(torch.cat, (tuple(parts), dim))
-        whole.meta = {**first.meta, "example_value": torch.cat([part.meta["example_value"] for part in parts], dim)}
+        start: int | fx.Node = 0
+        for size, name in zip(sizes, names, strict=True):
+            stop = None if size is None or len(parts) == len(sizes) - 1 else _sum(graph, start, size)
+            where = (*[slice(None)] * (dim % whole.dim()), slice(start, stop))
+            part = graph.call_function(operator.getitem, (node, where))
+            example = whole[fx.map_arg(where, lambda n: n.meta["example_value"])]
+            part.meta = {**node.meta, "example_value": example, "cachedit_name": name}
+            parts.append(part)
+            start = stop if stop is not None else start
+        joined = graph.call_function(torch.cat, (tuple(parts), dim))
+        joined.meta = {**first.meta, "example_value": torch.cat([part.meta["example_value"] for part in parts], dim)}
     for reader in readers:
-        reader.replace_input_with(node, whole)
+        reader.replace_input_with(node, joined)
+    for part in parts:  # They read the stream itself.
+        part.args = (node, *part.args[1:])
     return parts
+
+
+def _check_sizes(node: fx.Node, sizes: Sequence[int | fx.Node | None], dim: int) -> None:
+    length = node.meta["example_value"].shape[dim]
+    for i, size in enumerate(sizes):
+        if not isinstance(size, int | fx.Node) and not (size is None and i == len(sizes) - 1):
+            raise ConfigError(
+                f"cachedit_fx: sizes of `{node.name}` must be numbers or nodes, and the last may be None; got {size!r}"
+            )
+    numbers = [size for size in sizes if isinstance(size, int)]
+    if len(numbers) == len(sizes) and sum(numbers) != length:
+        raise ConfigError(f"cachedit_fx: sizes {numbers} don't add up to {length}, the length of `{node.name}`")
+
+
+def _sum(graph: fx.Graph, start: int | fx.Node, size: int | fx.Node) -> int | fx.Node:
+    if isinstance(start, int) and (isinstance(size, int) or start == 0):
+        return start + size if isinstance(size, int) else size
+    total = graph.call_function(operator.add, (start, size))
+    total.meta["example_value"] = operator.add(*fx.map_arg((start, size), lambda n: n.meta["example_value"]))
+    return total
+
+
+def block_nodes(gm: fx.GraphModule, path: str) -> list[list[fx.Node]]:
+    """The nodes of each block of the list at `path` (as in `transformer_blocks`), in order; empty if it is not called.
+
+    Work between two blocks is in neither of them.
+    """
+    program = Program(gm.graph)
+    calls = module_lists(program).get(tuple(path.split(".")), [])
+    return [[program.nodes[position] for position in call.positions] for call in calls]

@@ -35,7 +35,7 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
         known = known["cache_config"] or {}
     if not isinstance(known, Mapping):
         raise ConfigError(f"cachedit_fx: cache_config must be a mapping of fields, got {known!r}")
-    fields = dict(known)
+    fields = {str(name): value for name, value in known.items()}
     if isinstance(fields.get("steps_computation_mask"), str):
         total = fields.get("num_inference_steps")
         fields["steps_computation_mask"] = steps_mask(mask_policy=fields["steps_computation_mask"], total_steps=total)

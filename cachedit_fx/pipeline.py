@@ -11,24 +11,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from cachedit_fx.adapter import BlockAdapter, Nested, require_no_calibrator, transformers_of
 from cachedit_fx.backend import Backend, report_uncached
 from cachedit_fx.config import FIELD_NAMES, CacheConfig
-from cachedit_fx.errors import ConfigError
+from cachedit_fx.errors import ConfigError, PassError, PatternError
 from cachedit_fx.functor import PatchFunctor
 from cachedit_fx.passes.inputs import conditioning_names, timestep_name
 from cachedit_fx.patterns.declaration import Declaration
-from cachedit_fx.registry import BlockAdapterRegistry
+from cachedit_fx.registry import adapter_for, modules_of
 from cachedit_fx.session import ModelCall, end_generation, is_cached, set_label, within_call
 
 _HOOK = "cachedit_fx"
 _COMPILE_KWARGS = ("fullgraph", "dynamic", "mode", "options", "recompile_limit", "isolate_recompiles")
-# What a graph is built by; all else is asked at every step, and may change without compiling anew.
-_STRUCTURAL = {
-    *("Fn_compute_blocks", "Bn_compute_blocks", "cache_type", "non_prune_block_ids"),
-    *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode"),
-}
 _MISSING = object()
 Target = TypeVar("Target")
 
@@ -64,8 +60,12 @@ def enable_cache(
             raise ConfigError(f"cachedit_fx: enable_cache has no argument {name!r}; allowed are {allowed}")
     if cache_config is not None and not isinstance(cache_config, CacheConfig):
         raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {cache_config!r}")
+    options = dict(kwargs.pop("options", None) or {})
+    fields |= {name: options.pop(name) for name in [*options] if name in FIELD_NAMES}
+    if options:
+        kwargs["options"] = options
     config = (cache_config or CacheConfig()).override(**fields)
-    adapter = _adapter_for(pipe_or_adapter)
+    adapter = adapter_for(pipe_or_adapter)
     if adapter is not None:
         if params_modifiers is not None:
             adapter = replace(adapter, params_modifiers=params_modifiers)
@@ -80,6 +80,8 @@ def enable_cache(
     settings = {name: _Settings(config, declared[name], functor, kwargs) for name in modules}
     backends = {name: settings[name].backend() for name in modules}  # Before anything changes: this is what may fail.
     for name, module in modules.items():
+        _require_plain(name, module)
+    for name, module in modules.items():
         _enable(module, settings[name], backends[name])
     return pipe_or_adapter
 
@@ -89,7 +91,7 @@ def disable_cache(pipe_or_adapter: Any) -> None:
 
     Statistics stay; nothing happens where no cache was enabled.
     """
-    for module in transformers_of(pipe_or_adapter).values():
+    for module in modules_of(pipe_or_adapter).values():
         _disable(module)
 
 
@@ -108,17 +110,14 @@ def refresh_context(transformer: Any, cache_config: CacheConfig | None = None, *
     """
     fields.pop("verbose", None)
     change = (cache_config or CacheConfig()).override(**fields)
-    for module in transformers_of(transformer).values():
+    for module in modules_of(transformer).values():
         enabled = _enabled(module)
         if enabled is None:
             raise ConfigError(f"cachedit_fx: enable_cache was not called for this {type(module).__name__}")
+        settings = replace(enabled.settings, config=enabled.settings.config.override(change))
+        backend = settings.backend()
         end_generation(module, everyone=True)
-        policy = (enabled.policy or CacheConfig()).override(change)
-        if change.given & _STRUCTURAL:
-            settings = replace(enabled.settings, config=enabled.settings.config.override(policy))
-            _enable(module, settings, settings.backend())
-        else:
-            enabled.policy = policy
+        _enable(module, settings, backend)
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,13 @@ class _Settings:
     functor: PatchFunctor | None
     compile_kwargs: Mapping[str, Any]
 
+    def is_built_like(self, other: _Settings) -> bool:
+        """Whether the two ask for the same of `torch.compile`; their backends are compared apart."""
+        return (self.functor, dict(self.compile_kwargs)) == (other.functor, dict(other.compile_kwargs))
+
     def backend(self) -> Backend:
         mode, options = self.compile_kwargs.get("mode"), self.compile_kwargs.get("options")
-        return Backend(self.config, mode=mode, options=options, declared=self.declared)
+        return Backend(self.config, mode=mode, options=options, declared=self.declared, policy_per_call=True)
 
 
 class _Enabled:
@@ -141,14 +144,13 @@ class _Enabled:
     It also holds what undoes it; the module holds it, so that it goes with the module.
 
     Attributes:
-        policy: What of the configuration has changed since the graphs were compiled.
+        settings: What was asked for last. What only decides when to reuse may change without compiling anew.
         before: What stood in its place.
-        forward: The module's forward with our hook around it; None without a hook.
     """
 
     def __init__(self, module: nn.Module, settings: _Settings, backend: Backend) -> None:
         self.settings = settings
-        self.policy: CacheConfig | None = None
+        self.policy = settings.config.policy
         self.before = module.__dict__.get("_compiled_call_impl", _MISSING)
         self.had_registry = hasattr(module, "_diffusers_hook")
         self.names = list(inspect.signature(module.forward).parameters)
@@ -159,14 +161,20 @@ class _Enabled:
         module.compile(backend=backend, **kwargs)
         assert module._compiled_call_impl is not None
         self.compiled: Callable[..., Any] = module._compiled_call_impl
-        self.forward = _register_hook(module) if hasattr(module, "cache_context") else None
+        if hasattr(module, "cache_context"):
+            _register_hook(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         prompts = (_first_tensor(given.get(name)) for name in self.conditioning)
         call = ModelCall(given.get(self.timestep or ""), next(filter(_is_tensor, prompts), None), self.policy)
         with within_call(call):
-            result = self.compiled(*args, **kwargs)
+            try:
+                result = self.compiled(*args, **kwargs)
+            except BackendCompilerFailed as error:  # What is wrong with a declaration is no failure of the compiler.
+                if isinstance(error.inner_exception, PatternError | PassError):
+                    raise error.inner_exception from None
+                raise
         if call.misses:
             module = self.module()
             if module is not None and not is_cached(module):
@@ -183,10 +191,6 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _adapter_for(target: Any) -> BlockAdapter | None:
-    return target if isinstance(target, BlockAdapter) else BlockAdapterRegistry.get(target)
-
-
 def _enabled(module: nn.Module) -> _Enabled | None:
     found = module._compiled_call_impl
     return found if isinstance(found, _Enabled) else None
@@ -194,16 +198,29 @@ def _enabled(module: nn.Module) -> _Enabled | None:
 
 def _enable(module: nn.Module, settings: _Settings, backend: Backend) -> None:
     known = _enabled(module)
-    if known is not None and known.settings == settings and known.policy is None:
+    if known is not None and known.settings.backend() == backend and known.settings.is_built_like(settings):
+        if known.settings != settings:
+            end_generation(module, everyone=True)
+        # The functor that prepared the module stays: it knows what to put back.
+        known.settings = replace(settings, functor=known.settings.functor)
+        known.policy = settings.config.policy
         return
     _disable(module)
+    try:
+        if settings.functor is not None:
+            settings.functor.prepare(module)
+        module._compiled_call_impl = _Enabled(module, settings, backend)
+    except BaseException:
+        if settings.functor is not None:
+            settings.functor.restore(module)
+        raise
+
+
+def _require_plain(name: str, module: nn.Module) -> None:
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        raise ConfigError(f"cachedit_fx: {name} is compiled already; pass the module that torch.compile was given")
     if getattr(module, "is_cache_enabled", False):
-        raise ConfigError(
-            f"cachedit_fx: a cache of diffusers is enabled for {type(module).__name__}; call its disable_cache() first"
-        )
-    if settings.functor is not None:
-        settings.functor.prepare(module)
-    module._compiled_call_impl = _Enabled(module, settings, backend)
+        raise ConfigError(f"cachedit_fx: a cache of diffusers is enabled for {name}; call its disable_cache() first")
 
 
 def _disable(module: nn.Module) -> None:
@@ -215,32 +232,44 @@ def _disable(module: nn.Module) -> None:
         del module.__dict__["_compiled_call_impl"]
     else:
         module._compiled_call_impl = enabled.before
-    # If something was put around the forward since, our hook stays inside; it does nothing there.
-    if enabled.forward is not None and module.__dict__.get("forward") is enabled.forward:
+    if hasattr(module, "_diffusers_hook"):
         _remove_hook(module, keep_registry=enabled.had_registry)
     if enabled.settings.functor is not None:
         enabled.settings.functor.restore(module)
 
 
-def _register_hook(module: nn.Module) -> Callable[..., Any]:
-    """Registers our hook, if it is not there; returns the forward around it."""
+def _register_hook(module: nn.Module) -> None:
+    """Registers our hook for what it hears. Around the forward it would do nothing, so there it is taken off again:
+
+    the graph stays as it is, and a copy of the module does not call the original's forward.
+    """
     from diffusers.hooks.hooks import HookRegistry
 
+    before = module.__dict__.get("forward", _MISSING)
     registry = HookRegistry.check_if_exists_or_initialize(module)
     if registry.get_hook(_HOOK) is None:
         registry.register_hook(_hook_type()(), _HOOK)
-    forward: Callable[..., Any] = module.forward
-    return forward
+        _put_forward(module, before)
 
 
 def _remove_hook(module: nn.Module, *, keep_registry: bool) -> None:
+    before = module.__dict__.get("forward", _MISSING)
     registry: Any = module._diffusers_hook
     registry.remove_hook(_HOOK, recurse=False)
-    forward = module.__dict__.get("forward")
-    if getattr(forward, "__func__", None) is type(module).forward:
-        del module.__dict__["forward"]  # The class's own shows again.
+    _put_forward(module, before)
     if not registry.hooks and not keep_registry:
         del module._diffusers_hook
+
+
+def _put_forward(module: nn.Module, forward: Any) -> None:
+    if forward is _MISSING:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward
+
+
+def _make_hook() -> Any:
+    return _hook_type()()
 
 
 @functools.cache
@@ -260,6 +289,9 @@ def _hook_type() -> type:
         def __init__(self) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
             self.labels = Labels(BaseState)  # type: ignore[arg-type]
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _make_hook, ()  # Its class has no name to be pickled by.
 
         def reset_state(self, module: nn.Module) -> nn.Module:
             end_generation(module)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from cachedit_fx.adapter import BlockAdapter
+from cachedit_fx.adapter import BlockAdapter, transformers_of
 from cachedit_fx.errors import ConfigError
 
 Maker = Callable[..., BlockAdapter]
@@ -71,3 +71,17 @@ class BlockAdapterRegistry:
     def supported_pipelines(cls) -> tuple[int, list[str]]:
         """How many names are registered, and which. Models that match by themselves need no adapter."""
         return len(cls._makers), sorted(cls._makers)
+
+
+def adapter_for(target: Any) -> BlockAdapter | None:
+    """The adapter that `target` is, or that is registered for it."""
+    return target if isinstance(target, BlockAdapter) else BlockAdapterRegistry.get(target)
+
+
+def modules_of(target: Any) -> dict[str, nn.Module]:
+    """The transformers that `enable_cache(target)` means, by name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    return transformers_of(adapter_for(target) or target)

@@ -7,7 +7,8 @@ import importlib.util
 import sys
 from typing import Any
 
-from cachedit_fx.adapter import title_of, transformers_of
+from cachedit_fx.adapter import title_of
+from cachedit_fx.registry import modules_of
 from cachedit_fx.session import records_of
 from cachedit_fx.stats import Summary
 
@@ -29,7 +30,7 @@ def summary(target: Any, details: bool = False, *, every_generation: bool = Fals
     Raises:
         ConfigError: `target` has no diffusion transformer.
     """
-    modules = transformers_of(target)
+    modules = modules_of(target)
     is_bare = len(modules) == 1 and next(iter(modules.values())) is target
     stats = [
         dataclasses.replace(entry, module="" if is_bare else name)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config import CacheConfig, Changes
 from cachedit_fx.policy import Decision, History, decide, needs_refresh
 from cachedit_fx.session import Instance, RegionState, Session, Snapshot, current_call, instance_of
 from cachedit_fx.shapes import SizeRule, Sizes
@@ -21,11 +21,12 @@ class RegionPlan:
     """What the runtime knows of a region.
 
     Attributes:
+        own: What of the configuration is for this region alone.
         looks: Whether the guard looks at a value; then it is the first in `sizes` and `dtypes`, before what is stored.
     """
 
     name: str
-    config: CacheConfig
+    own: Changes | None
     looks: bool
     sizes: SizeRule
     dtypes: tuple[torch.dtype, ...]
@@ -42,7 +43,7 @@ class Policy:
 
     owner: int
     config: CacheConfig
-    regions: tuple[RegionPlan, ...]
+    regions: tuple[CacheConfig, ...]
 
 
 class GuardedCall:
@@ -61,7 +62,7 @@ class GuardedCall:
     def __init__(
         self,
         forward: Callable[..., Any],
-        owner: object,
+        owner: Hashable,
         config: CacheConfig,
         regions: Sequence[RegionPlan],
         *,
@@ -74,7 +75,7 @@ class GuardedCall:
         self.owner = owner
         self.config = config
         self.regions = tuple(regions)
-        self._policies: dict[CacheConfig | None, Policy] = {}
+        self._policies: dict[Changes | None, Policy] = {}
         self.weight = weight
         self.conditioning = conditioning
         self.has_clock = has_clock
@@ -97,19 +98,19 @@ class GuardedCall:
         step.commit()
         return output
 
-    def policy(self, change: CacheConfig | None) -> Policy:
+    def policy(self, changes: Changes | None) -> Policy:
         """What decides at this call: the configuration that this was compiled with, and what has changed since."""
-        if change not in self._policies:
-            config = self.config.override(change)
-            regions = tuple(replace(plan, config=plan.config.override(change)) for plan in self.regions)
-            self._policies[change] = Policy(_number_of((self.owner, config)), config, regions)
-        return self._policies[change]
+        if changes not in self._policies:
+            config = self.config.override(changes)
+            regions = tuple(config.override(plan.own) for plan in self.regions)
+            self._policies[changes] = Policy(_number_of((self.owner, config)), config, regions)
+        return self._policies[changes]
 
 
-_owners: dict[object, int] = {}
+_owners: dict[Hashable, int] = {}
 
 
-def _number_of(owner: object) -> int:
+def _number_of(owner: Hashable) -> int:
     """A number for every distinct owner: cheap to compare at every call."""
     return _owners.setdefault(owner, len(_owners))
 
@@ -126,6 +127,7 @@ class _RegionRun:
     """A region during one step."""
 
     plan: RegionPlan
+    config: CacheConfig
     state: RegionState
     sizes: Sizes
     fits: bool  # Whether what is kept fits this call's shapes: a session may change size.
@@ -146,10 +148,8 @@ class StepRun:
         self._snapshot = session.snapshot
         self._is_new = self._ticked = False
         self._runs: list[_RegionRun] = []
-        if (
-            call.config.num_inference_steps is not None
-            and session.snapshot.num_steps >= call.config.num_inference_steps
-        ):
+        length = policy.config.num_inference_steps
+        if length is not None and session.snapshot.num_steps >= length:
             self._begin_generation()
 
     def before(self, region: int) -> torch.Tensor:
@@ -173,7 +173,7 @@ class StepRun:
         run.diff = diff if shared is None else shared
         run.history = replace(run.state.history, has_moved=self._snapshot.direction != 0)
         earlier = [r.diff for r in self._runs[:region] if r.decision is not None and r.decision.looked]
-        run.decision = decide(run.plan.config, run.history, run.diff, is_stored=run.fits, earlier=earlier)
+        run.decision = decide(run.config, run.history, run.diff, is_stored=run.fits, earlier=earlier)
         return run.decision.compute
 
     def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
@@ -204,7 +204,7 @@ class StepRun:
         self._instance.commit(self._session, snapshot, is_new_generation=self._is_new)
 
     def tick(self, timestep: float | None) -> None:
-        """Moves the session's clock. A timestep that turns back starts a new generation."""
+        """Moves the session's clock. A timestep that turns back, or stays at the first, starts a new generation."""
         self._ticked = True
         last, direction = self._snapshot.timestep, self._snapshot.direction
         if timestep is None:
@@ -212,7 +212,8 @@ class StepRun:
             self._snapshot = replace(self._snapshot, direction=int(self._session.is_named))
             return
         turn = 0 if last is None or math.isnan(timestep) else (timestep > last) - (timestep < last)
-        if turn and direction and turn != direction:
+        # No solver calls twice at its first timestep: the generation before ended after one step.
+        if turn * direction < 0 or (last == timestep and not direction):
             self._begin_generation()
             turn, direction = 0, 0
         self._snapshot = replace(self._snapshot, timestep=timestep, direction=turn or direction)
@@ -223,13 +224,13 @@ class StepRun:
     def _run(self, region: int) -> _RegionRun:
         """The region's part of this step; made when it is first asked for, in order."""
         if region == len(self._runs):
-            plan = self._policy.regions[region]
+            plan, config = self._call.regions[region], self._policy.regions[region]
             state = self._snapshot.regions.get(plan.name) or RegionState()
-            if needs_refresh(plan.config, state.history):
+            if needs_refresh(config, state.history):
                 fresh = History(num_refreshes=state.history.num_refreshes + 1)
                 state = replace(state, seen=None, stored=(), history=fresh)
             sizes = plan.sizes(self._args)
-            self._runs.append(_RegionRun(plan, state, sizes, _fits(plan, state, sizes)))
+            self._runs.append(_RegionRun(plan, config, state, sizes, _fits(plan, state, sizes)))
         return self._runs[region]
 
     def _shared_diff(self, run: _RegionRun) -> float | None:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachedit_fx.conditioning import ConditioningTable
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config import Changes
 from cachedit_fx.policy import Decision, History
 from cachedit_fx.stats import CacheStats
 
@@ -45,7 +45,7 @@ class ModelCall:
         self,
         timestep: object,
         conditioning: torch.Tensor | None,
-        policy: CacheConfig | None = None,
+        policy: Changes | None = None,
     ) -> None:
         self._timestep = timestep
         self.conditioning = conditioning
@@ -330,14 +330,12 @@ def end_generation(module: torch.nn.Module, *, everyone: bool = False) -> None:
 
 def records_of(module: torch.nn.Module, *, every_generation: bool) -> list[Record]:
     """Sessions of `module` in the order of their first steps: those of its last generation, or all that are known."""
-    found = []
-    for instance in instances_in(module):
-        records = instance.records()
-        last = max(records, key=lambda record: record.last, default=None)
-        found += [r for r in records if last is None or every_generation or _are_one_generation(r, last)]
-    return sorted(found, key=lambda record: record.first)
+    found = [record for instance in instances_in(module) for record in instance.records()]
+    last = max(found, key=lambda record: record.last, default=None)
+    shown = [r for r in found if last is None or every_generation or _are_one_generation(r, last)]
+    return sorted(shown, key=lambda record: record.first)
 
 
 def _are_one_generation(one: Record, last: Record) -> bool:
     """Guidance branches of a generation take turns, so the times at which they ran overlap."""
-    return one.key.who == last.key.who and one.key.owner == last.key.owner and one.last >= last.first
+    return one.key.who == last.key.who and one.last >= last.first

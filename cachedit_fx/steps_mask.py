@@ -63,6 +63,11 @@ def steps_mask(
     Raises:
         ConfigError: The bins are too short, only one of them is given, or no policy fits.
     """
+    if total_steps is not None and (not isinstance(total_steps, int) or total_steps < 1):
+        raise ConfigError(f"cachedit_fx: total_steps must be an int >= 1, got {total_steps!r}")
+    for name, bins in (("compute_bins", compute_bins), ("cache_bins", cache_bins)):
+        if bins is not None and not (isinstance(bins, Sequence) and all(isinstance(n, int) and n >= 0 for n in bins)):
+            raise ConfigError(f"cachedit_fx: {name} must be a list of ints >= 0, got {bins!r}")
     if (compute_bins is None) != (cache_bins is None):
         missing = "compute_bins" if compute_bins is None else "cache_bins"
         raise ConfigError(f"cachedit_fx: {missing} must be given beside the other bins, got None")
@@ -74,7 +79,9 @@ def steps_mask(
         mask = _mask(*_policy_bins(mask_policy, total_steps))
     mask = mask[:total_steps]
     if not mask:
-        raise ConfigError(f"cachedit_fx: total_steps must be at least 1, got {total_steps!r}")
+        raise ConfigError(
+            f"cachedit_fx: compute_bins and cache_bins must hold a step, got {compute_bins}, {cache_bins}"
+        )
     return [*mask[:-1], 1]
 
 
@@ -84,7 +91,7 @@ def _mask(compute_bins: Sequence[int], cache_bins: Sequence[int]) -> list[int]:
 
 
 def _policy_bins(policy: str, total_steps: int | None) -> Bins:
-    if total_steps is None or total_steps < 1:
+    if total_steps is None:
         raise ConfigError(f"cachedit_fx: total_steps must be given with a mask_policy, got {total_steps!r}")
     if total_steps < 8 and total_steps not in _POLICIES:
         raise ConfigError(

@@ -8,6 +8,7 @@ Work between two blocks belongs to the block before it.
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from cachedit_fx.config import CacheConfig, CacheType
+from cachedit_fx.config import CacheConfig, CacheType, Changes
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.patterns.chain import HIDDEN, Block, describe, is_tensor, same_shape, shape_key, source_line, value_of
 from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
@@ -49,7 +50,7 @@ class Region:
         name: As in `transformer_blocks[1:4]`; two lists are joined by `+`.
         first, last: Numbers of the chain's first block in the region and the first after it.
         nodes: The region's nodes in program order.
-        config: When this region is reused.
+        config: When this region is reused; `own` is what of it is for this region alone.
         looked_at: What the guard looks at: the hidden stream behind the Fn blocks, or in front of a single block.
             None: nothing is looked at.
         looked_from: What is taken off it first: the hidden stream before the Fn blocks; None to look at the value.
@@ -62,6 +63,7 @@ class Region:
     last: int
     nodes: tuple[fx.Node, ...]
     config: CacheConfig
+    own: Changes | None
     looked_at: fx.Node | None
     looked_from: fx.Node | None
     carried: tuple[Carried, ...]
@@ -73,11 +75,13 @@ class Group:
     """Lists of the chain that follow each other and are decided about by one configuration.
 
     Attributes:
+        own: What this group's regions do differently from the whole model's configuration; `config` includes it.
         number: Of its first block in the chain.
     """
 
     matches: tuple[Match, ...]
     config: CacheConfig
+    own: Changes | None = None
     number: int = 0
 
     @property
@@ -122,13 +126,38 @@ def _check_blocks(group: Group) -> Mismatch | None:
 
 
 def _cut_middle(program: Program, group: Group) -> list[Region] | Mismatch:
-    fn, streams = group.config.Fn_compute_blocks, _boundaries(group)
-    looked_at = streams[fn][HIDDEN] if fn else None
-    looked_from = streams[0][HIDDEN] if fn else None
-    if looked_at is not None and looked_from is not None and not same_shape(looked_from, looked_at):
-        return _miss(group.matches[0], Cause.UNPAIRED, f"the Fn blocks change the shape of {describe(looked_from)}")
-    found = _cut(program, group, fn, len(group.blocks) - group.config.Bn_compute_blocks, looked_at, looked_from)
+    fn, last = group.config.Fn_compute_blocks, len(group.blocks) - group.config.Bn_compute_blocks
+    if fn == 0:
+        found = _cut(program, group, 0, last, None, None)
+        return found if isinstance(found, Mismatch) else [found]
+    looked = _residual_over(group, fn)
+    if looked is None:
+        start = _boundaries(group)[0][HIDDEN]
+        return _miss(group.matches[0], Cause.UNPAIRED, f"the Fn blocks change the shape of {describe(start)}")
+    found = _cut(program, group, fn, last, *looked)
     return found if isinstance(found, Mismatch) else [found]
+
+
+def _residual_over(group: Group, fn: int) -> tuple[fx.Node, fx.Node] | None:
+    """The hidden stream after the Fn blocks, and before as many of them as keep its shape.
+
+    Two lists may be joined by a `cat` of text and image (FLUX.2). If the Fn blocks end there, it is the image as the
+    first list left it; if they reach into the second list, the residual is that over its blocks.
+    """
+    streams = _boundaries(group)
+    ends = [match.blocks.boundaries[-1].get(HIDDEN) for match, stop in _with_ends(group) if stop == fn]
+    for after in (streams[fn][HIDDEN], *ends):
+        befores = (stream[HIDDEN] for stream in streams[:fn])
+        before = next((node for node in befores if after is not None and same_shape(node, after)), None)
+        if before is not None and after is not None:
+            return after, before
+    return None
+
+
+def _with_ends(group: Group) -> list[tuple[Match, int]]:
+    """Each list with the number of the first block after it."""
+    counts = itertools.accumulate(len(match.blocks.blocks) for match in group.matches)
+    return list(zip(group.matches, counts, strict=True))
 
 
 def _cut_every(program: Program, group: Group) -> list[Region] | Mismatch:
@@ -167,12 +196,12 @@ def _cut(
     hoisted = _behind([n for n in leaving if n not in made], inside)
     nodes = [n for n in nodes if n not in hoisted]
     carried = _pair(group, before, after, [n for n in leaving if n in made])
-    miss = _check(program, match, streams[0][HIDDEN] if looked_from is not None else None, before, carried, nodes)
+    miss = _check(program, match, looked_from, before, carried, nodes)
     if miss is not None:
         return miss
     return Region(
         name=_name(group, first, last), first=group.number + first, last=group.number + last, nodes=tuple(nodes),
-        config=group.config, looked_at=looked_at, looked_from=looked_from,
+        config=group.config, own=group.own, looked_at=looked_at, looked_from=looked_from,
         carried=tuple(carried), hoisted=tuple(n for n in program.nodes if n in hoisted),
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ def locate_blocks(program: Program) -> tuple[BlockList, ...]:
     Lists inside the blocks of a list that has streams are not looked at.
     """
     found: list[tuple[Path, BlockList]] = []
-    for path, calls in sorted(_module_lists(program).items(), key=lambda item: len(item[0])):
+    for path, calls in sorted(module_lists(program).items(), key=lambda item: len(item[0])):
         inside = any(path[: len(outer)] == outer and known.is_carried for outer, known in found)
         if len(calls) < 2 or inside:
             continue
@@ -38,7 +38,7 @@ def locate_blocks(program: Program) -> tuple[BlockList, ...]:
 
 
 @dataclass(slots=True)
-class _Call:
+class Call:
     """One module call: where its nodes stand in program order."""
 
     path: Path
@@ -46,18 +46,18 @@ class _Call:
     positions: list[int]
 
 
-def _module_lists(program: Program) -> dict[Path, list[_Call]]:
+def module_lists(program: Program) -> dict[Path, list[Call]]:
     """Path of a list -> its module calls, in order of first appearance. Nested lists are listed as well."""
-    calls: dict[Path, _Call] = {}
+    calls: dict[Path, Call] = {}
     for position, node in enumerate(program.nodes):
         if node.op in ("placeholder", "get_attr", "output"):
             continue  # A placeholder carries the stack of its first user.
         for raw, cls in (node.meta.get("nn_module_stack") or {}).values():
             path = module_path(raw)
             if path and path[-1].isdigit():
-                call = calls.setdefault(path, _Call(path, cls if isinstance(cls, type) else None, []))
+                call = calls.setdefault(path, Call(path, cls if isinstance(cls, type) else None, []))
                 call.positions.append(position)
-    lists: dict[Path, list[_Call]] = defaultdict(list)
+    lists: dict[Path, list[Call]] = defaultdict(list)
     for path, call in calls.items():
         lists[path[:-1]].append(call)
     return lists
@@ -72,7 +72,7 @@ def module_path(raw: str) -> Path:
     return tuple(token for token in tokens if token not in _NOT_NAMES)
 
 
-def _trace_list(program: Program, path: Path, calls: list[_Call]) -> BlockList:
+def _trace_list(program: Program, path: Path, calls: list[Call]) -> BlockList:
     blocks = _spans(calls)
     boundaries, broken = _trace_streams(program, blocks)
     labels: dict[str, str] = {}
@@ -91,7 +91,7 @@ def _trace_list(program: Program, path: Path, calls: list[_Call]) -> BlockList:
     )
 
 
-def _spans(calls: list[_Call]) -> tuple[Block, ...]:
+def _spans(calls: list[Call]) -> tuple[Block, ...]:
     starts = [call.positions[0] for call in calls]
     blocks = []
     for i, call in enumerate(calls):

@@ -77,15 +77,25 @@ def plan_graph(
 
 
 def _apply_functor(gm: fx.GraphModule, declared: Declaration) -> fx.GraphModule:
-    if declared.rewrite is None:
+    if declared.functor is None:
         return gm
+    name = type(declared.functor).__qualname__
+    before = _inputs(gm)
     try:
-        gm = declared.rewrite(gm)
+        gm = declared.functor.apply(gm)
         gm.graph.lint()
     except Exception as error:
-        name = getattr(declared.rewrite, "__qualname__", declared.rewrite)
         raise PatternError(f"cachedit_fx: patch functor `{name}` failed on the captured graph: {error}") from error
+    if _inputs(gm) != before:
+        raise PatternError(
+            f"cachedit_fx: patch functor `{name}` must leave the graph's inputs as they are, {', '.join(before)}; "
+            f"found {', '.join(_inputs(gm))}"
+        )
     return gm
+
+
+def _inputs(gm: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
 
 
 def _match(program: Program, declared: Declaration) -> tuple[Match, ...] | list[Mismatch]:
@@ -135,6 +145,8 @@ def group_lists(
 ) -> tuple[Group, ...]:
     """Lists that are decided about together: all that continue each other, or with a say of their own each alone."""
     overrides = declared.overrides
+    if len(overrides) == 1:
+        overrides *= len(matches)
     if overrides and len(overrides) != len(matches) and not declared.lists:
         paths = ", ".join(match.blocks.path for match in matches)
         raise PatternError(f"cachedit_fx: params_modifiers has {len(overrides)} entries for the block lists {paths}")
@@ -147,7 +159,8 @@ def group_lists(
         if last is not None and not alone and continues(program, last.matches[-1].blocks, match.blocks):
             groups[-1] = replace(last, matches=(*last.matches, match))
         else:
-            groups.append(Group((match,), config.override(own.get(match.blocks.path)), number))
+            mine = own.get(match.blocks.path)
+            groups.append(Group((match,), config.override(mine), mine, number))
         number += len(match.blocks.blocks)
     return tuple(groups)
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import fx
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config import Changes
 from cachedit_fx.patterns.template import BlockTemplate
+
+
+class Rewriter(Protocol):
+    """Changes a captured graph before anything is looked for in it. Equal ones do the same to every graph."""
+
+    def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """The graph to go on with; its placeholders are those of `gm`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +25,16 @@ class Declaration:
     Attributes:
         lists: Paths of the block lists to cache, as in `transformer_blocks`; empty for those that the graph shows.
         patterns: One per list; with `lists` empty at most one, which every list to be cached has to fit.
-        overrides: One per list: what its region does differently. With any of them each list has its own region.
+        overrides: One per list, or one for all: what a region does differently. With any of them each list has its own.
         is_checked: Hold the patterns against the dataflow; otherwise they are taken for a remark.
-        rewrite: Applied to the captured graph before anything is looked for.
+        functor: Applied to the captured graph first.
     """
 
     lists: tuple[str, ...] = ()
     patterns: tuple[BlockTemplate, ...] = ()
-    overrides: tuple[CacheConfig | None, ...] = ()
+    overrides: tuple[Changes | None, ...] = ()
     is_checked: bool = True
-    rewrite: Callable[[fx.GraphModule], fx.GraphModule] | None = None
+    functor: Rewriter | None = None
 
     def pattern_for(self, path: str) -> BlockTemplate | None:
         """The pattern that the list at `path` has to fit; None if any will do."""

@@ -72,14 +72,18 @@ def _check_restriction(blocks: BlockList, template: BlockTemplate) -> Mismatch |
 
 
 def _check_streams(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
-    want = len(template.carried)
-    for i in range(1, len(blocks.blocks)):
+    want, total = len(template.carried), len(blocks.blocks)
+    if len(blocks.boundaries) == total:  # All are there but the one after the last block.
+        last = next(iter(blocks.boundaries[-1].values()))
+        detail = f"expected {template.carried[0]} out of block {total - 1}, the last of {blocks.path}: {blocks.broken}"
+        return _miss(blocks, template, Cause.STREAM_COUNT, detail, node=last, progress=total - 1)
+    for i in range(1, total):
         found = blocks.boundaries[i] if i < len(blocks.boundaries) else {}
         if len(found) == want:
             continue
         what = ", ".join(describe(node) for node in found.values()) or (blocks.broken or "none")
-        last = blocks.boundaries[min(i, len(blocks.boundaries) - 1)] if blocks.boundaries else {}
-        node = next(iter((found or last).values()), None)
+        known = blocks.boundaries[min(i, len(blocks.boundaries) - 1)] if blocks.boundaries else {}
+        node = next(iter((found or known).values()), None)
         detail = (
             f"expected {want} stream{'s' * (want != 1)} ({', '.join(template.carried)}) from block {i - 1} into "
             f"block {i} of {blocks.path}, found {len(found)} ({what})"

@@ -155,8 +155,7 @@ class Joint(Model):
 class SplitText(PatchFunctor):
     def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
         for joint in named(gm, "joint"):
-            rest = joint.meta["example_value"].shape[1] - TEXT
-            split_stream(joint, (TEXT, rest), 1, (ENCODER, HIDDEN))
+            split_stream(joint, (TEXT, None), 1, (ENCODER, HIDDEN))
         return gm
 
 

@@ -150,7 +150,6 @@ def test_a_list_of_one_block_is_none():
         BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=P1)
 
 
-@pytest.mark.xfail(strict=True, reason="the patterns after the first are dropped without a word")
 def test_auto_takes_one_pattern(model):
     with pytest.raises(ConfigError, match="forward_pattern"):
         BlockAdapter(transformer=model, auto=True, forward_pattern=[P1, P3])

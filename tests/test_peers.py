@@ -14,14 +14,14 @@ import pytest
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx.pipeline import _STRUCTURAL
+from cachedit_fx.config import STRUCTURAL
 from tests.models import FAMILIES
 from tests.peers.cases import CASES, Case, build, generate, recorded, subject
 from tests.reference import ReferenceCache
 from tests.sessions import every_session
 
 BRANCHES = ("cond", "uncond")
-POLICY_FIELDS = [name for name in cachedit_fx.config.FIELD_NAMES if name not in _STRUCTURAL]
+POLICY_FIELDS = [name for name in cachedit_fx.config.FIELD_NAMES if name not in STRUCTURAL]
 # Those with a forecast of what a reused step adds: nothing here makes one yet.
 COMPARED = [case for case in CASES if not case.taylorseer_order]
 
@@ -33,7 +33,7 @@ def settings(case: Case) -> dict[str, Any]:
 
 def structure(case: Case) -> tuple[object, ...]:
     """Equal for cases that one compiled graph serves."""
-    built = {name: value for name, value in settings(case).items() if name in _STRUCTURAL}
+    built = {name: value for name, value in settings(case).items() if name in STRUCTURAL}
     return (case.family, case.dtype, str(built), str(case.modifiers))
 
 

@@ -160,7 +160,6 @@ def test_a_name_is_a_string(name):
         BlockAdapterRegistry.register(name)
 
 
-@pytest.mark.xfail(strict=True, reason="only enable_cache asks the registry which part is the transformer")
 def test_a_part_that_only_the_adapter_knows_for_a_transformer_can_be_asked_and_let_go():
     @BlockAdapterRegistry.register("Odd")
     def adapter(pipe):
