@@ -90,9 +90,8 @@ class Backend:
             _report_bug(error, config)
             return compiler(gm, list(example_inputs))
         if isinstance(planned, Rewritten):
-            return _compile_guarded(
-                planned, config, compiler, owner=(self.owner, config) if config != self.config else self.owner
-            )
+            owner = self.owner if self.policy_per_call else (config, self.declared)
+            return _compile_guarded(planned, config, compiler, owner, policy_per_call=self.policy_per_call)
         return _compile_uncached(gm, example_inputs, planned, config, compiler)
 
 
@@ -150,7 +149,9 @@ def _rewrite(
     return Rewritten(plan, guarded, pieces, regions, weight)
 
 
-def _compile_guarded(rewritten: Rewritten, config: CacheConfig, compiler: InnerCompiler, *, owner: object) -> Compiled:
+def _compile_guarded(
+    rewritten: Rewritten, config: CacheConfig, compiler: InnerCompiler, owner: Hashable, *, policy_per_call: bool
+) -> Compiled:
     plan, pieces, weight = rewritten.plan, rewritten.pieces, rewritten.weight
     for piece in pieces:
         compiler.compile_piece(piece)
@@ -167,6 +168,7 @@ def _compile_guarded(rewritten: Rewritten, config: CacheConfig, compiler: InnerC
         weight=weight,
         conditioning=placeholders.index(plan.conditioning) if plan.conditioning is not None else None,
         has_clock=plan.timestep is not None,
+        policy_per_call=policy_per_call,
         copy_state=compiler.owns_buffers,
     )
 

@@ -56,6 +56,7 @@ class GuardedCall:
         weight: Position of the argument that tells module instances apart, or the tensor itself.
         conditioning: Position of the argument whose identity tells requests and guidance branches apart.
         has_clock: Whether the first region's probe ends with the timestep.
+        policy_per_call: Whether the model's call tells the policy, and what it was given (`session.ModelCall`).
         copy_state: Copy what is kept: the inner compiler hands out buffers that it will write over (CUDA graphs).
     """
 
@@ -69,6 +70,7 @@ class GuardedCall:
         weight: int | torch.Tensor,
         conditioning: int | None,
         has_clock: bool,
+        policy_per_call: bool = False,
         copy_state: bool = False,
     ) -> None:
         self.forward = forward
@@ -79,21 +81,21 @@ class GuardedCall:
         self.weight = weight
         self.conditioning = conditioning
         self.has_clock = has_clock
+        self.policy_per_call = policy_per_call
         self.copy_state = copy_state
 
     def __call__(self, *args: Any) -> Any:
         weight = args[self.weight] if isinstance(self.weight, int) else self.weight
         instance = instance_of(weight)
         conditioning = args[self.conditioning] if self.conditioning is not None else None
-        call = current_call()
-        is_part = call is not None and not self.has_clock
-        if call is not None and is_part:  # What a part of the model's forward gets was made on the way to it.
-            conditioning = call.conditioning
+        call = current_call() if self.policy_per_call else None
+        timestep = None
+        if call is not None and not self.has_clock:  # This is a part of the forward: what it gets was made on the way.
+            conditioning, timestep = call.conditioning, call.timestep
         policy = self.policy(call.policy if call is not None else None)
-        session = instance.open(policy.owner, conditioning)
-        step = StepRun(self, policy, instance, session, args)
-        if call is not None and is_part and call.timestep is not None:
-            step.tick(call.timestep)
+        step = StepRun(self, policy, instance, instance.open(policy.owner, conditioning), args)
+        if timestep is not None:
+            step.tick(timestep)
         output = self.forward(step, *args)
         step.commit()
         return output
