@@ -7,24 +7,18 @@ Work between two blocks belongs to the block before it.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from cachedit_fx.config import CacheConfig, CacheType, Changes
 from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.patterns.chain import HIDDEN, Block, describe, is_tensor, same_shape, shape_key, source_line, value_of
+from cachedit_fx.passes.inplace import written_between, written_outside
+from cachedit_fx.patterns.chain import HIDDEN, Block, describe, is_tensor, same_shape, shape_key, source_line
 from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
-
-_IN_PLACE_OPERATORS = {
-    *(operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.itruediv),
-    *(operator.ifloordiv, operator.imod, operator.imatmul, operator.ipow, operator.iand, operator.ior, operator.ixor),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,87 +284,11 @@ def _check(
     first, region = match.blocks.blocks[0].start, program.position[nodes[0]]
     written = written_outside(program, nodes)
     if looked_from is not None:
-        written = written or _written_between(program, looked_from, first, region)
+        written = written or written_between(program, looked_from, first, region)
     if written is not None:
         detail = f"expected streams that nothing writes into in place, found `{written.format_node()}`"
         return _miss(match, Cause.IN_PLACE, detail, written)
     return None
-
-
-def written_outside(program: Program, nodes: list[fx.Node]) -> fx.Node | None:
-    """The first of `nodes` that writes in place into storage that was made by any other node."""
-    inside = set(nodes)
-    mine = {_storage(n) for n in nodes} - {None}
-    if not any(map(is_in_place, nodes)):
-        return None
-    others = {_storage(n) for n in program.nodes if n not in inside and n.op != "output"}
-    for node in nodes:
-        if is_in_place(node):
-            storage = _storage(_target_of(node))
-            # An alias of something made outside shares its storage with it; what cannot be told is refused.
-            if storage is None or storage in others or storage not in mine:
-                return node
-    return None
-
-
-def _written_between(program: Program, stream: fx.Node, start: int, stop: int) -> fx.Node | None:
-    """What the Fn blocks write into the stream that entered them: the residual would be taken against the result.
-
-    Before the first block a stream may well be filled in place (a joint buffer of text and image).
-    """
-    for node in program.nodes[start:stop]:
-        if is_in_place(node) and _storage(_target_of(node)) in (None, _storage(stream)):
-            return node
-    return None
-
-
-def is_in_place(node: fx.Node) -> bool:
-    """Whether the node writes into its first argument (or `out=`)."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = getattr(node.target, "__name__", "")
-    functional = name.endswith("_") and not name.endswith("__") and name not in ("is_", "not_", "and_", "or_")
-    by_keyword = node.kwargs.get("out") is not None or _argument(node, "inplace") is True
-    return node.target in _IN_PLACE_OPERATORS or functional or by_keyword
-
-
-def _argument(node: fx.Node, name: str) -> object:
-    """An argument by its name, passed by keyword or by position."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    try:
-        return inspect.signature(node.target).bind_partial(*node.args).arguments.get(name)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # Built-in functions have no signature, nor such an argument.
-        return None
-
-
-def _target_of(node: fx.Node) -> fx.Node | None:
-    """What an in-place node writes into; None where that can't be told."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        arguments = node.target._schema.arguments
-        written = [i for i, arg in enumerate(arguments) if arg.alias_info is not None and arg.alias_info.is_write]
-        if len(written) != 1:
-            return None
-        i = written[0]
-        found = node.args[i] if i < len(node.args) else node.kwargs.get(arguments[i].name)
-        return found if isinstance(found, fx.Node) else None
-    target: object = node.kwargs.get("out") or node.kwargs.get("input") or (node.args[0] if node.args else None)
-    return target if isinstance(target, fx.Node) else None
-
-
-def _storage(node: fx.Node | None) -> int | None:
-    value = value_of(node) if node is not None else None
-    if not isinstance(value, torch.Tensor):
-        return None
-    try:
-        return int(value.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def _name(group: Group, first: int, last: int) -> str:
