@@ -31,8 +31,8 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	@touch $@
 	@echo "done: $(VENV)/bin/python"
 
-test: venv ## every test, slow ones too; ARGS="-k name" goes to pytest
-	$(PY) -m pytest $(ARGS)
+test: venv ## every test, slow ones too, on all cores; ARGS="-k name" goes to pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: venv ## ruff check, ruff format, mypy
 	$(PY) -m ruff check .

@@ -63,7 +63,7 @@ setup(
     extras_require={
         "diffusers": DIFFUSERS,
         "report": REPORT,
-        "test": [*DIFFUSERS, "pytest", "hypothesis", "matplotlib", "peft", "scikit-learn", "tqdm"],
+        "test": [*DIFFUSERS, "pytest", "hypothesis", "matplotlib", "peft", "pytest-xdist", "scikit-learn", "tqdm"],
         "peers": ["cache-dit==1.5.3"],
         "dev": ["ruff", "mypy", "build", "wheel", "setuptools>=77"],
     },
