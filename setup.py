@@ -42,7 +42,7 @@ def long_description() -> str:
 
 
 DIFFUSERS = ["diffusers", "transformers", "accelerate", "safetensors"]
-REPORT = ["matplotlib", "jinja2"]
+REPORT = ["matplotlib", "jinja2", "rich"]
 
 setup(
     name="cachedit_fx",

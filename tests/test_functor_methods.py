@@ -241,6 +241,26 @@ def test_a_functor_that_fails_on_the_graph_is_named(apply):
         assert message.endswith("no such node")
 
 
+def test_block_nodes_are_those_of_each_block_in_order():
+    seen = []
+
+    class Look(PatchFunctor):
+        def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
+            seen.append((list(gm.graph.nodes), cachedit_fx.block_nodes(gm, "blocks")))
+            assert cachedit_fx.block_nodes(gm, "no_such_list") == []
+            return gm
+
+    model = hybrid.build()
+    generate(enable(model, Look()))
+    ((nodes, blocks),) = seen
+    assert len(blocks) == len(model.blocks)
+    ordered = [node for block in blocks for node in block]
+    assert ordered == sorted(ordered, key=nodes.index) and len(set(ordered)) == len(ordered)
+    for block in blocks:
+        assert any(node.target is torch.nn.functional.linear for node in block)
+        assert not any(node.op in ("placeholder", "output") for node in block)
+
+
 def test_a_functor_that_adds_an_input_is_named():
     class AddsAnInput(PatchFunctor):
         def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
