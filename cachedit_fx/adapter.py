@@ -120,7 +120,7 @@ class BlockAdapter:
         counts = [len(of) for of in paths]
         patterns = _nest("forward_pattern", self.forward_pattern, modules, is_many, counts, _template)
         modifiers = _nest("params_modifiers", self.params_modifiers, modules, is_many, counts, _override)
-        if not self.blocks and any(len(of) > 1 for of in patterns) and not any(counts):
+        if not any(counts) and any(len(of) > 1 for of in patterns):
             raise ConfigError(
                 f"cachedit_fx: forward_pattern must be one pattern with auto=True, got {self.forward_pattern!r}"
             )

@@ -101,7 +101,7 @@ class GuardedCall:
         return output
 
     def policy(self, changes: Changes | None) -> Policy:
-        """What decides at this call: the configuration that this was compiled with, and what has changed since."""
+        """What decides at this call: the configuration that this was compiled with, but for `changes`."""
         if changes not in self._policies:
             config = self.config.override(changes)
             regions = tuple(config.override(plan.own) for plan in self.regions)

@@ -35,7 +35,7 @@ class ModelCall:
 
     Attributes:
         conditioning: The tensor whose identity tells requests and guidance branches apart.
-        policy: What of the configuration has changed since the graphs were compiled.
+        policy: When to reuse, whatever the graphs were compiled with; None for that.
         misses: Of graphs that were compiled during this call and run uncached, the number of nodes and the reason.
     """
 
@@ -208,7 +208,7 @@ class Instance:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._epoch = 0  # Counts the resets.
+        self._epoch = 0  # Counts the times that all sessions were ended.
         self.conditioning = ConditioningTable(self._conditioning_ended, self._lock)
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()  # The one used last stands last.
         self._finished: deque[Record] = deque(maxlen=MAX_FINISHED)
@@ -252,6 +252,7 @@ class Instance:
     def end(self, *, everyone: bool) -> None:
         """Ends the sessions of the request (or the thread and async task) that asks, or all."""
         with self._lock:
+            self._epoch += everyone  # So that steps that are running now leave nothing behind.
             for session in [s for s in self._sessions.values() if everyone or s.key.who == _who()]:
                 self._finish(session)
 

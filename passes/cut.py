@@ -44,7 +44,7 @@ class Region:
         name: As in `transformer_blocks[1:4]`; two lists are joined by `+`.
         first, last: Numbers of the chain's first block in the region and the first after it.
         nodes: The region's nodes in program order.
-        config: When this region is reused; `own` is what of it is for this region alone.
+        own: What of the configuration is for this region alone.
         looked_at: What the guard looks at: the hidden stream behind the Fn blocks, or in front of a single block.
             None: nothing is looked at.
         looked_from: What is taken off it first: the hidden stream before the Fn blocks; None to look at the value.
@@ -56,7 +56,6 @@ class Region:
     first: int
     last: int
     nodes: tuple[fx.Node, ...]
-    config: CacheConfig
     own: Changes | None
     looked_at: fx.Node | None
     looked_from: fx.Node | None
@@ -195,7 +194,7 @@ def _cut(
         return miss
     return Region(
         name=_name(group, first, last), first=group.number + first, last=group.number + last, nodes=tuple(nodes),
-        config=group.config, own=group.own, looked_at=looked_at, looked_from=looked_from,
+        own=group.own, looked_at=looked_at, looked_from=looked_from,
         carried=tuple(carried), hoisted=tuple(n for n in program.nodes if n in hoisted),
     )  # fmt: skip
 

@@ -101,9 +101,8 @@ def _inputs(gm: fx.GraphModule) -> list[str]:
 def _match(program: Program, declared: Declaration) -> tuple[Match, ...] | list[Mismatch]:
     """The chain's lists with the template that each fits: those declared, or those that the graph shows."""
     lists = locate_blocks(program)
-    if set(declared.lists) - {
-        blocks.path for blocks in lists
-    }:  # Not an error: where Dynamo broke the model up this is one graph of many.
+    missing = set(declared.lists) - {blocks.path for blocks in lists}
+    if missing:  # Not an error: where Dynamo broke the model up this is one graph of many.
         detail = f"expected a graph that calls the declared {', '.join(declared.lists)}, found {_listed(lists)}"
         return [Mismatch(None, Cause.NO_CHAIN, detail)]
     chain = tuple(blocks for blocks in lists if blocks.path in declared.lists) or join_lists(program, lists)

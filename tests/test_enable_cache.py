@@ -14,8 +14,9 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 
 import cachedit_fx
-from cachedit_fx import ConfigError
+from cachedit_fx import BlockAdapter, ConfigError
 from cachedit_fx import backend as backend_module
+from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor, HunyuanImagePatchFunctor
 from cachedit_fx.config import FIELD_NAMES
 from cachedit_fx.session import instances_in
 from tests import tiny as tiny_model
@@ -113,6 +114,26 @@ def test_only_reused_steps_differ_and_disabling_leaves_no_trace(tiny):
     assert_equal(tiny.run(pipe, num_steps=NUM_STEPS), plain)
     assert traces(pipe) == before
     assert cachedit_fx.summary(pipe, logging=False) == last
+
+
+@pytest.mark.parametrize(
+    ("tiny", "functor"),
+    [(PIPELINES["hidream"], HiDreamPatchFunctor), (PIPELINES["hunyuan_image"], HunyuanImagePatchFunctor)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_with_their_functor_only_reused_steps_differ_and_disabling_leaves_no_trace(tiny, functor):
+    pipe = tiny.build(NUM_BLOCKS)
+    plain = tiny.run(pipe, num_steps=NUM_STEPS)
+    before = traces(pipe)
+    cachedit_fx.enable_cache(BlockAdapter(pipe=pipe, patch_functor=functor()), fullgraph=True, **FIELDS)
+    assert_equal(tiny.run(pipe, num_steps=NUM_STEPS), plain)
+    cachedit_fx.refresh_context(pipe, residual_diff_threshold=1.0)
+    assert not torch.equal(tiny.run(pipe, num_steps=NUM_STEPS), plain)
+    for stats in cachedit_fx.summary(pipe, logging=False):
+        assert stats.cached_steps == [*range(WARMUP_STEPS, NUM_STEPS)]
+    cachedit_fx.disable_cache(pipe)
+    assert traces(pipe) == before
+    assert_equal(tiny.run(pipe, num_steps=NUM_STEPS), plain)
 
 
 @each_uncached
