@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ class Backend:
         policy_per_call: Every call brings its policy along (`ModelCall.policy`), so that modules whose configurations
             differ in nothing else share their graphs.
 
+    Attributes:
+        captures_data: The graphs are captured with `capture_scalar_outputs` and `capture_dynamic_output_shape_ops` on.
+
     Raises:
         ConfigError: An option is unknown.
     """
@@ -58,7 +62,14 @@ class Backend:
         for override in self.declared.overrides:
             check_together(self.config.override(override))
         self.policy_per_call = policy_per_call
+        self.captures_data = False
         self.__name__ = "cachedit"
+
+    def capturing(self, *, data: bool) -> Backend:
+        """The same backend for graphs that Dynamo captures in another way: these are shared with no others."""
+        other = copy.copy(self)
+        other.captures_data = data
+        return other
 
     @property
     def owner(self) -> tuple[Hashable, ...]:
@@ -66,10 +77,14 @@ class Backend:
         return (self.config.structure if self.policy_per_call else self.config, self.mode, self.declared)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Backend) and (self.owner, self.inner_options) == (other.owner, other.inner_options)
+        return isinstance(other, Backend) and self._identity == other._identity
 
     def __hash__(self) -> int:
-        return hash((self.owner, tuple(sorted(self.inner_options))))
+        return hash((self.owner, self.captures_data, tuple(sorted(self.inner_options))))
+
+    @property
+    def _identity(self) -> tuple[object, ...]:
+        return (self.owner, self.captures_data, self.inner_options)
 
     def __call__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,7 +14,9 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from cachedit_fx.adapter import BlockAdapter, Nested, require_no_calibrator, transformers_of
+from cachedit_fx.attempts import Attempts
 from cachedit_fx.backend import Backend, report_uncached
+from cachedit_fx.cache_factory.patch_functors import functor_for
 from cachedit_fx.config import FIELD_NAMES, CacheConfig
 from cachedit_fx.errors import ConfigError, PassError, PatternError
 from cachedit_fx.functor import PatchFunctor
@@ -158,16 +160,12 @@ class _Enabled:
         self.conditioning = conditioning_names(self.names)
         self.module = weakref.ref(module)
         kwargs = {name: value for name, value in settings.compile_kwargs.items() if name not in ("mode", "options")}
-        module.compile(backend=backend, **kwargs)
-        assert module._compiled_call_impl is not None
-        self.compiled: Callable[..., Any] = module._compiled_call_impl
+        self.compiled = Attempts(module, backend, kwargs)
         if hasattr(module, "cache_context"):
             _register_hook(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        prompts = (_first_tensor(given.get(name)) for name in self.conditioning)
-        call = ModelCall(given.get(self.timestep or ""), next(filter(_is_tensor, prompts), None), self.policy)
+        call = self._call(args, kwargs)
         with within_call(call):
             try:
                 result = self.compiled(*args, **kwargs)
@@ -175,11 +173,36 @@ class _Enabled:
                 if isinstance(error.inner_exception, PatternError | PassError):
                     raise error.inner_exception from None
                 raise
-        if call.misses:
-            module = self.module()
-            if module is not None and not is_cached(module):
-                report_uncached(max(call.misses)[1], self.settings.config)  # That of the largest graph.
+        module = self.module()
+        if not call.misses or module is None or is_cached(module):
+            return result
+        if not self.compiled.give_up():
+            report_uncached(_why_uncached(module, call, self.compiled.why_in_parts), self.settings.config)
+        elif self.settings.config.on_no_match == "raise":  # What this call returned is not needed, only the verdict.
+            return self(*args, **kwargs)
         return result
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        prompts = (_first_tensor(given.get(name)) for name in self.conditioning)
+        return ModelCall(given.get(self.timestep or ""), next(filter(_is_tensor, prompts), None), self.policy)
+
+
+def _why_uncached(module: nn.Module, call: ModelCall, in_parts: str) -> str:
+    """In one sentence what keeps a module from being cached, and what helps."""
+    if not in_parts:
+        return max(call.misses)[1]  # That of the largest graph.
+    name = type(module).__name__
+    functor = functor_for(name)
+    cure = (
+        f"{functor.__name__} makes it one graph: enable_cache(BlockAdapter(..., patch_functor={functor.__name__}()))"
+        if functor is not None
+        else "a patch functor that replaces what stands there helps (docs/functors.md)"
+    )
+    return (
+        f"cachedit_fx: {name} runs without caching, because Dynamo captures it only in {len(call.misses)} graphs (it "
+        f"stops at {in_parts}) and its loop over the blocks is whole in none of them; {cure}."
+    )
 
 
 def _first_tensor(value: Any) -> Any:
