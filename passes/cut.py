@@ -110,10 +110,10 @@ def _check_blocks(group: Group) -> Mismatch | None:
             f"found {fn} + {bn}",
             progress=total, total=total,
         )  # fmt: skip
-    partial = next((m for m in group.matches if not m.blocks.blocks[0].path.endswith(".0")), None)
+    partial = next((m for m in group.matches if not m.blocks.has_its_first), None)
     if partial is not None:
-        first = partial.blocks.blocks[0].path
-        detail = f"expected a chain that starts at block 0 of {partial.blocks.path}, found {first}: Dynamo broke it up"
+        path, first = partial.blocks.path, partial.blocks.blocks[0].path
+        detail = f"expected a chain that starts at the first block of {path}, found {first}: Dynamo broke it up"
         return _miss(partial, Cause.NO_CHAIN, detail)
     return None
 

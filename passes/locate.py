@@ -8,6 +8,7 @@ the blocks hand on. Names only label what the dataflow found.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.patterns.chain import ENCODER, HIDDEN, Block, BlockList, base_name, is_tensor, same_shape
+from cachedit_fx.passes.dataflow import Program, is_layout
+from cachedit_fx.patterns.chain import ENCODER, HIDDEN, Block, BlockList, base_name, is_tensor, same_shape, shape_key
 
 _TOKEN = re.compile(r"\['([^']+)'\]|\.?([A-Za-z_]\w*|\d+)|\[(\d+)\]")
 _NOT_NAMES = {"L", "self", "__dict__", "_modules"}
@@ -26,41 +27,92 @@ Path = tuple[str, ...]
 def locate_blocks(program: Program) -> tuple[BlockList, ...]:
     """Every list of at least two block calls whose blocks hand a stream on (or nearly), in execution order.
 
-    Lists inside the blocks of a list that has streams are not looked at.
+    Lists inside the blocks of a list that has streams are not looked at. Two lists that take turns are one.
     """
-    found: list[tuple[Path, BlockList]] = []
-    for path, calls in sorted(module_lists(program).items(), key=lambda item: len(item[0])):
-        inside = any(path[: len(outer)] == outer and known.is_carried for outer, known in found)
-        if len(calls) < 2 or inside:
+    found: list[BlockList] = []
+    known: set[Path] = set()  # Of all blocks that have streams.
+    taken: set[Path] = set()  # Lists that take turns with one that was found.
+    lists = module_lists(program)
+    for path, calls in sorted(lists.items(), key=lambda item: (len(item[0]), item[1][0].start)):
+        inner = calls[0].path
+        if len(calls) < 2 or path in taken or any(inner[:i] in known for i in range(len(inner))):
             continue
-        found.append((path, _trace_list(program, path, calls)))
-    return tuple(blocks for _, blocks in sorted(found, key=lambda item: item[1].blocks[0].start))
+        blocks = _trace_turns(program, path, lists) or _trace_list(program, path, _spans(calls))
+        if blocks.is_carried:
+            known.update(call.path for call in calls)
+            taken.update(tuple(other.split(".")) for other in blocks.alternates)
+        found.append(blocks)
+    return tuple(sorted((b for b in found if tuple(b.path.split(".")) not in taken), key=lambda b: b.blocks[0].start))
 
 
 @dataclass(slots=True)
 class Call:
-    """One module call: where its nodes stand in program order."""
+    """One module call: where its nodes stand in program order.
+
+    Attributes:
+        number: How often the module had been called before.
+        has_inner: Whether any of its nodes belongs to a module inside it.
+    """
 
     path: Path
     cls: type | None
+    number: int
     positions: list[int]
+    has_inner: bool = False
+
+    @property
+    def start(self) -> int:
+        return self.positions[0]
 
 
 def module_lists(program: Program) -> dict[Path, list[Call]]:
-    """Path of a list -> its module calls, in order of first appearance. Nested lists are listed as well."""
-    calls: dict[Path, Call] = {}
+    """Path of a list -> its module calls, in order of first appearance. Nested lists are listed as well.
+
+    A list is what `nn.ModuleList` and `nn.Sequential` hold (`blocks.0`, `blocks.1`), modules under numbered names
+    (`layer1`, `layer2`: the list `layer`), or one module that is called again and again.
+    """
+    calls: dict[tuple[Path, int], Call] = {}
     for position, node in enumerate(program.nodes):
         if node.op in ("placeholder", "get_attr", "output"):
             continue  # A placeholder carries the stack of its first user.
-        for raw, cls in (node.meta.get("nn_module_stack") or {}).values():
-            path = module_path(raw)
-            if path and path[-1].isdigit():
-                call = calls.setdefault(path, Call(path, cls if isinstance(cls, type) else None, []))
-                call.positions.append(position)
+        stack = (node.meta.get("nn_module_stack") or {}).items()
+        outer = None
+        for key, (raw, cls) in stack:
+            path, number = module_path(raw), _call_number(key)
+            if not path:
+                continue
+            known = calls.get((path, number))
+            if known is None:
+                known = calls[path, number] = Call(path, cls if isinstance(cls, type) else None, number, [])
+            known.positions.append(position)
+            if outer is not None:
+                outer.has_inner = True
+            outer = known
+    again = {path for path, number in calls if number > 0}
     lists: dict[Path, list[Call]] = defaultdict(list)
-    for path, call in calls.items():
-        lists[path[:-1]].append(call)
-    return lists
+    for (path, _), call in calls.items():
+        lists[_list_of(path, is_repeated=path in again)].append(call)
+    return {path: found for path, found in lists.items() if path and _is_list(path, found)}
+
+
+def _call_number(key: str) -> int:
+    """Dynamo's key of a module that was called before ends in `@1`, `@2`, ..."""
+    return int(key.rpartition("@")[2]) if "@" in key else 0
+
+
+def _list_of(path: Path, *, is_repeated: bool) -> Path:
+    name = path[-1]
+    if name.isdigit():
+        return path[:-1]
+    stem = name.rstrip("0123456789").rstrip("_")
+    return path if is_repeated or stem == name or not stem else (*path[:-1], stem)
+
+
+def _is_list(path: Path, calls: list[Call]) -> bool:
+    """Whether the calls are blocks as far as names tell. `norm1` and `norm2`, or an activation used twice, are not."""
+    if all(call.path[-1].isdigit() for call in calls):
+        return True
+    return len(calls) > 2 and all(call.has_inner and call.cls is calls[0].cls for call in calls)
 
 
 def module_path(raw: str) -> Path:
@@ -72,8 +124,7 @@ def module_path(raw: str) -> Path:
     return tuple(token for token in tokens if token not in _NOT_NAMES)
 
 
-def _trace_list(program: Program, path: Path, calls: list[Call]) -> BlockList:
-    blocks = _spans(calls)
+def _trace_list(program: Program, path: Path, blocks: tuple[Block, ...], alternates: str = "") -> BlockList:
     boundaries, broken = _trace_streams(program, blocks)
     labels: dict[str, str] = {}
     if len(boundaries) == len(blocks) + 1:
@@ -88,17 +139,51 @@ def _trace_list(program: Program, path: Path, calls: list[Call]) -> BlockList:
         broken=broken,
         flops=sum(program.flops[blocks[0].start : stop]),
         labels=labels,
+        alternates=(alternates,) if alternates else (),
     )
 
 
+def _trace_turns(program: Program, path: Path, lists: Mapping[Path, list[Call]]) -> BlockList | None:
+    """The list at `path` and one beside it whose blocks take turns with its own (spatial, temporal), as one list.
+
+    A block is then one of each, up to where the stream has its shape again.
+    """
+    calls = lists[path]
+    for other, theirs in lists.items():
+        if other == path or other[:-1] != path[:-1] or len(theirs) != len(calls):
+            continue
+        turns = [call for pair in zip(calls, theirs, strict=True) for call in pair]
+        if any(call.positions[-1] >= then.start for call, then in itertools.pairwise(turns)):
+            continue
+        last = Call(calls[-1].path, calls[-1].cls, 0, [calls[-1].start, _moved_back(program, calls, theirs) - 1])
+        found = _trace_list(program, path, _spans([*calls[:-1], last]), ".".join(other))
+        if found.is_carried:
+            return found
+    return None
+
+
+def _moved_back(program: Program, calls: list[Call], theirs: list[Call]) -> int:
+    """Where the last block of a list that takes turns ends: behind what moves its stream to the shape it came in."""
+    entered = program.read_from_before(calls[-1].start, theirs[-1].positions[-1])
+    shapes = {shape_key(node) for node in entered if is_tensor(node)}
+    end = theirs[-1].positions[-1] + 1
+    for stop in range(end, len(program.nodes)):
+        before, node = program.nodes[stop - 1], program.nodes[stop]
+        if is_tensor(before) and shape_key(before) in shapes:
+            return stop
+        if not is_layout(node):
+            break
+    return end
+
+
 def _spans(calls: list[Call]) -> tuple[Block, ...]:
-    starts = [call.positions[0] for call in calls]
+    starts = [call.start for call in calls]
     blocks = []
     for i, call in enumerate(calls):
         limit = starts[i + 1] if i + 1 < len(calls) else call.positions[-1] + 1
         # A block's module may be called on again after the loop (DiT); those nodes belong to whatever they stand in.
         end = max(p for p in call.positions if p < limit) + 1
-        blocks.append(Block(".".join(call.path), call.cls, starts[i], end, limit))
+        blocks.append(Block(".".join(call.path), call.cls, call.start, end, limit))
     return tuple(blocks)
 
 

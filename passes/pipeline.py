@@ -40,7 +40,10 @@ class Plan:
     conditioning: fx.Node | None
 
     def __str__(self) -> str:
-        lists = " -> ".join(f"{m.blocks.path} ({len(m.blocks.blocks)} blocks, {m.label})" for m in self.chain)
+        lists = " -> ".join(
+            f"{' and '.join((m.blocks.path, *m.blocks.alternates))} ({len(m.blocks.blocks)} blocks, {m.label})"
+            for m in self.chain
+        )
         regions = ", ".join(region.name for region in self.regions)
         names = [base_name(node) if node is not None else "none" for node in (self.timestep, self.conditioning)]
         return f"{lists}; region {regions}; timestep {names[0]}, conditioning {names[1]}"
@@ -101,7 +104,7 @@ def _inputs(gm: fx.GraphModule) -> list[str]:
 def _match(program: Program, declared: Declaration) -> tuple[Match, ...] | list[Mismatch]:
     """The chain's lists with the template that each fits: those declared, or those that the graph shows."""
     lists = locate_blocks(program)
-    missing = set(declared.lists) - {blocks.path for blocks in lists}
+    missing = set(declared.lists) - {path for blocks in lists for path in (blocks.path, *blocks.alternates)}
     if missing:  # Not an error: where Dynamo broke the model up this is one graph of many.
         detail = f"expected a graph that calls the declared {', '.join(declared.lists)}, found {_listed(lists)}"
         return [Mismatch(None, Cause.NO_CHAIN, detail)]

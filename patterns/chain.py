@@ -46,6 +46,7 @@ class BlockList:
             [B, L, D], made from a conditioning input.
         emitted: What a block hands out beside its streams and nobody carries on, seen at the end of the list.
         flops: Estimate over all blocks.
+        alternates: Path of the list whose blocks take turns with these, if one does; a block is then one of each.
     """
 
     path: str
@@ -56,6 +57,14 @@ class BlockList:
     broken: str = ""
     flops: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)  # role -> the name that the model's code uses
+    alternates: tuple[str, ...] = ()
+
+    @property
+    def has_its_first(self) -> bool:
+        """Whether the first block here is the first of its list: block 0, or 1 of modules under numbered names."""
+        name = self.blocks[0].path.rpartition(".")[2]
+        number = name[len(name.rstrip("0123456789")) :]
+        return not number or int(number) <= (0 if name.isdigit() else 1)
 
     @property
     def is_carried(self) -> bool:
