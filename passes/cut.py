@@ -17,6 +17,7 @@ from torch import fx
 from cachedit_fx.config import CacheConfig, CacheType, Changes
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inplace import written_between, written_outside
+from cachedit_fx.passes.replay import Replay, replay_joins
 from cachedit_fx.patterns.chain import HIDDEN, Block, describe, is_tensor, same_shape, shape_key, source_line
 from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
 
@@ -29,11 +30,13 @@ class Carried:
         role: The stream's role, or the node's name for a value that continues no stream.
         before: The stream where it enters the region; None if the value is cached as it is.
         after: The node that makes it, in the region.
+        replay: How `before` follows from the streams at the cut, where lists are joined behind it; None: it is there.
     """
 
     role: str
     before: fx.Node | None
     after: fx.Node
+    replay: Replay | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +192,7 @@ def _cut(
     hoisted = _behind([n for n in leaving if n not in made], inside)
     nodes = [n for n in nodes if n not in hoisted]
     carried = _pair(group, before, after, [n for n in leaving if n in made])
+    carried = _rejoin(program, group, first, last, before, carried)
     miss = _check(program, match, looked_from, before, carried, nodes)
     if miss is not None:
         return miss
@@ -259,6 +263,29 @@ def _pair(
         is_residual = node in partner and kinds.get(role) != "value"
         pairs.append(Carried(role, before[role] if is_residual else None, node))
     return pairs
+
+
+def _rejoin(
+    program: Program, group: Group, first: int, last: int, before: Mapping[str, fx.Node], carried: list[Carried]
+) -> list[Carried]:
+    """Streams that continue none at the first cut, against what the lists between the cuts would make of those."""
+    lists = [(match.blocks, stop) for match, stop in _with_ends(group)]
+    meetings = [
+        (one.boundaries[-1], other.boundaries[0])
+        for (one, stop), (other, _) in itertools.pairwise(lists)
+        if first < stop < last
+    ]
+    if not meetings:
+        return carried
+    joined = replay_joins(program, group.blocks[first].start, before, meetings)
+    found = []
+    for pair in carried:
+        entry, replay = joined.get(pair.role, (None, None))
+        kind = {**group.matches[0].template.cached, **group.matches[-1].template.cached}.get(pair.role)
+        if pair.before is None and kind != "value" and entry is not None and same_shape(entry, pair.after):
+            pair = Carried(pair.role, entry, pair.after, replay)
+        found.append(pair)
+    return found
 
 
 def _check(

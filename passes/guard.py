@@ -241,17 +241,15 @@ def _branches(
     """`compute` and `reuse`, both over the same operands (values at the cut, then what was stored), both returning
     the carried values and then what is to be stored."""
     body = extract(region.nodes)
-    for pair in region.carried:
-        if pair.before is not None:
-            body.take(pair.before)
+    starts = [_start(body, pair) for pair in region.carried]
     operands = list(body.inputs)
     outputs = [body.copies[pair.after] for pair in region.carried]
     kept = []
-    for pair, out in zip(region.carried, outputs, strict=True):
+    for start, out in zip(starts, outputs, strict=True):
         # Neither may alias an output: what is kept outlives the call.
         node = (
-            body.graph.call_function(torch.sub, (out, body.copies[pair.before]))
-            if pair.before is not None
+            body.graph.call_function(torch.sub, (out, start))
+            if start is not None
             else body.graph.call_method("clone", (out,))
         )
         node.meta["cachedit_probe"] = True
@@ -265,6 +263,13 @@ def _branches(
         with torch.no_grad():
             pair.after.meta["example_value"] = value_of(pair.after).contiguous()
     return compute, reuse, operands
+
+
+def _start(piece: Extract, pair: Carried) -> fx.Node | None:
+    """What the residual of `pair` is taken against, in `piece`; None for a value that is kept as it is."""
+    if pair.before is None:
+        return None
+    return piece.take(pair.before) if pair.replay is None else pair.replay.into(piece.graph, piece.take)
 
 
 def _differs_in_strides(pair: Carried) -> bool:
@@ -287,14 +292,14 @@ def _reuse(
     inputs = {node: graph.placeholder(node.name) for node in operands}
     for node, placeholder in inputs.items():
         placeholder.meta = copy.copy(node.meta)
+    piece = Extract(graph, list(operands), dict(inputs))
     stored = [graph.placeholder(f"stored_{i}") for i in range(len(carried))]
     outputs = []
     for pair, held in zip(carried, stored, strict=True):
         held.meta = {"example_value": _stored_example(pair)}
+        start = _start(piece, pair)
         out = (
-            graph.call_function(torch.add, (inputs[pair.before], held))
-            if pair.before is not None
-            else graph.call_method("clone", (held,))
+            graph.call_function(torch.add, (start, held)) if start is not None else graph.call_method("clone", (held,))
         )
         outputs.append(_contiguous(out) if pair in uneven else out)
     graph.output((*outputs, *stored))
