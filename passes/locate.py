@@ -20,6 +20,7 @@ from cachedit_fx.passes.dataflow import Program, is_layout
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN, Block, BlockList, base_name, is_tensor, same_shape, shape_key
 
 _TOKEN = re.compile(r"\['([^']+)'\]|\.?([A-Za-z_]\w*|\d+)|\[(\d+)\]")
+_ROOT = re.compile(r"^[LG]\['(?:args'\]\[\d+\]|\w+'\](?!\[))")  # A local, but not what a local list holds.
 _NOT_NAMES = {"L", "self", "__dict__", "_modules"}
 Path = tuple[str, ...]
 
@@ -69,30 +70,47 @@ def module_lists(program: Program) -> dict[Path, list[Call]]:
     """Path of a list -> its module calls, in order of first appearance. Nested lists are listed as well.
 
     A list is what `nn.ModuleList` and `nn.Sequential` hold (`blocks.0`, `blocks.1`), modules under numbered names
-    (`layer1`, `layer2`: the list `layer`), or one module that is called again and again.
+    (`layer1`, `layer2`: the list `layer`), or one module that is called again and again. A list of lists (`layers.0.0`,
+    `layers.0.1`) is one of blocks that are never called themselves.
     """
-    calls: dict[tuple[Path, int], Call] = {}
-    for position, node in enumerate(program.nodes):
-        if node.op in ("placeholder", "get_attr", "output"):
-            continue  # A placeholder carries the stack of its first user.
-        stack = (node.meta.get("nn_module_stack") or {}).items()
-        outer = None
-        for key, (raw, cls) in stack:
-            path, number = module_path(raw), _call_number(key)
-            if not path:
-                continue
-            known = calls.get((path, number))
-            if known is None:
-                known = calls[path, number] = Call(path, cls if isinstance(cls, type) else None, number, [])
-            known.positions.append(position)
-            if outer is not None:
-                outer.has_inner = True
-            outer = known
+    calls = _module_calls(program)
     again = {path for path, number in calls if number > 0}
     lists: dict[Path, list[Call]] = defaultdict(list)
     for (path, _), call in calls.items():
-        lists[_list_of(path, is_repeated=path in again)].append(call)
-    return {path: found for path, found in lists.items() if path and _is_list(path, found)}
+        named = _list_of(path)
+        if named is not None:
+            lists[named].append(call)
+    for path in again - set(lists):  # What holds a list may be called twice; its members tell more.
+        if not path[-1].isdigit():
+            lists[path] = [call for (called, _), call in calls.items() if called == path]
+    return {path: found for path, found in lists.items() if _is_list(found)}
+
+
+def _module_calls(program: Program) -> dict[tuple[Path, int], Call]:
+    """Path and number of a call -> the call, in order of first appearance."""
+    calls: dict[tuple[Path, int], Call] = {}
+    holders: dict[tuple[Path, int], Call] = {}  # Modules with a number that hold others.
+    for position, node in enumerate(program.nodes):
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue  # A placeholder carries the stack of its first user.
+        outer = None
+        for key, (raw, cls) in (node.meta.get("nn_module_stack") or {}).items():
+            path, number = module_path(raw), _call_number(key)
+            if not path:
+                continue
+            call = calls.setdefault((path, number), Call(path, cls if isinstance(cls, type) else None, number, []))
+            call.positions.append(position)
+            if outer is not None:
+                outer.has_inner = True
+            outer = call
+            for end in range(1, len(path)):
+                if path[end - 1].isdigit():
+                    held = holders.setdefault((path[:end], number), Call(path[:end], None, number, [], has_inner=True))
+                    if position not in held.positions[-1:]:
+                        held.positions.append(position)
+    called = {path for path, _ in calls}
+    calls |= {key: call for key, call in holders.items() if key[0] not in called}
+    return dict(sorted(calls.items(), key=lambda item: item[1].start))
 
 
 def _call_number(key: str) -> int:
@@ -100,15 +118,15 @@ def _call_number(key: str) -> int:
     return int(key.rpartition("@")[2]) if "@" in key else 0
 
 
-def _list_of(path: Path, *, is_repeated: bool) -> Path:
+def _list_of(path: Path) -> Path | None:
     name = path[-1]
-    if name.isdigit():
-        return path[:-1]
     stem = name.rstrip("0123456789").rstrip("_")
-    return path if is_repeated or stem == name or not stem else (*path[:-1], stem)
+    if stem == name:
+        return None
+    return (*path[:-1], stem) if stem else path[:-1] or None
 
 
-def _is_list(path: Path, calls: list[Call]) -> bool:
+def _is_list(calls: list[Call]) -> bool:
     """Whether the calls are blocks as far as names tell. `norm1` and `norm2`, or an activation used twice, are not."""
     if all(call.path[-1].isdigit() for call in calls):
         return True
@@ -117,6 +135,7 @@ def _is_list(path: Path, calls: list[Call]) -> bool:
 
 def module_path(raw: str) -> Path:
     """`L['self'].__dict__['_modules']['blocks'].0.attn` -> ("blocks", "0", "attn"). Roots vary and are dropped."""
+    raw = _ROOT.sub("", raw)
     tokens = [next(filter(None, groups)) for groups in _TOKEN.findall(raw)]
     for root in ("__self__", "__dict__"):  # The first where a hook calls the forward of the module that it holds.
         if root in tokens:
