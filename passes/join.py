@@ -18,7 +18,7 @@ def join_lists(program: Program, lists: tuple[BlockList, ...]) -> tuple[BlockLis
     carried = [blocks for blocks in lists if blocks.is_carried]
     if not carried:
         return ()
-    chain = [max(carried, key=lambda blocks: blocks.flops)]
+    chain = [_main_list(program, carried)]
     grown = True
     while grown:
         grown = False
@@ -34,6 +34,20 @@ def join_lists(program: Program, lists: tuple[BlockList, ...]) -> tuple[BlockLis
             grown = True
     share = sum(blocks.flops for blocks in chain)
     return tuple(chain) if share >= LEAST_SHARE * flops_on_latents(program, chain[0]) else ()
+
+
+def _main_list(program: Program, carried: list[BlockList]) -> BlockList:
+    """The heaviest list; one behind it that it only makes a side input of goes before it, if it is not a small part."""
+    main = max(carried, key=lambda blocks: blocks.flops)
+    for blocks in sorted(carried, key=lambda blocks: blocks.flops, reverse=True):
+        start, stop = main.blocks[-1].end, blocks.blocks[0].start
+        if stop < start or blocks.flops < LEAST_SHARE * flops_on_latents(program, blocks):
+            continue
+        exits = set(main.boundaries[-1].values())
+        behind = program.descendants_within(exits, start, blocks.blocks[-1].end)
+        if behind & set(blocks.boundaries[-1].values()) and not continues(program, main, blocks):
+            main = blocks
+    return main
 
 
 def flops_on_latents(program: Program, blocks: BlockList) -> int:

@@ -209,22 +209,34 @@ def _spans(calls: list[Call]) -> tuple[Block, ...]:
 def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[dict[str, fx.Node]], str]:
     """The streams at every boundary, under provisional names, as far as they run; and where they were lost."""
     boundaries: list[dict[str, fx.Node]] = []
+    told: set[str] = set()  # Streams that more than their shape told at every boundary so far.
     for i, block in enumerate(blocks):
         is_last = i + 1 == len(blocks)
         reads = (block.span_end, blocks[i + 1].span_end) if not is_last else (block.end, len(program.nodes))
         born = program.born(block.start, block.span_end)
         candidates = [node for node in born if is_tensor(node) and program.used_in(node, *reads)]
         if i == 0:
-            entries = [n for n in program.read_from_before(block.start, block.span_end) if is_tensor(n)]
+            # What only the work behind the block reads is no stream of the block.
+            entries = [n for n in program.read_from_before(block.start, block.end) if is_tensor(n)]
             later = {n for n in entries if program.used_in(n, block.span_end, blocks[-1].end)}
             pairs = _pair(program, block, {node.name: node for node in entries}, candidates, later)
             boundaries.append({name: program.by_name[name] for name in pairs})
+            told = set(pairs)
         else:
             pairs = _pair(program, block, boundaries[-1], candidates, set())
+        alike = {name for name, node in pairs.items() if not _is_told(program, block, boundaries[-1][name], node)}
+        if is_last:  # What is used behind the list may be something else that the last block made.
+            pairs = {name: node for name, node in pairs.items() if name not in alike & told}
+        told -= alike
         if not pairs:
             return boundaries, f"no tensor that leaves block {i} has the shape of one that entered it"
         boundaries.append(pairs)
     return boundaries, ""
+
+
+def _is_told(program: Program, block: Block, before: fx.Node, after: fx.Node) -> bool:
+    """Whether more than shape and a path says that `after` continues `before`."""
+    return before in program.residual_spine(after, block.start) or base_name(before) == base_name(after)
 
 
 def _pair(
@@ -233,7 +245,8 @@ def _pair(
     """Each stream before the block with the one value after it that continues it, best evidence first.
 
     Evidence: equal shape and a path through the block are required; then a path of additions, an equal name, not
-    being read by later blocks (`avoid`: those are invariants), and standing late in the block count.
+    being read by later blocks (`avoid`: those are invariants), standing late in the block, and having been made late
+    (what was put by earlier is a skip) count.
     """
     scored = []
     for node in after:
@@ -243,7 +256,8 @@ def _pair(
             continue
         spine = program.residual_spine(node, block.start)
         for name, old in same:
-            evidence = (old not in avoid, old in spine, base_name(old) == base_name(node), program.position[node])
+            told = (old in spine, base_name(old) == base_name(node))
+            evidence = (old not in avoid, *told, program.position[node], program.position[old])
             scored.append((evidence, name, node))
     pairs: dict[str, fx.Node] = {}
     for evidence, name, node in sorted(scored, key=lambda item: item[0], reverse=True):

@@ -1,4 +1,4 @@
-"""The way of a graph, in order: hoist sizes, locate blocks, join lists, match templates, cut regions."""
+"""The way of a graph, in order: tidy it, locate blocks, join lists, match templates, cut regions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch import fx
 
 from cachedit_fx.config import CacheConfig
 from cachedit_fx.errors import PatternError
+from cachedit_fx.passes.checkpoints import inline_checkpoints
+from cachedit_fx.passes.contexts import narrow_contexts
 from cachedit_fx.passes.cut import Group, Region, cut_regions
 from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.passes.inplace import replace_writes
 from cachedit_fx.passes.inputs import find_conditioning, find_timestep
 from cachedit_fx.passes.join import LEAST_SHARE, continues, flops_on_latents, join_lists
 from cachedit_fx.passes.locate import locate_blocks
@@ -58,8 +61,11 @@ def plan_graph(
         PatternError: The graph contradicts what was declared.
     """
     declared = declared or Declaration()
+    inline_checkpoints(gm)
     gm = _apply_functor(gm, declared)
     hoist_symbols(gm)
+    narrow_contexts(gm)
+    replace_writes(gm)
     program = Program(gm.graph)
     if torch.is_grad_enabled() and any(is_tensor(n) and value_of(n).requires_grad for n in program.nodes):
         detail = (
