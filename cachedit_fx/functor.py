@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 
 from cachedit_fx.errors import ConfigError
+from cachedit_fx.passes.calls import module_lists
 from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.passes.locate import module_lists
 
 _MISSING = object()
 

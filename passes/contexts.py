@@ -13,7 +13,7 @@ from collections.abc import Hashable
 
 from torch import fx
 
-from cachedit_fx.passes.locate import module_path
+from cachedit_fx.passes.calls import module_path
 
 
 def narrow_contexts(gm: fx.GraphModule) -> bool:

@@ -23,7 +23,9 @@ LAYOUT_FUNCTIONS = {
     *(operator.getitem, torch.cat, torch.concat, torch.split, torch.chunk, torch.narrow, torch.reshape),
     *(torch.flatten, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute, torch.clone),
 }
-_CONDITIONING_NAME = re.compile(r"encoder_hidden_states|prompt|context|cap|text|cond|label|class", re.IGNORECASE)
+_CONDITIONING_NAME = re.compile(
+    r"encoder_hidden_states|prompt|context|cap|text|txt|clip|t5|cond|label|class", re.IGNORECASE
+)
 _ADDITIONS = {operator.add, operator.sub, operator.iadd, torch.add, torch.sub, "add", "sub", "add_"}
 _MATMULS = {torch.nn.functional.linear, torch.matmul, torch.bmm, torch.mm, operator.matmul, torch.addmm, torch.baddbmm}
 
@@ -33,6 +35,11 @@ def is_layout(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in LAYOUT_METHODS
     return node.op == "call_function" and node.target in LAYOUT_FUNCTIONS
+
+
+def is_addition(node: fx.Node) -> bool:
+    target: Any = node.target
+    return target in _ADDITIONS
 
 
 class Program:
@@ -90,8 +97,7 @@ class Program:
             current = todo.pop()
             if self.position[current] < start:
                 continue
-            target: Any = current.target
-            if target in _ADDITIONS or is_layout(current):
+            if is_addition(current) or is_layout(current):
                 fresh = [arg for arg in current.all_input_nodes if arg not in seen and not is_weight(arg)]
                 seen.update(fresh)
                 todo.extend(fresh)
@@ -124,11 +130,17 @@ class Program:
         A model may join text and image into one stream before its first block. Then they are those of them that are
         shaped like something the model returns, or (image-to-video: extra channels) not named like a conditioning.
         """
+        behind = self.conditioning_behind(hidden) if hidden is not None else frozenset()
+        alike = behind & self.like_outputs
+        return alike or frozenset(node for node in behind if not is_named_conditioning(node))
+
+    @cached_property
+    def like_outputs(self) -> frozenset[fx.Node]:
+        """The model's inputs that have the shape of something it returns."""
         output = next(node for node in reversed(self.nodes) if node.op == "output")
         shapes = {shape_key(node) for node in output.all_input_nodes if is_tensor(node)}
-        behind = self.conditioning_behind(hidden) if hidden is not None else frozenset()
-        alike = frozenset(node for node in behind if shape_key(node) in shapes)
-        return alike or frozenset(node for node in behind if not is_named_conditioning(node))
+        inputs = {source for sources in self._inputs_behind.values() for source in sources}
+        return frozenset(node for node in inputs if shape_key(node) in shapes and self.is_sequence(node))
 
     def is_sequence(self, node: fx.Node) -> bool:
         """Whether the node is a floating tensor of at least three dimensions, as [B, L, D]."""

@@ -35,7 +35,9 @@ def find_conditioning(program: Program, chain: tuple[BlockList, ...], timestep: 
     class-conditional model the labels. Masks, ids and guidance are rebuilt by loops and do not count, nor do latents.
     """
     boundary = chain[0].boundaries[0]
-    latents = program.latent_inputs(boundary.get(HIDDEN))
+    latents = program.latent_inputs(boundary.get(HIDDEN)) | {
+        node for node in program.like_outputs if not is_named_conditioning(node)
+    }
     roots = [boundary[ENCODER]] if ENCODER in boundary else []
     roots += [context for blocks in chain for context in blocks.contexts]
     behind = {source for root in roots for source in program.conditioning_behind(root)} - latents

@@ -69,8 +69,8 @@ def continues(program: Program, first: BlockList, second: BlockList) -> bool:
     if stop < start:
         return False
     entry = second.boundaries[0].get(HIDDEN) or next(iter(second.boundaries[0].values()))
-    exits = set(first.boundaries[-1].values())
+    exits, entries = set(first.boundaries[-1].values()), set(first.boundaries[0].values())
     spine = program.residual_spine(entry, start)
+    through = entries | program.descendants_within(entries, first.blocks[0].start, stop)
     latents = program.latent_inputs(entry)
-    beside = {node for node in spine if program.position[node] < start} - exits
-    return bool(exits & spine) and not any(program.inputs_behind(node) & latents for node in beside)
+    return bool(exits & spine) and not any(program.inputs_behind(node) & latents for node in spine - through)

@@ -9,20 +9,14 @@ the blocks hand on. Names only label what the dataflow found.
 from __future__ import annotations
 
 import itertools
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from torch import fx
 
-from cachedit_fx.passes.dataflow import Program, is_layout
+from cachedit_fx.passes.calls import Call, Path, module_lists, module_path_of
+from cachedit_fx.passes.dataflow import Program, is_addition, is_layout
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN, Block, BlockList, base_name, is_tensor, same_shape, shape_key
-
-_TOKEN = re.compile(r"\['([^']+)'\]|\.?([A-Za-z_]\w*|\d+)|\[(\d+)\]")
-_ROOT = re.compile(r"^[LG]\['(?:args'\]\[\d+\]|\w+'\](?!\[))")  # A local, but not what a local list holds.
-_NOT_NAMES = {"L", "self", "__dict__", "_modules"}
-Path = tuple[str, ...]
 
 
 def locate_blocks(program: Program) -> tuple[BlockList, ...]:
@@ -38,109 +32,12 @@ def locate_blocks(program: Program) -> tuple[BlockList, ...]:
         inner = calls[0].path
         if len(calls) < 2 or path in taken or any(inner[:i] in known for i in range(len(inner))):
             continue
-        blocks = _trace_turns(program, path, lists) or _trace_list(program, path, _spans(calls))
+        blocks = _trace_turns(program, path, lists) or _trace_list(program, path, _spans(program, calls))
         if blocks.is_carried:
             known.update(call.path for call in calls)
             taken.update(tuple(other.split(".")) for other in blocks.alternates)
         found.append(blocks)
     return tuple(sorted((b for b in found if tuple(b.path.split(".")) not in taken), key=lambda b: b.blocks[0].start))
-
-
-@dataclass(slots=True)
-class Call:
-    """One module call: where its nodes stand in program order.
-
-    Attributes:
-        number: How often the module had been called before.
-        has_inner: Whether any of its nodes belongs to a module inside it.
-    """
-
-    path: Path
-    cls: type | None
-    number: int
-    positions: list[int]
-    has_inner: bool = False
-
-    @property
-    def start(self) -> int:
-        return self.positions[0]
-
-
-def module_lists(program: Program) -> dict[Path, list[Call]]:
-    """Path of a list -> its module calls, in order of first appearance. Nested lists are listed as well.
-
-    A list is what `nn.ModuleList` and `nn.Sequential` hold (`blocks.0`, `blocks.1`), modules under numbered names
-    (`layer1`, `layer2`: the list `layer`), or one module that is called again and again. A list of lists (`layers.0.0`,
-    `layers.0.1`) is one of blocks that are never called themselves.
-    """
-    calls = _module_calls(program)
-    again = {path for path, number in calls if number > 0}
-    lists: dict[Path, list[Call]] = defaultdict(list)
-    for (path, _), call in calls.items():
-        named = _list_of(path)
-        if named is not None:
-            lists[named].append(call)
-    for path in again - set(lists):  # What holds a list may be called twice; its members tell more.
-        if not path[-1].isdigit():
-            lists[path] = [call for (called, _), call in calls.items() if called == path]
-    return {path: found for path, found in lists.items() if _is_list(found)}
-
-
-def _module_calls(program: Program) -> dict[tuple[Path, int], Call]:
-    """Path and number of a call -> the call, in order of first appearance."""
-    calls: dict[tuple[Path, int], Call] = {}
-    holders: dict[tuple[Path, int], Call] = {}  # Modules with a number that hold others.
-    for position, node in enumerate(program.nodes):
-        if node.op in ("placeholder", "get_attr", "output"):
-            continue  # A placeholder carries the stack of its first user.
-        outer = None
-        for key, (raw, cls) in (node.meta.get("nn_module_stack") or {}).items():
-            path, number = module_path(raw), _call_number(key)
-            if not path:
-                continue
-            call = calls.setdefault((path, number), Call(path, cls if isinstance(cls, type) else None, number, []))
-            call.positions.append(position)
-            if outer is not None:
-                outer.has_inner = True
-            outer = call
-            for end in range(1, len(path)):
-                if path[end - 1].isdigit():
-                    held = holders.setdefault((path[:end], number), Call(path[:end], None, number, [], has_inner=True))
-                    if position not in held.positions[-1:]:
-                        held.positions.append(position)
-    called = {path for path, _ in calls}
-    calls |= {key: call for key, call in holders.items() if key[0] not in called}
-    return dict(sorted(calls.items(), key=lambda item: item[1].start))
-
-
-def _call_number(key: str) -> int:
-    """Dynamo's key of a module that was called before ends in `@1`, `@2`, ..."""
-    return int(key.rpartition("@")[2]) if "@" in key else 0
-
-
-def _list_of(path: Path) -> Path | None:
-    name = path[-1]
-    stem = name.rstrip("0123456789").rstrip("_")
-    if stem == name:
-        return None
-    return (*path[:-1], stem) if stem else path[:-1] or None
-
-
-def _is_list(calls: list[Call]) -> bool:
-    """Whether the calls are blocks as far as names tell. `norm1` and `norm2`, or an activation used twice, are not."""
-    if all(call.path[-1].isdigit() for call in calls):
-        return True
-    return len(calls) > 2 and all(call.has_inner and call.cls is calls[0].cls for call in calls)
-
-
-def module_path(raw: str) -> Path:
-    """`L['self'].__dict__['_modules']['blocks'].0.attn` -> ("blocks", "0", "attn"). Roots vary and are dropped."""
-    raw = _ROOT.sub("", raw)
-    tokens = [next(filter(None, groups)) for groups in _TOKEN.findall(raw)]
-    for root in ("__self__", "__dict__"):  # The first where a hook calls the forward of the module that it holds.
-        if root in tokens:
-            tokens = tokens[tokens.index(root) + 1 :]
-    return tuple(token for token in tokens if token not in _NOT_NAMES)
 
 
 def _trace_list(program: Program, path: Path, blocks: tuple[Block, ...], alternates: str = "") -> BlockList:
@@ -175,7 +72,7 @@ def _trace_turns(program: Program, path: Path, lists: Mapping[Path, list[Call]])
         if any(call.positions[-1] >= then.start for call, then in itertools.pairwise(turns)):
             continue
         last = Call(calls[-1].path, calls[-1].cls, 0, [calls[-1].start, _moved_back(program, calls, theirs) - 1])
-        found = _trace_list(program, path, _spans([*calls[:-1], last]), ".".join(other))
+        found = _trace_list(program, path, _spans(program, [*calls[:-1], last]), ".".join(other))
         if found.is_carried:
             return found
     return None
@@ -195,15 +92,39 @@ def _moved_back(program: Program, calls: list[Call], theirs: list[Call]) -> int:
     return end
 
 
-def _spans(calls: list[Call]) -> tuple[Block, ...]:
+def _spans(program: Program, calls: list[Call]) -> tuple[Block, ...]:
     starts = [call.start for call in calls]
     blocks = []
     for i, call in enumerate(calls):
-        limit = starts[i + 1] if i + 1 < len(calls) else call.positions[-1] + 1
+        is_last = i + 1 == len(calls)
+        limit = call.positions[-1] + 1 if is_last else starts[i + 1]
         # A block's module may be called on again after the loop (DiT); those nodes belong to whatever they stand in.
         end = max(p for p in call.positions if p < limit) + 1
+        if is_last:
+            end = limit = _completed(program, call.start, end)
         blocks.append(Block(".".join(call.path), call.cls, call.start, end, limit))
     return tuple(blocks)
+
+
+def _completed(program: Program, start: int, end: int) -> int:
+    """The end of the last block, moved past the addition of what entered it: a loop may add what its blocks return."""
+    entered = set(program.read_from_before(start, end))
+    while end < len(program.nodes):
+        node = program.nodes[end]
+        operands = node.all_input_nodes
+        made = [arg for arg in operands if start <= program.position[arg] < end]
+        is_residual = (
+            is_addition(node)
+            and module_path_of(node) == ()
+            and (len(operands), len(made)) == (2, 1)
+            and all(is_tensor(arg) and same_shape(arg, node) for arg in operands)
+            # A block that adds to its stream itself is complete; then it is a skip.
+            and (entered & set(operands)) - program.residual_spine(made[0], start)
+        )
+        if not is_residual:
+            break
+        end += 1
+    return end
 
 
 def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[dict[str, fx.Node]], str]:
@@ -270,7 +191,8 @@ def _assign_roles(
     program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]]
 ) -> tuple[list[dict[str, fx.Node]], dict[str, str]]:
     """Provisional names -> roles, told by the names that the blocks gave what they made, then by use afterwards, then
-    by what looks at what: of two streams, one that the blocks make of itself alone cannot be the image.
+    by what looks at what: of two streams, one that the blocks make of itself alone cannot be the image; then by the
+    inputs that they start from.
 
     A stream that cannot be told keeps the name that the model's code uses.
     """
@@ -295,6 +217,11 @@ def _assign_roles(
         if len(looking) == 1:
             roles[looking[0]] = HIDDEN
             open_names.remove(looking[0])
+    if HIDDEN not in roles.values():  # One that starts from what the model returns another of.
+        latents = [name for name in open_names if program.inputs_behind(boundaries[0][name]) & program.like_outputs]
+        if len(latents) == 1:
+            roles[latents[0]] = HIDDEN
+            open_names.remove(latents[0])
     if len(names) == 2 and len(open_names) == 1:  # The one that is left is the other one.
         roles[open_names[0]] = ENCODER if HIDDEN in roles.values() else HIDDEN
     taken = set(filter(None, roles.values()))

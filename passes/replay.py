@@ -17,6 +17,8 @@ from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inplace import is_in_place
 from cachedit_fx.patterns.chain import same_shape
 
+Step = tuple[fx.Node, fx.Node | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Replay:
@@ -27,7 +29,7 @@ class Replay:
             last one is the value.
     """
 
-    steps: tuple[tuple[fx.Node, fx.Node | None], ...]
+    steps: tuple[Step, ...]
 
     def into(self, graph: fx.Graph, take: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """Appends the copies to `graph`, in which `take` finds what was made before the cut; returns the value."""
@@ -60,43 +62,37 @@ def replay_joins(
         start: Position of the cut.
         meetings: For each two lists that meet behind the cut, what leaves the one and what enters the other.
     """
-    now: dict[str, tuple[fx.Node, tuple[tuple[fx.Node, fx.Node | None], ...]]]
-    now = {role: (node, ()) for role, node in before.items()}
+    now: dict[str, tuple[fx.Node, tuple[Step, ...]]] = {role: (node, ()) for role, node in before.items()}
     for leaving, entering in meetings:
         known = {node: now[role] for role, node in leaving.items() if role in now and same_shape(now[role][0], node)}
-        then = {}
+        then: dict[str, tuple[fx.Node, tuple[Step, ...]]] = {}
         for role, entry in entering.items():
-            moves = _moves(program, start, entry, set(known))
-            if moves is None:
-                continue
-            steps = [step for _, earlier in known.values() for step in earlier]
-            steps += [(node, value) for node, (value, _) in known.items()]
-            then[role] = (entry, (*dict.fromkeys(steps), *((node, None) for node in moves if node not in known)))
+            found = _moves(program, start, entry, set(known))
+            if found is not None:
+                moves, read = found
+                steps = [step for node in read for step in (*known[node][1], (node, known[node][0]))]
+                then[role] = (entry, (*dict.fromkeys(steps), *((node, None) for node in moves)))
         now = then
-    return {role: (node, Replay(_ending_in(node, steps))) for role, (node, steps) in now.items() if steps}
+    return {role: (node, Replay(steps)) for role, (node, steps) in now.items() if steps}
 
 
-def _ending_in(
-    node: fx.Node, steps: tuple[tuple[fx.Node, fx.Node | None], ...]
-) -> tuple[tuple[fx.Node, fx.Node | None], ...]:
-    """A stream that one list hands to the other as it is: the last step has to be its own."""
-    own = next(step for step in steps if step[0] is node)
-    return (*(step for step in steps if step is not own), own)
+def _moves(
+    program: Program, start: int, entry: fx.Node, leaving: set[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """What makes `entry`, of which of the `leaving` streams and of what was made before the cut, in order.
 
-
-def _moves(program: Program, start: int, entry: fx.Node, leaving: set[fx.Node]) -> list[fx.Node] | None:
-    """What makes `entry` of the `leaving` streams and of what was made before the cut; None if blocks are needed."""
-    found, todo = set(), [entry]
+    None if blocks are needed for it.
+    """
+    found, read, todo = set(), set(), [entry]
     while todo:
         node = todo.pop()
-        if node in leaving or node in found or program.position[node] < start:
-            continue
-        if (
-            node.op not in ("call_function", "call_method")
-            or is_in_place(node)
-            or program.flops[program.position[node]]
-        ):
-            return None
-        found.add(node)
-        todo += node.all_input_nodes
-    return sorted(found, key=program.position.__getitem__)
+        if node in leaving:
+            read.add(node)
+        elif node not in found and program.position[node] >= start:
+            is_call = node.op in ("call_function", "call_method")
+            if not is_call or is_in_place(node) or program.flops[program.position[node]]:
+                return None
+            found.add(node)
+            todo += node.all_input_nodes
+    in_order = program.position.__getitem__
+    return sorted(found, key=in_order), sorted(read, key=in_order)

@@ -93,7 +93,7 @@ def columns_by_hand(model: Any, call: dict[str, Tensor]) -> Iterator[dict[str, T
         yield {HIDDEN: rows}
 
 
-# Two streams under names that tell nothing; each looks at the other, and both are needed after the blocks.
+# Two streams under names that tell nothing; each looks at the other, and is made of both inputs and needed at the end.
 
 
 class NamelessBlock(Block):
@@ -109,7 +109,8 @@ class Nameless(Model):
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
         scale = (1 + timestep)[:, None, None]
-        a, b = self.proj_in(hidden_states), self.proj_text(encoder_hidden_states)
+        image, text = self.proj_in(hidden_states), self.proj_text(encoder_hidden_states)
+        a, b = image + text.mean(1, keepdim=True), text + image.mean(1, keepdim=True)
         for block in self.blocks:
             a, b = block(a, b, scale)
         return (self.proj_out(a + b.mean(1, keepdim=True)),)
@@ -124,7 +125,8 @@ class NameThem(PatchFunctor):
 
 def names_by_hand(model: Any, call: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     scale = (1 + call["timestep"])[:, None, None]
-    a, b = model.proj_in(call[HIDDEN]), model.proj_text(call[ENCODER])
+    image, text = model.proj_in(call[HIDDEN]), model.proj_text(call[ENCODER])
+    a, b = image + text.mean(1, keepdim=True), text + image.mean(1, keepdim=True)
     yield {HIDDEN: a, ENCODER: b}
     for block in model.blocks:
         a, b = block(a, b, scale)

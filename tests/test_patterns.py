@@ -224,15 +224,16 @@ class AnonymousBlock(synthetic.DualBlock):
 
 
 class Anonymous(TextTransformer):
-    """Two streams under names that tell nothing, both used in the end."""
+    """Two streams under names that tell nothing, both made of both inputs and used in the end."""
 
     def __init__(self) -> None:
         super().__init__(AnonymousBlock)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
         temb = self.embed_time(timestep)
-        x = self.x_embedder(hidden_states)
-        c = self.context_embedder(encoder_hidden_states)
+        image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
+        x = image + text.mean(dim=1, keepdim=True)
+        c = text + image.mean(dim=1, keepdim=True)
         for block in self.blocks:
             x, c = block(x, c, temb)
         return self.unembed(x + c.mean(dim=1, keepdim=True), temb)

@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
+from cachedit_fx.passes.inplace import is_in_place
 from cachedit_fx.passes.pipeline import Plan
 from cachedit_fx.patterns import Cause
 from cachedit_fx.patterns.chain import HIDDEN, value_of
@@ -59,7 +60,7 @@ class Writes(Variant):
     ("write", "found"),
     [
         pytest.param(lambda h, b, t: b.__setitem__(0, h[1]), r"operator\.setitem", id="item"),
-        pytest.param(lambda h, b, t: operator.iadd(b, h), r"operator\.iadd", id="augmented"),
+        pytest.param(lambda h, b, t: operator.iadd(b[:1], h[:1]), r"operator\.iadd", id="augmented-view"),
         pytest.param(lambda h, b, t: b.view(-1).add_(h.flatten()), "add_", id="view"),
         pytest.param(lambda h, b, t: torch.add(h, 1, out=b), r"torch\.add", id="out"),
         pytest.param(lambda h, b, t: torch.ops.aten.add_.Tensor(b, h), r"add_", id="overload"),
@@ -76,21 +77,68 @@ def test_a_region_that_writes_into_what_was_made_before_it_is_refused(write, fou
 
 
 def test_a_region_may_write_into_what_it_made_itself():
-    (region,) = planned(Writes(lambda h, b, t: torch.zeros_like(h).add_(h))).regions
-    assert "add_" in [node.target for node in region.nodes]
+    (region,) = planned(Writes(lambda h, b, t: torch.zeros_like(h).clamp_(max=0))).regions
+    assert "clamp_" in [node.target for node in region.nodes]
 
 
-class FirstAddsInPlace(SelfBlock):
+class FirstWrites(SelfBlock):
+    def __init__(self, write: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.write = write
+
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        hidden_states += self.attn(self.norm(hidden_states, temb), hidden_states)
+        hidden_states = self.write(hidden_states, self.attn(self.norm(hidden_states, temb), hidden_states))
         hidden_states = hidden_states + self.mlp(hidden_states)
         return hidden_states
 
 
 def test_an_fn_block_that_writes_over_the_stream_it_was_given_is_refused():
     model = Transformer()
-    model.blocks[0] = FirstAddsInPlace()  # The stream before it, which the residual is taken against, is lost.
+    # The stream before it, which the residual is taken against, is lost.
+    model.blocks[0] = FirstWrites(lambda h, added: h.addcmul_(added, added))
     assert refused(model).cause is Cause.IN_PLACE
+
+
+class Keeps(Variant):
+    """A view of the stream that was made before it is written into is read at the end."""
+
+    def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        rows = hidden_states.view(-1, hidden_states.shape[-1])
+        for block in self.blocks:
+            hidden_states = block(hidden_states, temb)
+        return hidden_states + rows.mean()
+
+
+ADDITIONS = [
+    pytest.param(lambda h, added: operator.iadd(h, added), id="augmented"),
+    pytest.param(lambda h, added: h.add_(added), id="add_"),
+    pytest.param(lambda h, added: h.add_(added).mul_(0.5).sub_(0.1), id="in-a-row"),
+]
+
+
+@pytest.mark.parametrize("write", ADDITIONS)
+def test_additions_in_place_that_nothing_else_can_see_are_none(write):
+    model = Transformer()
+    model.blocks[0], model.blocks[2] = FirstWrites(write), FirstWrites(write)
+    (region,) = planned(model).regions
+    assert not any(map(is_in_place, region.nodes[0].graph.nodes))
+
+
+@pytest.mark.parametrize("write", ADDITIONS)
+def test_an_addition_in_place_that_an_older_view_shows_stays_and_is_refused(write):
+    model = Keeps()
+    model.blocks[0] = FirstWrites(write)
+    assert refused(model).cause is Cause.IN_PLACE
+
+
+@pytest.mark.parametrize("write", ADDITIONS)
+def test_an_addition_in_place_to_what_the_caller_gave_stays(write):
+    class WritesIntoInput(Transformer):
+        def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+            return super().forward(write(hidden_states, timestep[:, None, None]), timestep)
+
+    found = planned(WritesIntoInput())
+    assert any(map(is_in_place, found.program.nodes))
 
 
 class Fills(Variant):
@@ -137,10 +185,13 @@ class Joined(TextTransformer):
         encoder_hidden_states = self.context_embedder(encoder_hidden_states)
         for block in self.blocks:
             hidden_states, encoder_hidden_states = block(hidden_states, encoder_hidden_states, temb)
-        hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        hidden_states = self.join(encoder_hidden_states, hidden_states)
         for block in self.joint_blocks:
             hidden_states = block(hidden_states, temb)
         return self.unembed(hidden_states[:, TEXT:], temb)
+
+    def join(self, *streams: Tensor) -> Tensor:
+        return torch.cat(streams, dim=1)
 
 
 def test_the_cut_lies_behind_the_slice_that_takes_joined_streams_apart():
@@ -152,8 +203,28 @@ def test_the_cut_lies_behind_the_slice_that_takes_joined_streams_apart():
     assert value_of(pair.before).shape == value_of(pair.after).shape == (BATCH, IMAGE, WIDTH)
 
 
-def test_a_cut_between_blocks_of_joined_streams_leaves_them_unpaired():
-    miss = refused(Joined(), Bn_compute_blocks=1)
+def test_a_cut_between_blocks_of_joined_streams_pairs_them_with_the_streams_joined_at_the_first_cut():
+    (region,) = planned(Joined(), Bn_compute_blocks=1).regions
+    (pair,) = region.carried
+    assert value_of(pair.before).shape == value_of(pair.after).shape == (BATCH, IMAGE + TEXT, WIDTH)
+    assert pair.replay is not None
+    assert {node.target for node, same_as in pair.replay.steps if same_as is None} == {torch.cat}
+
+
+class JoinedByWeights(Joined):
+    """As `Joined`, but what joins the streams is work that would have to be done at every reused step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def join(self, *streams: Tensor) -> Tensor:
+        joint = torch.cat(streams, dim=1)
+        return joint + self.mix(joint)
+
+
+def test_streams_joined_by_a_layer_of_their_own_are_unpaired():
+    miss = refused(JoinedByWeights(), Bn_compute_blocks=1)
     assert miss.cause is Cause.UNPAIRED
     assert re.search(
         r"hidden_states_\d float32\[2, 6, 16\].*, found hidden_states_\d+ float32\[2, 11, 16\]", miss.detail
