@@ -9,11 +9,12 @@ compiled apart must begin and end in the same state.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from torch import fx
 
 from cachedit_fx.passes.calls import module_path
+from cachedit_fx.patterns.chain import is_tensor
 
 
 def narrow_contexts(gm: fx.GraphModule) -> bool:
@@ -32,17 +33,42 @@ def is_context(node: fx.Node) -> bool:
     return _exit_of(node) is not None or _entered_by(node) is not None
 
 
-def open_contexts(nodes: tuple[fx.Node, ...]) -> dict[fx.Node, int]:
-    """How many contexts each node lies in, for the nodes that lie in any."""
-    depth, found = 0, {}
+def within_contexts(nodes: Sequence[fx.Node]) -> frozenset[fx.Node]:
+    """Those of a graph's nodes that do something different outside the context that they lie in."""
+    depth, found = 0, []
     for node in nodes:
         if _entered_by(node) is not None:
             depth -= 1
         elif _exit_of(node) is not None:
             depth += 1
         elif depth:
-            found[node] = depth
-    return found
+            found.append(node)
+    return frozenset(found)
+
+
+def setter_at(nodes: Sequence[fx.Node], position: int) -> fx.Node | None:
+    """What sets a state for all that follows (as `sdpa_kernel` does) right where a cut would be.
+
+    Nothing tells whether it belongs to the block before the cut or to the one behind it.
+    """
+    before = itertools.takewhile(_makes_no_tensor, reversed(nodes[:position]))
+    behind = itertools.takewhile(_makes_no_tensor, nodes[position:])
+    return next(filter(_sets_state, itertools.chain(before, behind)), None)
+
+
+def _makes_no_tensor(node: fx.Node) -> bool:
+    return node.op in ("call_function", "get_attr") and not is_tensor(node)
+
+
+def _sets_state(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    is_harmless = name.startswith(("_assert", "_check", "_set_grad_enabled", "sym_")) or is_context(node)
+    return (
+        node.op == "call_function"
+        and not node.users
+        and not any(map(is_tensor, node.all_input_nodes))
+        and not is_harmless
+    )
 
 
 def _exit_of(node: fx.Node) -> fx.Node | None:

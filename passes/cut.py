@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from cachedit_fx.config import CacheConfig, CacheType, Changes
+from cachedit_fx.passes.contexts import setter_at, within_contexts
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inplace import written_between, written_outside
 from cachedit_fx.passes.replay import Replay, replay_joins
@@ -193,7 +194,9 @@ def _cut(
     nodes = [n for n in nodes if n not in hoisted]
     carried = _pair(group, before, after, [n for n in leaving if n in made])
     carried = _rejoin(program, group, first, last, before, carried)
-    miss = _check(program, match, looked_from, before, carried, nodes)
+    miss = _check_state(program, match, (start, stop), hoisted) or _check(
+        program, match, looked_from, before, carried, nodes
+    )
     if miss is not None:
         return miss
     return Region(
@@ -286,6 +289,19 @@ def _rejoin(
             pair = Carried(pair.role, entry, pair.after, replay)
         found.append(pair)
     return found
+
+
+def _check_state(program: Program, match: Match, cuts: tuple[int, int], hoisted: set[fx.Node]) -> Mismatch | None:
+    """Nothing may run in another state than in the model: neither what moves to the head, nor what follows a cut."""
+    moved = next(iter(hoisted & within_contexts(program.nodes)), None) if hoisted else None
+    if moved is not None:
+        detail = f"expected {moved.name}, which does not depend on a stream, to be made outside a context as autocast"
+        return _miss(match, Cause.STATE, detail, moved)
+    setter = next(filter(None, (setter_at(program.nodes, cut) for cut in cuts)), None)
+    if setter is not None:
+        detail = f"expected blocks that begin and end in one state, found `{setter.format_node()}` between two of them"
+        return _miss(match, Cause.STATE, detail, setter)
+    return None
 
 
 def _check(

@@ -24,6 +24,7 @@ class Cause(enum.Enum):
     TOO_FEW_BLOCKS = "too-few-blocks"
     UNPAIRED = "unpaired-stream"
     IN_PLACE = "in-place"
+    STATE = "state"
     DYNAMIC = "data-dependent"
     GRADIENTS = "gradients"
     TRAINING = "training"
