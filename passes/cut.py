@@ -194,9 +194,9 @@ def _cut(
     nodes = [n for n in nodes if n not in hoisted]
     carried = _pair(group, before, after, [n for n in leaving if n in made])
     carried = _rejoin(program, group, first, last, before, carried)
-    miss = _check_state(program, match, (start, stop), hoisted) or _check(
-        program, match, looked_from, before, carried, nodes
-    )
+    miss = _check_state(program, match, (start, stop), hoisted)
+    if miss is None:  # A miss is falsy.
+        miss = _check(program, match, looked_from, before, carried, nodes)
     if miss is not None:
         return miss
     return Region(
