@@ -1,0 +1,125 @@
+"""What it costs to locate and match the blocks of a graph, and how that grows with the number of blocks.
+
+FLUX with few channels is captured once for every depth; nothing is compiled. The graphs are planned in turn, so that
+what else the machine does falls on all of them alike. Figures are medians of CPU time.
+
+    python benchmarks/matching.py --rounds 7
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import fx
+from tqdm import tqdm
+
+from cachedit_fx import CacheConfig
+from cachedit_fx.capture import copy_graph
+from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.passes.join import join_lists
+from cachedit_fx.passes.locate import locate_blocks
+from cachedit_fx.passes.pipeline import Plan, plan_graph
+from cachedit_fx.passes.symbols import hoist_symbols
+from cachedit_fx.patterns.matcher import match_any
+
+DEPTHS = ((5, 10), (10, 19), (19, 38), (38, 76))  # (double, single); FLUX.1 has 19 and 38.
+WIDTH, HEADS, TEXT, IMAGE = 32, 2, 7, 16
+
+
+def capture(double: int, single: int) -> tuple[fx.GraphModule, list[Any]]:
+    """What Dynamo hands over for a FLUX of so many blocks."""
+    torch._dynamo.reset()
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()
+    found: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        found.append((copy_graph(gm, example_inputs), example_inputs))
+        return gm.forward
+
+    inputs = dict(
+        hidden_states=torch.randn(1, IMAGE, 4),
+        encoder_hidden_states=torch.randn(1, TEXT, WIDTH),
+        pooled_projections=torch.randn(1, WIDTH),
+        timestep=torch.ones(1),
+        img_ids=torch.zeros(IMAGE, 3),
+        txt_ids=torch.zeros(TEXT, 3),
+    )
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
+    return found[0]
+
+
+def locate_and_match(gm: fx.GraphModule) -> None:
+    """The first half of `plan_graph`."""
+    hoist_symbols(gm)
+    program = Program(gm.graph)
+    for blocks in join_lists(program, locate_blocks(program)):
+        match_any(blocks)
+
+
+def whole_plan(gm: fx.GraphModule) -> None:
+    """All that happens before the graph is rewritten: tidied, located, matched, cut."""
+    assert isinstance(plan_graph(gm, CacheConfig()), Plan)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    graphs = [capture(*depth) for depth in tqdm(DEPTHS, desc="capture", unit="graph")]
+    steps = {"locate_and_match": locate_and_match, "whole_plan": whole_plan}
+    times: dict[tuple[str, int], list[float]] = {(name, i): [] for name in steps for i in range(len(graphs))}
+    for _ in tqdm(range(args.rounds), desc="plan", unit="round"):
+        for name, step in steps.items():
+            for i, (gm, example_inputs) in enumerate(graphs):
+                copied = copy_graph(gm, example_inputs)
+                start = time.process_time()
+                with torch.no_grad():
+                    step(copied)
+                times[name, i].append(time.process_time() - start)
+    rows = [
+        {
+            "blocks": sum(depth),
+            "nodes": len(gm.graph.nodes),
+            **{f"{name}_s": round(statistics.median(times[name, i]), 3) for name in steps},
+        }
+        for i, (depth, (gm, _)) in enumerate(zip(DEPTHS, graphs, strict=True))
+    ]
+    for row in rows:
+        per_node = {name: round(1e6 * row[f"{name}_s"] / row["nodes"], 1) for name in steps}
+        print(row, "microseconds per node:", per_node)
+    machine = {
+        "torch": version("torch"),
+        "diffusers": version("diffusers"),
+        "cpu": platform.processor(),
+        "cores": os.cpu_count(),
+    }
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
