@@ -194,11 +194,13 @@ def _segments(guarded: GuardedGraph) -> list[fx.GraphModule]:
 
 def _region_plan(region: Region, placeholders: list[fx.Node]) -> RegionPlan:
     kept = stored_examples(region)
+    measured = (*[False] * (region.looked_at is not None), *(pair.is_measured for pair in region.carried))
     return RegionPlan(
         name=region.name,
         own=region.own,
         looks=region.looked_at is not None,
-        sizes=SizeRule(kept, placeholders),
+        sizes=SizeRule([t for t, is_measured in zip(kept, measured, strict=True) if not is_measured], placeholders),
+        measured=measured,
         dtypes=tuple(tensor.dtype for tensor in kept),
         device=kept[-1].device,
     )

@@ -13,7 +13,9 @@ import torch
 from cachedit_fx.config import CacheConfig, Changes
 from cachedit_fx.policy import Decision, History, decide, needs_refresh
 from cachedit_fx.session import Instance, RegionState, Session, Snapshot, current_call, instance_of
-from cachedit_fx.shapes import SizeRule, Sizes
+from cachedit_fx.shapes import Size, SizeRule
+
+PartialSizes = tuple[Size | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class RegionPlan:
     Attributes:
         own: What of the configuration is for this region alone.
         looks: Whether the guard looks at a value; then it is the first in `sizes` and `dtypes`, before what is stored.
+        measured: For each of `dtypes`, whether its size depends on data: `sizes` leaves it out, a step measures it.
     """
 
     name: str
@@ -31,6 +34,14 @@ class RegionPlan:
     sizes: SizeRule
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
+    measured: tuple[bool, ...] = ()
+
+    def sizes_at(self, args: Sequence[Any], streams: Sequence[torch.Tensor] = ()) -> PartialSizes:
+        """Shape and strides of all that is kept at a call; None for what is not measured yet."""
+        known, found = iter(self.sizes(args)), iter(streams)
+        if not any(self.measured):
+            return tuple(known)
+        return tuple(_size_of(next(found, None)) if is_measured else next(known) for is_measured in self.measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +128,12 @@ def _number_of(owner: Hashable) -> int:
     return _owners.setdefault(owner, len(_owners))
 
 
+def _size_of(stream: torch.Tensor | None) -> Size | None:
+    if stream is None:
+        return None
+    return tuple(stream.shape), torch.empty_like(stream, device="meta").stride()
+
+
 def in_layout(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     """`tensor` in these strides: a graph compiled later for the same shape may want another layout. Seldom a copy."""
     if tensor.stride() == strides:
@@ -131,7 +148,7 @@ class _RegionRun:
     plan: RegionPlan
     config: CacheConfig
     state: RegionState
-    sizes: Sizes
+    sizes: PartialSizes
     fits: bool  # Whether what is kept fits this call's shapes: a session may change size.
     decision: Decision | None = None
     history: History = field(default_factory=History)
@@ -157,14 +174,17 @@ class StepRun:
     def before(self, region: int) -> torch.Tensor:
         """What was looked at at the last computed step, or zeros: then nothing looks at the diff."""
         run = self._run(region)
-        shape, strides = run.sizes[0]
+        shape, strides = run.sizes[0] or ((), ())  # What is looked at has a known size.
         if run.fits and run.state.seen is not None:
             return in_layout(run.state.seen, strides)
         return torch.empty_strided(shape, strides, dtype=run.plan.dtypes[0], device=run.plan.device).zero_()
 
-    def decide(self, region: int, probe: torch.Tensor | None) -> bool:
+    def decide(self, region: int, probe: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
         """Whether to compute. Reads the probe: the one time in a call (and region) that the host waits."""
         run = self._run(region)
+        if streams:
+            run.sizes = run.plan.sizes_at(self._args, streams)
+            run.fits = _fits(run.plan, run.state, run.sizes)
         values = probe.tolist() if probe is not None else []
         if region == 0 and not self._ticked:
             self.tick(values.pop() if self._call.has_clock else None)
@@ -183,14 +203,21 @@ class StepRun:
         if run.decision is None or run.decision.compute:
             return (None,) * (len(run.plan.dtypes) - run.plan.looks)
         kept = zip(run.state.stored, run.sizes[run.plan.looks :], strict=True)
-        return tuple(in_layout(tensor, strides) for tensor, (_, strides) in kept)
+        return tuple(in_layout(tensor, size[1]) if tensor is not None and size else tensor for tensor, size in kept)
 
-    def keep(self, region: int, seen: torch.Tensor | None, stored: tuple[torch.Tensor, ...]) -> None:
+    def residual(self, region: int, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
+        decision = self._runs[region].decision
+        assert decision is not None
+        if not decision.compute:
+            return after
+        return after - before if after.shape == before.shape else None
+
+    def keep(self, region: int, seen: torch.Tensor | None, stored: tuple[torch.Tensor | None, ...]) -> None:
         run = self._runs[region]
         assert run.decision is not None
         if run.decision.compute:
             if self._call.copy_state:
-                seen, stored = seen.clone() if seen is not None else None, tuple(tensor.clone() for tensor in stored)
+                seen, stored = _copy(seen), tuple(map(_copy, stored))
             run.state = replace(run.state, seen=seen, stored=stored)
         run.state = replace(
             run.state,
@@ -231,7 +258,7 @@ class StepRun:
             if needs_refresh(config, state.history):
                 fresh = History(num_refreshes=state.history.num_refreshes + 1)
                 state = replace(state, seen=None, stored=(), history=fresh)
-            sizes = plan.sizes(self._args)
+            sizes = plan.sizes_at(self._args)
             self._runs.append(_RegionRun(plan, config, state, sizes, _fits(plan, state, sizes)))
         return self._runs[region]
 
@@ -248,9 +275,17 @@ class StepRun:
         return other.diffs[-1] if is_same_step and other.decisions[-1].looked else None
 
 
-def _fits(plan: RegionPlan, state: RegionState, sizes: Sizes) -> bool:
+def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor.clone() if tensor is not None else None
+
+
+def _fits(plan: RegionPlan, state: RegionState, sizes: PartialSizes) -> bool:
+    """Whether all is kept, in the sizes that are known so far."""
     kept = (*((state.seen,) if plan.looks else ()), *state.stored)
     return len(kept) == len(plan.dtypes) and all(
-        tensor is not None and tensor.shape == size[0] and tensor.dtype == dtype and tensor.device == plan.device
+        tensor is not None
+        and (size is None or tensor.shape == size[0])
+        and tensor.dtype == dtype
+        and tensor.device == plan.device
         for tensor, size, dtype in zip(kept, sizes, plan.dtypes, strict=True)
     )

@@ -106,19 +106,19 @@ class RegionState:
 
     Attributes:
         seen: What the guard looked at; None before the first, or where it looks at nothing.
-        stored: One per value that leaves the region: what it added to its stream, or the value itself.
+        stored: One per value that leaves the region: what it added to its stream, or the value itself. None for a
+            stream whose sizes depend on data and that did not keep its shape.
     """
 
     seen: torch.Tensor | None = None
-    stored: tuple[torch.Tensor, ...] = ()
+    stored: tuple[torch.Tensor | None, ...] = ()
     history: History = field(default_factory=History)
     decisions: tuple[Decision, ...] = ()
     diffs: tuple[float, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        kept = self.stored if self.seen is None else (self.seen, *self.stored)
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        return sum(tensor.nbytes for tensor in (self.seen, *self.stored) if tensor is not None)
 
 
 @dataclass(frozen=True, slots=True)

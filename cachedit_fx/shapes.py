@@ -13,7 +13,8 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from cachedit_fx.patterns.chain import size_key, value_of
 
-Sizes = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (shape, strides) per tensor
+Size = tuple[tuple[int, ...], tuple[int, ...]]  # shape, strides
+Sizes = tuple[Size, ...]
 
 
 class UnknownSizeError(ValueError):

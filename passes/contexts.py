@@ -62,7 +62,7 @@ def _makes_no_tensor(node: fx.Node) -> bool:
 
 def _sets_state(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", "")
-    is_harmless = name.startswith(("_assert", "_check", "_set_grad_enabled", "sym_")) or is_context(node)
+    is_harmless = name.startswith(("_assert", "_check", "_log", "_set_grad_enabled", "sym_")) or is_context(node)
     return (
         node.op == "call_function"
         and not node.users

@@ -15,11 +15,22 @@ from dataclasses import dataclass
 from torch import fx
 
 from cachedit_fx.config import CacheConfig, CacheType, Changes
-from cachedit_fx.passes.contexts import setter_at, within_contexts
-from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.passes.inplace import written_between, written_outside
+from cachedit_fx.passes.contexts import is_context, setter_at, within_contexts
+from cachedit_fx.passes.dataflow import Program, is_addition
+from cachedit_fx.passes.inplace import is_in_place, written_between, written_outside
 from cachedit_fx.passes.replay import Replay, replay_joins
-from cachedit_fx.patterns.chain import HIDDEN, Block, describe, is_tensor, same_shape, shape_key, source_line
+from cachedit_fx.patterns.chain import (
+    HIDDEN,
+    Block,
+    depends_on_data,
+    describe,
+    is_tensor,
+    may_share_shape,
+    same_shape,
+    shape_key,
+    source_line,
+    value_of,
+)
 from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
 
 
@@ -38,6 +49,14 @@ class Carried:
     before: fx.Node | None
     after: fx.Node
     replay: Replay | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether only the tensors themselves tell that the stream keeps its shape: its sizes depend on data."""
+        if self.before is None:
+            return False
+        sizes = (*value_of(self.before).shape, *value_of(self.after).shape)
+        return not same_shape(self.before, self.after) or any(map(depends_on_data, sizes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +211,11 @@ def _cut(
     leaving = [n for n in nodes if any(user not in inside for user in n.users)]
     hoisted = _behind([n for n in leaving if n not in made], inside)
     nodes = [n for n in nodes if n not in hoisted]
-    carried = _pair(group, before, after, [n for n in leaving if n in made])
+    leaving = [n for n in leaving if n in made]
+    sunk = _made_again(program, nodes, leaving, _values(group, after))
+    nodes, leaving = [n for n in nodes if n not in sunk], [n for n in leaving if n not in sunk]
+    carried = _pair(group, before, after, leaving)
+    carried = [_add_to_own(program, pair, start, set(before.values())) for pair in carried]
     carried = _rejoin(program, group, first, last, before, carried)
     miss = _check_state(program, match, (start, stop), hoisted)
     if miss is None:  # A miss is falsy.
@@ -212,6 +235,28 @@ def _boundaries(group: Group) -> list[Mapping[str, fx.Node]]:
     for match in group.matches:
         streams = [*streams[:-1], *match.blocks.boundaries]
     return streams
+
+
+def _values(group: Group, after: Mapping[str, fx.Node]) -> set[fx.Node]:
+    """Streams that the template wants to be kept as they are."""
+    kinds = {**group.matches[0].template.cached, **group.matches[-1].template.cached}
+    return {node for role, node in after.items() if kinds.get(role) == "value"}
+
+
+def _made_again(program: Program, nodes: list[fx.Node], leaving: list[fx.Node], values: set[fx.Node]) -> set[fx.Node]:
+    """What leaves the region and follows from all else that does, at no cost: it is made behind the region.
+
+    As `norm(x)` beside `x`, where the loop norms what its blocks read.
+    """
+    inside, out = set(nodes), dict.fromkeys(leaving)
+    for node in reversed(leaving):
+        given = [arg for arg in node.all_input_nodes if arg in inside]
+        is_free = not program.flops[program.position[node]] and not is_in_place(node) and not is_context(node)
+        is_last = not any(user in inside for user in node.users)
+        if is_free and is_last and given and node not in values and all(arg in out for arg in given):
+            del out[node]
+            inside.discard(node)
+    return set(leaving) - set(out)
 
 
 def _undo_joins(
@@ -251,7 +296,7 @@ def _pair(
     partner: dict[fx.Node, str] = {}
     for node in leaving:  # By role first, so that a look-alike cannot take a stream's partner away.
         role = role_of.get(node, "")
-        if role in free and is_tensor(node) and same_shape(free[role], node):
+        if role in free and is_tensor(node) and may_share_shape(free[role], node):
             partner[node] = role
             del free[role]
     for node in leaving:  # A stream under another role, or the slice that undoes a join.
@@ -266,6 +311,20 @@ def _pair(
         is_residual = node in partner and kinds.get(role) != "value"
         pairs.append(Carried(role, before[role] if is_residual else None, node))
     return pairs
+
+
+def _add_to_own(program: Program, pair: Carried, start: int, before: set[fx.Node]) -> Carried:
+    """A sum that continues no stream that a block reads, but one that the loop adds to, is its residual as well.
+
+    As in `x = x + block(norm(x))`, where the blocks read `norm(x)` alone.
+    """
+    if pair.before is not None or not is_tensor(pair.after) or not is_addition(pair.after):
+        return pair
+    spine = (node for node in program.residual_spine(pair.after, start) if program.position[node] < start)
+    starts = [node for node in spine if node not in before and is_tensor(node) and same_shape(node, pair.after)]
+    if not starts or not program.inputs_behind(starts[0]):
+        return pair
+    return Carried(pair.role, max(starts, key=program.position.__getitem__), pair.after)
 
 
 def _rejoin(
@@ -315,6 +374,9 @@ def _check(
     for pair in carried:
         if not is_tensor(pair.after):
             detail = f"expected only tensors to leave the region, found {pair.after.name}"
+            return _miss(match, Cause.DYNAMIC, detail, pair.after)
+        if pair.is_measured and pair.replay is not None:
+            detail = f"expected streams of known sizes where lists are joined, found {describe(pair.after)}"
             return _miss(match, Cause.DYNAMIC, detail, pair.after)
     valued = {role for role, kind in match.template.cached.items() if kind == "value"}
     if not any(pair.before is not None or pair.role in valued for pair in carried):

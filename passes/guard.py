@@ -33,16 +33,23 @@ class Step(Protocol):
     def before(self, region: int) -> torch.Tensor:
         """What was looked at at the last computed step; any tensor of that shape where there is none."""
 
-    def decide(self, region: int, probe: torch.Tensor | None) -> bool:
+    def decide(self, region: int, probe: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
         """True: compute. `probe` is [diff, timestep], float32; reading it is the call's one host read.
 
         A region that looks at nothing has no diff in it, one after the first no timestep; with neither it is None.
+        `streams` are those at the cut whose sizes depend on data: what was kept has to have their shapes.
         """
 
     def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
         """What was kept at the last computed step, one per carried value; Nones where there is nothing."""
 
-    def keep(self, region: int, seen: torch.Tensor | None, stored: tuple[torch.Tensor, ...]) -> None:
+    def residual(self, region: int, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
+        """What a region added to a stream whose sizes depend on data; None if the stream did not keep its shape.
+
+        On a reused step `after` is what was kept, and is handed back.
+        """
+
+    def keep(self, region: int, seen: torch.Tensor | None, stored: tuple[torch.Tensor | None, ...]) -> None:
         """Takes what the step leaves behind: what was looked at (None: nothing is), and what a reused step will add.
 
         Called on every step; a reused step hands back what it was given.
@@ -153,7 +160,8 @@ class _Builder:
 
     def _guard(self, number: int, region: Region, probe: fx.Node | None, seen: fx.Node | None) -> None:
         compute, reuse, operands = _branches(self.source, region, self.same_strides)
-        pred = self.graph.call_method("decide", (self.step, number, probe))
+        measured = tuple(self._value(pair.before) for pair in region.carried if pair.before and pair.is_measured)
+        pred = self.graph.call_method("decide", (self.step, number, probe, *((measured,) if measured else ())))
         stored = self.graph.call_method("stored", (self.step, number))
         held = [self.graph.call_function(operator.getitem, (stored, i)) for i in range(len(region.carried))]
         self.root.add_module(f"compute_{number}", compute)
@@ -166,7 +174,11 @@ class _Builder:
         for pair, node in zip(region.carried, out, strict=False):
             node.meta = copy.copy(pair.after.meta)
             self.values[pair.after] = node
-        self.graph.call_method("keep", (self.step, number, seen, tuple(out[count:])))
+        kept = out[count:]
+        for i, pair in enumerate(region.carried):
+            if pair.before and pair.is_measured:
+                kept[i] = self.graph.call_method("residual", (self.step, number, kept[i], self._value(pair.before)))
+        self.graph.call_method("keep", (self.step, number, seen, tuple(kept)))
 
     def _call(self, piece: Extract, outputs: Sequence[fx.Node], name: str, extra: list[fx.Node]) -> list[fx.Node]:
         """Calls the piece as submodule `name`; its outputs become known values. Returns the nodes of `extra`."""
@@ -245,7 +257,10 @@ def _branches(
     operands = list(body.inputs)
     outputs = [body.copies[pair.after] for pair in region.carried]
     kept = []
-    for start, out in zip(starts, outputs, strict=True):
+    for pair, start, out in zip(region.carried, starts, outputs, strict=True):
+        if pair.is_measured:
+            kept.append(out)  # The residual is taken behind the guard, where the sizes are known.
+            continue
         # Neither may alias an output: what is kept outlives the call.
         node = (
             body.graph.call_function(torch.sub, (out, start))
@@ -323,6 +338,9 @@ def _stored_example(pair: Carried) -> torch.Tensor:
     """A fake of what is kept for `pair`: contiguous where the stream is, and of no input's storage."""
     with torch.no_grad():
         after: torch.Tensor = value_of(pair.after)
+        if pair.before is not None and pair.is_measured:
+            kept: torch.Tensor = value_of(pair.before).clone()
+            return kept
         return torch.sub(after, value_of(pair.before)) if pair.before is not None else after.clone()
 
 

@@ -16,7 +16,17 @@ from torch import fx
 
 from cachedit_fx.passes.calls import Call, Path, module_lists, module_path_of
 from cachedit_fx.passes.dataflow import Program, is_addition, is_layout
-from cachedit_fx.patterns.chain import ENCODER, HIDDEN, Block, BlockList, base_name, is_tensor, same_shape, shape_key
+from cachedit_fx.patterns.chain import (
+    ENCODER,
+    HIDDEN,
+    Block,
+    BlockList,
+    base_name,
+    is_tensor,
+    may_share_shape,
+    same_shape,
+    shape_key,
+)
 
 
 def locate_blocks(program: Program) -> tuple[BlockList, ...]:
@@ -94,37 +104,33 @@ def _moved_back(program: Program, calls: list[Call], theirs: list[Call]) -> int:
 
 def _spans(program: Program, calls: list[Call]) -> tuple[Block, ...]:
     starts = [call.start for call in calls]
-    blocks = []
+    blocks: list[Block] = []
     for i, call in enumerate(calls):
         is_last = i + 1 == len(calls)
         limit = call.positions[-1] + 1 if is_last else starts[i + 1]
         # A block's module may be called on again after the loop (DiT); those nodes belong to whatever they stand in.
         end = max(p for p in call.positions if p < limit) + 1
-        if is_last:
-            end = limit = _completed(program, call.start, end)
+        if is_last and blocks and _is_completed_at(program, blocks[-1].start, blocks[-1].end):
+            while _is_completed_at(program, call.start, end):
+                end = limit = end + 1
         blocks.append(Block(".".join(call.path), call.cls, call.start, end, limit))
     return tuple(blocks)
 
 
-def _completed(program: Program, start: int, end: int) -> int:
-    """The end of the last block, moved past the addition of what entered it: a loop may add what its blocks return."""
+def _is_completed_at(program: Program, start: int, end: int) -> bool:
+    """Whether a loop adds what its block returns to what entered it, behind the block in [start, end)."""
+    if end >= len(program.nodes):
+        return False
+    node = program.nodes[end]
+    operands = node.all_input_nodes
+    if not is_addition(node) or module_path_of(node) or len(operands) != 2:
+        return False
+    if not all(is_tensor(arg) and same_shape(arg, node) for arg in operands):
+        return False
     entered = set(program.read_from_before(start, end))
-    while end < len(program.nodes):
-        node = program.nodes[end]
-        operands = node.all_input_nodes
-        made = [arg for arg in operands if start <= program.position[arg] < end]
-        is_residual = (
-            is_addition(node)
-            and module_path_of(node) == ()
-            and (len(operands), len(made)) == (2, 1)
-            and all(is_tensor(arg) and same_shape(arg, node) for arg in operands)
-            # A block that adds to its stream itself is complete; then it is a skip.
-            and (entered & set(operands)) - program.residual_spine(made[0], start)
-        )
-        if not is_residual:
-            break
-        end += 1
-    return end
+    # A block that adds to its stream itself is complete; then it is a skip.
+    branch = [arg for arg in operands if not entered & program.residual_spine(arg, start)]
+    return len(branch) == 1 and start <= program.position[branch[0]] < end
 
 
 def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[dict[str, fx.Node]], str]:
@@ -165,24 +171,26 @@ def _pair(
 ) -> dict[str, fx.Node]:
     """Each stream before the block with the one value after it that continues it, best evidence first.
 
-    Evidence: equal shape and a path through the block are required; then a path of additions, an equal name, not
-    being read by later blocks (`avoid`: those are invariants), standing late in the block, and having been made late
-    (what was put by earlier is a skip) count.
+    Required are a path through the block and equal shapes (a path of additions, where sizes depend on data). Evidence
+    is then a path of additions, an equal name, not being read by later blocks (`avoid`: those are invariants), standing
+    late in the block, and having been made late (what was put by earlier is a skip).
     """
     scored = []
     for node in after:
         reached = program.ancestors_within(node, block.start, block.span_end)
-        same = [(name, old) for name, old in before.items() if old in reached and same_shape(old, node)]
-        if not same:
+        close = [(name, old) for name, old in before.items() if old in reached and may_share_shape(old, node)]
+        if not close:
             continue
         spine = program.residual_spine(node, block.start)
-        for name, old in same:
+        for name, old in close:
+            if old not in spine and not same_shape(old, node):
+                continue
             told = (old in spine, base_name(old) == base_name(node))
             evidence = (old not in avoid, *told, program.position[node], program.position[old])
             scored.append((evidence, name, node))
     pairs: dict[str, fx.Node] = {}
     for evidence, name, node in sorted(scored, key=lambda item: item[0], reverse=True):
-        if name not in pairs and node not in pairs.values() and evidence[0]:
+        if name not in pairs and node not in pairs.values() and (evidence[0] or evidence[1]):
             pairs[name] = node
     return {name: pairs[name] for name in before if name in pairs}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 HIDDEN = "hidden_states"
 ENCODER = "encoder_hidden_states"
@@ -110,6 +110,25 @@ def same_shape(one: fx.Node, other: fx.Node) -> bool:
     return all(
         size_key(x) == size_key(y) or statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True)
     )
+
+
+def may_share_shape(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensor nodes have one dtype and device, and no size that is known to differ.
+
+    A size that depends on data (the number of tokens under a mask) is known to no one before the call.
+    """
+    a, b = value_of(one), value_of(other)
+    if a.dim() != b.dim() or (a.dtype, a.device) != (b.dtype, b.device):
+        return False
+    return all(
+        size_key(x) == size_key(y) or depends_on_data(x) or depends_on_data(y)
+        for x, y in zip(a.shape, b.shape, strict=True)
+    )
+
+
+def depends_on_data(size: Any) -> bool:
+    """Whether a size is made of values that Dynamo captured (`u0`), not of the sizes of inputs alone."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 def describe(node: fx.Node) -> str:
