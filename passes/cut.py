@@ -207,13 +207,13 @@ def _cut(
     if is_end:
         nodes += _undo_joins(program, before, after, nodes)
     inside = set(nodes)
-    made = program.descendants_within(set(before.values()), start, stop) | (inside - set(program.nodes[start:stop]))
+    made = _made_of(program, set(before.values()), blocks[first], stop) | (inside - set(program.nodes[start:stop]))
     leaving = [n for n in nodes if any(user not in inside for user in n.users)]
-    hoisted = _behind([n for n in leaving if n not in made], inside)
-    nodes = [n for n in nodes if n not in hoisted]
-    leaving = [n for n in leaving if n in made]
-    sunk = _made_again(program, nodes, leaving, _values(group, after))
-    nodes, leaving = [n for n in nodes if n not in sunk], [n for n in leaving if n not in sunk]
+    sunk = _made_again(program, made, leaving, _values(group, after))
+    needed = [n for n in leaving if n not in made] + [arg for n in sunk for arg in n.all_input_nodes if arg not in made]
+    hoisted = _behind([n for n in needed if n in inside], inside)
+    nodes = [n for n in nodes if n not in hoisted and n not in sunk]
+    leaving = [n for n in leaving if n in made and n not in sunk]
     carried = _pair(group, before, after, leaving)
     carried = [_add_to_own(program, pair, start, set(before.values())) for pair in carried]
     carried = _rejoin(program, group, first, last, before, carried)
@@ -237,26 +237,35 @@ def _boundaries(group: Group) -> list[Mapping[str, fx.Node]]:
     return streams
 
 
+def _made_of(program: Program, streams: set[fx.Node], block: Block, stop: int) -> set[fx.Node]:
+    """What is made of the streams from `block` on, or of what they were made into for it (`norm(x)`)."""
+    earliest = min(map(program.position.__getitem__, streams))
+    before = program.descendants_within(streams, earliest, block.start)
+    entered = before & set(program.read_from_before(block.start, block.end))
+    return program.descendants_within(streams | entered, block.start, stop)
+
+
 def _values(group: Group, after: Mapping[str, fx.Node]) -> set[fx.Node]:
     """Streams that the template wants to be kept as they are."""
     kinds = {**group.matches[0].template.cached, **group.matches[-1].template.cached}
     return {node for role, node in after.items() if kinds.get(role) == "value"}
 
 
-def _made_again(program: Program, nodes: list[fx.Node], leaving: list[fx.Node], values: set[fx.Node]) -> set[fx.Node]:
-    """What leaves the region and follows from all else that does, at no cost: it is made behind the region.
+def _made_again(program: Program, made: set[fx.Node], leaving: list[fx.Node], values: set[fx.Node]) -> set[fx.Node]:
+    """What leaves the region and follows from all else that does, at no cost: it is made again behind the region.
 
     As `norm(x)` beside `x`, where the loop norms what its blocks read.
     """
-    inside, out = set(nodes), dict.fromkeys(leaving)
+    out = {node for node in leaving if node in made}
+    sunk: set[fx.Node] = set()
     for node in reversed(leaving):
-        given = [arg for arg in node.all_input_nodes if arg in inside]
+        given = [arg for arg in node.all_input_nodes if arg in made]
         is_free = not program.flops[program.position[node]] and not is_in_place(node) and not is_context(node)
-        is_last = not any(user in inside for user in node.users)
-        if is_free and is_last and given and node not in values and all(arg in out for arg in given):
-            del out[node]
-            inside.discard(node)
-    return set(leaving) - set(out)
+        is_last = not any(user in made and user not in sunk for user in node.users)
+        if node in out and is_free and is_last and given and node not in values and all(arg in out for arg in given):
+            out.discard(node)
+            sunk.add(node)
+    return sunk
 
 
 def _undo_joins(

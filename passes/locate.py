@@ -28,6 +28,8 @@ from cachedit_fx.patterns.chain import (
     shape_key,
 )
 
+_MOST_BEHIND = 8  # Nodes behind a block that may complete it.
+
 
 def locate_blocks(program: Program) -> tuple[BlockList, ...]:
     """Every list of at least two block calls whose blocks hand a stream on (or nearly), in execution order.
@@ -110,27 +112,51 @@ def _spans(program: Program, calls: list[Call]) -> tuple[Block, ...]:
         limit = call.positions[-1] + 1 if is_last else starts[i + 1]
         # A block's module may be called on again after the loop (DiT); those nodes belong to whatever they stand in.
         end = max(p for p in call.positions if p < limit) + 1
-        if is_last and blocks and _is_completed_at(program, blocks[-1].start, blocks[-1].end):
-            while _is_completed_at(program, call.start, end):
-                end = limit = end + 1
+        if is_last and blocks:
+            ahead = _completed_ahead(program, blocks[-1].start, blocks[-1].end)
+            if ahead and ahead == _completed_ahead(program, call.start, end):
+                end = limit = end + ahead
         blocks.append(Block(".".join(call.path), call.cls, call.start, end, limit))
     return tuple(blocks)
 
 
-def _is_completed_at(program: Program, start: int, end: int) -> bool:
-    """Whether a loop adds what its block returns to what entered it, behind the block in [start, end)."""
-    if end >= len(program.nodes):
-        return False
-    node = program.nodes[end]
-    operands = node.all_input_nodes
-    if not is_addition(node) or module_path_of(node) or len(operands) != 2:
-        return False
-    if not all(is_tensor(arg) and same_shape(arg, node) for arg in operands):
-        return False
+def _completed_ahead(program: Program, start: int, end: int) -> int:
+    """How many nodes right behind the block in [start, end) add what it returns to what entered it; 0 if none do.
+
+    A loop may do so (`x = x + block(x)`), with a scale in between.
+    """
     entered = set(program.read_from_before(start, end))
-    # A block that adds to its stream itself is complete; then it is a skip.
-    branch = [arg for arg in operands if not entered & program.residual_spine(arg, start)]
-    return len(branch) == 1 and start <= program.position[branch[0]] < end
+    for stop in range(end, min(end + _MOST_BEHIND, len(program.nodes))):
+        node = program.nodes[stop]
+        if node.op not in ("call_function", "call_method") or module_path_of(node) or program.flops[stop]:
+            return 0
+        operands = [arg for arg in node.all_input_nodes if is_tensor(arg) and same_shape(arg, node)]
+        if is_addition(node) and len(operands) == 2:
+            return stop + 1 - end if _completes(program, operands, entered, start, end) else 0
+    return 0
+
+
+def _completes(program: Program, operands: list[fx.Node], entered: set[fx.Node], start: int, end: int) -> bool:
+    """Whether one operand is what a block in [start, end) made, and the other the stream that this is added to.
+
+    What holds the stream already is complete; then the sum is a skip.
+    """
+    for stream, branch in (operands, operands[::-1]):
+        made = {node for node in program.ancestors_within(branch, start, len(program.nodes)) if node is not stream}
+        is_made = any(start <= program.position[node] < end for node in made)
+        spine = program.residual_spine(stream, start)
+        enters = stream in entered or bool(entered & spine) or _is_source(program, stream, entered, start)
+        if is_made and enters and stream not in program.residual_spine(branch, start) and branch not in spine:
+            return True
+    return False
+
+
+def _is_source(program: Program, node: fx.Node, entered: set[fx.Node], start: int) -> bool:
+    """Whether what entered a block was made of `node`, as `norm(x)` of `x`."""
+    position = program.position[node]
+    return position < start and any(
+        program.position[e] > position and node in program.ancestors_within(e, position, start) for e in entered
+    )
 
 
 def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[dict[str, fx.Node]], str]:
@@ -143,10 +169,13 @@ def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[di
         born = program.born(block.start, block.span_end)
         candidates = [node for node in born if is_tensor(node) and program.used_in(node, *reads)]
         if i == 0:
-            # What only the work behind the block reads is no stream of the block.
-            entries = [n for n in program.read_from_before(block.start, block.end) if is_tensor(n)]
+            # What only the work behind the block reads is no stream of it, but for what is made into what it reads.
+            read = set(program.read_from_before(block.start, block.end))
+            around = program.read_from_before(block.start, block.span_end)
+            entries = [n for n in around if is_tensor(n) and (n in read or _is_source(program, n, read, block.start))]
             later = {n for n in entries if program.used_in(n, block.span_end, blocks[-1].end)}
             pairs = _pair(program, block, {node.name: node for node in entries}, candidates, later)
+            pairs = _without_derived(program, block, pairs)
             boundaries.append({name: program.by_name[name] for name in pairs})
             told = set(pairs)
         else:
@@ -159,6 +188,18 @@ def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[di
             return boundaries, f"no tensor that leaves block {i} has the shape of one that entered it"
         boundaries.append(pairs)
     return boundaries, ""
+
+
+def _without_derived(program: Program, block: Block, pairs: dict[str, fx.Node]) -> dict[str, fx.Node]:
+    """Streams that are no more than another one made into something (`norm(x)`, which the next block reads)."""
+    added = {name for name, node in pairs.items() if program.by_name[name] in program.residual_spine(node, block.start)}
+    firm = {pairs[name] for name in added}
+
+    def is_derived(name: str) -> bool:
+        first = min((program.position[node] for node in firm), default=block.span_end)
+        return bool(firm & program.ancestors_within(pairs[name], first, block.span_end))
+
+    return {name: node for name, node in pairs.items() if name in added or not is_derived(name)}
 
 
 def _is_told(program: Program, block: Block, before: fx.Node, after: fx.Node) -> bool:
@@ -178,6 +219,8 @@ def _pair(
     scored = []
     for node in after:
         reached = program.ancestors_within(node, block.start, block.span_end)
+        if not any(block.start <= program.position[made] < block.end for made in reached):
+            continue  # Made beside the block, as a conditioning that is refined from block to block.
         close = [(name, old) for name, old in before.items() if old in reached and may_share_shape(old, node)]
         if not close:
             continue
