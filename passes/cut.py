@@ -16,7 +16,7 @@ from torch import fx
 
 from cachedit_fx.config import CacheConfig, CacheType, Changes
 from cachedit_fx.passes.contexts import is_context, setter_at, within_contexts
-from cachedit_fx.passes.dataflow import Program, is_addition
+from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inplace import is_in_place, written_between, written_outside
 from cachedit_fx.passes.replay import Replay, replay_joins
 from cachedit_fx.patterns.chain import (
@@ -215,7 +215,6 @@ def _cut(
     nodes = [n for n in nodes if n not in hoisted and n not in sunk]
     leaving = [n for n in leaving if n in made and n not in sunk]
     carried = _pair(group, before, after, leaving)
-    carried = [_add_to_own(program, pair, start, set(before.values())) for pair in carried]
     carried = _rejoin(program, group, first, last, before, carried)
     miss = _check_state(program, match, (start, stop), hoisted)
     if miss is None:  # A miss is falsy.
@@ -322,20 +321,6 @@ def _pair(
     return pairs
 
 
-def _add_to_own(program: Program, pair: Carried, start: int, before: set[fx.Node]) -> Carried:
-    """A sum that continues no stream that a block reads, but one that the loop adds to, is its residual as well.
-
-    As in `x = x + block(norm(x))`, where the blocks read `norm(x)` alone.
-    """
-    if pair.before is not None or not is_tensor(pair.after) or not is_addition(pair.after):
-        return pair
-    spine = (node for node in program.residual_spine(pair.after, start) if program.position[node] < start)
-    starts = [node for node in spine if node not in before and is_tensor(node) and same_shape(node, pair.after)]
-    if not starts or not program.inputs_behind(starts[0]):
-        return pair
-    return Carried(pair.role, max(starts, key=program.position.__getitem__), pair.after)
-
-
 def _rejoin(
     program: Program, group: Group, first: int, last: int, before: Mapping[str, fx.Node], carried: list[Carried]
 ) -> list[Carried]:
@@ -344,7 +329,7 @@ def _rejoin(
     meetings = [
         (one.boundaries[-1], other.boundaries[0])
         for (one, stop), (other, _) in itertools.pairwise(lists)
-        if first < stop < last
+        if first < stop <= last
     ]
     if not meetings:
         return carried

@@ -42,6 +42,10 @@ def is_addition(node: fx.Node) -> bool:
     return target in _ADDITIONS
 
 
+def _is_difference(node: fx.Node) -> bool:
+    return node.target in (operator.sub, torch.sub, "sub")
+
+
 class Program:
     """The nodes of a graph in program order, with the questions that the passes ask of them.
 
@@ -98,10 +102,19 @@ class Program:
             if self.position[current] < start:
                 continue
             if is_addition(current) or is_layout(current):
-                fresh = [arg for arg in current.all_input_nodes if arg not in seen and not is_weight(arg)]
+                added = self._added(current, start)
+                fresh = [arg for arg in added if arg not in seen and not is_weight(arg)]
                 seen.update(fresh)
                 todo.extend(fresh)
         return seen
+
+    def _added(self, node: fx.Node, start: int) -> list[fx.Node]:
+        """What an addition or a move hands on: of a difference the first operand, unless the second is taken off it."""
+        operands = node.all_input_nodes
+        if not is_addition(node) or not _is_difference(node) or len(operands) != 2:
+            return operands
+        taken_off = operands[1] in self.residual_spine(operands[0], start)
+        return [] if taken_off else operands[:1]
 
     @cached_property
     def _inputs_behind(self) -> dict[fx.Node, frozenset[fx.Node]]:

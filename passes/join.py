@@ -18,36 +18,50 @@ def join_lists(program: Program, lists: tuple[BlockList, ...]) -> tuple[BlockLis
     carried = [blocks for blocks in lists if blocks.is_carried]
     if not carried:
         return ()
-    chain = [_main_list(program, carried)]
+    chains = [_grow(program, blocks, carried) for blocks in carried]
+    chain = max(chains, key=_flops_of)
+    for other in sorted(chains, key=_flops_of, reverse=True):
+        is_small = _flops_of(other) < LEAST_SHARE * (_flops_of(other) + _flops_of(chain))
+        if not is_small and _makes_side_input(program, chain, other):
+            chain = other
+    return chain if _is_main(program, chain) else ()
+
+
+def _grow(program: Program, blocks: BlockList, carried: list[BlockList]) -> tuple[BlockList, ...]:
+    """The list with all that it continues and that continue it."""
+    chain = [blocks]
     grown = True
     while grown:
         grown = False
-        for blocks in carried:
-            if blocks in chain:
+        for other in carried:
+            if other in chain:
                 continue
-            if continues(program, blocks, chain[0]):
-                chain.insert(0, blocks)
-            elif continues(program, chain[-1], blocks):
-                chain.append(blocks)
+            if continues(program, other, chain[0]):
+                chain.insert(0, other)
+            elif continues(program, chain[-1], other):
+                chain.append(other)
             else:
                 continue
             grown = True
-    share = sum(blocks.flops for blocks in chain)
-    return tuple(chain) if share >= LEAST_SHARE * flops_on_latents(program, chain[0]) else ()
+    return tuple(chain)
 
 
-def _main_list(program: Program, carried: list[BlockList]) -> BlockList:
-    """The heaviest list; one behind it that it only makes a side input of goes before it, if it is not a small part."""
-    main = max(carried, key=lambda blocks: blocks.flops)
-    for blocks in sorted(carried, key=lambda blocks: blocks.flops, reverse=True):
-        start, stop = main.blocks[-1].end, blocks.blocks[0].start
-        if stop < start or blocks.flops < LEAST_SHARE * flops_on_latents(program, blocks):
-            continue
-        exits = set(main.boundaries[-1].values())
-        behind = program.descendants_within(exits, start, blocks.blocks[-1].end)
-        if behind & set(blocks.boundaries[-1].values()) and not continues(program, main, blocks):
-            main = blocks
-    return main
+def _flops_of(chain: tuple[BlockList, ...]) -> int:
+    return sum(blocks.flops for blocks in chain)
+
+
+def _is_main(program: Program, chain: tuple[BlockList, ...]) -> bool:
+    """Whether the chain is no small part of the graph."""
+    return _flops_of(chain) >= LEAST_SHARE * flops_on_latents(program, chain[0])
+
+
+def _makes_side_input(program: Program, first: tuple[BlockList, ...], second: tuple[BlockList, ...]) -> bool:
+    """Whether `second` comes behind `first` and is made of it, but does not continue it."""
+    start, stop = first[-1].blocks[-1].end, second[0].blocks[0].start
+    if stop < start or continues(program, first[-1], second[0]):
+        return False
+    behind = program.descendants_within(set(first[-1].boundaries[-1].values()), start, second[-1].blocks[-1].end)
+    return bool(behind & set(second[-1].boundaries[-1].values()))
 
 
 def flops_on_latents(program: Program, blocks: BlockList) -> int:

@@ -168,6 +168,8 @@ def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[di
         reads = (block.span_end, blocks[i + 1].span_end) if not is_last else (block.end, len(program.nodes))
         born = program.born(block.start, block.span_end)
         candidates = [node for node in born if is_tensor(node) and program.used_in(node, *reads)]
+        if not is_last:
+            candidates = _latest(program, block, blocks[i + 1], candidates)
         if i == 0:
             # What only the work behind the block reads is no stream of it, but for what is made into what it reads.
             read = set(program.read_from_before(block.start, block.end))
@@ -188,6 +190,28 @@ def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[di
             return boundaries, f"no tensor that leaves block {i} has the shape of one that entered it"
         boundaries.append(pairs)
     return boundaries, ""
+
+
+def _latest(program: Program, block: Block, following: Block, candidates: list[fx.Node]) -> list[fx.Node]:
+    """`candidates` without those that the work behind the block made into others that the next block goes on from.
+
+    A skip that was put by before a norm is no stream, but `x` is where the loop adds `block(norm(x))` to it.
+    """
+    handed_on = [node for node in program.born(following.start, following.span_end) if is_tensor(node)]
+    leaving = [node for node in handed_on if program.used_in(node, following.span_end, len(program.nodes))]
+    added_to = {old for node in leaving for old in program.residual_spine(node, following.start)}
+
+    def rank(node: fx.Node) -> tuple[bool, bool]:
+        return node in added_to, program.used_in(node, following.start, following.end)
+
+    behind = [node for node in candidates if program.position[node] >= block.end]
+    superseded = {
+        old
+        for node in behind
+        for old in program.ancestors_within(node, block.start, block.span_end) & set(candidates)
+        if old is not node and same_shape(old, node) and rank(old) <= rank(node)
+    }
+    return [node for node in candidates if node not in superseded]
 
 
 def _without_derived(program: Program, block: Block, pairs: dict[str, fx.Node]) -> dict[str, fx.Node]:
