@@ -130,8 +130,8 @@ def _completed_ahead(program: Program, start: int, end: int) -> int:
         node = program.nodes[stop]
         if node.op not in ("call_function", "call_method") or module_path_of(node) or program.flops[stop]:
             return 0
-        operands = [arg for arg in node.all_input_nodes if is_tensor(arg) and same_shape(arg, node)]
-        if is_addition(node) and len(operands) == 2:
+        operands = [a for a in node.all_input_nodes if is_tensor(a) and is_tensor(node) and same_shape(a, node)]
+        if len(operands) == 2 and is_addition(node):
             return stop + 1 - end if _completes(program, operands, entered, start, end) else 0
     return 0
 

@@ -7,8 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch._dynamo
+from hypothesis import HealthCheck, settings
 
 import cachedit_fx
+
+# What a test tries is the same at every run; `--hypothesis-profile thorough` goes looking for more. A module that is
+# traced takes longer than hypothesis expects of an example, and the fixtures below need not run between two of them.
+_SETTINGS = dict(deadline=None, database=None, suppress_health_check=[*HealthCheck])
+settings.register_profile("usual", max_examples=80, derandomize=True, **_SETTINGS)
+settings.register_profile("thorough", max_examples=2000, derandomize=False, print_blob=True, **_SETTINGS)
+settings.load_profile("usual")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
@@ -107,6 +108,36 @@ class Keeps(Variant):
         for block in self.blocks:
             hidden_states = block(hidden_states, temb)
         return hidden_states + rows.mean()
+
+
+class OwnKernels(SelfBlock):
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return super().forward(hidden_states, temb)
+
+
+def test_a_state_that_is_set_right_where_a_cut_would_be_is_refused():
+    miss = refused(Transformer(OwnKernels))  # It would stay set where the region is skipped.
+    assert miss.cause is Cause.STATE
+    assert re.search(r"begin and end in one state, found .*_sdpa_kernel", miss.detail)
+
+
+class OneContext(Variant):
+    """A number that depends on no stream is made in the blocks' context, and used behind it."""
+
+    def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            for i, block in enumerate(self.blocks):
+                hidden_states = block(hidden_states, temb)
+                if i == 1:
+                    scale = temb @ temb.mT
+        return hidden_states + scale.mean()
+
+
+def test_what_a_context_changes_is_not_moved_out_of_it():
+    miss = refused(OneContext())
+    assert miss.cause is Cause.STATE
+    assert "made outside a context" in miss.detail
 
 
 ADDITIONS = [

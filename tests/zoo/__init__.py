@@ -1,0 +1,19 @@
+"""Tiny diffusers transformers, one variant for every way in which their block loops differ.
+
+    variant = VARIANTS["Flux"]
+    model = variant.build()
+    outputs = [model(**call) for call in variant.generation()]
+
+They are at most 64 wide and have four blocks in each list, HunyuanDiT eight: its later half takes what the earlier half
+put by.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from tests.zoo import audio, cog, cross_attention, flux_like, hunyuan, image, stable_diffusion, video, wan_like
+from tests.zoo.variant import Variant
+
+FAMILIES = (flux_like, wan_like, hunyuan, video, cog, stable_diffusion, cross_attention, image, audio)
+VARIANTS: dict[str, Variant] = {v.name: v for v in chain.from_iterable(family.variants() for family in FAMILIES)}

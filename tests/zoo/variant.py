@@ -1,0 +1,179 @@
+"""What a test needs to know of one transformer to run it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cachedit_fx import PatchFunctor
+
+NUM_BLOCKS = 4  # In every list.
+BATCH = 2
+SIDES = (4, 6, 8)  # Image tokens per side, by `size`.
+LENGTHS = (7, 9)  # Text tokens, by `text`; no number of image tokens is one of them.
+TIMES = (900.0, 800.0, 700.0)  # Of a generation, on the scale of 0 to 1000.
+
+DUAL = ("encoder_hidden_states", "hidden_states")
+IMAGE_FIRST = ("hidden_states", "encoder_hidden_states")
+SINGLE = ("hidden_states",)
+
+Inputs = dict[str, Any]
+Block = tuple[tuple[nn.Module, ...], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a call is like.
+
+    Attributes:
+        timestep: On the scale of 0 to 1000.
+        size, text: Numbers of an image size and of a text length.
+        dtype: That of the floating inputs, but for those that pipelines keep in float32.
+    """
+
+    timestep: float = 500.0
+    size: int = 0
+    text: int = 0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def side(self) -> int:
+        """Image tokens per side."""
+        return SIDES[self.size]
+
+    @property
+    def length(self) -> int:
+        """Text tokens."""
+        return LENGTHS[self.text]
+
+    def noise(self, *shape: int, seed: int = 0) -> Tensor:
+        return noise(*shape, seed=seed).to(self.dtype)
+
+    def noises(self, count: int, *shape: int) -> list[Tensor]:
+        return [self.noise(*shape, seed=i) for i in range(count)]
+
+    def floats(self, scale: float = 1.0, count: int = BATCH) -> Tensor:
+        """The timestep in the inputs' dtype, [count]."""
+        return torch.full((count,), self.timestep * scale).to(self.dtype)
+
+    def integers(self, count: int = BATCH) -> Tensor:
+        """The timestep as int64, [count]."""
+        return torch.full((count,), int(self.timestep))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One transformer in one configuration, and how it is called.
+
+    Attributes:
+        name: Key in `VARIANTS`.
+        kind: The transformer's class.
+        config: Its configuration.
+        lists: Path of every block list of the chain in execution order, with what its blocks return, in order; each is
+            also the name of a parameter of theirs.
+        call: The arguments of a call, in new tensors; `return_dict` is added.
+        latents: Names of the arguments that change from step to step, besides
+        times: those that hold the timestep.
+        clock: Where the timestep of a graph with the block loop is found: in the graph's inputs; in the model's only
+            (Dynamo broke it up, and the loop's part has none); nowhere.
+        functor: What makes the model one graph.
+        needs_capture: Whether the loop is captured only with Dynamo's flags for sizes that depend on data.
+        needs_call: Whether it is called once before it is compiled: it then makes tables, at which Dynamo stops.
+        alternates: Whether the lists take turns: a block is one of each.
+        cuts: Fn and Bn to be tried beside those that are for all variants.
+        image_last: Where two streams become one, whether the text comes first in it.
+        num_graphs: Graphs that Dynamo makes for calls of all sizes and lengths, uncached; measured by a slow test.
+    """
+
+    name: str
+    kind: type[nn.Module]
+    config: dict[str, Any]
+    lists: dict[str, tuple[str, ...]]
+    call: Callable[[Setting], Inputs]
+    latents: tuple[str, ...] = ("hidden_states",)
+    times: tuple[str, ...] = ("timestep",)
+    clock: Literal["graph", "model", "none"] = "graph"
+    functor: type[PatchFunctor] | None = None
+    needs_capture: bool = False
+    needs_call: bool = False
+    alternates: bool = False
+    cuts: tuple[tuple[int, int], ...] = ()
+    image_last: bool = True
+    num_graphs: int = 3
+
+    def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A new transformer, always with the same weights; none of its blocks does nothing."""
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            model = self.kind(**self.config).eval()
+            for name, parameter in model.named_parameters():
+                # Gates and output projections start at zero, LuminaNext's padding as the memory that it got.
+                if parameter.numel() > 1 and (name == "pad_token" or not parameter.any()):
+                    parameter.normal_(0, 0.02)
+        return cast(model, dtype)
+
+    def chain(self, model: nn.Module) -> list[Block]:
+        """The blocks of `model` in execution order, each with the modules that it consists of and what it returns."""
+        lists = [(model.get_submodule(path), returns) for path, returns in self.lists.items()]
+        if self.alternates:
+            return [(modules, lists[0][1]) for modules in zip(*(blocks for blocks, _ in lists), strict=True)]
+        return [((block,), returns) for blocks, returns in lists for block in blocks]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the chain."""
+        counts = [self._count(path) for path in self.lists]
+        return counts[0] if self.alternates else sum(counts)
+
+    def _count(self, path: str) -> int:
+        return 2 * NUM_BLOCKS if (self.name, path) == ("HunyuanDiT", "blocks") else NUM_BLOCKS
+
+    def inputs(
+        self, timestep: float = 500.0, *, size: int = 0, text: int = 0, dtype: torch.dtype = torch.float32
+    ) -> Inputs:
+        """The arguments of a call, in new tensors."""
+        inputs = self.call(Setting(timestep, size, text, dtype))
+        takes_dict = "return_dict" in inspect.signature(self.kind.forward).parameters
+        return inputs | ({"return_dict": False} if takes_dict else {})
+
+    def generation(
+        self, times: Sequence[float] = TIMES, *, size: int = 0, text: int = 0, dtype: torch.dtype = torch.float32
+    ) -> list[Inputs]:
+        """The calls of a generation: new latents and another timestep at each; all else are the same objects."""
+        settings = dict(size=size, text=text, dtype=dtype)
+        common = self.inputs(times[0], **settings)
+        calls = []
+        for number, time in enumerate(times):
+            own = self.inputs(time, **settings)
+            latents = {name: pytree.tree_map(lambda x, n=number: _another(x, n), own[name]) for name in self.latents}
+            calls.append(common | {name: own[name] for name in self.times} | latents)
+        return calls
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Unit Gaussian values, the same for the same shape and seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def _another(latents: Tensor, seed: int) -> Tensor:
+    """Latents of the same shape and dtype; tokens below 16 for tokens."""
+    if latents.is_floating_point():
+        return noise(*latents.shape, seed=seed).to(latents.dtype)
+    return torch.randint(16, latents.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model` with its weights in `dtype`, but for those that diffusers keeps in float32 when it loads it."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        persists = name in model.state_dict()
+        if tensor.is_floating_point() and persists and not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return model
