@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint demo bench peers wheel clean
+.PHONY: help venv test lint demo bench peers models wheel clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
@@ -32,7 +32,7 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	@echo "done: $(VENV)/bin/python"
 
 test: venv ## every test, slow ones too, on all cores; ARGS="-k name" goes to pytest
-	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 lint: venv ## ruff check, ruff format, mypy
 	$(PY) -m ruff check .
@@ -48,6 +48,9 @@ bench: venv ## the measurements
 peers: venv ## records anew what cache-dit decides on the cases of tests/peers
 	$(PIP) install --quiet -c constraints.txt cache-dit
 	$(PY) -m tests.peers.record
+
+models: venv ## writes docs/models.md anew: what becomes of every transformer of diffusers
+	$(PY) -m tests.zoo.table
 
 wheel: venv ## sdist, wheel from the sdist, then the wheel tried outside the tree
 	rm -rf build dist

@@ -23,8 +23,8 @@ class BlockAdapterRegistry:
     def register(cls, name: str) -> Callable[[Maker], Maker]:
         """Registers the decorated function, which makes an adapter of a pipeline.
 
-            @BlockAdapterRegistry.register("Flux")
-            def flux_adapter(pipe, **kwargs) -> BlockAdapter: ...
+            @BlockAdapterRegistry.register("MyModel")
+            def my_adapter(pipe, **kwargs) -> BlockAdapter: ...
 
         Args:
             name: A class name or what class names begin with. Of a later function of the same name this one is

@@ -157,7 +157,7 @@ def _cut_middle(program: Program, group: Group) -> list[Region] | Mismatch:
 def _residual_over(group: Group, fn: int) -> tuple[fx.Node, fx.Node] | None:
     """The hidden stream after the Fn blocks, and before as many of them as keep its shape.
 
-    Two lists may be joined by a `cat` of text and image (FLUX.2). If the Fn blocks end there, it is the image as the
+    Two lists may be joined by a `cat` of text and image. If the Fn blocks end there, it is the image as the
     first list left it; if they reach into the second list, the residual is that over its blocks.
     """
     streams = _boundaries(group)
@@ -270,7 +270,7 @@ def _made_again(program: Program, made: set[fx.Node], leaving: list[fx.Node], va
 def _undo_joins(
     program: Program, before: Mapping[str, fx.Node], after: Mapping[str, fx.Node], nodes: list[fx.Node]
 ) -> list[fx.Node]:
-    """Slices behind the chain that take a stream out of a joined one again (Chroma, FLUX.2); they join the region."""
+    """Slices behind the chain that take a stream out of a joined one again; they join the region."""
     extra: list[fx.Node] = []
     shapes = {shape_key(node) for node in before.values()}
     for node in after.values():

@@ -13,7 +13,7 @@ def join_lists(program: Program, lists: tuple[BlockList, ...]) -> tuple[BlockLis
     """The chain's lists in execution order; empty where no list carries a stream or all are a small part of the graph.
 
     Two lists are joined if the hidden stream that leaves the one enters the other as its stream: a list whose result
-    is a side input (WanVACE's control blocks) or an invariant (a text encoder) is no part of the chain.
+    is a side input (control blocks) or an invariant (a text encoder) is no part of the chain.
     """
     carried = [blocks for blocks in lists if blocks.is_carried]
     if not carried:

@@ -110,7 +110,7 @@ def _spans(program: Program, calls: list[Call]) -> tuple[Block, ...]:
     for i, call in enumerate(calls):
         is_last = i + 1 == len(calls)
         limit = call.positions[-1] + 1 if is_last else starts[i + 1]
-        # A block's module may be called on again after the loop (DiT); those nodes belong to whatever they stand in.
+        # A block's module may be called on again after the loop; those nodes belong to whatever they stand in.
         end = max(p for p in call.positions if p < limit) + 1
         if is_last and blocks:
             ahead = _completed_ahead(program, blocks[-1].start, blocks[-1].end)
