@@ -3,8 +3,8 @@
     compute: 12 blocks inline     ->     compute: piece_0(...), piece_0(...), ..., piece_1(...)
 
 Blocks are equal if they have the same operations, constants, shapes and dtypes; weights are inputs. Two things that
-need not differ are normalised, so that a chain of two lists has two pieces: a view that ends a block is taken outside (the
-last single block lacks one of two), and where only an input's stride differs it is made contiguous first.
+need not differ are normalised, so that a chain of two lists has two pieces: a view that ends a block is taken outside
+(the last block lacks one of two), and where only an input's stride differs it is made contiguous first.
 """
 
 from __future__ import annotations

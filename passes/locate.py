@@ -44,7 +44,7 @@ def locate_blocks(program: Program) -> tuple[BlockList, ...]:
         inner = calls[0].path
         if len(calls) < 2 or path in taken or any(inner[:i] in known for i in range(len(inner))):
             continue
-        blocks = _trace_turns(program, path, lists) or _trace_list(program, path, _spans(program, calls))
+        blocks = _trace_turns(program, path, lists) or _trace_list(program, path, _spans(program, calls), calls)
         if blocks.is_carried:
             known.update(call.path for call in calls)
             taken.update(tuple(other.split(".")) for other in blocks.alternates)
@@ -52,12 +52,13 @@ def locate_blocks(program: Program) -> tuple[BlockList, ...]:
     return tuple(sorted((b for b in found if tuple(b.path.split(".")) not in taken), key=lambda b: b.blocks[0].start))
 
 
-def _trace_list(program: Program, path: Path, blocks: tuple[Block, ...], alternates: str = "") -> BlockList:
+def _trace_list(
+    program: Program, path: Path, blocks: tuple[Block, ...], calls: list[Call], alternates: str = ""
+) -> BlockList:
     boundaries, broken = _trace_streams(program, blocks)
     labels: dict[str, str] = {}
     if len(boundaries) == len(blocks) + 1:
         boundaries, labels = _assign_roles(program, blocks, boundaries)
-    stop = blocks[-1].end
     return BlockList(
         path=".".join(path),
         blocks=blocks,
@@ -65,7 +66,7 @@ def _trace_list(program: Program, path: Path, blocks: tuple[Block, ...], alterna
         contexts=_contexts(program, blocks, boundaries),
         emitted=_emitted(program, blocks, boundaries),
         broken=broken,
-        flops=sum(program.flops[blocks[0].start : stop]),
+        flops=sum(program.flops[position] for call in calls for position in call.positions),
         labels=labels,
         alternates=(alternates,) if alternates else (),
     )
@@ -78,16 +79,24 @@ def _trace_turns(program: Program, path: Path, lists: Mapping[Path, list[Call]])
     """
     calls = lists[path]
     for other, theirs in lists.items():
-        if other == path or other[:-1] != path[:-1] or len(theirs) != len(calls):
+        if other == path or other[:-1] != path[:-1] or len(theirs) != len(calls) or not _adds(program, theirs[0]):
             continue
         turns = [call for pair in zip(calls, theirs, strict=True) for call in pair]
         if any(call.positions[-1] >= then.start for call, then in itertools.pairwise(turns)):
             continue
         last = Call(calls[-1].path, calls[-1].cls, 0, [calls[-1].start, _moved_back(program, calls, theirs) - 1])
-        found = _trace_list(program, path, _spans(program, [*calls[:-1], last]), ".".join(other))
+        found = _trace_list(program, path, _spans(program, [*calls[:-1], last]), turns, ".".join(other))
         if found.is_carried:
             return found
     return None
+
+
+def _adds(program: Program, call: Call) -> bool:
+    """Whether the call adds to what it was given: what only returns a branch (an adapter) is work behind a block."""
+    start, end = call.start, call.positions[-1] + 1
+    entered = set(program.read_from_before(start, end))
+    made = (n for n in program.born(start, end) if is_tensor(n) and program.used_in(n, end, len(program.nodes)))
+    return any(entered & program.residual_spine(node, start) for node in made)
 
 
 def _moved_back(program: Program, calls: list[Call], theirs: list[Call]) -> int:
@@ -146,7 +155,8 @@ def _completes(program: Program, operands: list[fx.Node], entered: set[fx.Node],
         is_made = any(start <= program.position[node] < end for node in made)
         spine = program.residual_spine(stream, start)
         enters = stream in entered or bool(entered & spine) or _is_source(program, stream, entered, start)
-        if is_made and enters and stream not in program.residual_spine(branch, start) and branch not in spine:
+        added = program.residual_spine(branch, start)
+        if is_made and enters and stream not in added and not entered & added and branch not in spine:
             return True
     return False
 

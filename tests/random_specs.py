@@ -20,8 +20,8 @@ class Blocks:
     Attributes:
         holds: "all" streams, the "image", the "text", the "joint" stream, or a "side" signal that the image is given.
         body: How a block changes its streams: "add", "attention", "concat" (one map over all), "post-norm", "in-place",
-            "expression" (what it returns has no name), "branch" (of one stream alone: what it returns is added by the model
-            to what it took).
+            "expression" (what it returns has no name), "branch" (of one stream alone: what it returns is added to what
+            it took by the model).
         looks: Which streams see the others: "each", "image", "text".
         takes_reversed, returns_reversed: Streams are taken or returned with the image last.
         emits: What a block returns beside its streams: nothing, something made of its "stream", or of the "time" alone.

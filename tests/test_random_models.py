@@ -242,8 +242,14 @@ FOUND = {
     "an input added behind each of many blocks": Case(
         Spec(lists=(Blocks("blocks", 4),), works=tuple(Work(after, "control") for after in range(4)))
     ),
-    "joined streams of equal lengths": Case(
-        Spec(names=TWO, tokens=(5, 5), lists=(Blocks("blocks", 2, "all"), Blocks("single_blocks", 4, "joint")))
+    "an adapter behind every block": Case(
+        Spec(lists=(Blocks("blocks", 3),), works=tuple(Work(after, "adapter") for after in range(3)))
+    ),
+    "an adapter behind every block of two lists": Case(
+        Spec(
+            lists=(Blocks("blocks", 2), Blocks("single_blocks", 2)),
+            works=tuple(Work(after, "adapter") for after in range(4)),
+        )
     ),
     "an end exactly where two lists are joined": Case(
         Spec(names=TWO, lists=(Blocks("blocks", 4, "all"), Blocks("single_blocks", 4, "joint"))), fn=3, bn=4
@@ -261,3 +267,11 @@ FOUND = {
 @pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
 def test_a_model_that_was_found_is_cached_rightly(case: Case):
     assert isinstance(check(case).plan, Plan)
+
+
+def test_joined_streams_of_equal_lengths_are_not_told_apart():
+    """What is sliced out of them in the end might be either."""
+    spec = Spec(names=TWO, tokens=(5, 5), lists=(Blocks("blocks", 2, "all"), Blocks("single_blocks", 4, "joint")))
+    plan = check(Case(spec)).plan
+    assert not isinstance(plan, Plan)
+    assert plan[0].cause is Cause.UNPAIRED
