@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from tests.zoo import VARIANTS
-from tests.zoo.runs import each
+from tests.zoo.runs import every_variant
 from tests.zoo.table import PAGE, page, row
 from tests.zoo.variant import Variant
 
 
-@each()
+@every_variant
 def test_the_row_of_a_variant_is_as_it_is_found(variant: Variant):
     assert row(variant.name) in PAGE.read_text(encoding="utf-8").splitlines(), "stale: run `make models`"
 

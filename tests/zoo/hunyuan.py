@@ -108,6 +108,7 @@ def variants() -> Iterator[Variant]:
         lists=TWO_LISTS,
         call=_framepack,
         needs_capture=True,
+        refused=((2, 1),),
     )
     yield Variant(
         name="HunyuanVideo15",

@@ -88,6 +88,7 @@ class Variant:
         needs_call: Whether it is called once before it is compiled: it then makes tables, at which Dynamo stops.
         alternates: Whether the lists take turns: a block is one of each.
         cuts: Fn and Bn to be tried beside those that are for all variants.
+        refused: Those at which it is not cut: a number that is read of a stream would be needed on both sides.
         image_last: Where two streams become one, whether the text comes first in it.
         num_graphs: Graphs that Dynamo makes for calls of all sizes and lengths, uncached; measured by a slow test.
     """
@@ -105,6 +106,7 @@ class Variant:
     needs_call: bool = False
     alternates: bool = False
     cuts: tuple[tuple[int, int], ...] = ()
+    refused: tuple[tuple[int, int], ...] = ()
     image_last: bool = True
     num_graphs: int = 3
 
