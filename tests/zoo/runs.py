@@ -187,7 +187,7 @@ def decisions_in(model: nn.Module) -> list[list[str]]:
 def cuts_of(variant: Variant) -> list[Cut]:
     """Those for which there are enough blocks, and its own."""
     fitting = [cut for cut in CUTS if sum(cut) < variant.num_blocks and cut not in variant.refused]
-    return fitting + [*variant.cuts]
+    return [*fitting, *variant.cuts]
 
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
