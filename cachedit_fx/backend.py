@@ -106,7 +106,11 @@ class Backend:
             return compiler(gm, list(example_inputs))
         if isinstance(planned, Rewritten):
             owner = self.owner if self.policy_per_call else (config, self.declared)
-            return _compile_guarded(planned, config, compiler, owner, policy_per_call=self.policy_per_call)
+            try:
+                return _compile_guarded(planned, config, compiler, owner, policy_per_call=self.policy_per_call)
+            except Exception as error:  # Of the whole graph the inner compiler may make more than of a part.
+                _report_bug(error, config, "the inner backend failed on a part of the graph")
+                return compiler(gm, list(example_inputs))
         return _compile_uncached(gm, example_inputs, planned, config, compiler)
 
 
@@ -256,9 +260,9 @@ def _explain_fallback(reasons: tuple[Mismatch, ...]) -> str:
     )
 
 
-def _report_bug(error: Exception, config: CacheConfig) -> None:
+def _report_bug(error: Exception, config: CacheConfig, what: str = "a pass failed") -> None:
     message = (
-        f"cachedit_fx: a pass failed ({type(error).__name__}: {error}), so this graph runs without caching. "
+        f"cachedit_fx: {what} ({type(error).__name__}: {error}), so this graph runs without caching. "
         "This is a bug in cachedit_fx; please report it with the traceback"
     )
     if config.on_no_match == "raise":

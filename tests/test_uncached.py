@@ -11,6 +11,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import cachedit_fx
 from cachedit_fx import backend as backend_module
+from cachedit_fx.compiler import InnerCompiler
 from tests import tiny
 from tests.sessions import every_session
 from tests.tiny import TIMES, build, compiled, frozen, generate, latents, prompt, ran_blocks, step
@@ -103,3 +104,22 @@ def test_what_is_left_of_a_chain_after_a_graph_break_runs_as_it_is():
     module = torch.compile(model, backend=cachedit_fx.Backend(tiny.config()))
     tiny.assert_bitwise(generate(module, text, noise), generate(model, text, noise))
     assert not cachedit_fx.is_cached(module)
+
+
+def test_a_graph_whose_parts_do_not_compile_runs_whole(caplog, monkeypatch):
+    def fail(self, piece):
+        raise RuntimeError("expected [u24, u23] to have been codegen-ed")
+
+    monkeypatch.setattr(InnerCompiler, "compile_piece", fail)
+    model, text, noise = build(), prompt(), latents()
+    with caplog.at_level(logging.WARNING, logger="cachedit_fx"):
+        module = compiled(model)
+        outputs = generate(module, text, noise)
+    tiny.assert_bitwise(outputs, generate(model, text, noise))
+    assert not cachedit_fx.is_cached(module)
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and "cachedit" in r.name]
+    assert "the inner backend failed on a part of the graph (RuntimeError: expected [u24, u23]" in warning
+    torch._dynamo.reset()
+    with pytest.raises(BackendCompilerFailed) as caught:
+        step(compiled(build(), on_no_match="raise"), text, 1.0, noise)
+    assert isinstance(caught.value.inner_exception, cachedit_fx.PassError)

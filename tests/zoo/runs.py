@@ -55,7 +55,7 @@ class Generation:
     def check(self) -> None:
         """Computed steps are bitwise those of the model, and the reused one is that with blocks skipped by hand."""
         torch.testing.assert_close(self.by_hand[::2], self.plain[::2], rtol=0, atol=0)
-        assert self.decisions == [DECISIONS]
+        assert self.decisions == [DECISIONS], self.decisions
         torch.testing.assert_close(self.outputs[::2], self.plain[::2], rtol=0, atol=0)
         torch.testing.assert_close(self.outputs[REUSED], self.by_hand[REUSED], rtol=0, atol=0)
         assert not any(torch.equal(*pair) for pair in zip(self.outputs[REUSED], self.plain[REUSED], strict=True))
@@ -164,7 +164,7 @@ class Compiled:
         for (cut, shape), generation in self.found.items():
             with subtests.test("Fn, Bn; image size, text length", cut=cut, shape=shape):
                 if self.variant.clock != "model":
-                    assert not self.misses[cut]
+                    assert not self.misses[cut], self.misses[cut][0]
                 generation.check()
 
 
