@@ -149,9 +149,7 @@ class Compiled:
         for shape in shapes:
             calls = variant.generation(size=shape[0], text=shape[1], dtype=dtype)
             expected = [tensors_of(plain(**call)) for call in calls]
-            if (
-                variant.clock == "model"
-            ):  # Parts are captured anew at a second call.
+            if variant.clock == "model":  # Parts are captured anew at a second call.
                 with capturing(variant):
                     for call in calls:
                         compiled(**call)
