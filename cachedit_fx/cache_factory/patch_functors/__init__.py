@@ -6,7 +6,7 @@ from cachedit_fx.cache_factory.patch_functors.hidream import HiDreamPatchFunctor
 from cachedit_fx.cache_factory.patch_functors.hunyuan_image import HunyuanImagePatchFunctor
 from cachedit_fx.functor import PatchFunctor
 
-__all__ = ["HiDreamPatchFunctor", "HunyuanImagePatchFunctor", "functor_for"]
+__all__ = ["HiDreamPatchFunctor", "HunyuanImagePatchFunctor"]
 
 
 def functor_for(class_name: str) -> type[PatchFunctor] | None:
