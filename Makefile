@@ -32,7 +32,7 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	@echo "done: $(VENV)/bin/python"
 
 test: venv ## every test, slow ones too, on all cores; ARGS="-k name" goes to pytest
-	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: venv ## ruff check, ruff format, mypy
 	$(PY) -m ruff check .

@@ -97,8 +97,9 @@ class Backend:
         """Compiles one graph: guarded if it matches, else as the inner backend alone would, with the reason logged."""
         config, given = split_options(options or {}, self.config)
         compiler = InnerCompiler(config, mode or self.mode, {**self.inner_options, **given})
+        copied = copy_graph(gm, example_inputs)
         try:
-            planned = _refusal() or _rewrite(copy_graph(gm, example_inputs), config, self.declared, compiler)
+            planned = _refusal() or _rewrite(copied, config, self.declared, compiler)
         except PatternError:
             raise
         except Exception as error:
@@ -111,6 +112,7 @@ class Backend:
             except Exception as error:  # Of the whole graph the inner compiler may make more than of a part.
                 _report_bug(error, config, "the inner backend failed on a part of the graph")
                 return compiler(gm, list(example_inputs))
+        forget_examples(copied)
         return _compile_uncached(gm, example_inputs, planned, config, compiler)
 
 

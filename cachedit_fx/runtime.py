@@ -38,9 +38,10 @@ class RegionPlan:
 
     def sizes_at(self, args: Sequence[Any], streams: Sequence[torch.Tensor] = ()) -> PartialSizes:
         """Shape and strides of all that is kept at a call; None for what is not measured yet."""
-        known, found = iter(self.sizes(args)), iter(streams)
+        sizes = self.sizes(args)
         if not any(self.measured):
-            return tuple(known)
+            return sizes
+        known, found = iter(sizes), iter(streams)
         return tuple(_size_of(next(found, None)) if is_measured else next(known) for is_measured in self.measured)
 
 

@@ -64,6 +64,9 @@ def split_pieces(segments: Sequence[fx.GraphModule], *, share_blocks: bool, free
     groups: dict[Hashable, Piece] = {}
     for call in calls:
         piece = groups.setdefault(structure_key(call.gm), Piece(call.gm, []))
+        if piece.gm is not call.gm:  # It goes with its segment; what it was traced with must not wait for that.
+            for node in call.gm.graph.nodes:
+                node.meta.pop("cachedit_example", None)
         piece.calls.append((call.segment, str(call.node.target)))
         piece.blocks += [call.block] if call.block is not None else []
     for segment in segments:
