@@ -27,11 +27,7 @@ NUM_BLOCKS = 2  # In every list.
 NUM_STEPS = 8  # Four for each transformer of Wan 2.2, and four of FLUX's img2img.
 WARMUP_STEPS = 3
 FIELDS = dict(Fn_compute_blocks=1, max_warmup_steps=WARMUP_STEPS, residual_diff_threshold=0.0, inner_backend="eager")
-UNCACHED = {
-    "hidream": "no-chain",  # Dynamo breaks it up; its functor mends that.
-    "mochi": "stream-count",  # The same, by autocast.
-    "hunyuan_image": "stream-count",  # The same, by masks that are read.
-}
+UNCACHED = {"hidream": "HiDreamPatchFunctor", "hunyuan_image": "HunyuanImagePatchFunctor"}  # What each waits for.
 
 
 def names(pipelines: list[TinyPipeline]) -> Any:
@@ -148,7 +144,8 @@ def test_a_pipeline_that_needs_a_functor_runs_uncached_and_says_so(tiny, caplog,
     assert not cachedit_fx.is_cached(pipe.transformer)
     assert cachedit_fx.summary(pipe, logging=False) == []
     (warning,) = warnings_in(caplog)
-    for words in ("runs without caching", UNCACHED[tiny.name], 'options={"on_no_match": "raise"}'):
+    mended = f"{UNCACHED[tiny.name]} makes it one graph: enable_cache(BlockAdapter(..., patch_functor="
+    for words in ("runs without caching", "Dynamo captures it only in", mended, 'options={"on_no_match": "raise"}'):
         assert words in warning
     cachedit_fx.disable_cache(pipe)
     assert traces(pipe) == before
