@@ -16,6 +16,7 @@ from cachedit_fx.adapter import BlockAdapter, ParamsModifier
 from cachedit_fx.backend import Backend
 from cachedit_fx.config import CacheConfig, CacheType, DBPruneConfig
 from cachedit_fx.errors import ConfigError, NoMatchError, PassError, PatternError
+from cachedit_fx.explanation import Explanation, explain
 from cachedit_fx.functor import PatchFunctor, block_nodes, give_to_block, rename_stream, split_stream
 from cachedit_fx.load import load_configs
 from cachedit_fx.patterns import BlockTemplate, register_pattern, unregister_pattern
@@ -43,6 +44,7 @@ __all__ = [
     "ConfigError",
     "DBCacheConfig",
     "DBPruneConfig",
+    "Explanation",
     "ForwardPattern",
     "NoMatchError",
     "ParamsModifier",
@@ -52,6 +54,7 @@ __all__ = [
     "block_nodes",
     "disable_cache",
     "enable_cache",
+    "explain",
     "give_to_block",
     "is_cached",
     "load_configs",

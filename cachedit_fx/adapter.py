@@ -38,7 +38,9 @@ class ParamsModifier:
         if cache_config is not None and not isinstance(cache_config, CacheConfig):
             raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {cache_config!r}")
         self.cache_config = (cache_config or CacheConfig()).override(**fields)
-        whole = self.cache_config.given & {"inner_backend", "on_no_match", "regions", "compile_blocks", "mode"}
+        whole = self.cache_config.given & {
+            *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode", "shadow", "debug_dir")
+        }
         if whole:
             raise ConfigError(f"cachedit_fx: {sorted(whole)[0]} holds for a whole model, not for one block list")
 

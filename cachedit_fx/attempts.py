@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -42,17 +42,27 @@ class Attempts:
         module: Called as it is; only its compiled forward is made here.
         backend: What compiles the graphs.
         compile_kwargs: The rest of `torch.compile`'s; with `fullgraph=True` parts are no way.
+        before_each: Told of every attempt before it is made.
+        ways: What is tried, in turn.
 
     Attributes:
         why_in_parts: What Dynamo said where the module could not be captured whole; empty if it could.
     """
 
-    def __init__(self, module: nn.Module, backend: Backend, compile_kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        backend: Backend,
+        compile_kwargs: Mapping[str, Any],
+        before_each: Callable[[Attempt], None] | None = None,
+        ways: Sequence[Attempt] = ATTEMPTS,
+    ) -> None:
         self._call = module._call_impl
+        self._before_each = before_each
         self._backend = backend
         self._kwargs = dict(compile_kwargs)
-        allowed = ATTEMPTS[:2] if self._kwargs.pop("fullgraph", False) else ATTEMPTS
-        self._attempts = list(allowed)
+        is_whole = self._kwargs.pop("fullgraph", False)
+        self._attempts = [way for way in ways if way.whole or not is_whole]
         self._file = inspect.getsourcefile(type(module))
         self._compiled: dict[Attempt, Callable[..., Any]] = {}
         self.why_in_parts = ""
@@ -65,6 +75,8 @@ class Attempts:
         """
         first: Exception | None = None
         for number, attempt in enumerate(self._attempts):
+            if self._before_each is not None:
+                self._before_each(attempt)
             try:
                 result = self._run(attempt, args, kwargs)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
@@ -91,11 +103,13 @@ class Attempts:
 
     def _run(self, attempt: Attempt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if attempt not in self._compiled:
+            options = self._kwargs.get("options")  # torch.compile takes out what is its own.
+            given = {**self._kwargs, "options": dict(options)} if options else self._kwargs
             self._compiled[attempt] = torch.compile(
                 self._call,
                 backend=self._backend.capturing(data=attempt.captures_data),
                 fullgraph=attempt.whole,
-                **self._kwargs,
+                **given,
             )
         with _data_captured() if attempt.captures_data else contextlib.nullcontext():
             return self._compiled[attempt](*args, **kwargs)

@@ -18,12 +18,17 @@ from cachedit_fx.errors import NoMatchError, PassError, PatternError
 from cachedit_fx.passes.cut import Region
 from cachedit_fx.passes.dedupe import Piece, split_pieces
 from cachedit_fx.passes.guard import GuardedGraph, insert_guards, stored_examples
+from cachedit_fx.passes.inplace import written_outside
 from cachedit_fx.passes.pipeline import Plan, plan_graph
+from cachedit_fx.passes.watch import Watch
+from cachedit_fx.patterns.cause import Cause
+from cachedit_fx.patterns.chain import source_line
 from cachedit_fx.patterns.declaration import Declaration
-from cachedit_fx.patterns.mismatch import Cause, Mismatch
-from cachedit_fx.runtime import GuardedCall, RegionPlan
+from cachedit_fx.patterns.mismatch import Mismatch
+from cachedit_fx.runtime import GuardedCall
 from cachedit_fx.session import current_call, instance_of
 from cachedit_fx.shapes import SizeRule, UnknownSizeError
+from cachedit_fx.step import RegionPlan
 
 log = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
@@ -99,7 +104,7 @@ class Backend:
         compiler = InnerCompiler(config, mode or self.mode, {**self.inner_options, **given})
         copied = copy_graph(gm, example_inputs)
         try:
-            planned = _refusal() or _rewrite(copied, config, self.declared, compiler)
+            planned = refusal() or rewrite(copied, config, self.declared, exact=compiler.is_exact)
         except PatternError:
             raise
         except Exception as error:
@@ -127,7 +132,7 @@ def cachedit(
     return Backend()(gm, example_inputs, mode=mode, options=options)
 
 
-def _refusal() -> tuple[Mismatch, ...]:
+def refusal() -> tuple[Mismatch, ...]:
     """Reasons that lie in how the module is run, not in its graph."""
     module = captured_module()
     if module is not None and module.training:
@@ -151,10 +156,19 @@ class Rewritten:
     weight: int | torch.Tensor
 
 
-def _rewrite(
-    gm: fx.GraphModule, config: CacheConfig, declared: Declaration, compiler: InnerCompiler
+def rewrite(
+    gm: fx.GraphModule, config: CacheConfig, declared: Declaration, *, exact: bool, watch: Watch | None = None
 ) -> Rewritten | tuple[Mismatch, ...]:
-    plan = plan_graph(gm, config, declared)
+    """The guarded graph in pieces, or why there is none, nearest miss first. Compiles nothing.
+
+    Args:
+        exact: Do nothing that changes rounding.
+
+    Raises:
+        PatternError: The graph contradicts what was declared.
+    """
+    watch = watch or Watch()
+    plan = plan_graph(gm, config, declared, watch)
     if not isinstance(plan, Plan):
         return plan
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
@@ -162,11 +176,17 @@ def _rewrite(
         regions = [_region_plan(region, placeholders) for region in plan.regions]
     except UnknownSizeError as error:
         return (Mismatch(None, Cause.DYNAMIC, str(error)),)
-    guarded = insert_guards(plan.gm, plan.program, plan.regions, plan.timestep, same_strides=not compiler.is_exact)
-    weight = _find_weight(plan, placeholders)
-    pieces = split_pieces(
-        _segments(guarded), share_blocks=config.compile_blocks == "once", free_strides=not compiler.is_exact
+    written = written_outside(plan.program, [*plan.program.born(0, len(plan.program.nodes))]) if config.shadow else None
+    if written is not None:
+        detail = f"expected a graph that may run twice on its inputs (shadow=True), found `{written.format_node()}`"
+        return (Mismatch(None, Cause.IN_PLACE, detail, written.name, source_line(written)),)
+    guarded = insert_guards(
+        plan.gm, plan.program, plan.regions, plan.timestep, same_strides=not exact, observed=config.shadow
     )
+    watch.guarded(guarded)
+    weight = _find_weight(plan, placeholders)
+    pieces = split_pieces(_segments(guarded), share_blocks=config.compile_blocks == "once", free_strides=not exact)
+    watch.pieces(guarded, pieces)
     return Rewritten(plan, guarded, pieces, regions, weight)
 
 
@@ -209,6 +229,7 @@ def _region_plan(region: Region, placeholders: list[fx.Node]) -> RegionPlan:
         measured=measured,
         dtypes=tuple(tensor.dtype for tensor in kept),
         device=kept[-1].device,
+        roles=tuple(pair.role for pair in region.carried),
     )
 
 
@@ -253,13 +274,16 @@ def report_uncached(message: str, config: CacheConfig) -> None:
 def _explain_fallback(reasons: tuple[Mismatch, ...]) -> str:
     nearest = reasons[0]
     fitted = f", {nearest.progress} of {nearest.total} blocks fit" if nearest.total else ""
-    verdict = f"Nearest miss: {nearest.template}{fitted}." if nearest.template else "Reason:"
+    verdict = f"Nearest miss: {nearest.template}{fitted};" if nearest.template else "Reason:"
     module = captured_module()
     what = f"this graph of {type(module).__name__}" if module is not None else "this graph"
-    return (
-        f"cachedit_fx: {what} runs without caching.\n{verdict}\n  {nearest.cause.value}: {nearest.detail}"
-        f"{f' (at `{nearest.node}`)' if nearest.node else ''}{f' in {nearest.where}' if nearest.where else ''}"
-    )
+    lines = [f"cachedit_fx: {what} runs without caching.", f"{verdict} {nearest.cause.value}:"]
+    lines += [f"  expected: {nearest.expected}"] if nearest.expected else []
+    lines += [f"  found:    {nearest.found}"]
+    place = " in ".join(filter(None, (f"`{nearest.node}`" if nearest.node else "", nearest.where)))
+    lines += [f"  at:       {place}"] if place else []
+    lines += [f"What to do: {nearest.cure}.", "See every verdict: cachedit_fx.explain(model, *inputs)"]
+    return "\n".join(lines)
 
 
 def _report_bug(error: Exception, config: CacheConfig, what: str = "a pass failed") -> None:

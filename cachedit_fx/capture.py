@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
+# What stands in a source between the names that a user wrote.
+_HOLDERS = {"L", "G", "self", "args", "kwargs", "__dict__", "_modules", "_parameters", "_buffers", "__class__"}
+
 
 @dataclass(frozen=True, slots=True)
 class GraphInput:
@@ -19,10 +22,12 @@ class GraphInput:
     Attributes:
         name: What the caller or the model calls it: `hidden_states`, `weight`.
         is_weight: A parameter or buffer (or a number) that the model holds, rather than something passed to it.
+        path: The same with where it is held: `blocks.1.norm.weight`, `joint_attention_kwargs.scale`.
     """
 
     name: str
     is_weight: bool
+    path: str = ""
 
 
 def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -91,7 +96,9 @@ def _graph_input(node: fx.Node, example: Any, names: list[str]) -> GraphInput:
     held = in_module or "_parameters" in text or "_buffers" in text or isinstance(example, torch.nn.Parameter)
     position = re.fullmatch(r"L\['args'\]\[(\d+)\]", text)
     if position and int(position[1]) < len(names):
-        return GraphInput(names[int(position[1])], is_weight=False)
+        name = names[int(position[1])]
+        return GraphInput(name, is_weight=False, path=name)
     words = re.findall(r"[A-Za-z_]\w*", text)
     is_weight = held or not isinstance(example, torch.Tensor) or text.startswith("G[")
-    return GraphInput(words[-1] if words else node.name, is_weight=is_weight)
+    parts = [word for word in re.findall(r"\w+", text) if word not in _HOLDERS]
+    return GraphInput(words[-1] if words else node.name, is_weight=is_weight, path=".".join(parts))

@@ -15,6 +15,11 @@ from cachedit_fx.passes.dedupe import Piece
 _RUNS_AS_IS = ("eager", "eager_noexcept", "eager_debug")
 
 
+def runs_as_is(inner_backend: str) -> bool:
+    """Whether pieces run as they are under this backend, so that nothing may be done that changes rounding."""
+    return inner_backend in _RUNS_AS_IS
+
+
 class InnerCompiler:
     """The backend that compiles the pieces, with `mode=` and the options that are not ours."""
 
@@ -37,7 +42,7 @@ class InnerCompiler:
     @property
     def is_exact(self) -> bool:
         """Whether the pieces run as they are, so that nothing may be done that changes rounding."""
-        return self.name in _RUNS_AS_IS
+        return runs_as_is(self.name)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         compiled: Callable[..., Any] = self._compile(gm, example_inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,7 +26,7 @@ _LIMITS = {"max_cached_steps": -1, "max_continuous_cached_steps": -1}
 _OPTIONAL_COUNTS = {"num_inference_steps": 1, "force_refresh_step_hint": 1}
 _NUMBERS = ("residual_diff_threshold", "dynamic_prune_threshold_relax_ratio")
 _OPTIONAL_NUMBERS = ("max_accumulated_residual_diff_threshold", "max_dynamic_prune_threshold")
-_SWITCHES = ("cfg_compute_first", "cfg_diff_compute_separate", "enable_dynamic_prune_threshold")
+_SWITCHES = ("cfg_compute_first", "cfg_diff_compute_separate", "enable_dynamic_prune_threshold", "shadow")
 _CHOICES = {
     "cache_type": tuple(map(str, CacheType)),
     "steps_computation_policy": ("dynamic", "static"),
@@ -81,6 +82,10 @@ class CacheConfig:
         compile_blocks: "once" compiles blocks of equal structure a single time; "inline" compiles head, region and
             tail as one graph each.
         mode: `torch.compile`'s mode for the inner backend (`torch.compile` itself refuses `mode=` beside `options=`).
+        shadow: Every step computes, and the statistics say what would have been reused and how far off that would have
+            been (`CacheStats.errors`). A step costs up to two, and one more host read.
+        debug_dir: A folder that gets the graph before and after every pass, the match report as JSON and a script that
+            repeats it; one subfolder per graph.
 
     Raises:
         ConfigError: (a ValueError) a field has a value it cannot have.
@@ -112,6 +117,8 @@ class CacheConfig:
     regions: str = "merged"
     compile_blocks: str = "once"
     mode: str | None = None
+    shadow: bool = False
+    debug_dir: str | os.PathLike[str] | None = None
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         config = super().__new__(cls)
@@ -123,6 +130,8 @@ class CacheConfig:
         for name in ("steps_computation_mask", "non_prune_block_ids"):
             if isinstance(getattr(self, name), Sequence):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.debug_dir, os.PathLike):
+            object.__setattr__(self, "debug_dir", os.fspath(self.debug_dir))
         _check_fields(self)
 
     @property
@@ -173,7 +182,7 @@ class CacheConfig:
 # What a graph is built by. All else is asked at every step, and may change without compiling anew.
 STRUCTURAL = {
     *("Fn_compute_blocks", "Bn_compute_blocks", "cache_type", "non_prune_block_ids"),
-    *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode"),
+    *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode", "shadow", "debug_dir"),
 }
 FIELD_NAMES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(CacheConfig))
 
@@ -250,6 +259,8 @@ def _check_fields(config: CacheConfig) -> None:
     if not isinstance(kept, tuple) or not all(isinstance(i, int) and i >= 0 for i in kept):
         raise ConfigError(f"cachedit_fx: non_prune_block_ids must be a list of ints >= 0, got {kept!r}")
     _check_inner_backend(config.inner_backend)
+    if config.debug_dir is not None and not (isinstance(config.debug_dir, str) and config.debug_dir):
+        raise ConfigError(f"cachedit_fx: debug_dir must be the path of a folder, got {config.debug_dir!r}")
     if config.mode is not None:
         from torch._inductor import list_mode_options
 

@@ -55,36 +55,12 @@ def enable_cache(
         ConfigError: An argument is unknown or has a value that it cannot have, or there is no transformer.
     """
     require_no_calibrator(calibrator_config)
-    fields = {name: kwargs.pop(name) for name in [*kwargs] if name in FIELD_NAMES and name not in _COMPILE_KWARGS}
-    for name in kwargs:
-        if name not in _COMPILE_KWARGS:
-            allowed = ", ".join((*_COMPILE_KWARGS, *FIELD_NAMES))
-            raise ConfigError(f"cachedit_fx: enable_cache has no argument {name!r}; allowed are {allowed}")
-    if cache_config is not None and not isinstance(cache_config, CacheConfig):
-        raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {cache_config!r}")
-    options = dict(kwargs.pop("options", None) or {})
-    fields |= {name: options.pop(name) for name in [*options] if name in FIELD_NAMES}
-    if options:
-        kwargs["options"] = options
-    config = (cache_config or CacheConfig()).override(**fields)
-    adapter = adapter_for(pipe_or_adapter)
-    if adapter is not None:
-        if params_modifiers is not None:
-            adapter = replace(adapter, params_modifiers=params_modifiers)
-        if adapter.has_separate_cfg and config.enable_separate_cfg is None:
-            config = config.override(enable_separate_cfg=True)
-        modules, declared, functor = adapter.transformers(), adapter.declarations(), adapter.patch_functor
-    else:
-        modules, functor = transformers_of(pipe_or_adapter), None
-        given = [*modules.values()] if len(modules) > 1 else next(iter(modules.values()))
-        declared = BlockAdapter(transformer=given, params_modifiers=params_modifiers).declarations()
-        declared = dict(zip(modules, declared.values(), strict=True))
-    settings = {name: _Settings(config, declared[name], functor, kwargs) for name in modules}
-    backends = {name: settings[name].backend() for name in modules}  # Before anything changes: this is what may fail.
-    for name, module in modules.items():
+    found = settings_for(pipe_or_adapter, cache_config, params_modifiers, **kwargs)
+    backends = [settings.backend() for _, settings in found.values()]  # Before anything changes: this is what may fail.
+    for name, (module, _) in found.items():
         _require_plain(name, module)
-    for name, module in modules.items():
-        _enable(module, settings[name], backends[name])
+    for (module, settings), backend in zip(found.values(), backends, strict=True):
+        _enable(module, settings, backend)
     return pipe_or_adapter
 
 
@@ -123,7 +99,7 @@ def refresh_context(transformer: Any, cache_config: CacheConfig | None = None, *
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
     """What `enable_cache` was asked to do with one transformer."""
 
     config: CacheConfig
@@ -131,13 +107,48 @@ class _Settings:
     functor: PatchFunctor | None
     compile_kwargs: Mapping[str, Any]
 
-    def is_built_like(self, other: _Settings) -> bool:
+    def is_built_like(self, other: Settings) -> bool:
         """Whether the two ask for the same of `torch.compile`; their backends are compared apart."""
         return (self.functor, dict(self.compile_kwargs)) == (other.functor, dict(other.compile_kwargs))
 
     def backend(self) -> Backend:
         mode, options = self.compile_kwargs.get("mode"), self.compile_kwargs.get("options")
         return Backend(self.config, mode=mode, options=options, declared=self.declared, policy_per_call=True)
+
+
+def settings_for(
+    pipe_or_adapter: Any, cache_config: CacheConfig | None = None, params_modifiers: Nested = None, **kwargs: Any
+) -> dict[str, tuple[nn.Module, Settings]]:
+    """The transformers by name, each with what these arguments of `enable_cache` ask for. Changes nothing.
+
+    Raises:
+        ConfigError: An argument is unknown or has a value that it cannot have, or there is no transformer.
+    """
+    fields = {name: kwargs.pop(name) for name in [*kwargs] if name in FIELD_NAMES and name not in _COMPILE_KWARGS}
+    for name in kwargs:
+        if name not in _COMPILE_KWARGS:
+            allowed = ", ".join((*_COMPILE_KWARGS, *FIELD_NAMES))
+            raise ConfigError(f"cachedit_fx: enable_cache has no argument {name!r}; allowed are {allowed}")
+    if cache_config is not None and not isinstance(cache_config, CacheConfig):
+        raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {cache_config!r}")
+    options = dict(kwargs.pop("options", None) or {})
+    fields |= {name: options.pop(name) for name in [*options] if name in FIELD_NAMES}
+    if options:
+        kwargs["options"] = options
+    config = (cache_config or CacheConfig()).override(**fields)
+    adapter = adapter_for(pipe_or_adapter)
+    if adapter is not None:
+        if params_modifiers is not None:
+            adapter = replace(adapter, params_modifiers=params_modifiers)
+        if adapter.has_separate_cfg and config.enable_separate_cfg is None:
+            config = config.override(enable_separate_cfg=True)
+        modules, declared, functor = adapter.transformers(), adapter.declarations(), adapter.patch_functor
+    else:
+        modules, functor = transformers_of(pipe_or_adapter), None
+        given = [*modules.values()] if len(modules) > 1 else next(iter(modules.values()))
+        declared = BlockAdapter(transformer=given, params_modifiers=params_modifiers).declarations()
+        declared = dict(zip(modules, declared.values(), strict=True))
+    return {name: (module, Settings(config, declared[name], functor, kwargs)) for name, module in modules.items()}
 
 
 class _Enabled:
@@ -150,7 +161,7 @@ class _Enabled:
         before: What stood in its place.
     """
 
-    def __init__(self, module: nn.Module, settings: _Settings, backend: Backend) -> None:
+    def __init__(self, module: nn.Module, settings: Settings, backend: Backend) -> None:
         self.settings = settings
         self.policy = settings.config.policy
         self.before = module.__dict__.get("_compiled_call_impl", _MISSING)
@@ -214,12 +225,18 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def enabled_settings(module: nn.Module) -> Settings | None:
+    """What the cache of a module is enabled with; None where it is not."""
+    enabled = _enabled(module)
+    return enabled.settings if enabled is not None else None
+
+
 def _enabled(module: nn.Module) -> _Enabled | None:
     found = module._compiled_call_impl
     return found if isinstance(found, _Enabled) else None
 
 
-def _enable(module: nn.Module, settings: _Settings, backend: Backend) -> None:
+def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
     known = _enabled(module)
     if known is not None and known.settings.backend() == backend and known.settings.is_built_like(settings):
         if known.settings != settings:

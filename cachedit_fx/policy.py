@@ -7,7 +7,7 @@ from the last computed one, and a step whose diff is NaN is computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cachedit_fx.config import CacheConfig
 
@@ -49,11 +49,16 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether a step computes, why, and whether the diff was looked at to say so."""
+    """Whether a step computes, why, and whether the diff was looked at to say so.
+
+    Attributes:
+        threshold: What the diff was held against; None where it was not looked at.
+    """
 
     compute: bool
     reason: str
     looked: bool = False
+    threshold: float | None = field(default=None, compare=False)
 
 
 def needs_refresh(config: CacheConfig, history: History) -> bool:
@@ -94,8 +99,9 @@ def decide(
     if threshold >= 1:
         return Decision(False, "threshold-one")
     if diff != diff:
-        return Decision(True, "nan", looked=True)
-    return Decision(False, "diff-below", looked=True) if diff < threshold else Decision(True, "diff-above", looked=True)
+        return Decision(True, "nan", looked=True, threshold=threshold)
+    is_below = diff < threshold
+    return Decision(not is_below, "diff-below" if is_below else "diff-above", looked=True, threshold=threshold)
 
 
 def _num_warmup_steps(config: CacheConfig) -> int:

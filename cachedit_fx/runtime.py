@@ -2,60 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from cachedit_fx.clock import Stopwatch
 from cachedit_fx.config import CacheConfig, Changes
-from cachedit_fx.policy import Decision, History, decide, needs_refresh
-from cachedit_fx.session import Instance, RegionState, Session, Snapshot, current_call, instance_of
-from cachedit_fx.shapes import Size, SizeRule
-
-PartialSizes = tuple[Size | None, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RegionPlan:
-    """What the runtime knows of a region.
-
-    Attributes:
-        own: What of the configuration is for this region alone.
-        looks: Whether the guard looks at a value; then it is the first in `sizes` and `dtypes`, before what is stored.
-        measured: For each of `dtypes`, whether its size depends on data: `sizes` leaves it out, a step measures it.
-    """
-
-    name: str
-    own: Changes | None
-    looks: bool
-    sizes: SizeRule
-    dtypes: tuple[torch.dtype, ...]
-    device: torch.device
-    measured: tuple[bool, ...] = ()
-
-    def sizes_at(self, args: Sequence[Any], streams: Sequence[torch.Tensor] = ()) -> PartialSizes:
-        """Shape and strides of all that is kept at a call; None for what is not measured yet."""
-        sizes = self.sizes(args)
-        if not any(self.measured):
-            return sizes
-        known, found = iter(sizes), iter(streams)
-        return tuple(_size_of(next(found, None)) if is_measured else next(known) for is_measured in self.measured)
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What decides: for the session as a whole, and for each region.
-
-    Attributes:
-        owner: Equal for equal configurations: what one of them keeps is nothing to another.
-    """
-
-    owner: int
-    config: CacheConfig
-    regions: tuple[CacheConfig, ...]
+from cachedit_fx.session import current_call, instance_of
+from cachedit_fx.shadow import ShadowedStep
+from cachedit_fx.step import Policy, RegionPlan, StepRun
 
 
 class GuardedCall:
@@ -105,11 +61,16 @@ class GuardedCall:
         if call is not None and not self.has_clock:  # This is a part of the forward: what it gets was made on the way.
             conditioning, timestep = call.conditioning, call.timestep
         policy = self.policy(call.policy if call is not None else None)
-        step = StepRun(self, policy, instance, instance.open(policy.owner, conditioning), args)
+        session = instance.open(policy.owner, conditioning)
+        watch = Stopwatch(self.regions[0].device)
+        step = (ShadowedStep if policy.config.shadow else StepRun)(self, policy, instance, session, args)
         if timestep is not None:
             step.tick(timestep)
         output = self.forward(step, *args)
-        step.commit()
+        lap = watch.stop()
+        if isinstance(step, ShadowedStep):
+            step.compare(self.forward, output)
+        step.commit(lap)
         return output
 
     def policy(self, changes: Changes | None) -> Policy:
@@ -127,166 +88,3 @@ _owners: dict[Hashable, int] = {}
 def _number_of(owner: Hashable) -> int:
     """A number for every distinct owner: cheap to compare at every call."""
     return _owners.setdefault(owner, len(_owners))
-
-
-def _size_of(stream: torch.Tensor | None) -> Size | None:
-    if stream is None:
-        return None
-    return tuple(stream.shape), torch.empty_like(stream, device="meta").stride()
-
-
-def in_layout(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """`tensor` in these strides: a graph compiled later for the same shape may want another layout. Seldom a copy."""
-    if tensor.stride() == strides:
-        return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-@dataclass(slots=True)
-class _RegionRun:
-    """A region during one step."""
-
-    plan: RegionPlan
-    config: CacheConfig
-    state: RegionState
-    sizes: PartialSizes
-    fits: bool  # Whether what is kept fits this call's shapes: a session may change size.
-    decision: Decision | None = None
-    history: History = field(default_factory=History)
-    diff: float = math.nan
-
-
-class StepRun:
-    """One step of one session: the `Step` that a guarded graph asks. Changes nothing before `commit`."""
-
-    __slots__ = ("_args", "_call", "_instance", "_is_new", "_policy", "_runs", "_session", "_snapshot", "_ticked")
-
-    def __init__(
-        self, call: GuardedCall, policy: Policy, instance: Instance, session: Session, args: Sequence[Any]
-    ) -> None:
-        self._call, self._policy, self._instance, self._session, self._args = call, policy, instance, session, args
-        self._snapshot = session.snapshot
-        self._is_new = self._ticked = False
-        self._runs: list[_RegionRun] = []
-        length = policy.config.num_inference_steps
-        if length is not None and session.snapshot.num_steps >= length:
-            self._begin_generation()
-
-    def before(self, region: int) -> torch.Tensor:
-        """What was looked at at the last computed step, or zeros: then nothing looks at the diff."""
-        run = self._run(region)
-        shape, strides = run.sizes[0] or ((), ())  # What is looked at has a known size.
-        if run.fits and run.state.seen is not None:
-            return in_layout(run.state.seen, strides)
-        return torch.empty_strided(shape, strides, dtype=run.plan.dtypes[0], device=run.plan.device).zero_()
-
-    def decide(self, region: int, probe: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
-        """Whether to compute. Reads the probe: the one time in a call (and region) that the host waits."""
-        run = self._run(region)
-        if streams:
-            run.sizes = run.plan.sizes_at(self._args, streams)
-            run.fits = _fits(run.plan, run.state, run.sizes)
-        values = probe.tolist() if probe is not None else []
-        if region == 0 and not self._ticked:
-            self.tick(values.pop() if self._call.has_clock else None)
-        if self._is_new:  # What it had kept is let go of.
-            run.state, run.fits = RegionState(), False
-        diff = values[0] if run.plan.looks else math.nan
-        shared = self._shared_diff(run)
-        run.diff = diff if shared is None else shared
-        run.history = replace(run.state.history, has_moved=self._snapshot.direction != 0)
-        earlier = [r.diff for r in self._runs[:region] if r.decision is not None and r.decision.looked]
-        run.decision = decide(run.config, run.history, run.diff, is_stored=run.fits, earlier=earlier)
-        return run.decision.compute
-
-    def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
-        run = self._runs[region]
-        if run.decision is None or run.decision.compute:
-            return (None,) * (len(run.plan.dtypes) - run.plan.looks)
-        kept = zip(run.state.stored, run.sizes[run.plan.looks :], strict=True)
-        return tuple(in_layout(tensor, size[1]) if tensor is not None and size else tensor for tensor, size in kept)
-
-    def residual(self, region: int, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
-        decision = self._runs[region].decision
-        assert decision is not None
-        if not decision.compute:
-            return after
-        return after - before if after.shape == before.shape else None
-
-    def keep(self, region: int, seen: torch.Tensor | None, stored: tuple[torch.Tensor | None, ...]) -> None:
-        run = self._runs[region]
-        assert run.decision is not None
-        if run.decision.compute:
-            if self._call.copy_state:
-                seen, stored = _copy(seen), tuple(map(_copy, stored))
-            run.state = replace(run.state, seen=seen, stored=stored)
-        run.state = replace(
-            run.state,
-            history=run.history.after(run.decision, run.diff),
-            decisions=(*run.state.decisions, run.decision),
-            diffs=(*run.state.diffs, run.diff),
-        )
-
-    def commit(self) -> None:
-        """Makes the step part of its session."""
-        regions = MappingProxyType({**self._snapshot.regions, **{run.plan.name: run.state for run in self._runs}})
-        snapshot = replace(self._snapshot, regions=regions, num_steps=self._snapshot.num_steps + 1)
-        self._instance.commit(self._session, snapshot, is_new_generation=self._is_new)
-
-    def tick(self, timestep: float | None) -> None:
-        """Moves the session's clock. A timestep that turns back, or stays at the first, starts a new generation."""
-        self._ticked = True
-        last, direction = self._snapshot.timestep, self._snapshot.direction
-        if timestep is None:
-            # Without a clock only a request with a name is known to be one generation.
-            self._snapshot = replace(self._snapshot, direction=int(self._session.is_named))
-            return
-        turn = 0 if last is None or math.isnan(timestep) else (timestep > last) - (timestep < last)
-        # No solver calls twice at its first timestep: the generation before ended after one step.
-        if turn * direction < 0 or (last == timestep and not direction):
-            self._begin_generation()
-            turn, direction = 0, 0
-        self._snapshot = replace(self._snapshot, timestep=timestep, direction=turn or direction)
-
-    def _begin_generation(self) -> None:
-        self._is_new, self._snapshot = True, Snapshot()
-
-    def _run(self, region: int) -> _RegionRun:
-        """The region's part of this step; made when it is first asked for, in order."""
-        if region == len(self._runs):
-            plan, config = self._call.regions[region], self._policy.regions[region]
-            state = self._snapshot.regions.get(plan.name) or RegionState()
-            if needs_refresh(config, state.history):
-                fresh = History(num_refreshes=state.history.num_refreshes + 1)
-                state = replace(state, seen=None, stored=(), history=fresh)
-            sizes = plan.sizes_at(self._args)
-            self._runs.append(_RegionRun(plan, config, state, sizes, _fits(plan, state, sizes)))
-        return self._runs[region]
-
-    def _shared_diff(self, run: _RegionRun) -> float | None:
-        """What the branch that was called just before measured at this step, if this one is to take that."""
-        config = self._policy.config
-        if config.cfg_diff_compute_separate or config.enable_separate_cfg is False or config.cfg_compute_first:
-            return None
-        partner = self._instance.partner(self._session)
-        other = partner.snapshot.regions.get(run.plan.name) if partner is not None else None
-        if partner is None or other is None or partner.snapshot.timestep != self._snapshot.timestep:
-            return None
-        is_same_step = len(other.decisions) == len(run.state.decisions) + 1
-        return other.diffs[-1] if is_same_step and other.decisions[-1].looked else None
-
-
-def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return tensor.clone() if tensor is not None else None
-
-
-def _fits(plan: RegionPlan, state: RegionState, sizes: PartialSizes) -> bool:
-    """Whether all is kept, in the sizes that are known so far."""
-    kept = (*((state.seen,) if plan.looks else ()), *state.stored)
-    return len(kept) == len(plan.dtypes) and all(
-        tensor is not None
-        and (size is None or tensor.shape == size[0])
-        and tensor.dtype == dtype
-        and tensor.device == plan.device
-        for tensor, size, dtype in zip(kept, sizes, plan.dtypes, strict=True)
-    )

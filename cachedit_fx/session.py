@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from cachedit_fx.clock import Lap, Laps
 from cachedit_fx.conditioning import ConditioningTable
 from cachedit_fx.config import Changes
 from cachedit_fx.policy import Decision, History
-from cachedit_fx.stats import CacheStats
+from cachedit_fx.stats import CacheStats, StepError
 
 MAX_SESSIONS = 64  # Per module; beyond it the one that was used least recently ends.
 MAX_FINISHED = 64  # Sessions per module whose statistics are kept.
@@ -115,6 +116,7 @@ class RegionState:
     history: History = field(default_factory=History)
     decisions: tuple[Decision, ...] = ()
     diffs: tuple[float, ...] = ()
+    errors: tuple[StepError | None, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -129,11 +131,16 @@ class Snapshot:
         timestep: Of the last step; None before the first, or where the graph has no such input.
         direction: Sign in which the timestep moves; 0 while it has not.
         num_steps: Steps so far.
+        began: Why the generation began (see `CacheStats.began`).
+        timesteps, laps: Of every step.
     """
 
     timestep: float | None = None
     direction: int = 0
     num_steps: int = 0
+    began: str = "new"
+    timesteps: tuple[float | None, ...] = ()
+    laps: tuple[Lap, ...] = ()
     regions: Mapping[str, RegionState] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -188,6 +195,11 @@ class Session:
                 decisions=[decision.reason for decision in state.decisions],
                 state_bytes=0 if finished else state.num_bytes,
                 peak_state_bytes=state.num_bytes,
+                began=self.snapshot.began,
+                timesteps=list(self.snapshot.timesteps),
+                thresholds={i: d.threshold for i, d in enumerate(state.decisions) if d.threshold is not None},
+                step_seconds=Laps(self.snapshot.laps),
+                errors={i: error for i, error in enumerate(state.errors) if error is not None},
             )
             for name, state in self.snapshot.regions.items()
         ]

@@ -17,6 +17,24 @@ Row = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class StepError:
+    """How far a reused step would have been from the computed one (shadow mode): relative L2, dimensionless.
+
+    |reused - computed| / |computed|, over all elements, in float32.
+
+    Attributes:
+        reused: Whether the region would have been reused at this step. Where no region would have been, it is said how
+            far off it would have been to reuse all of them.
+        streams: Of what leaves the region, by role.
+        output: Of all floating tensors that the model returns, together.
+    """
+
+    reused: bool
+    streams: dict[str, float]
+    output: float
+
+
+@dataclass(frozen=True, slots=True)
 class CacheStats:
     """One region of one session.
 
@@ -31,6 +49,12 @@ class CacheStats:
         state_bytes: What the session holds now; 0 once it is finished.
         peak_state_bytes: What it held at its last step.
         module: The pipeline's name for the transformer; empty where a transformer was asked itself.
+        began: Why a session began: "new" (another request, guidance branch or prompt), "timestep-turned",
+            "timestep-repeated" or "length-reached".
+        timesteps: Per step; None where the model has none.
+        thresholds: Step -> what its diff was held against; only steps whose decision looked at it.
+        step_seconds: Per step, for the whole model: wall time on a CPU, on an accelerator that between two events.
+        errors: Step -> how far off it would have been to reuse; shadow mode only, and only where something was kept.
     """
 
     region: str
@@ -42,10 +66,15 @@ class CacheStats:
     state_bytes: int = 0
     peak_state_bytes: int = 0
     module: str = ""
+    began: str = "new"
+    timesteps: list[float | None] = field(default_factory=list)
+    thresholds: dict[int, float] = field(default_factory=dict)
+    step_seconds: Sequence[float] = field(default_factory=list)
+    errors: dict[int, StepError] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(dataclasses.replace(self, step_seconds=list(self.step_seconds)))
 
     def __str__(self) -> str:
         return str(Summary([self]))

@@ -19,6 +19,7 @@ from cachedit_fx.passes.contexts import is_context, setter_at, within_contexts
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inplace import is_in_place, written_between, written_outside
 from cachedit_fx.passes.replay import Replay, replay_joins
+from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.chain import (
     HIDDEN,
     Block,
@@ -31,7 +32,7 @@ from cachedit_fx.patterns.chain import (
     source_line,
     value_of,
 )
-from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
+from cachedit_fx.patterns.mismatch import Match, Mismatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,8 @@ def _cut_middle(program: Program, group: Group) -> list[Region] | Mismatch:
     looked = _residual_over(group, fn)
     if looked is None:
         start = _boundaries(group)[0][HIDDEN]
-        return _miss(group.matches[0], Cause.UNPAIRED, f"the Fn blocks change the shape of {describe(start)}")
+        detail = f"expected Fn blocks that keep the shape of a stream, found that they change that of {describe(start)}"
+        return _miss(group.matches[0], Cause.UNPAIRED, detail)
     found = _cut(program, group, fn, last, *looked)
     return found if isinstance(found, Mismatch) else [found]
 

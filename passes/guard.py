@@ -49,6 +49,9 @@ class Step(Protocol):
         On a reused step `after` is what was kept, and is handed back.
         """
 
+    def observe(self, region: int, outputs: tuple[torch.Tensor, ...]) -> None:
+        """Takes what leaves a region; only of graphs that were built to be observed."""
+
     def keep(self, region: int, seen: torch.Tensor | None, stored: tuple[torch.Tensor | None, ...]) -> None:
         """Takes what the step leaves behind: what was looked at (None: nothing is), and what a reused step will add.
 
@@ -86,14 +89,17 @@ def insert_guards(
     timestep: fx.Node | None,
     *,
     same_strides: bool = True,
+    observed: bool = False,
 ) -> GuardedGraph:
     """The guarded graph. Submodules: head, compute_i, reuse_i, (between_i), tail.
 
     Args:
+        observed: Hand what leaves a region to `Step.observe`.
         same_strides: Make what leaves a region contiguous where the branches would differ in strides: a compiled tail
             takes one layout. It changes rounding where a kernel looks at strides.
     """
-    return GuardedGraph(_Builder(source, program, regions, timestep, same_strides).build(), regions, timestep)
+    builder = _Builder(source, program, regions, timestep, same_strides, observed)
+    return GuardedGraph(builder.build(), regions, timestep)
 
 
 class _Builder:
@@ -106,9 +112,10 @@ class _Builder:
         regions: tuple[Region, ...],
         timestep: fx.Node | None,
         same_strides: bool,
+        observed: bool,
     ) -> None:
         self.source, self.program, self.regions, self.timestep = source, program, regions, timestep
-        self.same_strides = same_strides
+        self.same_strides, self.observed = same_strides, observed
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.values: dict[fx.Node, fx.Node] = {}
@@ -174,6 +181,8 @@ class _Builder:
         for pair, node in zip(region.carried, out, strict=False):
             node.meta = copy.copy(pair.after.meta)
             self.values[pair.after] = node
+        if self.observed:
+            self.graph.call_method("observe", (self.step, number, tuple(out[:count])))
         kept = out[count:]
         for i, pair in enumerate(region.carried):
             if pair.before and pair.is_measured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,10 +19,12 @@ from cachedit_fx.passes.inputs import find_conditioning, find_timestep
 from cachedit_fx.passes.join import LEAST_SHARE, continues, flops_on_latents, join_lists
 from cachedit_fx.passes.locate import locate_blocks
 from cachedit_fx.passes.symbols import hoist_symbols
+from cachedit_fx.passes.watch import Watch
+from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.chain import BlockList, base_name, is_tensor, value_of
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.matcher import match_any, match_list
-from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
+from cachedit_fx.patterns.mismatch import Match, Mismatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,27 +54,43 @@ class Plan:
         return f"{lists}; region {regions}; timestep {names[0]}, conditioning {names[1]}"
 
 
+TIDYING: tuple[Callable[[fx.GraphModule], object], ...] = (
+    hoist_symbols,  # Sizes first: no later pass has to ask whether a value is one.
+    narrow_contexts,  # Before anything moves: a node belongs to the context that it was made in.
+    replace_writes,  # Last: it asks who else sees a value, and the passes before change that.
+)
+
+
 def plan_graph(
-    gm: fx.GraphModule, config: CacheConfig, declared: Declaration | None = None
+    gm: fx.GraphModule, config: CacheConfig, declared: Declaration | None = None, watch: Watch | None = None
 ) -> Plan | tuple[Mismatch, ...]:
     """The plan for a graph whose inputs are labelled, or why it has none, nearest miss first. Compiles nothing.
 
     Raises:
         PatternError: The graph contradicts what was declared.
     """
-    declared = declared or Declaration()
-    inline_checkpoints(gm)
+    declared, watch = declared or Declaration(), watch or Watch()
+    watch.graph("captured", gm)
+    inline_checkpoints(gm)  # A functor gets a graph that reads like the model's code.
+    watch.graph("inline-checkpoints", gm)
     gm = _apply_functor(gm, declared)
-    hoist_symbols(gm)
-    narrow_contexts(gm)
-    replace_writes(gm)
+    watch.graph("apply-functor", gm)
+    for tidy in TIDYING:
+        tidy(gm)
+        watch.graph(tidy.__name__.replace("_", "-"), gm)
+    found = _plan(gm, config, declared, watch)
+    watch.planned(found)
+    return found
+
+
+def _plan(gm: fx.GraphModule, config: CacheConfig, declared: Declaration, watch: Watch) -> Plan | tuple[Mismatch, ...]:
     program = Program(gm.graph)
     if torch.is_grad_enabled() and any(is_tensor(n) and value_of(n).requires_grad for n in program.nodes):
         detail = (
             "expected a graph that needs no gradients, found weights that require them; run it under torch.no_grad()"
         )
         return (Mismatch(None, Cause.GRADIENTS, detail),)
-    matches = _match(program, declared)
+    matches = _match(program, declared, watch)
     if isinstance(matches, list):
         return tuple(matches)
     chain = tuple(match.blocks for match in matches)
@@ -107,7 +125,7 @@ def _inputs(gm: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
 
 
-def _match(program: Program, declared: Declaration) -> tuple[Match, ...] | list[Mismatch]:
+def _match(program: Program, declared: Declaration, watch: Watch) -> tuple[Match, ...] | list[Mismatch]:
     """The chain's lists with the template that each fits: those declared, or those that the graph shows."""
     lists = locate_blocks(program)
     missing = set(declared.lists) - {path for blocks in lists for path in (blocks.path, *blocks.alternates)}
@@ -115,6 +133,7 @@ def _match(program: Program, declared: Declaration) -> tuple[Match, ...] | list[
         detail = f"expected a graph that calls the declared {', '.join(declared.lists)}, found {_listed(lists)}"
         return [Mismatch(None, Cause.NO_CHAIN, detail)]
     chain = tuple(blocks for blocks in lists if blocks.path in declared.lists) or join_lists(program, lists)
+    watch.lists(program, lists, chain)
     if not chain:
         return _no_chain(program, lists)
     found: list[Match] = []
@@ -122,6 +141,7 @@ def _match(program: Program, declared: Declaration) -> tuple[Match, ...] | list[
     for blocks in chain:
         pattern = declared.pattern_for(blocks.path)
         verdict = match_list(blocks, pattern) if pattern is not None else match_any(blocks)
+        watch.verdicts(blocks, verdict if isinstance(verdict, tuple) else (verdict,))
         if isinstance(verdict, tuple):
             return list(verdict)
         if isinstance(verdict, Match):
@@ -181,10 +201,7 @@ def _no_chain(program: Program, lists: tuple[BlockList, ...]) -> list[Mismatch]:
         found = match_any(max(heavy, key=lambda blocks: blocks.flops))
         if not isinstance(found, Match):
             return list(found)
-    detail = (
-        f"expected a list of blocks that hand a stream on and make up most of the graph, found {_listed(lists)}. If "
-        "Dynamo broke the model up, TORCH_LOGS=graph_breaks says where; fullgraph=True makes it an error"
-    )
+    detail = f"expected a list of blocks that hand a stream on and make up most of the graph, found {_listed(lists)}"
     return [Mismatch(None, Cause.NO_CHAIN, detail)]
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.chain import HIDDEN, BlockList, describe, source_line
-from cachedit_fx.patterns.mismatch import Cause, Match, Mismatch
+from cachedit_fx.patterns.mismatch import Match, Mismatch
 from cachedit_fx.patterns.registry import templates
 from cachedit_fx.patterns.returns import return_line, return_names, return_order
 from cachedit_fx.patterns.template import BlockTemplate
@@ -75,7 +76,10 @@ def _check_streams(blocks: BlockList, template: BlockTemplate) -> Mismatch | Non
     want, total = len(template.carried), len(blocks.blocks)
     if len(blocks.boundaries) == total:  # All are there but the one after the last block.
         last = next(iter(blocks.boundaries[-1].values()))
-        detail = f"expected {template.carried[0]} out of block {total - 1}, the last of {blocks.path}: {blocks.broken}"
+        detail = (
+            f"expected {template.carried[0]} out of block {total - 1}, the last of {blocks.path}, found that "
+            f"{blocks.broken}"
+        )
         return _miss(blocks, template, Cause.STREAM_COUNT, detail, node=last, progress=total - 1)
     for i in range(1, total):
         found = blocks.boundaries[i] if i < len(blocks.boundaries) else {}

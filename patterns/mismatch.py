@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 
+from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.chain import BlockList
+from cachedit_fx.patterns.cures import CURES
 from cachedit_fx.patterns.template import BlockTemplate
-
-
-class Cause(enum.Enum):
-    """Why a template did not fit, or a region could not be cut. Closed: tests and users may switch on it."""
-
-    NO_CHAIN = "no-chain"
-    RESTRICTED = "restricted"
-    STREAM_COUNT = "stream-count"
-    STREAM_NAME = "stream-name"
-    NO_CONTEXT = "no-context"
-    EXTRA_CONTEXT = "extra-context"
-    NO_EMITTED = "no-emitted"
-    EXTRA_EMITTED = "extra-emitted"
-    RETURN_ORDER = "return-order"
-    TOO_FEW_BLOCKS = "too-few-blocks"
-    UNPAIRED = "unpaired-stream"
-    IN_PLACE = "in-place"
-    STATE = "state"
-    DYNAMIC = "data-dependent"
-    GRADIENTS = "gradients"
-    TRAINING = "training"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +32,22 @@ class Mismatch:
 
     def __bool__(self) -> bool:
         return False
+
+    @property
+    def expected(self) -> str:
+        """What was expected, in words; empty where the detail says but what was found."""
+        before, comma, _ = self.detail.partition(", found ")
+        return before.removeprefix("expected ") if comma else ""
+
+    @property
+    def found(self) -> str:
+        """What was found, in words."""
+        return self.detail.partition(", found ")[2] or self.detail
+
+    @property
+    def cure(self) -> str:
+        """What a user can do about it."""
+        return CURES[self.cause]
 
     def __str__(self) -> str:
         head = f"{self.template}: " if self.template else ""

@@ -51,10 +51,10 @@ class Seen:
 @contextmanager
 def watched() -> Iterator[Seen]:
     """Notes what the backend does; nothing is compiled, though blocks are shared as for Inductor."""
-    seen, rewrite, call = Seen(), backends._rewrite, backends.Backend.__call__
+    seen, rewrite, call = Seen(), backends.rewrite, backends.Backend.__call__
 
-    def noted(*args: Any) -> Any:
-        found = rewrite(*args)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        found = rewrite(*args, **kwargs)
         seen.rewritten += [found] if isinstance(found, backends.Rewritten) else []
         return found
 
@@ -65,7 +65,7 @@ def watched() -> Iterator[Seen]:
     as_it_is = mock.patch.object(InnerCompiler, "__call__", lambda _, gm, inputs: gm.forward)
     with (
         as_it_is,
-        mock.patch.object(backends, "_rewrite", noted),
+        mock.patch.object(backends, "rewrite", noted),
         mock.patch.object(backends.Backend, "__call__", counted),
     ):
         yield seen

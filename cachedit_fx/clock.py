@@ -1,0 +1,75 @@
+"""How long a step took: by the host's clock, on an accelerator by events in its stream. Waits for nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import torch
+
+
+class Stopwatch:
+    """Runs from its making to `stop`."""
+
+    __slots__ = ("_device", "_start")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = _mark(device)
+
+    def stop(self) -> Lap:
+        return Lap(self._start, _mark(self._device))
+
+
+class Lap:
+    """Two moments; `seconds` waits for the second, where that is an event."""
+
+    __slots__ = ("_start", "_stop")
+
+    def __init__(self, start: Any, stop: Any) -> None:
+        self._start, self._stop = start, stop
+
+    @property
+    def seconds(self) -> float:
+        if isinstance(self._stop, float):
+            return self._stop - float(self._start)
+        self._stop.synchronize()
+        return float(self._start.elapsed_time(self._stop)) / 1000
+
+
+class Laps(Sequence[float]):
+    """Seconds, told when they are asked for: a record is made before the device is done."""
+
+    __slots__ = ("_laps",)
+
+    def __init__(self, laps: Sequence[Lap]) -> None:
+        self._laps = tuple(laps)
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[float]: ...
+    def __getitem__(self, index: int | slice) -> float | Sequence[float]:
+        if isinstance(index, slice):
+            return [lap.seconds for lap in self._laps[index]]
+        return self._laps[index].seconds
+
+    def __len__(self) -> int:
+        return len(self._laps)
+
+    def __iter__(self) -> Iterator[float]:
+        return (lap.seconds for lap in self._laps)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -1,0 +1,280 @@
+"""What `explain` found out, as data: frozen, and as JSON takes it (`Explanation.to_dict`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What some nodes of a graph cost at the shapes of the explained call.
+
+    Attributes:
+        flops: Floating point operations of matrix products, attention and convolutions; a multiplication with its
+            addition counts two. Source: `torch.utils.flop_counter`.
+        moved_bytes: Bytes that their aten operations read and write, each operation on its own (nothing fused); views
+            move nothing.
+        weight_bytes: Of the parameters and buffers that they read.
+    """
+
+    flops: int = 0
+    moved_bytes: int = 0
+    weight_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops, self.moved_bytes + other.moved_bytes, self.weight_bytes + other.weight_bytes
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor of the graph.
+
+    Attributes:
+        name: Of the graph's node.
+        label: What the model's code calls it.
+        shape: Sizes; one that is not known before the call is written as its symbol ("s27", "u0").
+        dtype: As in "float32".
+        nbytes: At the sizes of the explained call.
+        role: "hidden_states" or "encoder_hidden_states" for a stream; empty for what is none.
+    """
+
+    name: str
+    label: str
+    shape: tuple[str, ...]
+    dtype: str
+    nbytes: int
+    role: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(self.shape)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """One block of the chain.
+
+    Attributes:
+        number: In the chain, from 0, over all of its lists.
+        path: Of its module, as in `transformer_blocks.3`.
+        cls: Its class; empty where Dynamo did not keep it.
+        part: "Fn" (always runs, and is looked at), "region" (runs or is skipped), "Bn" (always runs) or "" (it matched,
+            but the graph is not cached).
+        region: Number of its region; None outside of one.
+        piece: Number of the compiled piece that it shares with blocks of equal structure; None where blocks are not
+            compiled apart.
+        num_nodes: Nodes of the graph, with the work between it and the next block.
+        cost: Of these nodes.
+        where: `file.py:line` of its first own operation.
+        reads: Values from before the block that it reads, in order: streams, invariants; no weights.
+        makes: Streams that it hands on.
+        code: Its nodes as Python, a line each.
+    """
+
+    number: int
+    path: str
+    cls: str
+    part: str
+    region: int | None
+    piece: int | None
+    num_nodes: int
+    cost: Cost
+    where: str
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class ListReport:
+    """One list of blocks that was found.
+
+    Attributes:
+        path: As in `transformer_blocks`; `alternates` is the list that takes turns with it, if one does.
+        pattern: The template that it fits, as in "pattern 1 (dual-stream, encoder first)"; empty if none does.
+        in_chain: Whether it is a part of the chain; other lists (a text encoder's) run as they are.
+        first: Number of its first block in the chain; None outside of it.
+        num_blocks: At least two.
+        streams: What enters its first block.
+        invariants: Values made before it that every block reads.
+        broken: Where its streams were lost, if they were.
+    """
+
+    path: str
+    alternates: tuple[str, ...]
+    pattern: str
+    in_chain: bool
+    first: int | None
+    num_blocks: int
+    streams: tuple[Value, ...]
+    invariants: tuple[Value, ...]
+    broken: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why a template does not fit, or why nothing can be cached.
+
+    Attributes:
+        template: As in "pattern 2 (cross-attention)"; empty where no template is at fault.
+        cause: As in "stream-count": the value of a `Cause`.
+        expected, found: What was expected and what was found.
+        fitted, total: Blocks that did fit, of how many.
+        block: Path of the block where it was seen; empty where it is none.
+        node: Name of the node where it was seen.
+        where: `file.py:line` of the user's code behind the node, and
+        line: that line.
+        cure: What to do.
+    """
+
+    template: str
+    cause: str
+    expected: str
+    found: str
+    fitted: int
+    total: int
+    block: str
+    node: str
+    where: str
+    line: str
+    cure: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeptReport:
+    """A value that a reused step supplies.
+
+    Attributes:
+        value: Where it leaves the region.
+        kept_as: "residual" (a reused step adds what the region added last time) or "value" (it takes it as it was).
+        since: Name of what the residual is taken against; empty for a value.
+        is_joined: The residual is taken against the streams joined as the model joins them inside the region.
+        is_measured: Its sizes depend on data, so every step measures whether it kept its shape.
+    """
+
+    value: Value
+    kept_as: str
+    since: str
+    is_joined: bool
+    is_measured: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RegionReport:
+    """The blocks between two cuts: what the guard runs or skips.
+
+    Attributes:
+        name: As in `transformer_blocks[1:]`.
+        first, last: Numbers of its first block in the chain, and of the first behind it.
+        looks_at: What the guard looks at, in words.
+        kept: What a reused step supplies.
+        state_bytes: What a session keeps of it at these shapes: what was looked at, and all of `kept`.
+        cost: Of its nodes: what a reused step saves, but for adding what is kept.
+        threshold: `residual_diff_threshold` here.
+    """
+
+    name: str
+    first: int
+    last: int
+    looks_at: str
+    kept: tuple[KeptReport, ...]
+    state_bytes: int
+    cost: Cost
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class PieceReport:
+    """One graph that the inner backend compiles.
+
+    Attributes:
+        number: From 0.
+        blocks: Numbers of the blocks that share it; empty for what lies around the blocks.
+        segments: Where it is called: "head", "compute_0", "reuse_0", "tail"; each once.
+        num_nodes: Its nodes, placeholders and output included.
+        cost: Of one call.
+    """
+
+    number: int
+    blocks: tuple[int, ...]
+    segments: tuple[str, ...]
+    num_nodes: int
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class BreakReport:
+    """Where Dynamo ended a graph before the model's end.
+
+    Attributes:
+        reason: Dynamo's.
+        where: `file.py:line` of the user's code, and
+        line: that line.
+    """
+
+    reason: str
+    where: str
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class RiskReport:
+    """What a graph was specialised on: another value compiles once more, up to Dynamo's `recompile_limit`.
+
+    Attributes:
+        what: The argument, as in "hidden_states" or "joint_attention_kwargs['scale']".
+        found: What it was.
+        consequence: What happens with another one.
+    """
+
+    what: str
+    found: str
+    consequence: str
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReport:
+    """One graph that Dynamo made of one transformer.
+
+    Attributes:
+        module: Name of the transformer in the pipeline; empty where a transformer was explained itself.
+        cls: Its class.
+        number: Of the graph, from 0; a transformer that Dynamo breaks up has several.
+        is_cached: Whether it gets a guard.
+        num_nodes: Nodes as captured, weights and inputs included.
+        arguments: What the caller passes, weights left out.
+        cost: Of the whole graph.
+        is_estimated: The costs are estimates from shapes: the operations could not be run on fake tensors.
+        lists: Lists of blocks that were found, in execution order.
+        blocks: Those of the chain, in execution order.
+        verdicts: Why it is not cached, nearest miss first; of a cached graph, why the templates tried before did not
+            fit.
+        regions, pieces: Empty where it is not cached.
+        timestep, conditioning: Names of the inputs that tell where in which generation a call stands; empty where
+            there is none.
+        saved_flops: Share of the graph's FLOPs that a step with every region reused does not do, 0 to 1.
+        state_bytes: What a session keeps at these shapes.
+        break_after: Why the graph ends before the model does; None where it is the last.
+        risks: What it was specialised on.
+    """
+
+    module: str
+    cls: str
+    number: int
+    is_cached: bool
+    num_nodes: int
+    arguments: tuple[Value, ...]
+    cost: Cost
+    is_estimated: bool
+    lists: tuple[ListReport, ...] = ()
+    blocks: tuple[BlockReport, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    regions: tuple[RegionReport, ...] = ()
+    pieces: tuple[PieceReport, ...] = ()
+    timestep: str = ""
+    conditioning: str = ""
+    saved_flops: float = 0.0
+    state_bytes: int = 0
+    break_after: BreakReport | None = None
+    risks: tuple[RiskReport, ...] = field(default_factory=tuple)

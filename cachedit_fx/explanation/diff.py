@@ -1,0 +1,102 @@
+"""A diff of a graph before and after the rewriting that a person can read: a line per block."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import fx
+
+from cachedit_fx.errors import ConfigError
+from cachedit_fx.explanation.data import BlockReport, GraphReport
+from cachedit_fx.explanation.graphs import statements
+from cachedit_fx.passes.guard import guard
+
+
+def unified_diff(report: GraphReport, graphs: Mapping[str, fx.GraphModule], expand: Sequence[str] | bool = ()) -> str:
+    """`before` against `after`, unified; empty where the graph is not cached.
+
+    Args:
+        graphs: By what `Explanation.graph` calls them.
+        expand: Paths of blocks whose nodes are shown; True for all.
+
+    Raises:
+        ConfigError: `expand` names a block that the graph does not have.
+    """
+    before, after = both_sides(report, graphs, expand)
+    return "\n".join(difflib.unified_diff(before, after, "before", "after", lineterm="", n=3))
+
+
+def both_sides(
+    report: GraphReport, graphs: Mapping[str, fx.GraphModule], expand: Sequence[str] | bool = ()
+) -> tuple[list[str], list[str]]:
+    """The lines of the graph as captured, and as it is guarded; both the same where it is not cached.
+
+    Raises:
+        ConfigError: `expand` names a block that the graph does not have.
+    """
+    paths = [block.path for block in report.blocks]
+    shown = set(paths) if expand is True else set(expand or ())
+    unknown = sorted(shown - set(paths))
+    if unknown:
+        raise ConfigError(
+            f"cachedit_fx: expand must name blocks of this graph ({', '.join(paths)}), got {unknown[0]!r}"
+        )
+    writer = _Writer(report.blocks, shown)
+    before = writer.lines(graphs["before"])
+    return before, writer.guarded(graphs["after"]) if "after" in graphs else before
+
+
+class _Writer:
+    """Writes graphs as lines. Nodes are told to be a block's by their names, which the rewriting keeps."""
+
+    def __init__(self, blocks: Sequence[BlockReport], shown: set[str]) -> None:
+        self.shown = shown
+        self.block_of = {
+            line.partition(" = ")[0]: block for block in blocks for line in block.code.splitlines() if " = " in line
+        }
+
+    def lines(self, gm: fx.GraphModule, *, returns: bool = True) -> list[str]:
+        """A graph, a line per node or block."""
+        text, found = statements(gm.graph), []
+        written: set[int] = set()
+        for node in gm.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            block = self.block_of.get(node.name)
+            if block is not None and block.path not in self.shown:
+                if block.number not in written:
+                    written.add(block.number)
+                    found.append(_block_line(block))
+            elif node.op == "output":
+                found += [f"return {node.args[0]}"] if returns else []
+            elif node.name in text:
+                found.append(text[node.name])
+        return found
+
+    def guarded(self, after: fx.GraphModule) -> list[str]:
+        """The guarded graph with its segments written out where they are called."""
+        return list(self._guarded(after))
+
+    def _guarded(self, after: fx.GraphModule) -> Iterator[str]:
+        parts = {name: part for name, part in after.named_children() if isinstance(part, fx.GraphModule)}
+        for node in after.graph.nodes:
+            if node.op == "call_module":
+                yield from self.lines(parts[str(node.target)], returns=False)
+            elif node.target is guard:
+                pred, compute, reuse, _ = node.args
+                yield f"if {pred}:  # {compute}"
+                yield from self.lines(parts[str(compute.target)], returns=False)
+                yield f"else:  # {reuse}"
+                yield from self.lines(parts[str(reuse.target)], returns=False)
+                yield "# both"
+            elif node.op == "call_method":
+                arguments = ", ".join(str(arg) for arg in node.args[1:])
+                yield f"{node.name} = {node.args[0]}.{node.target}({arguments})"
+            elif node.op == "output":
+                yield f"return {node.args[0]}"
+
+
+def _block_line(block: BlockReport) -> str:
+    made = ", ".join(block.makes) or "..."
+    return f"{made} = {block.path}({', '.join(block.reads)})  # {block.cls}, {block.num_nodes} nodes"

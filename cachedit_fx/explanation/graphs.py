@@ -1,0 +1,70 @@
+"""Graphs to look at: copies that outlive the compilation, and their nodes as lines of Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from cachedit_fx.patterns.chain import value_of
+
+
+def snapshot(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph and of the graphs that it calls; weights are shared. It holds no inputs of a call."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for node in graph.nodes:
+        node.meta.pop("cachedit_example", None)
+        node.meta.pop("grapharg", None)
+    copied = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule):
+            copied.add_module(name, snapshot(child))
+    return copied
+
+
+def statements(graph: fx.Graph) -> dict[str, str]:
+    """Node's name -> its line of Python, as the graph prints it, with weights by their paths."""
+    inputs = {node.name: node.meta.get("cachedit_input") for node in graph.nodes if node.op == "placeholder"}
+    paths = {name: info.path for name, info in inputs.items() if info is not None and info.path}
+    found = {}
+    for line in graph.python_code("self").src.splitlines():
+        name, equals, value = line.strip().partition(" = ")
+        if equals:
+            value = re.sub(r"\b[A-Za-z_]\w*\b", lambda word: paths.get(word[0], word[0]), value.partition(";")[0])
+            found[name.partition(":")[0].strip()] = f"{name} = {value}"
+    return found
+
+
+def code_of(nodes: Sequence[fx.Node], lines: dict[str, str]) -> str:
+    """The nodes as Python, a line each, with the user's line behind where it changes."""
+    found, last = [], ""
+    for node in nodes:
+        line = lines.get(node.name)
+        if line is None:
+            continue
+        where = last_frame(node)
+        found.append(f"{line}  # {where}" if where and where != last else line)
+        last = where or last
+    return "\n".join(found)
+
+
+def last_frame(node: fx.Node) -> str:
+    """`attention.py:123, in forward` of the user's code that made the node; empty where Dynamo kept no stack."""
+    trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    frames = [line.strip() for line in trace if line.strip().startswith("File ")]
+    if not frames:
+        return ""
+    path, _, rest = frames[-1].removeprefix('File "').partition('", line ')
+    number, _, function = rest.partition(", in ")
+    return f"{path.rpartition('/')[2]}:{number}" + (f", in {function}" if function else "")
+
+
+def shapes_of(node: fx.Node) -> str:
+    """`float32[2, 16, 32]`; empty for what is no tensor."""
+    value: Any = value_of(node)
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return ""
+    return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"

@@ -1,0 +1,39 @@
+"""Who is told of a graph's way through the passes. By itself it does nothing; `explain` and `debug_dir` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from cachedit_fx.patterns.chain import BlockList
+from cachedit_fx.patterns.mismatch import Match, Mismatch
+
+if TYPE_CHECKING:
+    from cachedit_fx.passes.dataflow import Program
+    from cachedit_fx.passes.dedupe import Piece
+    from cachedit_fx.passes.guard import GuardedGraph
+    from cachedit_fx.passes.pipeline import Plan
+
+
+class Watch:
+    """Gets every step of the way in turn. What it is given goes on to the next pass: read or copy it."""
+
+    def graph(self, name: str, gm: fx.GraphModule) -> None:
+        """The graph behind a pass; the first is "captured"."""
+
+    def lists(self, program: Program, found: Sequence[BlockList], chain: Sequence[BlockList]) -> None:
+        """The block lists, and which of them make up the chain."""
+
+    def verdicts(self, blocks: BlockList, found: Sequence[Match | Mismatch]) -> None:
+        """The template that a list of the chain fits; or what every template says, nearest miss first."""
+
+    def planned(self, plan: Plan | tuple[Mismatch, ...]) -> None:
+        """The end of all that only reads."""
+
+    def guarded(self, guarded: GuardedGraph) -> None:
+        """The graph with its guards in, its segments still whole."""
+
+    def pieces(self, guarded: GuardedGraph, pieces: Sequence[Piece]) -> None:
+        """The guarded graph, its segments cut into the pieces that will be compiled."""
