@@ -165,11 +165,18 @@ def _residual_over(group: Group, fn: int) -> tuple[fx.Node, fx.Node] | None:
     streams = _boundaries(group)
     ends = [match.blocks.boundaries[-1].get(HIDDEN) for match, stop in _with_ends(group) if stop == fn]
     for after in (streams[fn][HIDDEN], *ends):
-        befores = (stream[HIDDEN] for stream in streams[:fn])
-        before = next((node for node in befores if after is not None and same_shape(node, after)), None)
+        befores = [stream[HIDDEN] for stream in streams[:fn]]
+        # Where sizes only were equal, taking the residual makes it a guard of the graph that they are.
+        alike = (node for fits in (same_shape, _had_one_shape) for node in befores if after is not None and fits(node, after))
+        before = next(alike, None)
         if before is not None and after is not None:
             return after, before
     return None
+
+
+def _had_one_shape(one: fx.Node, other: fx.Node) -> bool:
+    sizes = (*value_of(one).shape, *value_of(other).shape)
+    return may_share_shape(one, other) and not any(map(depends_on_data, sizes))
 
 
 def _with_ends(group: Group) -> list[tuple[Match, int]]:

@@ -115,15 +115,23 @@ def same_shape(one: fx.Node, other: fx.Node) -> bool:
 def may_share_shape(one: fx.Node, other: fx.Node) -> bool:
     """Whether two tensor nodes have one dtype and device, and no size that is known to differ.
 
-    A size that depends on data (the number of tokens under a mask) is known to no one before the call.
+    A size that depends on data (the number of tokens under a mask) is known to no one before the call. Two that are
+    made of the inputs' sizes in different ways (`n` and `n // t * t`) may be equal if they were so at this call.
     """
     a, b = value_of(one), value_of(other)
     if a.dim() != b.dim() or (a.dtype, a.device) != (b.dtype, b.device):
         return False
     return all(
-        size_key(x) == size_key(y) or depends_on_data(x) or depends_on_data(y)
+        size_key(x) == size_key(y) or depends_on_data(x) or depends_on_data(y) or _were_equal(x, y)
         for x, y in zip(a.shape, b.shape, strict=True)
     )
+
+
+def _were_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, int) and isinstance(other, int):
+        return False
+    hints = [size if isinstance(size, int) else getattr(size.node, "hint", None) for size in (one, other)]
+    return hints[0] is not None and hints[0] == hints[1]
 
 
 def depends_on_data(size: Any) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from tests.zoo import VARIANTS
 from tests.zoo.by_hand import ByHand
-from tests.zoo.runs import SHAPES, Compiled, Cut, call_before, capturing, cuts_of, every_variant, one_collection
+from tests.zoo.runs import SHAPES, Compiled, Cut, Shape, call_before, capturing, cuts_of, every_variant, one_collection
 from tests.zoo.variant import Variant
 
 # One graph for the first size, one for all, one for another text length.
@@ -30,8 +32,23 @@ def test_steps_are_those_of_the_model_or_of_blocks_skipped_by_hand(variant: Vari
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["WanAnimate", "Flux2"])  # The first makes a size of the others' by division.
+def test_sizes_may_be_dynamic_from_the_start(name: str, subtests: pytest.Subtests):
+    with one_collection():
+        compiled = Compiled(VARIANTS[name], [(1, 0), (2, 1)], SHAPES[:2], dynamic=True)
+    compiled.check(subtests)
+    assert compiled.num_graphs <= num_graphs_uncached(VARIANTS[name], SHAPES[:2], dynamic=True) + 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", UNUSUAL.values(), ids=UNUSUAL)
 def test_so_many_graphs_the_uncached_model_makes(variant: Variant):
+    assert num_graphs_uncached(variant, SHAPES) == variant.num_graphs
+
+
+def num_graphs_uncached(variant: Variant, shapes: Sequence[Shape], *, dynamic: bool | None = None) -> int:
+    """Graphs that Dynamo makes of the model for generations of these shapes."""
+    torch._dynamo.reset()
     model, num_graphs = variant.build(), 0
     call_before(variant, model)
     if variant.functor is not None:
@@ -42,12 +59,12 @@ def test_so_many_graphs_the_uncached_model_makes(variant: Variant):
         num_graphs += 1
         return gm.forward
 
-    graphs = torch.compile(model, backend=count)
+    graphs = torch.compile(model, backend=count, dynamic=dynamic)
     with one_collection(), capturing(variant):
-        for size, text in SHAPES:
+        for size, text in shapes:
             for call in variant.generation(size=size, text=text):
                 graphs(**call)
-    assert num_graphs == variant.num_graphs
+    return num_graphs
 
 
 # The reference.

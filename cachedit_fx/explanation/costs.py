@@ -20,6 +20,7 @@ from cachedit_fx.passes.extract import extract, outputs_of
 from cachedit_fx.patterns.chain import value_of
 
 log = logging.getLogger(__name__)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class CostCounter:
@@ -59,12 +60,22 @@ class CostCounter:
             with mode, torch.no_grad():
                 inputs = [at_hint(value_of(node), mode) for node in placeholders]
                 with counter, moved:
-                    fx.Interpreter(piece).run(*inputs, enable_io_processing=False)
+                    _Interpreter(piece).run(*inputs, enable_io_processing=False)
         except Exception as error:  # Whatever an operation on fakes may raise: this is only looked at.
-            log.debug("costs are estimated: %s: %s", type(error).__name__, error)
+            log.debug("costs are estimated: %s: %s", type(error).__name__, str(error).partition("\n")[0])
             self.is_estimated = True
             return Cost(sum(Program(piece.graph).flops), 0, weight_bytes)
         return Cost(counter.get_total_flops(), moved.total, weight_bytes)
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph on fakes; numbers are those of the traced call."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        known = value_of(n)
+        if n.op in ("call_function", "call_method") and isinstance(known, _NUMBERS):
+            return hint(known)
+        return super().run_node(n)
 
 
 class _MovedBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -48,12 +48,16 @@ def both_sides(
 
 
 class _Writer:
-    """Writes graphs as lines. Nodes are told to be a block's by their names, which the rewriting keeps."""
+    """Writes graphs as lines.
+
+    Nodes are told to be a block's by their statements, which the rewriting keeps. Names alone do not tell: what it adds
+    to one segment may be called as a block's node in another.
+    """
 
     def __init__(self, blocks: Sequence[BlockReport], shown: set[str]) -> None:
         self.shown = shown
         self.block_of = {
-            line.partition(" = ")[0]: block for block in blocks for line in block.code.splitlines() if " = " in line
+            line.partition("  # ")[0]: block for block in blocks for line in block.code.splitlines() if " = " in line
         }
 
     def lines(self, gm: fx.GraphModule, *, returns: bool = True) -> list[str]:
@@ -63,11 +67,11 @@ class _Writer:
         for node in gm.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 continue
-            block = self.block_of.get(node.name)
+            block = self.block_of.get(text.get(node.name, ""))
             if block is not None and block.path not in self.shown:
                 if block.number not in written:
                     written.add(block.number)
-                    found.append(_block_line(block))
+                    found.append(block_line(block))
             elif node.op == "output":
                 found += [f"return {node.args[0]}"] if returns else []
             elif node.name in text:
@@ -97,6 +101,7 @@ class _Writer:
                 yield f"return {node.args[0]}"
 
 
-def _block_line(block: BlockReport) -> str:
+def block_line(block: BlockReport) -> str:
+    """A block that is not expanded."""
     made = ", ".join(block.makes) or "..."
     return f"{made} = {block.path}({', '.join(block.reads)})  # {block.cls}, {block.num_nodes} nodes"

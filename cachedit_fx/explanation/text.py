@@ -48,7 +48,11 @@ def _graph(number: int, graph: GraphReport) -> Iterator[str]:
     total = f"{graph.num_nodes} nodes, {flops(graph.cost.flops)}, {size(graph.cost.weight_bytes)} of weights"
     yield f"graph {number}: {verdict}; {total}{' (estimated)' if graph.is_estimated else ''}"
     for blocks in graph.lists:
-        yield from (f"  {line}" for line in _list(blocks))
+        if blocks.in_chain:
+            yield from (f"  {line}" for line in _list(blocks))
+    others = [f"{blocks.path} ({blocks.num_blocks})" for blocks in graph.lists if not blocks.in_chain]
+    if others:
+        yield f"  lists that are no part of the chain: {', '.join(others)}"
     if graph.blocks:
         yield "  chain:"
         yield from (f"    {line}" for line in chain_lines(graph))
@@ -74,15 +78,14 @@ def _graph(number: int, graph: GraphReport) -> Iterator[str]:
 
 def _list(blocks: ListReport) -> Iterator[str]:
     names = " and ".join((blocks.path, *blocks.alternates))
-    role = (blocks.pattern or "no template fits") if blocks.in_chain else "no part of the chain"
-    yield f"{names}: {blocks.num_blocks} blocks, {role}"
+    yield f"{names}: {blocks.num_blocks} blocks, {blocks.pattern or 'no template fits'}"
     for stream in blocks.streams:
         named = f" (`{stream.label}` in the code)" if stream.label != stream.role else ""
         yield f"  stream {stream.role or stream.name}{named}: {_value(stream)}"
-    if blocks.invariants and blocks.in_chain:
+    if blocks.invariants:
         shown = ", ".join(f"{value.label} {value}" for value in blocks.invariants)
         yield f"  every block reads: {shown}"
-    if blocks.broken and blocks.in_chain:
+    if blocks.broken:
         yield f"  streams end: {blocks.broken}"
 
 
