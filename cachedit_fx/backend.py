@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._logging._internal import trace_structured_artifact
 
 from cachedit_fx.capture import captured_module, copy_graph, forget_examples
 from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.config import CacheConfig, check_together, split_options
+from cachedit_fx.dumps import Dump
 from cachedit_fx.errors import NoMatchError, PassError, PatternError
 from cachedit_fx.passes.cut import Region
 from cachedit_fx.passes.dedupe import Piece, split_pieces
@@ -103,17 +105,25 @@ class Backend:
         config, given = split_options(options or {}, self.config)
         compiler = InnerCompiler(config, mode or self.mode, {**self.inner_options, **given})
         copied = copy_graph(gm, example_inputs)
+        module = captured_module()
+        name = type(module).__name__ if module is not None else "graph"
+        dump = Dump(config.debug_dir, name, config, self.declared) if config.debug_dir is not None else None
         try:
-            planned = refusal() or rewrite(copied, config, self.declared, exact=compiler.is_exact)
+            planned = refusal() or rewrite(copied, config, self.declared, exact=compiler.is_exact, watch=dump)
+            if dump is not None:
+                dump.finish(copied, planned if isinstance(planned, tuple) else ())
         except PatternError:
             raise
         except Exception as error:
+            if dump is not None:
+                dump.fail()
             _report_bug(error, config)
             return compiler(gm, list(example_inputs))
+        _trace_artifacts(planned)
         if isinstance(planned, Rewritten):
             owner = self.owner if self.policy_per_call else (config, self.declared)
             try:
-                return _compile_guarded(planned, config, compiler, owner, policy_per_call=self.policy_per_call)
+                return compile_guarded(planned, config, compiler, owner, policy_per_call=self.policy_per_call)
             except Exception as error:  # Of the whole graph the inner compiler may make more than of a part.
                 _report_bug(error, config, "the inner backend failed on a part of the graph")
                 return compiler(gm, list(example_inputs))
@@ -190,9 +200,25 @@ def rewrite(
     return Rewritten(plan, guarded, pieces, regions, weight)
 
 
-def _compile_guarded(
+def _trace_artifacts(planned: Rewritten | tuple[Mismatch, ...]) -> None:
+    """Hands what was decided to torch's structured trace (TORCH_TRACE, read by tlparse), if that is on."""
+    if isinstance(planned, tuple):
+        trace_structured_artifact("cachedit_fx_mismatch", "string", lambda: "\n".join(map(str, planned)))
+        return
+    gm = planned.guarded.gm
+    trace_structured_artifact("cachedit_fx_plan", "string", lambda: str(planned.plan))
+    trace_structured_artifact("cachedit_fx_guarded_graph", "string", lambda: gm.print_readable(print_output=False))
+
+
+def compile_guarded(
     rewritten: Rewritten, config: CacheConfig, compiler: InnerCompiler, owner: Hashable, *, policy_per_call: bool
 ) -> Compiled:
+    """Compiles the pieces of a guarded graph; returns what Dynamo is to call in place of its graph.
+
+    Args:
+        owner: Sessions of another owner are none of its own.
+        policy_per_call: Every call brings its policy along.
+    """
     plan, pieces, weight = rewritten.plan, rewritten.pieces, rewritten.weight
     for piece in pieces:
         compiler.compile_piece(piece)

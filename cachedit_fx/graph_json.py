@@ -76,7 +76,9 @@ def _node_to_json(gm: fx.GraphModule, node: fx.Node) -> dict[str, Any]:
             "kwargs": _encode(dict(node.kwargs)),
             "value": _value_to_json(value),
             "input": [info.name, info.is_weight, info.path] if info is not None else None,
-            "stack": [[key, *_class_to_json(*entry)] for key, entry in (node.meta.get("nn_module_stack") or {}).items()],
+            "stack": [
+                [key, *_class_to_json(*entry)] for key, entry in (node.meta.get("nn_module_stack") or {}).items()
+            ],
             "trace": "\n".join(trace[starts[-_FRAMES:][0] :]) if starts else "",
         }
     except TypeError as error:

@@ -167,7 +167,9 @@ def _residual_over(group: Group, fn: int) -> tuple[fx.Node, fx.Node] | None:
     for after in (streams[fn][HIDDEN], *ends):
         befores = [stream[HIDDEN] for stream in streams[:fn]]
         # Where sizes only were equal, taking the residual makes it a guard of the graph that they are.
-        alike = (node for fits in (same_shape, _had_one_shape) for node in befores if after is not None and fits(node, after))
+        alike = (
+            node for fits in (same_shape, _had_one_shape) for node in befores if after is not None and fits(node, after)
+        )
         before = next(alike, None)
         if before is not None and after is not None:
             return after, before

@@ -1,6 +1,1 @@
-"""What the compiler makes of a model, and why: `explain`."""
-
-from cachedit_fx.explanation.explain import explain
-from cachedit_fx.explanation.result import Explanation
-
-__all__ = ["Explanation", "explain"]
+"""What the compiler makes of a model, and why: `explain` and all that it is made of."""

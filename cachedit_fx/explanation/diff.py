@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
@@ -84,9 +86,12 @@ class _Writer:
 
     def _guarded(self, after: fx.GraphModule) -> Iterator[str]:
         parts = {name: part for name, part in after.named_children() if isinstance(part, fx.GraphModule)}
+        called: dict[fx.Node, list[str]] = {}  # What each call returns, by its names in the segment.
+        names: dict[fx.Node, str] = {}
         for node in after.graph.nodes:
             if node.op == "call_module":
                 yield from self.lines(parts[str(node.target)], returns=False)
+                called[node] = _returned(parts[str(node.target)])
             elif node.target is guard:
                 pred, compute, reuse, _ = node.args
                 yield f"if {pred}:  # {compute}"
@@ -94,11 +99,26 @@ class _Writer:
                 yield f"else:  # {reuse}"
                 yield from self.lines(parts[str(reuse.target)], returns=False)
                 yield "# both"
+                called[node] = _returned(parts[str(compute.target)])
+            elif node.target is operator.getitem and node.args[0] in called:
+                names[node] = called[node.args[0]][node.args[1]]
             elif node.op == "call_method":
-                arguments = ", ".join(str(arg) for arg in node.args[1:])
+                arguments = ", ".join(_text(arg, names) for arg in node.args[1:])
                 yield f"{node.name} = {node.args[0]}.{node.target}({arguments})"
             elif node.op == "output":
-                yield f"return {node.args[0]}"
+                yield f"return {_text(node.args[0], names)}"
+
+
+def _returned(gm: fx.GraphModule) -> list[str]:
+    """Names of the nodes that a segment returns."""
+    return [str(arg) for arg in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+
+
+def _text(argument: Any, names: Mapping[fx.Node, str]) -> str:
+    if isinstance(argument, tuple | list):
+        inside = ", ".join(_text(item, names) for item in argument)
+        return f"({inside}{',' * (len(argument) == 1)})"
+    return names.get(argument, str(argument)) if isinstance(argument, fx.Node) else repr(argument)
 
 
 def block_line(block: BlockReport) -> str:

@@ -1,0 +1,124 @@
+"""`python -m cachedit_fx explain module:factory`: `explain` from the shell.
+
+The factory takes no arguments and returns `(target, inputs)`: a transformer or a pipeline, and the arguments of a
+call, as a dict (keywords), a tuple (positional), or both: `(target, args, kwargs)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cachedit_fx.config import CacheConfig, split_options
+from cachedit_fx.errors import ConfigError
+from cachedit_fx.explanation.explain import explain
+from cachedit_fx.explanation.result import GRAPHS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 if every transformer is cached, 1 if one is not, 2 if the arguments are wrong."""
+    parser = _parser()
+    given = parser.parse_args(argv)
+    try:
+        target, args, kwargs = _make(given.factory)
+        explanation = explain(target, *args, cache_config=_config(given.option), **kwargs)
+        if given.graph:
+            explanation.graph(given.graph).print_readable()
+        elif given.diff is not None:
+            print(explanation.diff(expand=True if given.diff == ["all"] else given.diff))
+        else:
+            print(explanation)
+        if given.json:
+            given.json.write_text(json.dumps(explanation.to_dict(), indent=1) + "\n", encoding="utf-8")
+        if given.html:
+            print(f"wrote {explanation.to_html(given.html)}", file=sys.stderr)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0 if explanation.is_cached else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cachedit_fx", description="Caching for compiled transformers.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    command = commands.add_parser(
+        "explain",
+        help="what the compiler makes of a model, and why",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("factory", help="module:function, or path.py:function")
+    command.add_argument("-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="of CacheConfig")
+    command.add_argument("--graph", choices=GRAPHS, help="print this graph in place of the page")
+    command.add_argument(
+        "--diff", nargs="*", metavar="BLOCK", help="print before against after; blocks to expand, or all"
+    )
+    command.add_argument("--html", type=Path, metavar="PATH", help="write the page as HTML")
+    command.add_argument("--json", type=Path, metavar="PATH", help="write all of it as JSON")
+    return parser
+
+
+def _make(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """What the factory returns, as target, args and kwargs.
+
+    Raises:
+        ConfigError: There is no such factory, or it returns something else.
+    """
+    module_name, colon, name = factory.rpartition(":")
+    if not colon or not name:
+        raise ConfigError(f"cachedit_fx: factory must be module:function or path.py:function, got {factory!r}")
+    if module_name.endswith(".py"):
+        path = Path(module_name).resolve()
+        sys.path.insert(0, str(path.parent))
+        module_name = path.stem
+    else:
+        sys.path.insert(0, "")  # As `python -m` in the folder of one's own modules.
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # What is missing is something that the module imports itself.
+        raise ConfigError(f"cachedit_fx: factory names the module {module_name!r}, which is not found") from error
+    except AttributeError as error:
+        raise ConfigError(f"cachedit_fx: factory names {name!r}, which {module_name!r} does not have") from error
+    made = found()
+    match made:
+        case (target, dict() as kwargs):
+            return target, (), kwargs
+        case (target, tuple() | list() as args):
+            return target, tuple(args), {}
+        case (target, tuple() | list() as args, dict() as kwargs):
+            return target, tuple(args), kwargs
+    raise ConfigError(
+        f"cachedit_fx: {factory} must return (target, kwargs), (target, args) or (target, args, kwargs), "
+        f"got {type(made).__name__}"
+    )
+
+
+def _config(options: Sequence[str]) -> CacheConfig | None:
+    """`["Fn_compute_blocks=1"]` as a configuration; None where nothing is given.
+
+    Raises:
+        ConfigError: An option is unknown or has a value that it cannot have.
+    """
+    fields: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise ConfigError(f"cachedit_fx: option must be NAME=VALUE, got {option!r}")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:  # A word needs no quotes; Python's spelling of these three is understood.
+            fields[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return split_options(fields)[0] if fields else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The passes again, on a graph that `debug_dir` wrote: what `reproduce.py` in such a folder runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from cachedit_fx.backend import Rewritten, compile_guarded, rewrite
+from cachedit_fx.compiler import InnerCompiler
+from cachedit_fx.config import CacheConfig
+from cachedit_fx.explanation.build import build_report
+from cachedit_fx.explanation.graphs import snapshot
+from cachedit_fx.explanation.recorder import Recorded
+from cachedit_fx.explanation.result import Captured, Explanation
+from cachedit_fx.explanation.trace import Trace
+from cachedit_fx.graph_json import from_json
+from cachedit_fx.patterns.chain import value_of
+from cachedit_fx.patterns.declaration import Declaration
+from cachedit_fx.session import instance_of, session
+from cachedit_fx.stats import CacheStats
+
+
+def explain_saved(folder: str | Path) -> Explanation:
+    """What the passes make of the graph in `folder`, as `explain` tells it.
+
+    Raises:
+        FileNotFoundError: `folder` has no graph.json.
+    """
+    data = _read(folder)
+    gm, config, trace = from_json(data), _config(data), Trace()
+    with torch.no_grad():
+        rewrite(gm, config, Declaration(), exact=True, watch=trace)
+        report = build_report(gm, trace, config, Declaration(), cls=data["cls"], number=0)
+    how = Captured("", data["cls"], "from a file", "", dict(config.changes))
+    return Explanation(data["cls"], [how], [Recorded(report, trace.graphs())])
+
+
+def run_saved(folder: str | Path) -> list[CacheStats]:
+    """Three steps of the saved graph with random weights: computed, reused, computed.
+
+    Returns:
+        The statistics of every region.
+
+    Raises:
+        AssertionError: A computed step differs from the graph as it was captured.
+        ValueError: The graph is not cached.
+    """
+    data = _read(folder)
+    config = _config(data).override(
+        inner_backend="eager", max_warmup_steps=1, residual_diff_threshold=1.0, max_continuous_cached_steps=1
+    )
+    gm = from_json(data)
+    steps = _random_steps(gm)
+    _fill(gm)
+    plain = snapshot(gm)
+    with torch.no_grad():
+        found = rewrite(gm, config, Declaration(), exact=True)
+        if not isinstance(found, Rewritten):
+            raise ValueError(f"cachedit_fx: this graph is not cached: {found[0]}")
+        compiled = compile_guarded(found, config, InnerCompiler(config, None, {}), "saved", policy_per_call=False)
+        with session("saved"):
+            outputs = [compiled(*inputs) for inputs in steps]
+        for i in (0, 2):
+            torch.testing.assert_close(outputs[i], plain(*steps[i]), rtol=0, atol=0, equal_nan=True)
+    weight = steps[0][found.weight] if isinstance(found.weight, int) else found.weight
+    return [entry for record in instance_of(weight).records() for entry in record.stats]
+
+
+def main(folder: Path) -> None:
+    parser = argparse.ArgumentParser(description="Repeats what cachedit_fx made of a graph.")
+    parser.add_argument("--run", action="store_true", help="three steps with random weights too")
+    given = parser.parse_args()
+    print(explain_saved(folder))
+    if given.run:
+        for stats in run_saved(folder):
+            print(f"{stats.region}: {', '.join(stats.decisions)}; computed steps equal the captured graph bit for bit")
+
+
+def _read(folder: str | Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((Path(folder) / "graph.json").read_text(encoding="utf-8"))
+    return data
+
+
+def _config(data: dict[str, Any]) -> CacheConfig:
+    return CacheConfig().override(**{name: value for name, value in data["config"]})
+
+
+def _random_steps(gm: fx.GraphModule) -> list[list[Any]]:
+    """The inputs of three steps: weights and conditioning stay, what the model is told anew at each does not.
+
+    Integers are zeros, so that they are valid indices; a timestep falls from step to step.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    made = [_random(value_of(node), i) for i, node in enumerate(placeholders)]
+    steps = []
+    for step in range(3):
+        inputs = list(made)
+        for i, node in enumerate(placeholders):
+            value, info = value_of(node), node.meta.get("cachedit_input")
+            if isinstance(value, torch.Tensor) and info is not None and not info.is_weight and value.dim() <= 1:
+                inputs[i] = torch.full_like(made[i], 0 if made[i].dtype == torch.bool else 9 - 3 * step)
+        steps.append(inputs)
+    return steps
+
+
+def _random(value: Any, seed: int) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    if value.is_floating_point():
+        made.normal_(0, 0.2, generator=torch.Generator().manual_seed(seed))
+    else:
+        made.zero_()
+    return torch.nn.Parameter(made, requires_grad=False) if isinstance(value, torch.nn.Parameter) else made
+
+
+def _fill(gm: fx.GraphModule) -> None:
+    """Gives the attributes of a graph random values."""
+    for module in gm.modules():
+        for seed, (name, value) in enumerate(
+            [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        ):
+            setattr(module, name, _random(value, seed))
