@@ -204,16 +204,19 @@ def _why_uncached(module: nn.Module, call: ModelCall, in_parts: str) -> str:
     if not in_parts:
         return max(call.misses)[1]  # That of the largest graph.
     name = type(module).__name__
-    functor = functor_for(name)
-    cure = (
-        f"{functor.__name__} makes it one graph: enable_cache(BlockAdapter(..., patch_functor={functor.__name__}()))"
-        if functor is not None
-        else "a patch functor that replaces what stands there helps (docs/functors.md)"
-    )
     return (
         f"cachedit_fx: {name} runs without caching, because Dynamo captures it only in {len(call.misses)} graphs (it "
-        f"stops at {in_parts}) and its loop over the blocks is whole in none of them; {cure}."
+        f"stops at {in_parts}) and its loop over the blocks is whole in none of them; {cure_of_parts(name)}."
     )
+
+
+def cure_of_parts(cls: str) -> str:
+    """What makes one graph of a transformer of this class that Dynamo breaks up."""
+    functor = functor_for(cls)
+    if functor is None:
+        return "a patch functor that replaces what stands there helps (docs/functors.md)"
+    name = functor.__name__
+    return f"{name} makes it one graph: enable_cache(BlockAdapter(..., patch_functor={name}()))"
 
 
 def _first_tensor(value: Any) -> Any:

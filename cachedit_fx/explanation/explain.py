@@ -19,7 +19,7 @@ from cachedit_fx.config import CacheConfig
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.explanation.recorder import Recorded, Recorder, Stop, isolated
 from cachedit_fx.explanation.result import Captured, Explanation
-from cachedit_fx.pipeline import Settings, enabled_settings, settings_for
+from cachedit_fx.pipeline import Settings, cure_of_parts, enabled_settings, settings_for
 
 _HOW = {
     Attempt(True, False): "whole",
@@ -70,7 +70,7 @@ def explain(target: Any, *args: Any, cache_config: CacheConfig | None = None, **
     captured: list[Captured] = []
     recorded: list[Recorded] = []
     notes = [f"{name} was not called, so nothing is known of it." for name in found if name not in calls]
-    if torch.is_grad_enabled() and not isinstance(target, torch._dynamo.OptimizedModule):
+    if torch.is_grad_enabled() and isinstance(plain, nn.Module):
         notes.append("Captured without gradients. The cache is for inference: call the model under torch.no_grad().")
     for name, call in calls.items():
         module, settings = found[name]
@@ -134,8 +134,16 @@ def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> t
     recorded = recorder.recorded
     for one in recorded:
         one.report = replace(one.report, module=name, cls=type(module).__name__)
-    given = dict(settings.config.changes)
-    how = Captured(name, type(module).__name__, _HOW[recorder.attempt], attempts.why_in_parts, given)
+    cls = type(module).__name__
+    is_lost = attempts.why_in_parts and not any(one.report.is_cached for one in recorded)
+    how = Captured(
+        module=name,
+        cls=cls,
+        how=_HOW[recorder.attempt],
+        why=attempts.why_in_parts,
+        cure=cure_of_parts(cls) if is_lost else "",
+        config=dict(settings.config.changes),
+    )
     return how, recorded
 
 

@@ -28,6 +28,7 @@ class Captured:
         cls: Its class.
         how: "whole", "whole, sizes that depend on data captured" or "in parts".
         why: What Dynamo met where it could not be captured whole.
+        cure: What makes it whole, where none of its parts is cached.
         config: The fields of its `CacheConfig` that are not the default.
     """
 
@@ -35,6 +36,7 @@ class Captured:
     cls: str
     how: str
     why: str
+    cure: str
     config: dict[str, Any]
 
 

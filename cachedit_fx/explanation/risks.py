@@ -25,7 +25,8 @@ def risks_of(guards: Sequence[Any], arguments: Collection[str]) -> tuple[RiskRep
     found: dict[str, RiskReport] = {}
     for guard in guards:
         name = _label(guard.name)
-        if guard.is_global or not guard.has_value or re.split(r"\W", name, maxsplit=1)[0] not in arguments:
+        is_argument = re.split(r"\W", name, maxsplit=1)[0] in arguments and name not in ("args", "kwargs")
+        if guard.is_global or not guard.has_value or not is_argument:
             continue
         risk = _risk(name, guard.value, guard.guard_type)
         if risk is not None:

@@ -21,12 +21,16 @@ _PARTS = {"Fn": "Fn, always runs", "region": "region", "Bn": "Bn, always runs", 
 
 def page(explanation: Explanation) -> str:
     """The whole page, without a trailing newline."""
-    lines = [f"cachedit_fx.explain: {explanation.title}", ""]
+    lines = [f"cachedit_fx.explain: {explanation.title}"]
     for captured in explanation.modules:
+        lines.append("")
         graphs = [(i, g) for i, g in enumerate(explanation.graphs) if g.module == captured.module]
         lines += _module(captured, [g for _, g in graphs])
         for i, graph in graphs:
-            lines += ["", *_graph(i, graph)]
+            lines += ["", *_graph(i, graph)] if graph.is_cached or len(graphs) == 1 else _short(i, graph)
+        if len(graphs) > 1 and not any(graph.is_cached for _, graph in graphs):
+            i, graph = max(graphs, key=lambda pair: pair[1].num_nodes)
+            lines += ["", "the largest of them:", *_graph(i, graph)]
     lines += [f"\nNote: {note}" for note in explanation.notes]
     lines += ["", "Graphs: .graph('before' | 'after' | 'head' | 'compute' | 'reuse' | 'tail'), .diff(), .to_html(path)"]
     return "\n".join(lines)
@@ -39,8 +43,19 @@ def _module(captured: Captured, graphs: list[GraphReport]) -> Iterator[str]:
     yield f"{name}: captured {captured.how}, {count}, {cached or 'none'} cached"
     if captured.why:
         yield f"  why in parts: {captured.why}"
+    if captured.cure:
+        yield f"  what to do:   {captured.cure}"
     changed = ", ".join(f"{field}={value!r}" for field, value in captured.config.items())
     yield f"  configuration: {changed or 'the defaults'}"
+
+
+def _short(number: int, graph: GraphReport) -> Iterator[str]:
+    """A graph among others of a transformer that is captured in parts."""
+    ends = ""
+    if graph.break_after is not None:
+        place = f" at {graph.break_after.where}" if graph.break_after.where else ""
+        ends = f"; ends{place}: {shorten(graph.break_after.reason, 100)}"
+    yield f"graph {number}: runs without caching; {graph.num_nodes} nodes, {flops(graph.cost.flops)}{ends}"
 
 
 def _graph(number: int, graph: GraphReport) -> Iterator[str]:
@@ -151,12 +166,14 @@ def _pieces(graph: GraphReport) -> Iterator[str]:
 def _risks(graph: GraphReport) -> Iterator[str]:
     if not graph.risks:
         return
-    limit = torch._dynamo.config.recompile_limit
-    yield f"compiles once more (at most {limit} times) if one of these changes:"
-    for risk in graph.risks[:_SHOWN_RISKS]:
-        yield f"  {risk.what} = {risk.found}: {risk.consequence}"
-    if len(graph.risks) > _SHOWN_RISKS:
-        yield f"  and {len(graph.risks) - _SHOWN_RISKS} more in .risks"
+    yield f"compiles once more (at most {torch._dynamo.config.recompile_limit} times) if one of these changes:"
+    by_consequence: dict[str, list[str]] = {}
+    for risk in graph.risks:
+        by_consequence.setdefault(risk.consequence, []).append(f"{risk.what} = {risk.found}")
+    for consequence, found in by_consequence.items():
+        yield f"  {consequence}:"
+        more = f" and {len(found) - _SHOWN_RISKS} more" if len(found) > _SHOWN_RISKS else ""
+        yield f"    {', '.join(found[:_SHOWN_RISKS])}{more}"
 
 
 def flops(count: int) -> str:
