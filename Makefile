@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint demo bench peers models wheel clean
+.PHONY: help venv browser test lint demo bench peers models wheel clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
@@ -31,7 +31,15 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	@touch $@
 	@echo "done: $(VENV)/bin/python"
 
-test: venv ## every test, slow ones too, on all cores; ARGS="-k name" goes to pytest
+browser: ## Debian's chromium, which the tests of the pages use; without it they are skipped
+	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		echo "chromium, for the tests of the pages (a minute)"; \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null \
+		|| echo "chromium could not be installed: the tests of the pages will be skipped"; \
+	else echo "no chromium here, and only root can install it by apt-get: the tests of the pages will be skipped"; fi
+
+test: venv browser ## every test, slow ones too, on all cores; ARGS="-k name" goes to pytest
 	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: venv ## ruff check, ruff format, mypy
@@ -42,8 +50,14 @@ lint: venv ## ruff check, ruff format, mypy
 demo: venv ## draws the ten digits with the real FluxPipeline, without and with the cache
 	$(PY) examples/digits/demo.py $(ARGS)
 
-bench: venv ## the measurements
-	$(PY) benchmarks/run.py $(ARGS)
+bench: venv ## ours beside every peer, on a CPU; ARGS="--quick", "--work qwen --rounds 5", "--help"
+	-$(PIP) install --quiet -c constraints.txt cache-dit
+	$(PY) -m benchmarks.run $(ARGS)
+
+# With the Python of a machine that has a GPU, torch 2.11 or later and diffusers (cache-dit if there): PYTHON=...
+.PHONY: bench-gpu
+bench-gpu: ## the same on a GPU, at the size of published models; a dry run: ARGS="--device cpu --tiny"
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 peers: venv ## records anew what cache-dit decides on the cases of tests/peers
 	$(PIP) install --quiet -c constraints.txt cache-dit

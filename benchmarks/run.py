@@ -1,132 +1,134 @@
-"""Compile time, and a computed and a reused step, of FLUX with random weights: ours beside plain torch.compile.
+"""Ours beside every peer, on a CPU: time of a step and of a generation, compilation, state and memory.
 
-Every variant runs in a process of its own with an empty Inductor cache and one thread; steps are asked for in turn, so
-that what else the machine does falls on all of them alike. Figures are medians of per-round ratios.
+Every variant runs in a process of its own with one thread. All reuse the same steps of a generation, which each process
+checks, as it checks that nothing is compiled while it is measured. Variants take turns, at every step or at every
+generation, so that what else the machine does falls on all alike; figures are medians of ratios of the same round.
 
-    python benchmarks/run.py --double 6 --single 12 --width 384 --rounds 30 --json out.json
+    python -m benchmarks.run --work flux-compute qwen --rounds 15 --json out.json
+    python -m benchmarks.run --quick          # in a few minutes, tiny sizes: to see that it runs
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from benchmarks import figures
+from benchmarks.driver import Plan, Results, measure
+from benchmarks.figures import Figures
+from benchmarks.sizes import ON_CPU, WORKS
+from benchmarks.variants import USUAL, VARIANTS, Settings, is_installed
 
-VARIANTS = ("plain", "repeated", "once", "inline", "floor")
-Times = dict[str, float]
-
-
-class Process:
-    """A worker, asked over its standard input."""
-
-    def __init__(self, variant: str, arguments: list[str], cache: str) -> None:
-        environment = {
-            **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": cache,
-            "OMP_NUM_THREADS": "1",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        }
-        worker = str(Path(__file__).with_name("worker.py"))
-        self._process = subprocess.Popen(
-            [sys.executable, worker, variant, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def ask(self, command: str) -> Times:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(command + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the worker ended at {command!r}; its error stands above")
-        answer: Times = json.loads(line)
-        return answer
-
-    def quit(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.write("quit\n")
-        self._process.stdin.close()
-        self._process.wait()
+MODULE = "benchmarks.run"
 
 
-def measure(arguments: list[str], rounds: int, cache: str) -> dict[str, Any]:
-    """Seconds per variant: `compile`, and lists of `computed` and `reused`, one per round."""
-    workers, results = {}, {}
-    for variant in tqdm(VARIANTS, desc="compile", unit="variant"):  # One after the other: they would share the cores.
-        workers[variant] = Process(variant, arguments, f"{cache}/{variant}")
-        results[variant] = {"compile": workers[variant].ask("compile"), "computed": [], "reused": []}
-    for _ in tqdm(range(rounds), desc="steps", unit="round"):
-        for variant, worker in workers.items():
-            results[variant]["computed"].append(worker.ask("computed"))
-            results[variant]["reused"].append(worker.ask("reused"))
-    for worker in workers.values():
-        worker.quit()
-    return results
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work", nargs="+", choices=WORKS, default=list(ON_CPU), metavar="NAME", help=", ".join(ON_CPU)
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(USUAL), metavar="NAME", help=", ".join(VARIANTS)
+    )
+    parser.add_argument("--rounds", type=int, help="generations of every variant (15)")
+    parser.add_argument("--compilations", type=int, default=1, help="cold and warm starts of every variant (1)")
+    parser.add_argument("--no-warm", action="store_true", help="leave out the warm starts, with filled on-disk caches")
+    parser.add_argument("--json", type=Path, help="all that was measured")
+    parser.add_argument("--markdown", type=Path, help="the tables, besides printing them")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, 2 rounds")
+    parser.add_argument("--inner", default="inductor", help="the torch.compile backend that compiles (inductor)")
+    parser.add_argument("--policy", choices=("dynamic", "static"), default="dynamic", help="of the mask (dynamic)")
+    parser.add_argument("--fn", type=int, default=1, help="blocks at the front that always run (1)")
+    parser.add_argument("--bn", type=int, default=0, help="blocks at the end that always run (0)")
+    parser.add_argument(
+        "--cache-dit-tuning", action="store_true", help="give cache-dit the Inductor settings it prefers"
+    )
+    return parser.parse_args()
 
 
-def ratio(results: dict[str, Any], kind: str, variant: str, base: str, base_kind: str) -> float:
-    """Median over the rounds of the CPU time of one against another in the same round."""
-    pairs = zip(results[variant][kind], results[base][base_kind], strict=True)
-    return statistics.median(a["cpu"] / b["cpu"] for a, b in pairs)
+def settings_of(args: argparse.Namespace, work: str) -> list[Settings]:
+    """One for each variant that can run here."""
+    names = [name for name in args.variants if is_installed(name)]
+    if args.fn != 1 or args.bn:
+        names = [name for name in names if name != "fbc"]
+    common = Settings(
+        work,
+        "",
+        is_tiny=args.quick,
+        inner=args.inner,
+        policy=args.policy,
+        front=args.fn,
+        back=args.bn,
+        compiles_with_peer_tuning=args.cache_dit_tuning,
+    )
+    return [dataclasses.replace(common, variant=name) for name in names]
 
 
-def table(results: dict[str, Any]) -> str:
-    lines = [
-        "| variant | cold compile, CPU s | / plain | computed step / plain | reused step / floor | reused step, ms |",
-        "|---|---|---|---|---|---|",
+def report(args: argparse.Namespace, work: str, results: Results, plan: Plan) -> str:
+    """The tables of one work."""
+    size = WORKS[work].tiny() if args.quick else WORKS[work]
+    mask = "".join(map(str, size.mask))
+    detail = (
+        f"F{args.fn}B{args.bn}, {size.num_steps} steps of {len(size.branches)} call(s), computed where 1: {mask} "
+        f"({args.policy}); {plan.rounds} rounds that take turns by {size.interleave}; compiled by "
+        f"{args.inner} from empty caches, {plan.compilations} time(s)"
+    )
+    cpu, wall = Figures(size, results, "cpu"), Figures(size, results, "wall")
+    missing = [
+        f"{name}: left out, {'always F1B0' if is_installed(name) else 'not installed'}"
+        for name in args.variants
+        if name not in results.variants
     ]
-    for variant in VARIANTS:
-        cpu = results[variant]["compile"]["cpu"]
-        cells = [variant, f"{cpu:.1f}", f"{cpu / results['plain']['compile']['cpu']:.2f}"]
-        caches = variant in ("once", "inline")
-        cells.append(f"{ratio(results, 'computed', variant, 'plain', 'computed'):.3f}" if variant != "floor" else "-")
-        cells.append(f"{ratio(results, 'reused', variant, 'floor', 'reused'):.3f}" if caches else "-")
-        milliseconds = 1e3 * statistics.median(t["cpu"] for t in results[variant]["reused"])
-        cells.append(f"{milliseconds:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def hardware() -> str:
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    return f"{model}, 1 thread of {os.cpu_count()}"
+    parts = [
+        figures.heading(size.title, "cpu", MODULE, detail),
+        figures.target_table(cpu),
+        "CPU time of the process:",
+        figures.time_table(cpu),
+        "Wall time:",
+        figures.time_table(wall),
+        "Compilation, cache state and memory (what a generation allocates beyond the weights):",
+        figures.cost_table(cpu),
+        "\n".join(f"- {note}" for note in [*figures.notes(list(results.variants), results.errors), *missing]),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--double", type=int, default=6)
-    parser.add_argument("--single", type=int, default=12)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    arguments = [str(args.double), str(args.single), str(args.width)]
-    with tempfile.TemporaryDirectory() as cache:
-        results = measure(arguments, args.rounds, cache)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "cachedit_fx"))
-    print(f"\nFLUX {args.double}+{args.single} blocks, width {args.width}, {args.rounds} rounds")
-    print(f"{hardware()}; {versions}; {' '.join(['python', *sys.argv])}\n\n{table(results)}")
-    if args.json:
-        args.json.write_text(json.dumps({"argv": sys.argv, "hardware": hardware(), "versions": versions, **results}))
+    args = parse()
+    plan = Plan(args.rounds or (2 if args.quick else 15), args.compilations, starts_warm=not args.no_warm)
+    written: dict[str, Any] = {
+        "command": figures.command(MODULE),
+        "hardware": figures.hardware("cpu"),
+        "versions": figures.versions(),
+        "rounds": plan.rounds,
+        "works": {},
+    }
+    reports, failed = [], False
+    for work in args.work:
+        with tempfile.TemporaryDirectory() as cache:
+            results = measure(settings_of(args, work), plan, Path(cache))
+        size = WORKS[work].tiny() if args.quick else WORKS[work]
+        reports.append(report(args, work, results, plan))
+        print("\n" + reports[-1], flush=True)
+        written["works"][work] = {
+            "title": size.title,
+            "mask": size.mask,
+            "targets": figures.targets(Figures(size, results, "cpu")),
+            "targets_wall": figures.targets(Figures(size, results, "wall")),
+            "variants": results.variants,
+            "errors": results.errors,
+        }
+        failed |= bool(results.errors)
+        if args.json:
+            args.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        if args.markdown:
+            args.markdown.write_text("\n".join(reports), encoding="utf-8")
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

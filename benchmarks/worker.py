@@ -1,131 +1,235 @@
-"""One variant in a process of its own: compiles, then runs a step whenever the driver asks for one.
+"""One variant in a process of its own. Reads commands, a line each, and answers each with a line of JSON.
 
-Reads lines from standard input (`compile`, `computed`, `reused`, `quit`), answers each with a line of JSON.
+compile     sets up and runs generations until none compiles anything: seconds that compilation took
+begin       a new generation          step    its next step: seconds         end    checks it, lets go of it
+generation  the three together: seconds of every step
+memory      a generation: bytes       profile a generation: what the device waited for
+quit
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+import torch._dynamo.utils
+from torch import Tensor
 
-VARIANTS = ("plain", "repeated", "once", "inline", "floor")
-TOKENS, TEXT = 256, 64
+from benchmarks.memory import allocated_peak, host_reads, peak_rss_bytes
+from benchmarks.variants import VARIANTS, Settings, Variant, raise_limits
+from benchmarks.work import denoise_step, latents_of, prompt_of, timesteps_of
 
-
-def build(double: int, single: int, width: int) -> FluxTransformer2DModel:
-    """FLUX with random weights; heads of 32 where the width allows."""
-    torch.manual_seed(0)
-    head = 32 if width % 32 == 0 and width > 64 else 16
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=64,
-        num_layers=double,
-        num_single_layers=single,
-        attention_head_dim=head,
-        num_attention_heads=width // head,
-        joint_attention_dim=256,
-        pooled_projection_dim=64,
-        guidance_embeds=False,
-        axes_dims_rope=[head // 4, head // 4, head // 2],
-    )
-    return model.eval()
+Seconds = dict[str, float]
+MAX_GENERATIONS = 10  # Until nothing is compiled any more.
 
 
-def inputs(timestep: float) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "hidden_states": torch.randn(1, TOKENS, 64, generator=generator),
-        "pooled_projections": torch.randn(1, 64, generator=generator),
-        "timestep": torch.tensor([timestep]),
-        "img_ids": torch.zeros(TOKENS, 3),
-        "txt_ids": torch.zeros(TEXT, 3),
-        "return_dict": False,
-    }
+class Stopwatch:
+    """Takes the time between marks: wall, CPU time of this process and, on an accelerator, between two events."""
+
+    def __init__(self, device: str) -> None:
+        self._on_device = device != "cpu"
+        self._marks: list[tuple[float, float, Any]] = []
+
+    def mark(self) -> None:
+        event = None
+        if self._on_device:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        self._marks.append((time.perf_counter(), time.process_time(), event))
+
+    def laps(self) -> list[Seconds]:
+        """Between every mark and the next. Waits for the device."""
+        if self._on_device:
+            torch.cuda.synchronize()
+        found = []
+        for (wall, cpu, event), (next_wall, next_cpu, next_event) in zip(self._marks, self._marks[1:], strict=False):
+            lap = {"wall": next_wall - wall, "cpu": next_cpu - cpu}
+            if event is not None:
+                lap["gpu"] = event.elapsed_time(next_event) / 1e3
+            found.append(lap)
+        return found
+
+
+class Generation:
+    """The loop of one generation, a step at a time."""
+
+    def __init__(self, variant: Variant, seed: int) -> None:
+        self._variant, work, device = variant, variant.work, variant.settings.device
+        self._latents: Tensor = latents_of(work, seed, device)
+        self._prompt = prompt_of(work, seed, device)
+        self._timesteps = timesteps_of(work, device)
+        self._step = 0
+
+    def step(self) -> None:
+        variant, number = self._variant, self._step
+        self._step += 1
+        if variant.settings.mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.no_grad():
+            self._latents = denoise_step(
+                lambda branch, inputs: variant.call(branch, inputs, number),
+                variant.work,
+                self._prompt,
+                self._latents,
+                self._timesteps[number],
+            )
+
+    def check(self) -> None:
+        """That it is over and gave numbers."""
+        if self._step != self._variant.work.num_steps or not self._latents.isfinite().all():
+            raise RuntimeError(f"{self._step} steps of {self._variant.work.num_steps}, or latents that are not finite")
 
 
 class Worker:
-    """A model under one variant.
+    """A variant, and the generation that it is in."""
 
-    "floor" is the hand-written lower bound of a reused step: a model made of the first block, head and tail alone.
-    """
+    def __init__(self, settings: Settings) -> None:
+        self.variant = VARIANTS[settings.variant](settings)
+        self._device = settings.device
+        self._seed = 0
+        self._generation: Generation | None = None
+        self._num_compilations = 0  # When the last generation that may compile had ended.
+        self._min_generations = 4 if settings.mode == "reduce-overhead" else 2  # Graphs are recorded after the first.
+        self._state: dict[str, Any] = {}
 
-    def __init__(self, variant: str, double: int, single: int, width: int) -> None:
-        self.model = build(1, 0, width) if variant == "floor" else build(double, single, width)
-        self.prompt = torch.randn(1, TEXT, 256, generator=torch.Generator().manual_seed(2))
-        self.variant = variant
-        self.steps = 0
-
-    def compile(self) -> dict[str, float]:
-        """Compiles and runs the first steps, a reused one included; seconds, compilation in child processes too."""
-        wall, cpu = time.perf_counter(), _cpu_seconds()
-        if self.variant == "repeated":
-            self.model.compile_repeated_blocks(fullgraph=True)
-            self.call: Callable[..., Any] = self.model
-        elif self.variant in ("once", "inline"):
-            options = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 1.0}
-            options |= {"compile_blocks": self.variant}
-            self.call = torch.compile(self.model, backend="cachedit", fullgraph=True, options=options)
+    def compile(self) -> dict[str, Any]:
+        """Seconds of compilation, child processes too: all that was spent, less what the calls take once compiled."""
+        started = time.perf_counter(), _cpu_seconds()
+        self.variant.prepare()
+        for count in range(1, MAX_GENERATIONS + 1):
+            known, before = _num_compilations(), (time.perf_counter(), _cpu_seconds())
+            self._run()
+            after = time.perf_counter(), _cpu_seconds()
+            if count >= self._min_generations and _num_compilations() == known:
+                break
         else:
-            self.call = torch.compile(self.model, fullgraph=True)
-        for _ in range(3):
-            self.step()
-        return {"wall": time.perf_counter() - wall, "cpu": _cpu_seconds() - cpu}
+            raise RuntimeError(f"generation {MAX_GENERATIONS} still compiles")
+        self._num_compilations = known
+        wall, cpu = (
+            now - start - count * (now - then) for start, then, now in zip(started, before, after, strict=True)
+        )
+        frames = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+        return {"wall": wall, "cpu": cpu, "generations": count, "graphs": frames, **self._state}
 
-    def step(self) -> dict[str, float]:
-        """One step of an endless generation; seconds."""
-        kwargs = inputs(1.0 - 1e-5 * self.steps)
-        self.steps += 1
-        wall, cpu = time.perf_counter(), time.process_time()
-        with torch.no_grad():
-            self.call(encoder_hidden_states=self.prompt, **kwargs)
-        return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    def begin(self) -> dict[str, Any]:
+        self._seed += 1
+        self._generation = Generation(self.variant, self._seed)
+        self.variant.begin()
+        self._synchronize()
+        return {}
 
-    def computed(self) -> dict[str, float]:
-        if self.variant in ("once", "inline"):
-            import cachedit_fx
+    def step(self) -> Seconds:
+        watch = Stopwatch(self._device)
+        watch.mark()
+        self._running.step()
+        watch.mark()
+        (lap,) = watch.laps()
+        return lap
 
-            cachedit_fx.reset(self.model)  # The next step is the first of its session: warm-up.
-            taken = self.step()
-            self._expect("warmup")
-            self.step()
-            return taken
-        return self.step()
+    def end(self) -> dict[str, Any]:
+        """What the generation decided and held.
 
-    def reused(self) -> dict[str, float]:
-        taken = self.step()
-        if self.variant in ("once", "inline"):
-            self._expect("threshold-one")
-        return taken
+        Raises:
+            RuntimeError: It reused other steps than it was to, holds more than it should, or something was compiled.
+        """
+        variant = self.variant
+        self._running.check()
+        found = variant.decisions()
+        wanted = {branch: variant.expected for branch in variant.work.branches} if found or variant.caches else {}
+        if found != wanted:
+            raise RuntimeError(f"reused steps {found}, wanted {wanted}")
+        during = variant.state_bytes()
+        self._generation = None
+        variant.end()
+        gc.collect()
+        after = variant.state_bytes()
+        variant.check_state(during, after)
+        if self._num_compilations and _num_compilations() != self._num_compilations:
+            raise RuntimeError("something was compiled during a measured generation")
+        self._state = {"reused": found, "state_bytes": during, "state_bytes_after": after}
+        return self._state
 
-    def _expect(self, reason: str) -> None:
-        import cachedit_fx
+    def generation(self) -> dict[str, Any]:
+        self.begin()
+        watch = Stopwatch(self._device)
+        watch.mark()
+        for _ in range(self.variant.work.num_steps):
+            self._running.step()
+            watch.mark()
+        laps = watch.laps()
+        return {"steps": laps, **self.end()}
 
-        found = cachedit_fx.summary(self.model, logging=False)[-1].decisions[-1]
-        if found != reason:
-            raise RuntimeError(f"the measured step was to be {reason!r}, it was {found!r}")
+    def memory(self) -> dict[str, Any]:
+        """Bytes: the most that a generation allocated beyond what was there before it, and the weights."""
+        peak = allocated_peak(self._run, self._device)
+        tensors = [*self.variant.model.parameters(), *self.variant.model.buffers()]
+        return {"peak": peak, "weights": sum(t.nbytes for t in tensors), "rss": peak_rss_bytes()}
+
+    def profile(self) -> dict[str, Any]:
+        return host_reads(self._run, self._device)
+
+    @property
+    def _running(self) -> Generation:
+        if self._generation is None:
+            raise RuntimeError("no generation has begun")
+        return self._generation
+
+    def _run(self) -> None:
+        self.begin()
+        for _ in range(self.variant.work.num_steps):
+            self._running.step()
+        self._synchronize()
+        self.end()
+
+    def _synchronize(self) -> None:
+        if self._device != "cpu":
+            torch.cuda.synchronize()
 
 
 def _cpu_seconds() -> float:
-    import resource
-
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
+def _num_compilations() -> int:
+    """Frames that Dynamo has looked at; calls of compiled code don't count."""
+    return int(torch._dynamo.utils.counters["frames"]["total"])
+
+
+def _answer(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return action()
+    except Exception as error:
+        traceback.print_exc()
+        first = next(iter(str(error).strip().splitlines()), "")
+        return {"error": f"{type(error).__name__}: {first}"}
+
+
 def main() -> None:
-    torch.set_num_threads(1)
-    worker = Worker(sys.argv[1], *map(int, sys.argv[2:5]))
+    settings = Settings(**json.loads(sys.argv[1]))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What libraries print is no answer.
+    if settings.device == "cpu":
+        torch.set_num_threads(1)
+    raise_limits()
+    made: list[Worker] = []
+
+    def start() -> dict[str, Any]:
+        made.append(Worker(settings))
+        return {}
+
     for line in sys.stdin:
         command = line.strip()
-        if command == "quit":
-            return
-        print(json.dumps(getattr(worker, command)()), flush=True)
+        answer = _answer(start if command == "start" else getattr(made[0], command))
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

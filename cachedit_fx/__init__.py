@@ -16,14 +16,15 @@ from cachedit_fx.adapter import BlockAdapter, ParamsModifier
 from cachedit_fx.backend import Backend
 from cachedit_fx.config import CacheConfig, CacheType, DBPruneConfig
 from cachedit_fx.errors import ConfigError, NoMatchError, PassError, PatternError
-from cachedit_fx.explanation import Explanation, explain
+from cachedit_fx.explanation.explain import explain
+from cachedit_fx.explanation.result import Explanation
 from cachedit_fx.functor import PatchFunctor, block_nodes, give_to_block, rename_stream, split_stream
 from cachedit_fx.load import load_configs
 from cachedit_fx.patterns import BlockTemplate, register_pattern, unregister_pattern
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
 from cachedit_fx.pipeline import disable_cache, enable_cache, refresh_context
 from cachedit_fx.registry import BlockAdapterRegistry
-from cachedit_fx.report import summary
+from cachedit_fx.reports import RunReport, report, summary
 from cachedit_fx.session import is_cached, reset, session
 from cachedit_fx.stats import CacheStats
 from cachedit_fx.steps_mask import steps_mask
@@ -51,6 +52,7 @@ __all__ = [
     "PassError",
     "PatchFunctor",
     "PatternError",
+    "RunReport",
     "block_nodes",
     "disable_cache",
     "enable_cache",
@@ -61,6 +63,7 @@ __all__ = [
     "refresh_context",
     "register_pattern",
     "rename_stream",
+    "report",
     "reset",
     "session",
     "split_stream",

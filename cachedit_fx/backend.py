@@ -146,7 +146,7 @@ def refusal() -> tuple[Mismatch, ...]:
     """Reasons that lie in how the module is run, not in its graph."""
     module = captured_module()
     if module is not None and module.training:
-        detail = "expected a module in eval mode, found training mode; call .eval()"
+        detail = "expected a module in eval mode, found training mode"
         return (Mismatch(None, Cause.TRAINING, detail),)
     return ()
 
@@ -303,13 +303,15 @@ def _explain_fallback(reasons: tuple[Mismatch, ...]) -> str:
     verdict = f"Nearest miss: {nearest.template}{fitted};" if nearest.template else "Reason:"
     module = captured_module()
     what = f"this graph of {type(module).__name__}" if module is not None else "this graph"
-    lines = [f"cachedit_fx: {what} runs without caching.", f"{verdict} {nearest.cause.value}:"]
-    lines += [f"  expected: {nearest.expected}"] if nearest.expected else []
-    lines += [f"  found:    {nearest.found}"]
-    place = " in ".join(filter(None, (f"`{nearest.node}`" if nearest.node else "", nearest.where)))
-    lines += [f"  at:       {place}"] if place else []
-    lines += [f"What to do: {nearest.cure}.", "See every verdict: cachedit_fx.explain(model, *inputs)"]
-    return "\n".join(lines)
+    return "\n".join(
+        (
+            f"cachedit_fx: {what} runs without caching.",
+            f"{verdict} {nearest.cause.value}:",
+            *nearest.lines,
+            f"What to do: {nearest.cure}.",
+            "See every verdict: cachedit_fx.explain(model, *inputs)",
+        )
+    )
 
 
 def _report_bug(error: Exception, config: CacheConfig, what: str = "a pass failed") -> None:

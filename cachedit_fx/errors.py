@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ConfigError(ValueError):
     """An option is unknown or has a value that it cannot have. Names the field, the value, what is allowed."""
@@ -16,4 +18,12 @@ class PassError(RuntimeError):
 
 
 class PatternError(RuntimeError):
-    """What a user declared of a model (`BlockAdapter`) is not what its graph shows, or a patch functor failed."""
+    """What a user declared of a model (`BlockAdapter`) is not what its graph shows, or a patch functor failed.
+
+    Attributes:
+        mismatch: The `Mismatch` of the declared pattern; None where no pattern is at fault.
+    """
+
+    def __init__(self, message: str, mismatch: Any = None) -> None:
+        super().__init__(message)
+        self.mismatch = mismatch

@@ -55,13 +55,13 @@ def run_saved(folder: str | Path) -> list[CacheStats]:
         inner_backend="eager", max_warmup_steps=1, residual_diff_threshold=1.0, max_continuous_cached_steps=1
     )
     gm = from_json(data)
-    steps = _random_steps(gm)
     _fill(gm)
     plain = snapshot(gm)
     with torch.no_grad():
         found = rewrite(gm, config, Declaration(), exact=True)
         if not isinstance(found, Rewritten):
             raise ValueError(f"cachedit_fx: this graph is not cached: {found[0]}")
+        steps = _random_steps(plain, found.plan.timestep.name if found.plan.timestep is not None else "")
         compiled = compile_guarded(found, config, InnerCompiler(config, None, {}), "saved", policy_per_call=False)
         with session("saved"):
             outputs = [compiled(*inputs) for inputs in steps]
@@ -90,22 +90,18 @@ def _config(data: dict[str, Any]) -> CacheConfig:
     return CacheConfig().override(**{name: value for name, value in data["config"]})
 
 
-def _random_steps(gm: fx.GraphModule) -> list[list[Any]]:
-    """The inputs of three steps: weights and conditioning stay, what the model is told anew at each does not.
+def _random_steps(gm: fx.GraphModule, timestep: str) -> list[list[Any]]:
+    """The inputs of three steps: all stay as they are but the timestep, which falls.
 
-    Integers are zeros, so that they are valid indices; a timestep falls from step to step.
+    Integers are zeros, so that they are valid indices.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     made = [_random(value_of(node), i) for i, node in enumerate(placeholders)]
-    steps = []
-    for step in range(3):
-        inputs = list(made)
-        for i, node in enumerate(placeholders):
-            value, info = value_of(node), node.meta.get("cachedit_input")
-            if isinstance(value, torch.Tensor) and info is not None and not info.is_weight and value.dim() <= 1:
-                inputs[i] = torch.full_like(made[i], 0 if made[i].dtype == torch.bool else 9 - 3 * step)
-        steps.append(inputs)
-    return steps
+    times = [node.name == timestep for node in placeholders]
+    return [
+        [torch.full_like(value, 9 - 3 * step) if is_time else value for value, is_time in zip(made, times, strict=True)]
+        for step in range(3)
+    ]
 
 
 def _random(value: Any, seed: int) -> Any:

@@ -76,6 +76,9 @@ class CacheStats:
         """All fields, as JSON takes them."""
         return dataclasses.asdict(dataclasses.replace(self, step_seconds=list(self.step_seconds)))
 
+    def _repr_html_(self) -> str:
+        return Summary([self])._repr_html_()
+
     def __str__(self) -> str:
         return str(Summary([self]))
 
@@ -95,6 +98,11 @@ class Summary(list[CacheStats]):
         return (
             [first, [_STEP_HEADER, *(row for entry in self for row in _step_rows(entry))]] if self.details else [first]
         )
+
+    def _repr_html_(self) -> str:
+        from cachedit_fx.pages import run_fragment
+
+        return run_fragment(self)
 
     def __str__(self) -> str:
         if not self:

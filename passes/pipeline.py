@@ -86,9 +86,7 @@ def plan_graph(
 def _plan(gm: fx.GraphModule, config: CacheConfig, declared: Declaration, watch: Watch) -> Plan | tuple[Mismatch, ...]:
     program = Program(gm.graph)
     if torch.is_grad_enabled() and any(is_tensor(n) and value_of(n).requires_grad for n in program.nodes):
-        detail = (
-            "expected a graph that needs no gradients, found weights that require them; run it under torch.no_grad()"
-        )
+        detail = "expected a graph that needs no gradients, found weights that require them"
         return (Mismatch(None, Cause.GRADIENTS, detail),)
     matches = _match(program, declared, watch)
     if isinstance(matches, list):
@@ -135,7 +133,7 @@ def _match(program: Program, declared: Declaration, watch: Watch) -> tuple[Match
     chain = tuple(blocks for blocks in lists if blocks.path in declared.lists) or join_lists(program, lists)
     watch.lists(program, lists, chain)
     if not chain:
-        return _no_chain(program, lists)
+        return _no_chain(program, lists, declared)
     found: list[Match] = []
     misses: list[tuple[BlockList, Mismatch]] = []
     for blocks in chain:
@@ -149,7 +147,7 @@ def _match(program: Program, declared: Declaration, watch: Watch) -> tuple[Match
         else:
             misses.append((blocks, verdict))
     if misses and (declared.lists or not found):  # Of lists that were only found, those that fit are enough.
-        raise PatternError(_contradiction(*misses[0]))
+        raise PatternError(_contradiction(*misses[0]), misses[0][1])
     return tuple(found)
 
 
@@ -160,11 +158,13 @@ def _listed(lists: Sequence[BlockList]) -> str:
 def _contradiction(blocks: BlockList, miss: Mismatch) -> str:
     found = match_any(blocks)
     fits = f"{blocks.path} fits {found.label}" if isinstance(found, Match) else "No other pattern fits either"
-    at = f" (at `{miss.node}`)" if miss.node else ""
-    return (
-        f"cachedit_fx: {miss.template} was declared for {blocks.path}, but its graph shows something else.\n"
-        f"  {miss.cause.value}: {miss.detail}{at}{f' in {miss.where}' if miss.where else ''}\n"
-        f"{fits}. Declare what is found, or skip the check with check_forward_pattern=False."
+    return "\n".join(
+        (
+            f"cachedit_fx: {miss.template} was declared for {blocks.path}, but its graph shows something else; "
+            f"{miss.cause.value}:",
+            *miss.lines,
+            f"{fits}. Declare what is found, or skip the check with check_forward_pattern=False.",
+        )
     )
 
 
@@ -193,12 +193,14 @@ def group_lists(
     return tuple(groups)
 
 
-def _no_chain(program: Program, lists: tuple[BlockList, ...]) -> list[Mismatch]:
+def _no_chain(program: Program, lists: tuple[BlockList, ...], declared: Declaration) -> list[Mismatch]:
     """The verdicts on the heaviest list that was found, or that there is none."""
     outer = [blocks for blocks in lists if not any(part.isdigit() for part in blocks.path.split("."))]
     heavy = [blocks for blocks in outer if blocks.flops >= LEAST_SHARE * flops_on_latents(program, blocks)]
     if heavy:
-        found = match_any(max(heavy, key=lambda blocks: blocks.flops))
+        heaviest = max(heavy, key=lambda blocks: blocks.flops)
+        pattern = declared.pattern_for(heaviest.path)
+        found = match_any(heaviest, None if pattern is None else (pattern,))
         if not isinstance(found, Match):
             return list(found)
     detail = f"expected a list of blocks that hand a stream on and make up most of the graph, found {_listed(lists)}"

@@ -45,6 +45,13 @@ class Mismatch:
         return self.detail.partition(", found ")[2] or self.detail
 
     @property
+    def lines(self) -> list[str]:
+        """What was expected, found, and where: a line each, indented, for messages."""
+        place = " in ".join(filter(None, (f"`{self.node}`" if self.node else "", self.where)))
+        shown = {"expected": self.expected, "found": self.found, "at": place}
+        return [f"  {name + ':':<10}{text}" for name, text in shown.items() if text]
+
+    @property
     def cure(self) -> str:
         """What a user can do about it."""
         return CURES[self.cause]

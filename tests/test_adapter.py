@@ -12,6 +12,7 @@ import cachedit_fx
 from cachedit_fx import BlockAdapter, BlockTemplate, ForwardPattern, ParamsModifier, PatternError
 from tests import hybrid, tiny, tiny_pipelines
 from tests.hybrid import DUAL, SINGLE, Hybrid, LosesText, calls, generate, pipe_of
+from tests.messages import flat
 from tests.regions import Span, at_steps, runs, threshold
 from tests.sessions import every_session
 from tests.tiny import Transformer, TwoLists, assert_bitwise
@@ -329,24 +330,24 @@ def source_line(module, text):
 
 
 def test_a_pattern_that_the_dataflow_contradicts_is_told_with_block_node_and_line():
-    message = contradiction(declared(Hybrid, P3))
+    message = flat(contradiction(declared(Hybrid, P3)))
     assert "pattern 3 (hidden-only) was declared for blocks, but its graph shows something else" in message
     assert "expected 1 stream (hidden_states) from block 0 into block 1 of blocks, found 2 (hidden_states_" in message
     assert f"float32[2, {tiny.TOKENS}, {tiny.WIDTH}], encoder_hidden_states_" in message
-    assert "(at `hidden_states_" in message
+    assert ", at `hidden_states_" in message
     assert source_line(tiny, "hidden_states = hidden_states + scale * watched") in message
     assert "blocks fits pattern 1 (dual-stream, encoder first). Declare what is found" in message
     assert "check_forward_pattern=False" in message
 
 
 def test_the_block_that_first_does_not_fit_is_named():
-    message = contradiction(declared(LosesText, P1))
+    message = flat(contradiction(declared(LosesText, P1)))
     assert "expected 2 streams (encoder_hidden_states, hidden_states) from block 1 into block 2 of blocks" in message
     assert "found 1 (hidden_states_" in message
 
 
 def test_a_pattern_that_the_return_statement_alone_contradicts_is_told_too():
-    message = contradiction(declared(Hybrid, P0))
+    message = flat(contradiction(declared(Hybrid, P0)))
     assert "pattern 0 (dual-stream) was declared for blocks" in message
     assert "expected a block that returns (hidden_states, encoder_hidden_states), found" in message
     assert "`return encoder_hidden_states, hidden_states` in DualBlock.forward" in message
@@ -363,7 +364,7 @@ def test_a_pattern_that_the_return_statement_alone_contradicts_is_told_too():
     ],
 )
 def test_any_contradiction_is_an_error_at_the_first_call(kind, pattern):
-    message = contradiction(declared(kind, pattern))
+    message = flat(contradiction(declared(kind, pattern)))
     assert f"{pattern.value} was declared for blocks, but its graph shows something else" in message
 
 

@@ -52,6 +52,8 @@ def test_defaults_are_those_of_cache_dit():
         regions="merged",
         compile_blocks="once",
         mode=None,
+        shadow=False,
+        debug_dir=None,
     )
 
 

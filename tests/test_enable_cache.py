@@ -22,6 +22,7 @@ from cachedit_fx.session import instances_in
 from tests import tiny as tiny_model
 from tests.sessions import every_session
 from tests.tiny_pipelines import PIPELINES, TinyPipeline
+from tests.traces import traces_of
 
 NUM_BLOCKS = 2  # In every list.
 NUM_STEPS = 8  # Four for each transformer of Wan 2.2, and four of FLUX's img2img.
@@ -39,28 +40,7 @@ each_uncached = names([PIPELINES[name] for name in UNCACHED])
 
 
 def traces(pipe: DiffusionPipeline) -> dict[str, object]:
-    """All that can be seen of the modules of a pipeline: classes, attributes, weights' names, hooks."""
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    found: dict[str, object] = {f"{name} state_dict": [*part.state_dict()] for name, part in parts.items()}
-    for name, part in parts.items():
-        for path, module in part.named_modules():
-            found[f"{name}.{path} class"] = type(module)
-            found |= {f"{name}.{path} {key}": Same(value) for key, value in vars(module).items()}
-            registry = vars(module).get("_diffusers_hook")
-            found[f"{name}.{path} hooks"] = [*registry.hooks] if registry is not None else []
-    return found
-
-
-class Same:
-    """Equal to itself alone: holds a value that is compared by identity."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.value is other.value
-
-    __hash__ = None
+    return traces_of(pipe.components)
 
 
 def transformers(tiny: TinyPipeline, pipe: DiffusionPipeline) -> list[nn.Module]:

@@ -20,6 +20,7 @@ from cachedit_fx.passes.inplace import is_in_place
 from cachedit_fx.passes.pipeline import Plan
 from cachedit_fx.patterns import Cause
 from cachedit_fx.patterns.chain import HIDDEN, value_of
+from tests.messages import flat
 from tests.synthetic import (
     BATCH,
     IMAGE,
@@ -282,7 +283,8 @@ class NoBlocks(Transformer):
 def test_a_model_without_a_loop_of_blocks_has_no_chain(model):
     miss = refused(model())
     assert (miss.cause, miss.template) == (Cause.NO_CHAIN, None)
-    assert re.search(r"a list of blocks that hand a stream on .* TORCH_LOGS=graph_breaks", miss.detail)
+    assert "a list of blocks that hand a stream on" in miss.detail
+    assert "TORCH_LOGS=graph_breaks" in miss.cure
 
 
 def test_a_graph_that_needs_gradients_is_refused():
@@ -290,15 +292,19 @@ def test_a_graph_that_needs_gradients_is_refused():
         miss = refused(Transformer())
         assert isinstance(plan(Transformer().requires_grad_(False)), Plan)
     assert miss.cause is Cause.GRADIENTS
-    assert "run it under torch.no_grad()" in miss.detail
+    assert "under torch.no_grad()" in miss.cure
 
 
 def test_a_module_in_training_mode_is_refused():
     config = CacheConfig(Fn_compute_blocks=1, inner_backend="eager", on_no_match="raise")
     model = Transformer().train()
-    message = rf"NoMatchError.*\n.*\n  {Cause.TRAINING.value}: expected a module in eval mode.*call \.eval\(\)"
-    with pytest.raises(BackendCompilerFailed, match=message):  # Dynamo's own, around ours.
+    with pytest.raises(BackendCompilerFailed) as caught:  # Dynamo's own, around ours.
         torch.compile(model, backend=cachedit_fx.Backend(config))(**make_inputs(model))
+    message = flat(str(caught.value))
+    assert re.search(
+        rf"NoMatchError.*\n.*{Cause.TRAINING.value}: expected a module in eval mode, found training", message
+    )
+    assert "call .eval()" in message
 
 
 def test_every_cause_is_provoked_by_a_test():

@@ -19,6 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import cachedit_fx
 from cachedit_fx import CacheConfig, backend
 from cachedit_fx.passes.pipeline import Plan, plan_graph
+from tests.messages import flat
 from tests.researchers.by_hand import ByHand, build, tensors_of
 from tests.researchers.case import Cached, Case, Refused
 from tests.researchers.cases import BARE_ONLY, CASES, TAKE_TURNS
@@ -167,5 +168,6 @@ def test_a_model_that_cannot_be_cached_raises_if_asked_to(case: Case, surface: s
 
 
 def says(message: str, expected: Refused) -> bool:
+    message = flat(message)
     cause = f"{expected.cause.value}: " if expected.cause is not None else ""
     return cause in message and re.search(expected.said, message, re.DOTALL) is not None

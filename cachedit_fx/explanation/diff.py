@@ -26,7 +26,8 @@ def unified_diff(report: GraphReport, graphs: Mapping[str, fx.GraphModule], expa
         ConfigError: `expand` names a block that the graph does not have.
     """
     before, after = both_sides(report, graphs, expand)
-    return "\n".join(difflib.unified_diff(before, after, "before", "after", lineterm="", n=3))
+    context = len(before) if expand else 3  # What is expanded is to be seen, changed or not.
+    return "\n".join(difflib.unified_diff(before, after, "before", "after", lineterm="", n=context))
 
 
 def both_sides(
@@ -52,15 +53,15 @@ def both_sides(
 class _Writer:
     """Writes graphs as lines.
 
-    Nodes are told to be a block's by their statements, which the rewriting keeps. Names alone do not tell: what it adds
-    to one segment may be called as a block's node in another.
+    Nodes are told to be a block's by their names, which the rewriting keeps. What it adds to one segment may be called
+    as a block's node in another: that has no stack of modules, nor the statement.
     """
 
     def __init__(self, blocks: Sequence[BlockReport], shown: set[str]) -> None:
         self.shown = shown
-        self.block_of = {
-            line.partition("  # ")[0]: block for block in blocks for line in block.code.splitlines() if " = " in line
-        }
+        lines = [(line.partition("  # ")[0], block) for block in blocks for line in block.code.splitlines()]
+        self.statements = {line for line, _ in lines}
+        self.block_of = {line.partition(" = ")[0]: block for line, block in lines if " = " in line}
 
     def lines(self, gm: fx.GraphModule, *, returns: bool = True) -> list[str]:
         """A graph, a line per node or block."""
@@ -69,8 +70,9 @@ class _Writer:
         for node in gm.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 continue
-            block = self.block_of.get(text.get(node.name, ""))
-            if block is not None and block.path not in self.shown:
+            block = self.block_of.get(node.name)
+            is_own = node.meta.get("nn_module_stack") or text.get(node.name) in self.statements
+            if block is not None and is_own and block.path not in self.shown:
                 if block.number not in written:
                     written.add(block.number)
                     found.append(block_line(block))

@@ -17,7 +17,7 @@ from cachedit_fx.attempts import ATTEMPTS, Attempt, Attempts
 from cachedit_fx.backend import Backend
 from cachedit_fx.config import CacheConfig
 from cachedit_fx.errors import ConfigError
-from cachedit_fx.explanation.recorder import Recorded, Recorder, Stop, isolated
+from cachedit_fx.explanation.recorder import Recorded, Recorder, Stop, forgotten_sizes, isolated
 from cachedit_fx.explanation.result import Captured, Explanation
 from cachedit_fx.pipeline import Settings, cure_of_parts, enabled_settings, settings_for
 
@@ -122,7 +122,7 @@ def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> t
     kwargs |= {"options": {"guard_filter_fn": recorder.add_risks}, **isolated()}
     ways = [way for way in ATTEMPTS if not (is_compiled and way.captures_data)]  # That is what enable_cache does.
     attempts = Attempts(module, recorder, kwargs, before_each=recorder.begin, ways=ways)
-    with _prepared(module, settings), torch.no_grad():
+    with _prepared(module, settings), forgotten_sizes(), torch.no_grad():
         try:
             attempts(*call.args, **call.kwargs)
             while not any(one.report.is_cached for one in recorder.recorded) and attempts.give_up():

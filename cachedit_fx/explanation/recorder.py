@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 import linecache
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.pgo import get_code_state
 
 from cachedit_fx.attempts import Attempt
 from cachedit_fx.backend import Backend, refusal, rewrite
@@ -110,6 +113,18 @@ def _break_after(gm: fx.GraphModule) -> BreakReport | None:
     where = f"{frame.filename}:{frame.lineno}" if frame is not None else ""
     line = linecache.getline(frame.filename, frame.lineno or 0).strip() if frame is not None else ""
     return BreakReport(str(reason.reason).strip(), where, line)
+
+
+@contextlib.contextmanager
+def forgotten_sizes() -> Iterator[None]:
+    """Lets Dynamo forget the sizes that it sees inside: it would take them for dynamic in the user's next call."""
+    state = get_code_state()
+    known = copy.deepcopy(dict(state))
+    try:
+        yield
+    finally:
+        state.clear()
+        state.update(known)
 
 
 def isolated() -> dict[str, Any]:

@@ -1,0 +1,352 @@
+"""The variants that are compared: how each is set up, called, and asked what it decided and what it holds.
+
+All caches are given F1B0 (or what `--fn` and `--bn` say) and the same mask. With the policy "dynamic" (the default) a 0
+of the mask asks for the diff, as in real use, and the threshold lies above every diff: all look, all decide alike.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.sizes import WORKS
+from benchmarks.work import Work, build, keep_blocks
+
+THRESHOLD = 0.9  # Below 1, from where on cache-dit and cachedit_fx reuse without looking; diffs are about 0.1.
+LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 8192}  # What cache-dit's documentation sets.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a worker is started with.
+
+    Attributes:
+        inner: The backend that compiles.
+        mode: Its mode; None for the default.
+        policy: What a 0 of the mask means to the caches: "dynamic" looks at the diff, "static" reuses at once.
+        front, back: Blocks that always run, Fn and Bn.
+        compiles_with_peer_tuning: Inductor's settings are those that cache-dit recommends, for cache-dit alone.
+    """
+
+    work: str
+    variant: str
+    device: str = "cpu"
+    is_tiny: bool = False
+    inner: str = "inductor"
+    mode: str | None = None
+    policy: str = "dynamic"
+    front: int = 1
+    back: int = 0
+    compiles_with_peer_tuning: bool = False
+
+    def find_work(self) -> Work:
+        work = WORKS[self.work]
+        return work.tiny() if self.is_tiny else work
+
+
+class Variant:
+    """The model as it is; what the others change. One object per process.
+
+    Attributes:
+        caches: Whether steps are reused.
+        compiles: Whether anything is compiled.
+        needs: The module without which it cannot run.
+        note: What a table says below itself.
+    """
+
+    caches: ClassVar[bool] = False
+    compiles: ClassVar[bool] = True
+    needs: ClassVar[str] = "torch"
+    note: ClassVar[str] = ""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.work = settings.find_work()
+        self.model: Any = build(self.work, settings.device)
+        self.called: Callable[..., Any] = self.model
+
+    @property
+    def expected(self) -> list[int]:
+        """The steps that are to be reused, from 0."""
+        return [i for i, computes in enumerate(self.work.mask) if not computes] if self.caches else []
+
+    def prepare(self) -> None:
+        """Sets up cache and compilation; the first calls compile."""
+
+    def begin(self) -> None:
+        """Before a generation."""
+
+    def call(self, branch: str, inputs: dict[str, Any], step: int) -> Tensor:
+        """The velocity of one branch at one step."""
+        velocity: Tensor = self.called(**inputs)[0]
+        return velocity
+
+    def decisions(self) -> dict[str, list[int]]:
+        """By branch, the steps of this generation that were reused; empty for a variant without a cache."""
+        return {}
+
+    def state_bytes(self) -> int:
+        """What the cache holds now."""
+        return 0
+
+    def end(self) -> None:
+        """After a generation, once nobody holds its prompt any more: what a pipeline does there."""
+
+    def check_state(self, during: int, after: int) -> None:
+        """That a generation held so many bytes at its end, and holds so many afterwards, is as it should be."""
+
+    def _compile(self, *, fullgraph: bool) -> None:
+        self.called = torch.compile(
+            self.model, backend=self.settings.inner, mode=self.settings.mode, fullgraph=fullgraph
+        )
+
+    def _compile_blocks(self) -> None:
+        settings = self.settings
+        self.model.compile_repeated_blocks(backend=settings.inner, mode=settings.mode, fullgraph=True)
+
+
+class Eager(Variant):
+    compiles = False
+
+
+class Plain(Variant):
+    """torch.compile of the whole transformer."""
+
+    def prepare(self) -> None:
+        self._compile(fullgraph=True)
+
+
+class Repeated(Variant):
+    """Diffusers' regional compilation."""
+
+    def prepare(self) -> None:
+        self._compile_blocks()
+
+
+class Floor(Plain):
+    """The lower bound of a reused step: head, the Fn and Bn blocks and tail, compiled as one graph."""
+
+    note = "floor: head, the blocks that always run, and tail in one compiled graph; it neither looks nor adds."
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.model = keep_blocks(self.work, self.model, settings.front, settings.back)
+
+
+class Ours(Variant):
+    """torch.compile with the backend of this project, as one graph."""
+
+    caches = True
+    fields: ClassVar[dict[str, Any]] = {}
+
+    def prepare(self) -> None:
+        import cachedit_fx
+
+        settings = self.settings
+        fields: dict[str, Any] = dict(
+            Fn_compute_blocks=settings.front,
+            Bn_compute_blocks=settings.back,
+            residual_diff_threshold=THRESHOLD if self.caches else 0.0,
+            max_warmup_steps=self.work.warmup,
+            on_no_match="raise",
+            inner_backend=settings.inner,
+        )
+        if self.caches:
+            fields |= dict(steps_computation_mask=self.work.mask, steps_computation_policy=settings.policy)
+        if settings.mode:
+            fields["mode"] = settings.mode
+        backend = cachedit_fx.Backend(cachedit_fx.CacheConfig(**{**fields, **self.fields}))
+        self.called = torch.compile(self.model, backend=backend, fullgraph=True)
+
+    def _stats(self) -> list[Any]:
+        import cachedit_fx
+
+        return list(cachedit_fx.summary(self.model, logging=False))
+
+    def decisions(self) -> dict[str, list[int]]:
+        stats, branches = self._stats(), self.work.branches
+        if [entry.num_steps for entry in stats] != [self.work.num_steps] * len(branches):
+            raise RuntimeError(f"one session of {self.work.num_steps} steps per branch was expected, found {stats}")
+        return {branch: entry.cached_steps for branch, entry in zip(branches, stats, strict=True)}
+
+    def state_bytes(self) -> int:
+        return sum(entry.state_bytes for entry in self._stats())
+
+    def check_state(self, during: int, after: int) -> None:
+        if not self.caches:
+            return
+        looks = int(self.settings.front > 0)  # What it looks at is kept under a static mask too.
+        expected = 0
+        for branch in self.work.branches:
+            sizes = self.work.stream_bytes(branch)
+            kept = sizes if self.settings.back else ["hidden_states"]  # The text goes no further than the last block.
+            expected += looks * sizes["hidden_states"] + sum(sizes[role] for role in kept)
+        if (during, after) != (expected, 0):
+            raise RuntimeError(f"{expected} bytes of state and then 0 were expected, found {during} and {after}")
+
+
+class OursInline(Ours):
+    fields: ClassVar[dict[str, Any]] = {"compile_blocks": "inline"}
+
+
+class OursZero(Ours):
+    """Threshold 0: the cache is there, and nothing is ever reused."""
+
+    caches = False
+    note = "-zero: threshold 0, so that nothing is reused."
+
+
+class CacheDiT(Variant):
+    """cache-dit on the transformer alone, then torch.compile of the whole, which breaks its graph."""
+
+    caches = True
+    needs = "cache_dit"
+    note = (
+        "cache-dit: one region for all blocks; the context is refreshed before a generation, as its pipelines do; "
+        "Inductor's settings are the same for all variants."
+    )
+
+    def prepare(self) -> None:
+        import cache_dit
+
+        settings = self.settings
+        cache_dit.set_compile_configs(
+            descent_tuning=settings.compiles_with_peer_tuning, cuda_graphs=settings.mode == "reduce-overhead"
+        )
+        config = dict(
+            Fn_compute_blocks=settings.front,
+            Bn_compute_blocks=settings.back,
+            residual_diff_threshold=THRESHOLD if self.caches else 0.0,
+            max_warmup_steps=self.work.warmup,
+            num_inference_steps=self.work.num_steps,
+            enable_separate_cfg=len(self.work.branches) == 2,
+        )
+        if self.caches:
+            config |= dict(steps_computation_mask=list(self.work.mask), steps_computation_policy=settings.policy)
+        cache_dit.enable_cache(self.model, cache_config=cache_dit.DBCacheConfig(**config))
+        self._compile_cached()
+
+    def _compile_cached(self) -> None:
+        self._compile(fullgraph=False)
+
+    def begin(self) -> None:
+        import cache_dit
+
+        cache_dit.refresh_context(self.model)
+
+    def _context(self) -> Any:
+        (context,) = self.model._context_manager._cached_context_manager.values()
+        return context
+
+    def decisions(self) -> dict[str, list[int]]:
+        context = self._context()
+        lists = (context.get_cached_steps(), context.get_cfg_cached_steps())
+        if context.get_current_step() != self.work.num_steps - 1:
+            raise RuntimeError(f"cache-dit counted {context.get_current_step() + 1} steps of {self.work.num_steps}")
+        return dict(zip(self.work.branches, lists, strict=False))
+
+    def state_bytes(self) -> int:
+        return bytes_of(self._context().buffers.values())
+
+
+class CacheDiTRegional(CacheDiT):
+    """cache-dit, and its blocks compiled one class at a time."""
+
+    def _compile_cached(self) -> None:
+        self._compile_blocks()
+
+
+class CacheDiTZero(CacheDiT):
+    caches = False
+
+
+class FirstBlockCache(Variant):
+    """Diffusers' own cache. It has a threshold alone: at every step it is set so that the mask decides.
+
+    The threshold is read outside of the compiled code, and the diff is taken and read whatever it is.
+    """
+
+    caches = True
+    note = (
+        "fbc: FirstBlockCache knows no mask; its threshold is set at every step, and its diff looked at all the same."
+    )
+
+    def prepare(self) -> None:
+        from diffusers import FirstBlockCacheConfig
+
+        if self.settings.front != 1 or self.settings.back:
+            raise ValueError("FirstBlockCache always runs the first block and no other: --fn 1 --bn 0")
+        self.model.enable_cache(FirstBlockCacheConfig(threshold=THRESHOLD))
+        hooks = [m._diffusers_hook.hooks.values() for m in self.model.modules() if hasattr(m, "_diffusers_hook")]
+        (self._head,) = (hook for group in hooks for hook in group if type(hook).__name__ == "FBCHeadBlockHook")
+        self._decisions: dict[str, list[int]] = {}
+        self._compile(fullgraph=False)
+
+    def begin(self) -> None:
+        self._decisions = {branch: [] for branch in self.work.branches}
+
+    def call(self, branch: str, inputs: dict[str, Any], step: int) -> Tensor:
+        self._head.threshold = -1.0 if self.work.mask[step] else float("inf")
+        with self.model.cache_context(branch):
+            velocity: Tensor = self.called(**inputs)[0]
+        if not self._head.state_manager._state_cache[branch].should_compute:
+            self._decisions[branch].append(step)
+        return velocity
+
+    def decisions(self) -> dict[str, list[int]]:
+        return self._decisions
+
+    def state_bytes(self) -> int:
+        return bytes_of(vars(state) for state in self._head.state_manager._state_cache.values())
+
+    def end(self) -> None:
+        self.model._reset_stateful_cache()
+
+
+VARIANTS: dict[str, type[Variant]] = {
+    "eager": Eager,
+    "plain": Plain,
+    "repeated": Repeated,
+    "ours": Ours,
+    "ours-inline": OursInline,
+    "ours-zero": OursZero,
+    "cache-dit": CacheDiT,
+    "cache-dit-regional": CacheDiTRegional,
+    "cache-dit-zero": CacheDiTZero,
+    "fbc": FirstBlockCache,
+    "floor": Floor,
+}
+USUAL = tuple(name for name in VARIANTS if name not in ("ours-inline", "cache-dit-zero"))
+
+
+def is_installed(variant: str) -> bool:
+    return importlib.util.find_spec(VARIANTS[variant].needs) is not None
+
+
+def raise_limits() -> None:
+    """Lets no variant fall back to eager because it compiles a function often; beyond these limits it raises."""
+    for name, limit in (LIMITS | {"fail_on_recompile_limit_hit": True}).items():
+        if hasattr(torch._dynamo.config, name):
+            setattr(torch._dynamo.config, name, limit)
+
+
+def bytes_of(values: Iterable[Any]) -> int:
+    """Memory of the tensors in nested containers, each storage once."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            visit(list(value.values()))
+        elif isinstance(value, list | tuple):
+            for part in value:
+                visit(part)
+
+    visit(list(values))
+    return sum(storages.values())

@@ -1,0 +1,162 @@
+(() => {
+  "use strict";
+  const root = document.documentElement;
+  const one = (selector, within = document) => within.querySelector(selector);
+  const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+
+  // Colours: as the system has them, light, dark.
+  const themes = ["auto", "light", "dark"];
+  const words = { auto: "as the system has them", light: "light", dark: "dark" };
+  const button = one("#theme");
+  function setTheme(theme) {
+    if (theme === "auto") delete root.dataset.theme; else root.dataset.theme = theme;
+    one("span", button).textContent = theme;
+    button.setAttribute("aria-label", `Colours: ${words[theme]}`);
+  }
+  function stored(theme) {
+    try {
+      if (theme) localStorage.setItem("cachedit_fx-theme", theme);
+      return localStorage.getItem("cachedit_fx-theme");
+    } catch { return null; }  // A page opened from a file may have no storage.
+  }
+  const remembered = stored();
+  setTheme(themes.includes(remembered) ? remembered : "auto");
+  button.addEventListener("click", () => {
+    const next = themes[(themes.indexOf(root.dataset.theme || "auto") + 1) % themes.length];
+    setTheme(next);
+    stored(next);
+  });
+
+  // Paper shows what is folded, but for code.
+  window.addEventListener("beforeprint", () => {
+    for (const fold of all("details:not([open])")) {
+      if (fold.matches(".block-code, .folded")) continue;
+      fold.open = true;
+      fold.dataset.printed = "";
+    }
+  });
+  window.addEventListener("afterprint", () => {
+    for (const fold of all("details[data-printed]")) { fold.open = false; delete fold.dataset.printed; }
+  });
+
+  // What scrolls sideways can be reached by the keyboard.
+  function reach() {
+    for (const box of all(".lane, .scroll")) {
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0; else box.removeAttribute("tabindex");
+    }
+  }
+  reach();
+  window.addEventListener("resize", reach);
+  document.addEventListener("toggle", reach, true);
+
+  const data = one("#data");
+  if (!data) return;
+  const blocks = JSON.parse(data.textContent);
+
+  function writeCode(target, code) {
+    target.replaceChildren();
+    for (const line of code.split("\n")) {
+      const at = line.lastIndexOf("  # ");
+      const row = document.createElement("span");
+      row.className = "line-of-code";
+      row.append(at < 0 ? line : line.slice(0, at));
+      if (at >= 0) {
+        const remark = document.createElement("span");
+        remark.className = "remark";
+        remark.textContent = line.slice(at);
+        row.append(remark);
+      }
+      target.append(row, "\n");
+    }
+  }
+
+  // Blocks in the two sides: both open together, so that they stay beside each other.
+  for (const fold of all("details.block-code")) {
+    fold.addEventListener("toggle", () => {
+      const code = one("pre", fold);
+      if (fold.open && !code.childElementCount) writeCode(code, blocks[fold.dataset.block].code);
+      const other = all("details.block-code", fold.closest(".row"))
+        .find((found) => found !== fold && found.dataset.block === fold.dataset.block);
+      if (other && other.open !== fold.open) other.open = fold.open;
+    });
+  }
+
+  // The panel of a block.
+  const panel = one("#panel");
+  const buttons = all(".opens");
+  let shown = null;
+  function open(block, takesFocus = true) {
+    const found = blocks[block.dataset.block];
+    if (shown) shown.classList.remove("is-open");
+    shown = block;
+    block.classList.add("is-open");
+    one("#panel-title").textContent = found.title;
+    const rows = found.facts.map(([name, value]) => {
+      const row = document.createElement("div");
+      const term = document.createElement("dt");
+      const described = document.createElement("dd");
+      term.textContent = name;
+      described.textContent = value;
+      row.append(term, described);
+      return row;
+    });
+    one("#panel-facts").replaceChildren(...rows);
+    writeCode(one("#panel-code"), found.code);
+    panel.hidden = false;
+    root.classList.add("has-panel");
+    one(".panel-body").scrollTop = 0;
+    for (const step of all("[data-step]", panel)) step.disabled = !neighbour(block, Number(step.dataset.step));
+    reveal(block);
+    if (takesFocus) one("#panel-title").focus({ preventScroll: true });
+  }
+  function close() {
+    if (panel.hidden) return;
+    panel.hidden = true;
+    root.classList.remove("has-panel");
+    if (!shown) return;
+    shown.classList.remove("is-open");
+    goTo(shown);
+    shown = null;
+  }
+  function neighbour(block, step) {
+    const lane = all(".opens", block.closest("svg"));
+    return lane[lane.indexOf(block) + step];
+  }
+  function reveal(block) {
+    const lane = block.closest(".lane"), box = block.getBoundingClientRect(), frame = lane.getBoundingClientRect();
+    const limit = panel.hidden ? frame.right : Math.min(frame.right, panel.offsetLeft || frame.right);
+    if (box.left < frame.left) lane.scrollLeft -= frame.left - box.left + 40;
+    else if (box.right > limit) lane.scrollLeft += box.right - limit + 40;
+    const floor = !panel.hidden && panel.offsetTop > 0 ? panel.offsetTop : window.innerHeight;  // A sheet on a phone.
+    if (box.bottom > floor - 40) window.scrollBy(0, box.bottom - floor + 60);
+    else if (box.top < 20) window.scrollBy(0, box.top - 60);
+  }
+  function goTo(block) {
+    for (const other of all(".opens", block.closest("svg"))) other.setAttribute("tabindex", other === block ? "0" : "-1");
+    block.focus({ preventScroll: true });
+    reveal(block);
+  }
+  const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
+  for (const block of buttons) {
+    block.addEventListener("click", () => open(block));
+    block.addEventListener("keydown", (event) => {
+      const lane = all(".opens", block.closest("svg"));
+      let target = null;
+      if (event.key === "Enter" || event.key === " ") open(block);
+      else if (event.key in steps) target = neighbour(block, steps[event.key]) || block;
+      else if (event.key === "Home") target = lane[0];
+      else if (event.key === "End") target = lane[lane.length - 1];
+      else return;
+      event.preventDefault();
+      if (target) goTo(target);
+    });
+  }
+  for (const step of all("[data-step]", panel)) {
+    step.addEventListener("click", () => {
+      const target = shown && neighbour(shown, Number(step.dataset.step));
+      if (target) open(target, step.disabled);
+    });
+  }
+  one("#panel-close").addEventListener("click", close);
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") close(); });
+})();

@@ -1,0 +1,39 @@
+"""What the reasons of a run mean, a sentence each."""
+
+from __future__ import annotations
+
+REASONS = {
+    "warmup": "One of the first steps, which always compute (max_warmup_steps).",
+    "mask": "The steps mask says to compute this step (steps_computation_mask).",
+    "mask-static": "The steps mask says to reuse this step, whatever the diff (static policy).",
+    "max-cached": "As many steps as are allowed were reused already (max_cached_steps).",
+    "max-continuous": "As many steps in a row as are allowed were reused (max_continuous_cached_steps).",
+    "accumulated-diff": (
+        "The diffs of the steps reused since the last computed one add up to the limit "
+        "(max_accumulated_residual_diff_threshold)."
+    ),
+    "threshold-zero": "The threshold is 0 or less, so nothing is reused (residual_diff_threshold).",
+    "threshold-one": "The threshold is 1 or more, so the step is reused without a look at the diff.",
+    "nothing-stored": "Nothing was kept that has the shapes of this call.",
+    "timestep-still": "The timestep has not moved since the session began, so this may be another generation.",
+    "nan": "The diff is not a number, which nothing may be concluded from.",
+    "diff-below": "The diff is below the threshold.",
+    "diff-above": "The diff is not below the threshold.",
+}
+
+BEGINNINGS = {
+    "new": "It began because another request, guidance branch or prompt came.",
+    "timestep-turned": "It began because the timestep turned back: a new generation.",
+    "timestep-repeated": "It began because the first timestep came once more: a new generation.",
+    "length-reached": "It began because the generation before had all of its steps.",
+}
+
+
+def why(reason: str) -> str:
+    """The sentence of a reason; the reason itself where it is a policy's own."""
+    return REASONS.get(reason, reason)
+
+
+def why_began(reason: str) -> str:
+    """The sentence of why a session began."""
+    return BEGINNINGS.get(reason, reason)

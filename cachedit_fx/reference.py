@@ -1,0 +1,284 @@
+"""A plain reference of block caching: a model run eagerly, its middle blocks skipped. Knows no graph.
+
+    blocks[:fn] run | streams enter | blocks[fn:stop] are skipped | streams leave | blocks[stop:] run
+
+What stands between two blocks belongs to the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachedit_fx.patterns.chain import HIDDEN
+from cachedit_fx.patterns.template import BlockTemplate
+
+Call = Mapping[str, Any]  # The keyword arguments of one call.
+Place = int | str  # Of an argument: its position or its name.
+
+
+class UncheckableError(RuntimeError):
+    """`check_pattern` cannot tell: the model or its inputs are beyond what its reference follows. Says what helps."""
+
+
+class Reference:
+    """The model run eagerly, its middle blocks skipped at will. Of the graph it knows the paths of the blocks alone.
+
+    Attributes:
+        blocks: Path and module of every block call, in execution order.
+        fn, stop: Numbers of the first block that is skipped and of the first behind.
+        moved: Relative L1 change since step 0 of what the Fn blocks add to `hidden_states`; None where it is unknown.
+    """
+
+    def __init__(self, template: BlockTemplate, model: nn.Module, paths: Sequence[str], fn: int, bn: int) -> None:
+        self.template, self.model = template, model
+        self.blocks = [(path, _module_at(model, path)) for path in paths]
+        self.fn, self.stop = fn, len(self.blocks) - bn
+        self.moved: float | None = None
+        self._index = {role: i for i, role in enumerate(template.returns)}  # Where a result holds what.
+        self._results: dict[int, Any] = {}  # Of the blocks at the last computed step.
+        self._received: dict[tuple[int, str], Tensor] = {}  # What they took then that none returned like that.
+        self._left: dict[str, Tensor] = {}  # What left the last of them then, and
+        self._added: dict[str, Tensor] = {}  # what they added.
+        self._is_handed_on = True  # From the last of them to the next block, as it is.
+        self._seen: Tensor | None = None  # What the Fn blocks added to hidden_states then.
+
+    def run(self, call: Call, *, reuse: bool) -> list[Tensor]:
+        """The tensors that the model returns."""
+        self._reuse = reuse
+        output = self._run(call, self._call)
+        if self._received and not reuse:
+            self._run(call, self._probe)
+        return tensors_of(output)
+
+    def _run(self, call: Call, instead: Callable[..., Any]) -> Any:
+        self._number = 0
+        self._values: list[Any] = []  # What the block before returned.
+        with _called_as([block for _, block in self.blocks], instead):
+            output = self.model(**call)
+        count = f"{self._number} of its {len(self.blocks)} blocks were called as modules"
+        require(self._number == len(self.blocks), f"{count}; only block(...) can be stood in for")
+        return output
+
+    def _next(self, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, dict[Place, Any]]:
+        """The number of this call, and its arguments."""
+        number, self._number = self._number, self._number + 1
+        is_known = number < len(self.blocks) and self.blocks[number][1] is block
+        require(is_known, "the blocks run in another order than in the graph")
+        arguments: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
+        return number, dict(arguments)
+
+    def _probe(self, block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Sees whether the loop keeps a stream for itself: then it hands on another, although blocks return the same.
+
+        The first block returns something else than at the computed step, and no later block may hear of it.
+        """
+        number, given = self._next(block, args, kwargs)
+        for role in self.template.carried if number > 1 else ():
+            known = self._received.get((number, role))
+            require(
+                known is None or torch.equal(given[self._place(number, given, role)], known),
+                f"between {self.blocks[number - 1][0]} and {self.blocks[number][0]} the loop does more than to change "
+                f"what the block returned: it keeps {role}, or another stream, for itself",
+            )
+        return self._again(number, lambda value: value * 1.5 if number == 0 and value.is_floating_point() else value)
+
+    def _call(self, block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        number, given = self._next(block, args, kwargs)
+        places = {role: self._place(number, given, role) for role in self.template.carried}
+        streams = {role: given[place] for role, place in places.items()}
+        if number and not self._reuse:
+            self._follow(number, given, places)
+        if number == self.stop and not self._is_handed_on:
+            if self._reuse:
+                streams = self._supplied()
+                given |= {places[role]: stream for role, stream in streams.items()}
+            else:
+                self._leave(streams)
+        if number == 0:
+            self._start = streams[HIDDEN].clone()
+        if number == self.fn:
+            self._look(streams[HIDDEN])
+            self._entered = {role: stream.clone() for role, stream in streams.items()}
+        if self.fn <= number < self.stop and self._reuse:
+            return self._skip(number)
+        result = original(
+            *(v for k, v in given.items() if isinstance(k, int)),
+            **{k: v for k, v in given.items() if isinstance(k, str)},
+        )
+        self._note(number, result)
+        return result
+
+    def _place(self, number: int, given: Mapping[Place, Any], role: str) -> Place:
+        """Where a block takes a stream: under its name, or else at its position in `takes`."""
+        path, block = self.blocks[number]
+        names = list(inspect.signature(block.forward).parameters)
+        name, position = self.template.streams.get(role, role), self.template.takes.index(role)
+        known: list[Place] = [name]
+        if name in names:
+            known.append(names.index(name))
+        elif name not in given:
+            known = [position, *names[position : position + 1]]
+        found = next((place for place in known if isinstance(given.get(place), Tensor)), None)
+        require(
+            found is not None,
+            f"{path} takes ({', '.join(names)}), where no tensor stands for {role}: none is called {name!r}, and none "
+            f"is at position {position}, that in takes; it follows blocks that take their streams one by one",
+        )
+        return found if found is not None else ""
+
+    def _follow(self, number: int, given: Mapping[Place, Any], places: Mapping[str, Place]) -> None:
+        """Holds `returns` against which value of the block before this one takes as what."""
+        before, path = self.blocks[number - 1][0], self.blocks[number][0]
+        for role, place in places.items():
+            index = next((i for i, value in enumerate(self._values) if value is given[place]), None)
+            if index is None:
+                self._received[number, role] = given[place].clone()
+                self._is_handed_on &= number != self.stop
+            elif len(self._values) > len(self.template.returns):
+                self._index[role] = index  # Of more values than are declared, only this tells.
+            elif index != self._index[role]:
+                raise AssertionError(
+                    f"cachedit_fx: {self.template}: takes, returns and streams contradict each other.\n"
+                    f"  expected: value {index} of what {before} returns is {self._role(index)}, by returns\n"
+                    f"  found:    {path} takes it as {_argument(self.blocks[number][1], place)}, which is {role}\n"
+                    "What to do: give returns the order of the block's return statement, and say in streams what the "
+                    "block calls each of them (or give takes the order of its arguments)."
+                )
+        own = {id(given[place]) for place in places.values()}
+        beside = [v for v in self._values if isinstance(v, Tensor) and any(v is g for g in given.values())]
+        is_all = all(id(value) in own for value in beside)
+        require(is_all, f"{before} hands more on to {path} than the streams of the template")
+
+    def _role(self, index: int) -> str:
+        return next(role for role, i in self._index.items() if i == index)
+
+    def _note(self, number: int, result: Any) -> None:
+        """Keeps what a block returned at a computed step."""
+        path, is_plain = self.blocks[number][0], isinstance(result, Tensor | list | tuple)
+        require(is_plain, f"{path} returns a {type(result).__name__}; it follows a tensor, or a tuple of them")
+        self._values = [result] if isinstance(result, Tensor) else list(result)
+        returns = self.template.returns
+        if len(self._values) < len(returns):
+            raise AssertionError(
+                f"cachedit_fx: {self.template}: returns is not what a block returns.\n"
+                f"  expected: {len(returns)} values ({', '.join(returns)})\n"
+                f"  found:    {len(self._values)} of {path}\n"
+                "What to do: name in returns what the block's return statement holds, in its order."
+            )
+        if not self._reuse:
+            self._results[number] = _with_values(result, [_cloned(value) for value in self._values])
+            if number == self.stop - 1:
+                self._leave({role: self._values[self._index[role]] for role in self.template.carried})
+
+    def _leave(self, streams: Mapping[str, Any]) -> None:
+        """Notes what leaves the blocks that may be skipped; the last block of a model may drop a stream."""
+        self._left = {role: stream.clone() for role, stream in streams.items() if isinstance(stream, Tensor)}
+        for role, stream in self._left.items():
+            entered = self._entered[role]
+            require(
+                stream.shape == entered.shape,
+                f"{role} enters {self.blocks[self.fn][0]} as {[*entered.shape]} and leaves "
+                f"{self.blocks[self.stop - 1][0]} as {[*stream.shape]}; choose Fn and Bn so that it keeps its shape",
+            )
+        self._added = {role: stream - self._entered[role] for role, stream in self._left.items()}
+
+    def _supplied(self) -> dict[str, Tensor]:
+        """The streams behind the skipped blocks."""
+        kinds = self.template.cached
+        is_one_size = all(self._entered[role].shape == left.shape for role, left in self._left.items())
+        require(is_one_size, "the calls differ in size, and between two sizes nothing is reused")
+        return {
+            role: left if kinds.get(role) == "value" else self._entered[role] + self._added[role]
+            for role, left in self._left.items()
+        }
+
+    def _skip(self, number: int) -> Any:
+        """What a skipped block returns: what it did at step 0, except that streams leave the last of them anew."""
+        is_last = number == self.stop - 1 and self._is_handed_on
+        new = {self._index[role]: stream for role, stream in self._supplied().items()} if is_last else {}
+        return self._again(number, new=new)
+
+    def _again(
+        self,
+        number: int,
+        change: Callable[[Tensor], Tensor] = lambda value: value,
+        new: Mapping[int, Tensor] | None = None,
+    ) -> Any:
+        """What a block returned at the last computed step, changed."""
+        result = self._results[number]
+        values = [result] if isinstance(result, Tensor) else [*result]
+        values = [change(value.clone()) if isinstance(value, Tensor) else value for value in values]
+        for index, value in (new or {}).items():
+            values[index] = value
+        return _with_values(result, values)
+
+    def _look(self, hidden: Tensor) -> None:
+        if not self.fn or hidden.shape != self._start.shape:
+            return
+        seen = (hidden - self._start).float()
+        if self._reuse and self._seen is not None and self._seen.shape == seen.shape:
+            self.moved = float((seen - self._seen).abs().mean() / self._seen.abs().mean())
+        elif not self._reuse:
+            self._seen = seen
+
+
+@contextlib.contextmanager
+def _called_as(blocks: Sequence[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
+    """Lets every call of one of `blocks`, its hooks included, be `call(block, what it would have been, ...)`."""
+    try:
+        for block in {*blocks}:
+            block._compiled_call_impl = functools.partial(call, block, block._call_impl)
+        yield
+    finally:
+        for block in {*blocks}:
+            del block._compiled_call_impl  # The class's own None shows again.
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path, which may lead through a plain list."""
+    found: Any = model
+    for part in path.split("."):
+        found = found[int(part)] if isinstance(found, list | tuple) else getattr(found, part, None)
+    require(isinstance(found, nn.Module), f"no module is at {path}, where the graph shows a block")
+    return found  # type: ignore[no-any-return]
+
+
+def _argument(block: nn.Module, place: Place) -> str:
+    names = list(inspect.signature(block.forward).parameters)
+    name = names[place] if isinstance(place, int) and place < len(names) else place
+    return f"`{name}`"
+
+
+def _with_values(result: Any, values: list[Any]) -> Any:
+    """A result like `result` that holds other values."""
+    if isinstance(result, Tensor):
+        return values[0]
+    return type(result)(*values) if hasattr(result, "_fields") else type(result)(values)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in what a model returned."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    elif dataclasses.is_dataclass(output):
+        output = [getattr(output, field.name) for field in dataclasses.fields(output)]
+    return [t for part in output for t in tensors_of(part)] if isinstance(output, list | tuple) else []
+
+
+def require(holds: bool, text: str) -> None:
+    if not holds:
+        raise UncheckableError(f"cachedit_fx: check_pattern cannot tell: {text}.")

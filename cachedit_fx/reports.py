@@ -1,0 +1,132 @@
+"""What did the cache do: `summary` and `report` of a pipeline or a transformer."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from cachedit_fx.adapter import title_of
+from cachedit_fx.registry import modules_of
+from cachedit_fx.session import records_of
+from cachedit_fx.stats import Summary
+
+
+def summary(target: Any, details: bool = False, *, every_generation: bool = False, logging: bool = True) -> Summary:
+    """Statistics of the last generation, one entry per transformer, region and guidance branch.
+
+    They outlive the generation and its sessions (64 per transformer are kept).
+
+    Args:
+        target: A pipeline, a transformer, or a `BlockAdapter`.
+        details: Show every step's decision too.
+        every_generation: Not the last generation alone, but all that are known, oldest first.
+        logging: Print the tables; in a terminal with rich, if that is installed.
+
+    Returns:
+        A list of `CacheStats`; as a string, the tables in markdown.
+
+    Raises:
+        ConfigError: `target` has no diffusion transformer.
+    """
+    found = _stats_of(target, details=details, every_generation=every_generation)
+    if logging:
+        _show(found)
+    return found
+
+
+class RunReport:
+    """What a run did, to be looked at: prints as the tables of its summary.
+
+    Attributes:
+        title: The class of what ran.
+        stats: One entry per transformer, region and guidance branch.
+    """
+
+    def __init__(self, title: str, stats: Summary) -> None:
+        self.title = title
+        self.stats = stats
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return {"title": self.title, "stats": [entry.to_dict() for entry in self.stats]}
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes the page as one file that needs no network; returns its path.
+
+        Raises:
+            ConfigError: jinja2 is not installed.
+        """
+        from cachedit_fx.pages import run_page
+
+        target = Path(path)
+        target.write_text(run_page(self), encoding="utf-8")
+        return target
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """The steps as a matplotlib figure; written to `path` (png, svg, pdf) if there is one.
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+        """
+        from cachedit_fx.pages import plot_run
+
+        return plot_run(self.stats, path)
+
+    def _repr_html_(self) -> str:
+        return self.stats._repr_html_()
+
+    def __str__(self) -> str:
+        return str(self.stats)
+
+    __repr__ = __str__
+
+
+def report(target: Any, path: str | Path | None = None, *, every_generation: bool = False) -> RunReport:
+    """What the last generation did: every step's decision and why, its diff, its time, and what is kept.
+
+    After a run in shadow mode also how far off reusing would have been, to choose a threshold by.
+
+    Args:
+        target: A pipeline, a transformer, or a `BlockAdapter`.
+        path: Where to write the page (HTML), if anywhere.
+        every_generation: Not the last generation alone, but all that are known, oldest first.
+
+    Raises:
+        ConfigError: `target` has no diffusion transformer, or jinja2 is not installed and there is a path.
+    """
+    stats = _stats_of(target, details=True, every_generation=every_generation)
+    found = RunReport(stats.title, stats)
+    if path is not None:
+        found.to_html(path)
+    return found
+
+
+def _stats_of(target: Any, *, details: bool, every_generation: bool) -> Summary:
+    modules = modules_of(target)
+    is_bare = len(modules) == 1 and next(iter(modules.values())) is target
+    stats = [
+        dataclasses.replace(entry, module="" if is_bare else name)
+        for name, module in modules.items()
+        for record in records_of(module, every_generation=every_generation)
+        for entry in record.stats
+    ]
+    return Summary(stats, title=title_of(target), details=details)
+
+
+def _show(found: Summary) -> None:
+    if not found or not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
+        print(found)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for i, rows in enumerate(found.tables):
+        title = f"Cache Steps and Residual Diffs Statistics: {found.title}" if i == 0 else "Decisions"
+        table = Table(*rows[0], title=title)
+        for row in rows[1:]:
+            table.add_row(*row)
+        console.print(table)

@@ -1,0 +1,194 @@
+"""The pages in a browser: they open what they should, at every width, and no text becomes markup."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cachedit_fx
+from cachedit_fx import CacheConfig, Explanation
+from cachedit_fx.explanation.recorder import Recorded
+from cachedit_fx.reports import RunReport
+from cachedit_fx.stats import CacheStats, StepError, Summary
+from tests import hybrid
+from tests.models import FAMILIES, denoise
+from tests.pages import browser, viewed
+from tests.zoo import VARIANTS
+
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>&lt;\"'"
+CONFIG = CacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=1)
+
+
+def explained(name: str) -> Explanation:
+    """What is explained of a model with few channels."""
+    with torch.no_grad():
+        if name == "loses-text":
+            return cachedit_fx.explain(hybrid.build(hybrid.LosesText), **hybrid.calls()[0])
+        if name in FAMILIES:
+            family = FAMILIES[name]
+            call = dict(hidden_states=family.latents(1), timestep=torch.ones(2), **family.prompt(1).cond)
+            return cachedit_fx.explain(family.build(), **call, cache_config=CONFIG)
+        variant = VARIANTS[name]
+        return cachedit_fx.explain(variant.build(), **variant.inputs(), cache_config=CONFIG)
+
+
+def ran(name: str, *, shadow: bool) -> RunReport:
+    """A generation of a family, with guidance if it has any."""
+    family = FAMILIES[name]
+    config = CacheConfig(
+        Fn_compute_blocks=1,
+        max_warmup_steps=3,
+        residual_diff_threshold=family.threshold,
+        inner_backend="eager",
+        shadow=shadow,
+    )
+    model = family.build()
+    compiled: Any = torch.compile(model, backend=cachedit_fx.Backend(config))
+    with torch.no_grad():
+        denoise(lambda _, **call: compiled(**call)[0], family, family.prompt(1), family.latents(1), 10)
+    return cachedit_fx.report(model)
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> tuple[Explanation, Path]:
+    explanation = explained("flux")
+    return explanation, explanation.to_html(tmp_path_factory.mktemp("flux") / "flux.html")
+
+
+@pytest.fixture(scope="module")
+def chromium(flux: object) -> Iterator[Any]:
+    with browser() as found:
+        yield found
+
+
+def test_a_click_opens_a_blocks_code_and_escape_closes_it(chromium: Any, flux: tuple[Explanation, Path]) -> None:
+    explanation, path = flux
+    block = explanation.graphs[0].blocks[2]
+    with viewed(chromium, path) as found:
+        panel = found.page.locator("#panel")
+        assert not panel.is_visible()
+        found.page.locator(".opens").nth(2).click()
+        assert panel.is_visible()
+        assert found.page.locator("#panel-title").inner_text() == f"Block 2: {block.path}"
+        assert found.page.locator("#panel-code").text_content().rstrip("\n") == block.code
+        assert block.cls in found.page.locator("#panel-facts").inner_text()
+        found.page.keyboard.press("Escape")
+        assert not panel.is_visible()
+        assert found.page.evaluate("document.activeElement.dataset.block") == "g0-2"
+
+
+@pytest.mark.parametrize("key", ["Enter", "Space"])
+def test_a_key_opens_a_blocks_code(chromium: Any, flux: tuple[Explanation, Path], key: str) -> None:
+    with viewed(chromium, flux[1]) as found:
+        for _ in range(40):  # Tab alone must lead there.
+            found.page.keyboard.press("Tab")
+            if found.page.evaluate("document.activeElement.matches('.opens')"):
+                break
+        found.page.keyboard.press("ArrowRight")
+        found.page.keyboard.press(key)
+        assert found.page.locator("#panel-title").inner_text().startswith("Block 1: ")
+        found.page.get_by_role("button", name="Next block").click()
+        assert found.page.locator("#panel-title").inner_text().startswith("Block 2: ")
+        found.page.get_by_role("button", name="Close (Escape)").click()
+        assert not found.page.locator("#panel").is_visible()
+
+
+def test_before_and_after_stand_beside_each_other_and_open_together(
+    chromium: Any, flux: tuple[Explanation, Path]
+) -> None:
+    explanation, path = flux
+    with viewed(chromium, path) as found:
+        row = found.page.locator(".row", has=found.page.locator("details.block-code")).first
+        left, right = row.locator("details").nth(0), row.locator("details").nth(1)
+        left.locator("summary").click()
+        right.locator("pre").wait_for()
+        code = explanation.graphs[0].blocks[0].code
+        assert left.locator("pre").text_content().rstrip("\n") == code
+        assert right.locator("pre").text_content().rstrip("\n") == code
+        assert left.bounding_box()["y"] == right.bounding_box()["y"]
+        assert found.page.locator(".row.added", has_text="if decide:").count() == 1
+
+
+def test_dark_and_light_follow_the_system_and_the_button(chromium: Any, flux: tuple[Explanation, Path]) -> None:
+    with viewed(chromium, flux[1]) as found:
+        assert found.background() > 600
+        found.page.locator("#theme").click(click_count=2)
+        assert found.background() < 200
+    with viewed(chromium, flux[1], dark=True) as found:
+        assert found.background() < 200
+        found.page.locator("#theme").click()
+        assert found.background() > 600
+
+
+@pytest.mark.parametrize("name", ["wan", "HunyuanDiT", "loses-text"])
+def test_every_model_has_a_page_that_fits_a_phone(chromium: Any, tmp_path: Path, name: str) -> None:
+    explanation = explained(name)
+    path = explanation.to_html(tmp_path / "page.html")
+    with viewed(chromium, path, width=390) as found:
+        assert found.overflow() <= 0
+        assert found.page.locator(".opens").count() == len(explanation.graphs[0].blocks)
+        verdict = found.page.locator(".verdict").inner_text()
+        assert ("Not cached" in verdict) is (name == "loses-text")
+        assert found.page.locator(".skip").count() == (3 if name == "HunyuanDiT" else 0)
+        if name == "loses-text":
+            card = found.page.locator(".card.miss").first.inner_text()
+            nearest = explanation.graphs[0].verdicts[0]
+            assert all(words in card for words in (nearest.expected, nearest.found, nearest.line, nearest.cure))
+        found.page.locator(".opens").first.click()
+        assert found.page.locator("#panel-code").is_visible()
+        assert found.overflow() <= 0
+
+
+@pytest.mark.parametrize(("name", "shadow"), [("wan", False), ("flux", True)])
+def test_a_run_has_a_page_that_fits_a_phone(chromium: Any, tmp_path: Path, name: str, shadow: bool) -> None:
+    report = ran(name, shadow=shadow)
+    assert len(report.stats) == (2 if name == "wan" else 1)
+    with viewed(chromium, report.to_html(tmp_path / "page.html"), width=390) as found:
+        assert found.overflow() <= 0
+        assert found.page.locator("details.graph").count() == len(report.stats)
+        assert found.page.locator("figure").count() == (4 if shadow else 2) * len(report.stats)
+        assert found.page.locator("text=Choosing a threshold").count() == shadow
+        reused = sum(len(entry.cached_steps) for entry in report.stats)
+        assert found.page.locator(".badge.reused").count() == reused > 0
+
+
+def hostile(explanation: Explanation) -> Explanation:
+    """The same with hostile text wherever a model could have put it."""
+    report = explanation.graphs[0]
+    block = dataclasses.replace(
+        report.blocks[1], path=HOSTILE, cls=HOSTILE, code=f"{HOSTILE} = {HOSTILE}", where=HOSTILE, makes=(HOSTILE,)
+    )
+    words = dict(dataclasses.asdict(explained("loses-text").graphs[0].verdicts[0]), found=HOSTILE, line=HOSTILE)
+    verdict = type(explained("loses-text").graphs[0].verdicts[0])(**words)
+    lists = (dataclasses.replace(report.lists[0], path=HOSTILE), *report.lists[1:])
+    blocks = (report.blocks[0], block, *report.blocks[2:])
+    report = dataclasses.replace(report, cls=HOSTILE, blocks=blocks, lists=lists, verdicts=(verdict,), timestep=HOSTILE)
+    modules = [dataclasses.replace(explanation.modules[0], cls=HOSTILE, why=HOSTILE, config={"mode": HOSTILE})]
+    return Explanation(HOSTILE, modules, [Recorded(report, explanation._graphs[0])], [HOSTILE])
+
+
+def test_text_never_becomes_markup(chromium: Any, flux: tuple[Explanation, Path], tmp_path: Path) -> None:
+    explanation = hostile(flux[0])
+    entry = CacheStats(HOSTILE, HOSTILE, 2, [1], {1: 0.01}, ["warmup", HOSTILE], module=HOSTILE, began=HOSTILE)
+    entry = dataclasses.replace(entry, errors={1: StepError(True, {HOSTILE: 0.1}, 0.2)}, thresholds={1: 0.1})
+    run = RunReport(HOSTILE, Summary([entry], title=HOSTILE))
+    pages = {
+        "explanation": explanation.to_html(tmp_path / "explanation.html"),
+        "run": run.to_html(tmp_path / "run.html"),
+    }
+    for name, fragment in {"notebook": explanation._repr_html_(), "table": run._repr_html_()}.items():
+        pages[name] = tmp_path / f"{name}.html"
+        pages[name].write_text(f"<!doctype html><meta charset=utf-8>{fragment}", encoding="utf-8")
+    for name, path in pages.items():
+        with viewed(chromium, path) as found:
+            assert HOSTILE in found.page.locator("body").inner_text(), name
+            if name == "explanation":
+                found.page.locator(".opens").nth(1).click()
+                assert HOSTILE in found.page.locator("#panel-code").text_content()
+            assert found.page.evaluate("window.hacked") is None, name
+            assert found.page.locator("img").count() == 0, name

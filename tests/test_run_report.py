@@ -1,0 +1,156 @@
+"""What a report says of a run: as data, in words, in fragments and as plots."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cachedit_fx
+from cachedit_fx import ConfigError, policy
+from cachedit_fx.pages import plot_chain, plot_run, render, thresholds
+from cachedit_fx.pages.axes import ticks
+from cachedit_fx.pages.charts import longest_shown
+from cachedit_fx.pages.ran import Times, duration, num_sessions, verdict_line
+from cachedit_fx.pages.words import BEGINNINGS, REASONS, why
+from cachedit_fx.stats import CacheStats, StepError, Summary
+from tests import tiny
+
+
+def entry(**fields: object) -> CacheStats:
+    """A region of a session: three steps computed, two reused."""
+    known = dict(
+        region="blocks[1:]",
+        session="cond",
+        num_steps=5,
+        cached_steps=[2, 4],
+        residual_diffs={2: 0.05, 3: 0.2, 4: 0.0712},
+        decisions=["warmup", "warmup", "diff-below", "diff-above", "diff-below"],
+        thresholds=dict.fromkeys((2, 3, 4), 0.1),
+        step_seconds=[9.0, 0.02, 0.004, 0.021, 0.005],
+        timesteps=[1.0, 0.8, 0.6, 0.4, 0.2],
+    )
+    return CacheStats(**{**known, **fields})
+
+
+def shadowed() -> CacheStats:
+    errors = {2: StepError(True, {"hidden_states": 0.1}, 0.3), 3: StepError(False, {"hidden_states": 0.2}, 0.9)}
+    return entry(errors={**errors, 4: StepError(True, {"hidden_states": 0.1}, 0.2)})
+
+
+def test_report_holds_what_summary_does_and_writes_the_page(tmp_path: Path) -> None:
+    model = tiny.build()
+    tiny.generate(tiny.compiled(model), tiny.prompt(), tiny.latents())
+    found = cachedit_fx.report(model, tmp_path / "run.html")
+    assert found.stats == cachedit_fx.summary(model, logging=False)
+    assert found.title == type(model).__name__
+    assert str(found) == str(found.stats)
+    assert json.loads(json.dumps(found.to_dict()))["stats"][0]["decisions"] == found.stats[0].decisions
+    assert found.title in (tmp_path / "run.html").read_text(encoding="utf-8")
+
+
+def test_a_report_before_any_run_says_so(tmp_path: Path) -> None:
+    found = cachedit_fx.report(tiny.build(), tmp_path / "run.html")
+    assert "No session has run yet" in (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "no session has run yet" in found._repr_html_()
+    assert found.plot() is not None
+
+
+def test_every_reason_of_the_policy_has_a_sentence() -> None:
+    source = inspect.getsource(policy)
+    reasons = {*re.findall(r'Decision\((?:True|False), "([a-z-]+)"', source), "diff-below", "diff-above"}
+    reasons |= set(re.findall(r'return "([a-z-]+)"', source)) | {"threshold-zero"}
+    assert reasons == set(REASONS)
+    assert why("a policy's own") == "a policy's own"
+
+
+def test_every_beginning_of_a_session_has_a_sentence() -> None:
+    documented = (CacheStats.__doc__ or "").partition("began:")[2].partition("timesteps:")[0]
+    assert set(re.findall(r'"([a-z-]+)"', documented)) == set(BEGINNINGS)
+
+
+def test_candidates_say_what_a_threshold_would_cost() -> None:
+    found = thresholds.candidates(shadowed())
+    assert [(one.threshold, one.below, one.more, one.error) for one in found] == [
+        (0.0501, 1, 0, 0.3),
+        (0.0713, 2, 0, 0.3),
+        (0.201, 3, 1, 0.9),
+    ]
+    assert [one.is_present for one in found] == [False, True, False]
+
+
+@pytest.mark.parametrize("diff", [0.0, 1e-7, 0.0999, 0.1, 0.12345, 0.9999, 1.0, 123.4])
+def test_a_candidate_lies_just_above_its_diff(diff: float) -> None:
+    assert diff < thresholds.above(diff) <= max(1.011 * diff, 1e-6)
+
+
+def test_steps_without_a_number_are_no_candidates(tmp_path: Path) -> None:
+    found = entry(residual_diffs={2: float("nan"), 3: float("inf")}, errors=shadowed().errors)
+    assert thresholds.candidates(found) == []
+    path = cachedit_fx.RunReport("Model", Summary([found])).to_html(tmp_path / "run.html")
+    assert "No step has both a diff and an error." in path.read_text(encoding="utf-8")
+
+
+def test_a_step_that_compiles_does_not_dwarf_the_others() -> None:
+    assert longest_shown(entry()) == 0.021
+    assert longest_shown(entry(step_seconds=[])) == 0
+    assert Times.of([entry()]).computed == "21.0 ms"
+
+
+def test_the_verdict_counts_sessions_not_regions() -> None:
+    stats = Summary(
+        [entry(), entry(region="late[1:]"), entry(session="uncond"), entry(session="uncond", region="late[1:]")]
+    )
+    assert num_sessions(stats) == 2
+    assert verdict_line(stats).startswith("8 of 20 steps in 2 sessions reused (40%); a computed step took 21.0 ms")
+    assert verdict_line([shadowed()]).startswith("Shadow mode: all steps computed; 2 of 5 in 1 session (40%)")
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(None, None), (2.5, "2.50 s"), (0.0123, "12.3 ms"), (2e-7, "0.20 µs")])
+def test_duration_in_words(seconds: float | None, said: str | None) -> None:
+    assert duration(seconds) == said
+
+
+@pytest.mark.parametrize("high", [0.0, 1e-9, 0.0713, 0.1, 0.99, 1.0, 7.0, 123.0, float("nan")])
+def test_ticks_are_few_and_reach_the_highest_value(high: float) -> None:
+    found = ticks(high)
+    assert found[0] == 0 and len(found) <= 7
+    assert not found[-1] < high
+
+
+def test_notebooks_see_a_table_with_a_chart() -> None:
+    for found in (entry(), Summary([entry()], title="Model")):
+        shown = found._repr_html_()
+        assert "2 of 5" in shown and "<svg" in shown and "<script" not in shown
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_plots_are_written_and_leave_pyplot_alone(tmp_path: Path, suffix: str) -> None:
+    had_pyplot = "matplotlib.pyplot" in sys.modules
+    plot_run([entry(), shadowed()], tmp_path / f"run.{suffix}")
+    with torch.no_grad():
+        text, image = tiny.prompt(), tiny.latents()
+        explanation = cachedit_fx.explain(
+            tiny.build(), image, encoder_hidden_states=text, timestep=torch.ones(image.shape[0])
+        )
+    figure = plot_chain(explanation.graphs[0], tmp_path / f"chain.{suffix}")
+    assert len(figure.axes[0].patches) >= len(explanation.graphs[0].blocks) > 0
+    assert all((tmp_path / f"{name}.{suffix}").stat().st_size > 1000 for name in ("run", "chain"))
+    assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    render._environment.cache_clear()
+    report = cachedit_fx.RunReport("Model", Summary([entry()]))
+    with pytest.raises(ConfigError, match=r"needs jinja2.*pip install cachedit_fx\[report\]"):
+        report.to_html(tmp_path / "run.html")
+    with pytest.raises(ConfigError, match=r"needs matplotlib.*pip install cachedit_fx\[report\]"):
+        report.plot()
+    assert "2 of 5" in report._repr_html_()  # Needs neither.
