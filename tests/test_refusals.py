@@ -301,9 +301,8 @@ def test_a_module_in_training_mode_is_refused():
     with pytest.raises(BackendCompilerFailed) as caught:  # Dynamo's own, around ours.
         torch.compile(model, backend=cachedit_fx.Backend(config))(**make_inputs(model))
     message = flat(str(caught.value))
-    assert re.search(
-        rf"NoMatchError.*\n.*{Cause.TRAINING.value}: expected a module in eval mode, found training", message
-    )
+    assert "NoMatchError" in message
+    assert f"{Cause.TRAINING.value}: expected a module in eval mode, found training mode" in message
     assert "call .eval()" in message
 
 

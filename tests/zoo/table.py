@@ -5,7 +5,6 @@ python -m tests.zoo.table            # or: make models
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,11 +14,12 @@ from unittest import mock
 
 import jinja2
 import torch
+from torch import fx
 
 import cachedit_fx
 from cachedit_fx import BlockAdapter
 from cachedit_fx import backend as backends
-from cachedit_fx.compiler import InnerCompiler
+from cachedit_fx.capture import copy_graph, forget_examples
 from tests.zoo import VARIANTS
 from tests.zoo.variant import Variant
 
@@ -37,41 +37,40 @@ COLUMNS = (
 
 @dataclass
 class Seen:
-    """What the backend did during one call.
+    """What the backend was handed during one call.
 
     Attributes:
         num_graphs: Graphs that Dynamo handed over.
-        rewritten: Those that are cached.
+        cells: Those of the table, for each that is cached.
     """
 
     num_graphs: int = 0
-    rewritten: list[backends.Rewritten] = field(default_factory=list)
+    cells: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+    def row(self, variant: Variant) -> str:
+        """The variant's line of the table."""
+        (cells,) = self.cells
+        first = f"{variant.name} (`{variant.kind.__name__}`)"
+        return f"| {' | '.join([first, *cells, str(self.num_graphs), _needs(variant)])} |"
 
 
 @contextmanager
 def watched() -> Iterator[Seen]:
-    """Notes what the backend does; nothing is compiled, though blocks are shared as for Inductor."""
-    seen, rewrite, call = Seen(), backends.rewrite, backends.Backend.__call__
+    """Notes what the passes make of every graph, with blocks shared as for Inductor whatever compiles them."""
+    seen, call = Seen(), backends.Backend.__call__
 
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        found = rewrite(*args, **kwargs)
-        seen.rewritten += [found] if isinstance(found, backends.Rewritten) else []
-        return found
-
-    def counted(self: backends.Backend, *args: Any, **kwargs: Any) -> Any:
+    def noted(self: backends.Backend, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         seen.num_graphs += 1
-        return call(self, *args, **kwargs)
+        copied = copy_graph(gm, example_inputs)
+        found = backends.rewrite(copied, self.config, self.declared, exact=False)
+        seen.cells += [_cells(found)] if isinstance(found, backends.Rewritten) else []
+        forget_examples(copied)
+        return call(self, gm, example_inputs, **kwargs)
 
-    as_it_is = mock.patch.object(InnerCompiler, "__call__", lambda _, gm, inputs: gm.forward)
-    with (
-        as_it_is,
-        mock.patch.object(backends, "rewrite", noted),
-        mock.patch.object(backends.Backend, "__call__", counted),
-    ):
+    with mock.patch.object(backends.Backend, "__call__", noted):
         yield seen
 
 
-@functools.cache
 def row(name: str) -> str:
     """The variant's line of the table, from one call with the cache enabled.
 
@@ -83,16 +82,15 @@ def row(name: str) -> str:
     model, (call, *_) = variant.build(), variant.generation()
     functor = variant.functor() if variant.functor is not None else None
     target = model if functor is None else BlockAdapter(transformer=model, patch_functor=functor)
-    with watched() as seen, torch.no_grad():
+    with torch.no_grad():
         if variant.needs_call:
             model(**call)
-        cachedit_fx.enable_cache(target, Fn_compute_blocks=1, on_no_match="raise")
-        model(**call)
+        cachedit_fx.enable_cache(target, Fn_compute_blocks=1, on_no_match="raise", inner_backend="eager")
+        with watched() as seen:
+            model(**call)
     cachedit_fx.disable_cache(target)
     torch._dynamo.reset()
-    (found,) = seen.rewritten
-    cells = [f"{name} (`{variant.kind.__name__}`)", *_cells(found), str(seen.num_graphs), _needs(variant)]
-    return f"| {' | '.join(cells)} |"
+    return seen.row(variant)
 
 
 def _cells(found: backends.Rewritten) -> tuple[str, str, str, str]:
