@@ -85,9 +85,14 @@ def _make(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     except ModuleNotFoundError as error:
         if error.name is not None and not f"{module_name}.".startswith(f"{error.name}."):
             raise  # What is missing is something that the module imports itself.
-        raise ConfigError(f"cachedit_fx: factory names the module {module_name!r}, which is not found") from error
+        raise ConfigError(
+            f"cachedit_fx: factory names the module {module_name!r}, which is not found in this folder or among the "
+            "installed packages"
+        ) from error
     except AttributeError as error:
-        raise ConfigError(f"cachedit_fx: factory names {name!r}, which {module_name!r} does not have") from error
+        raise ConfigError(
+            f"cachedit_fx: factory names {name!r}, which {module_name!r} does not have; give a function of that module"
+        ) from error
     made = found()
     match made:
         case (target, dict() as kwargs):

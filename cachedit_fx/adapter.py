@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from cachedit_fx.config import CacheConfig, Changes
-from cachedit_fx.errors import ConfigError
+from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.functor import PatchFunctor
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
@@ -36,20 +36,24 @@ class ParamsModifier:
     ) -> None:
         require_no_calibrator(calibrator_config)
         if cache_config is not None and not isinstance(cache_config, CacheConfig):
-            raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {cache_config!r}")
+            raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {shown(cache_config)}")
         self.cache_config = (cache_config or CacheConfig()).override(**fields)
         whole = self.cache_config.given & {
             *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode", "shadow", "debug_dir")
         }
         if whole:
-            raise ConfigError(f"cachedit_fx: {sorted(whole)[0]} holds for a whole model, not for one block list")
+            name = sorted(whole)[0]
+            raise ConfigError(
+                f"cachedit_fx: {name} holds for a whole model, not for one block list, got "
+                f"{shown(getattr(self.cache_config, name))} in a ParamsModifier; give it to enable_cache"
+            )
 
 
 def require_no_calibrator(calibrator_config: object | None) -> None:
     if calibrator_config is not None:
         raise ConfigError(
             "cachedit_fx: calibrator_config must be None, no forecaster is available: a reused step adds the last "
-            f"residual; got {calibrator_config!r}"
+            f"residual; got {shown(calibrator_config)}. Leave it out"
         )
 
 
@@ -88,14 +92,25 @@ class BlockAdapter:
     auto: bool = False
 
     def __post_init__(self) -> None:
-        if self.patch_functor is not None and not isinstance(self.patch_functor, PatchFunctor):
-            raise ConfigError(f"cachedit_fx: patch_functor must be a PatchFunctor, got {self.patch_functor!r}")
+        functor: Any = self.patch_functor
+        if functor is not None and not isinstance(functor, PatchFunctor):
+            hint = f"; give {functor.__name__}()" if isinstance(functor, type) else ""
+            raise ConfigError(f"cachedit_fx: patch_functor must be a PatchFunctor, got {shown(functor)}{hint}")
         if self.blocks is not None and self.blocks_name is not None:
-            raise ConfigError("cachedit_fx: blocks and blocks_name say the same; pass one of them")
+            raise ConfigError(
+                "cachedit_fx: blocks and blocks_name say the same, got both; pass one of them, as "
+                f"blocks_name={shown(self.blocks_name)}"
+            )
         if self.blocks is None and self.blocks_name is None and not self.auto and self.forward_pattern is not None:
-            raise ConfigError("cachedit_fx: blocks must be given unless auto=True, got None")
+            raise ConfigError(
+                "cachedit_fx: blocks must be given unless auto=True, got None; pass the ModuleList of the blocks, its "
+                "name as blocks_name, or auto=True to find them by the graph"
+            )
         if self.auto and self.forward_pattern is None:
-            raise ConfigError("cachedit_fx: forward_pattern must be given with auto=True, got None")
+            raise ConfigError(
+                "cachedit_fx: forward_pattern must be given with auto=True, got None; leave auto out to try "
+                "every pattern"
+            )
         self.declarations()
 
     def transformers(self) -> dict[str, nn.Module]:
@@ -105,7 +120,9 @@ class BlockAdapter:
         found: list[Any] = list(self.transformer) if isinstance(self.transformer, list | tuple) else [self.transformer]
         for module in found:
             if not isinstance(module, nn.Module):
-                raise ConfigError(f"cachedit_fx: transformer must be a module or a list of modules, got {module!r}")
+                raise ConfigError(
+                    f"cachedit_fx: transformer must be a module or a list of modules, got {shown(module)}"
+                )
         names = {id(module): name for name, module in _components(self.pipe).items()}
         free = (name for i in itertools.count(1) if (name := f"transformer_{i}" if i > 1 else "transformer"))
         taken = {names[id(module)] for module in found if id(module) in names}
@@ -124,7 +141,8 @@ class BlockAdapter:
         modifiers = _nest("params_modifiers", self.params_modifiers, modules, is_many, counts, _override)
         if not any(counts) and any(len(of) > 1 for of in patterns):
             raise ConfigError(
-                f"cachedit_fx: forward_pattern must be one pattern with auto=True, got {self.forward_pattern!r}"
+                "cachedit_fx: forward_pattern must be one pattern where no blocks are named, got "
+                f"{shown(self.forward_pattern)}; name the block lists in blocks_name to give each its own"
             )
         is_checked = self.check_forward_pattern is not False
         return {
@@ -165,7 +183,11 @@ def _path(blocks: Any, transformer: nn.Module) -> str:
     for path, module in transformer.named_modules():
         if path and (module is blocks or path == blocks):
             if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
-                raise ConfigError(f"cachedit_fx: blocks {path!r} must be a ModuleList of at least two blocks")
+                found = f"a {type(module).__name__}"
+                found += f" of {len(module)}" if isinstance(module, nn.ModuleList | nn.Sequential) else ""
+                raise ConfigError(
+                    f"cachedit_fx: blocks {path!r} must be a ModuleList of at least two blocks, got {found}"
+                )
             return str(path)
     what = repr(blocks) if isinstance(blocks, str) else f"a {type(blocks).__name__}"
     held = ", ".join(path for path, m in transformer.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
@@ -180,15 +202,18 @@ def _template(pattern: Any) -> BlockTemplate:
         return pattern.value
     if isinstance(pattern, BlockTemplate):
         return pattern
-    allowed = ", ".join(str(known) for known in ForwardPattern)
-    raise ConfigError(f"cachedit_fx: forward_pattern must be one of {allowed} or a BlockTemplate, got {pattern!r}")
+    allowed = f"ForwardPattern.{', '.join(known.name for known in ForwardPattern)}"
+    raise ConfigError(f"cachedit_fx: forward_pattern must be one of {allowed} or a BlockTemplate, got {shown(pattern)}")
 
 
 def _override(modifier: Any) -> Changes | None:
     if modifier is None:
         return None
     if not isinstance(modifier, ParamsModifier):
-        raise ConfigError(f"cachedit_fx: params_modifiers must hold ParamsModifier or None, got {modifier!r}")
+        hint = "; wrap it: ParamsModifier(...)" if isinstance(modifier, CacheConfig) else ""
+        raise ConfigError(
+            f"cachedit_fx: params_modifiers must hold ParamsModifier or None, got {shown(modifier)}{hint}"
+        )
     return modifier.cache_config.changes
 
 
@@ -210,7 +235,8 @@ def transformers_of(target: Any) -> dict[str, nn.Module]:
         held = ", ".join(f"{name} ({type(part).__name__})" for name, part in parts.items()) or "no components"
         raise ConfigError(
             f"cachedit_fx: expected a pipeline with a diffusion transformer, a transformer or a BlockAdapter, got "
-            f"{type(target).__name__} with {held}"
+            f"{type(target).__name__} with {held}.\n"
+            "What to do: pass the transformer itself (any nn.Module)."
         )
     return found
 

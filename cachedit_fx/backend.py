@@ -16,7 +16,7 @@ from cachedit_fx.capture import captured_module, copy_graph, forget_examples
 from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.config import CacheConfig, check_together, split_options
 from cachedit_fx.dumps import Dump
-from cachedit_fx.errors import NoMatchError, PassError, PatternError
+from cachedit_fx.errors import NoMatchError, PassError, PatternError, cut
 from cachedit_fx.passes.cut import Region
 from cachedit_fx.passes.dedupe import Piece, split_pieces
 from cachedit_fx.passes.guard import GuardedGraph, insert_guards, stored_examples
@@ -315,9 +315,13 @@ def _explain_fallback(reasons: tuple[Mismatch, ...]) -> str:
 
 
 def _report_bug(error: Exception, config: CacheConfig, what: str = "a pass failed") -> None:
-    message = (
-        f"cachedit_fx: {what} ({type(error).__name__}: {error}), so this graph runs without caching. "
-        "This is a bug in cachedit_fx; please report it with the traceback"
+    message = "\n".join(
+        (
+            "cachedit_fx: this graph runs without caching, because of a bug in cachedit_fx.",
+            f"What happened: {what} ({type(error).__name__}: {cut(error, 160)}).",
+            'What to do: please report it with the traceback, and with the folder that options={"debug_dir": "dumps"} '
+            "writes.",
+        )
     )
     if config.on_no_match == "raise":
         raise PassError(message) from error

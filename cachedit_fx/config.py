@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
 
-from cachedit_fx.errors import ConfigError
+from cachedit_fx.errors import ConfigError, listed, shown
 
 
 class CacheType(StrEnum):
@@ -121,6 +121,9 @@ class CacheConfig:
     debug_dir: str | os.PathLike[str] | None = None
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
+        for name, value in fields.items():
+            if name not in cls.__dataclass_fields__:
+                raise ConfigError(unknown_option(name, value))
         config = super().__new__(cls)
         kind = () if cls is CacheConfig else ("cache_type",)
         object.__setattr__(config, "_given", frozenset((*FIELD_NAMES[: len(args)], *fields, *kind)))
@@ -164,9 +167,6 @@ class CacheConfig:
             ConfigError: A field is unknown or has a value it cannot have.
         """
         changed = dict(changes.changes if isinstance(changes, CacheConfig) else changes or ()) | fields
-        for name in changed:
-            if name not in FIELD_NAMES:
-                raise ConfigError(_unknown_option(name, changed[name], ()))
         return type(self)(**dict(self.changes) | changed)
 
     def reset(self, **fields: Any) -> Self:
@@ -208,7 +208,8 @@ def split_options(options: Mapping[str, Any], base: CacheConfig | None = None) -
     known = _inductor_options() if config.inner_backend == "inductor" else ()
     for name, value in rest.items():
         if str(name).replace("-", "_") not in known:
-            raise ConfigError(_unknown_option(name, value, known))
+            others = "and every option of Inductor (torch._inductor.list_options())" if known else ""
+            raise ConfigError(unknown_option(name, value, known, others=others))
     return config, rest
 
 
@@ -221,8 +222,9 @@ def check_together(config: CacheConfig) -> None:
     if config.Fn_compute_blocks == 0 and not config.is_static and config.cache_type != CacheType.DBPrune:
         raise ConfigError(
             "cachedit_fx: Fn_compute_blocks=0 leaves nothing to look at, so it needs steps_computation_mask and "
-            f"steps_computation_policy='static', got mask {config.steps_computation_mask!r} and policy "
-            f"{config.steps_computation_policy!r}"
+            f"steps_computation_policy='static', got mask {shown(config.steps_computation_mask)} and policy "
+            f"{config.steps_computation_policy!r}.\n"
+            "What to do: set both, or Fn_compute_blocks=1 to look at the first block."
         )
 
 
@@ -232,13 +234,20 @@ def _inductor_options() -> tuple[str, ...]:
     return tuple(torch._inductor.list_options())
 
 
-def _unknown_option(name: object, value: object, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(name), (*FIELD_NAMES, *known), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    others = ", and every option of Inductor" if known else ""
+def unknown_option(
+    name: object, value: object, known: Sequence[str] = (), *, others: str = "", what: str = "option"
+) -> str:
+    """What to say of an option that is neither ours nor among the `known` ones, which `others` tells."""
+    allowed = [*FIELD_NAMES, *filter(None, [others])]
     return (
-        f"cachedit_fx: option {name!r} (given {value!r}) is unknown.{hint} Allowed: {', '.join(FIELD_NAMES)}{others}."
+        f"cachedit_fx: {what} {name!r} (given {shown(value)}) is unknown."
+        f"{_did_you_mean(name, (*FIELD_NAMES, *known))}\n{listed([f'Allowed: {allowed[0]}', *allowed[1:]])}."
     )
+
+
+def _did_you_mean(value: object, allowed: Sequence[object]) -> str:
+    near = difflib.get_close_matches(str(value), list(map(str, allowed)), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _check_fields(config: CacheConfig) -> None:
@@ -255,12 +264,12 @@ def _check_fields(config: CacheConfig) -> None:
         _check_choice(name, getattr(config, name), allowed)
     mask, kept = config.steps_computation_mask, config.non_prune_block_ids
     if mask is not None and not (isinstance(mask, tuple) and mask and all(m in (0, 1) for m in mask)):
-        raise ConfigError(f"cachedit_fx: steps_computation_mask must be a list of 0 and 1, got {mask!r}")
+        raise ConfigError(f"cachedit_fx: steps_computation_mask must be a list of 0 and 1, got {shown(mask)}")
     if not isinstance(kept, tuple) or not all(isinstance(i, int) and i >= 0 for i in kept):
-        raise ConfigError(f"cachedit_fx: non_prune_block_ids must be a list of ints >= 0, got {kept!r}")
+        raise ConfigError(f"cachedit_fx: non_prune_block_ids must be a list of ints >= 0, got {shown(kept)}")
     _check_inner_backend(config.inner_backend)
     if config.debug_dir is not None and not (isinstance(config.debug_dir, str) and config.debug_dir):
-        raise ConfigError(f"cachedit_fx: debug_dir must be the path of a folder, got {config.debug_dir!r}")
+        raise ConfigError(f"cachedit_fx: debug_dir must be the path of a folder, got {shown(config.debug_dir)}")
     if config.mode is not None:
         from torch._inductor import list_mode_options
 
@@ -269,26 +278,28 @@ def _check_fields(config: CacheConfig) -> None:
 
 def _check_int(field: str, value: object, *, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"cachedit_fx: {field} must be an int >= {least}, got {value!r}")
+        raise ConfigError(f"cachedit_fx: {field} must be an int >= {least}, got {shown(value)}")
 
 
 def _check_float(field: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
-        raise ConfigError(f"cachedit_fx: {field} must be a finite number, got {value!r}")
+        raise ConfigError(f"cachedit_fx: {field} must be a finite number, got {shown(value)}")
 
 
 def _check_choice(field: str, value: object, allowed: tuple[object, ...]) -> None:
     if any(value == known and isinstance(value, type(known) | str) for known in allowed):
         return
-    near = difflib.get_close_matches(str(value), list(map(str, allowed)), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"cachedit_fx: {field} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{hint}")
+    hint = _did_you_mean(value, allowed)
+    raise ConfigError(f"cachedit_fx: {field} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}.{hint}")
 
 
 def _check_inner_backend(value: object) -> None:
     from torch._dynamo.backends.registry import list_backends
 
     allowed = [name for name in list_backends(exclude_tags=()) if name != "cachedit"]
-    if not isinstance(value, str):
-        raise ConfigError(f"cachedit_fx: inner_backend must be the name of a torch.compile backend, got {value!r}")
-    _check_choice("inner_backend", value, tuple(allowed))
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(
+            "cachedit_fx: inner_backend must be the name of a torch.compile backend but 'cachedit', as 'inductor', "
+            f"'aot_eager' or 'eager', got {shown(value)}.{_did_you_mean(value, allowed)}\n"
+            "See all names: torch.compiler.list_backends(exclude_tags=())"
+        )

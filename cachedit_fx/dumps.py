@@ -25,6 +25,7 @@ from typing import Any
 from torch import fx
 
 from cachedit_fx.config import CacheConfig
+from cachedit_fx.errors import ConfigError
 from cachedit_fx.explanation.build import build_report
 from cachedit_fx.explanation.trace import Trace
 from cachedit_fx.graph_json import to_json
@@ -65,6 +66,9 @@ class Dump(Trace):
 
     Attributes:
         path: The folder of this graph.
+
+    Raises:
+        ConfigError: `folder` cannot be made or written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str], cls: str, config: CacheConfig, declared: Declaration) -> None:
@@ -72,7 +76,13 @@ class Dump(Trace):
         self._config, self._declared, self._cls = config, declared, cls
         self._numbers = itertools.count()
         self._last: tuple[str, str] = ("", "")
-        self.path = _new_folder(Path(folder), cls)
+        try:
+            self.path = _new_folder(Path(folder), cls)
+        except OSError as error:
+            raise ConfigError(
+                f"cachedit_fx: debug_dir must be a folder that can be written to, or a path where one can be made, got "
+                f"{str(folder)!r}: {error.strerror}"
+            ) from error
 
     def graph(self, name: str, gm: fx.GraphModule) -> None:
         super().graph(name, gm)

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterable
 from typing import Any
+
+_WIDTH = 120
+
+
+def shown(value: object) -> str:
+    """What a message calls a value that was given: its repr on one line, cut where it is long."""
+    first, *more = repr(value).splitlines() or [""]
+    return f"{cut(first)} ..." if more else cut(first)
+
+
+def cut(text: object, length: int = 88) -> str:
+    """A text on one line, cut where it is long: what a compiler says of an error may be a file."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else f"{line[:length]} ..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """Many names, `a, b, c`, on as many lines as they need."""
+    return textwrap.fill(", ".join(names), _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 class ConfigError(ValueError):

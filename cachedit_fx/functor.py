@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx, nn
 
-from cachedit_fx.errors import ConfigError
+from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.passes.calls import module_lists
 from cachedit_fx.passes.dataflow import Program
 
@@ -64,7 +65,9 @@ class PatchFunctor:
             ConfigError: `module` has no method `name`.
         """
         if not callable(getattr(module, name, None)):
-            raise ConfigError(f"cachedit_fx: {type(module).__name__} has no method {name!r} to replace")
+            near = difflib.get_close_matches(name, [own for own in dir(type(module)) if own[:1] != "_"], n=1)
+            hint = f". Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"cachedit_fx: {type(module).__name__} has no method {name!r} to replace{hint}")
         kept = self._replaced.setdefault(module, {})
         kept.setdefault(name, module.__dict__.get(name, _MISSING))
         module.__dict__[name] = types.MethodType(function, module)
@@ -114,7 +117,10 @@ def split_stream(node: fx.Node, sizes: Sequence[int | fx.Node | None], dim: int,
     """
     graph, whole = node.graph, node.meta["example_value"]
     if not node.users:
-        raise ConfigError(f"cachedit_fx: nothing reads `{node.name}`, so there is no stream to split")
+        raise ConfigError(
+            f"cachedit_fx: nothing reads `{node.name}`, so there is no stream to split; give the node that a "
+            "block reads"
+        )
     _check_sizes(node, sizes, dim)
     readers = list(node.users)
     first = min(readers, key=list(graph.nodes).index)
@@ -143,11 +149,15 @@ def _check_sizes(node: fx.Node, sizes: Sequence[int | fx.Node | None], dim: int)
     for i, size in enumerate(sizes):
         if not isinstance(size, int | fx.Node) and not (size is None and i == len(sizes) - 1):
             raise ConfigError(
-                f"cachedit_fx: sizes of `{node.name}` must be numbers or nodes, and the last may be None; got {size!r}"
+                f"cachedit_fx: sizes of `{node.name}` must be numbers or nodes, and the last may be None; "
+                f"got {shown(size)}"
             )
     numbers = [size for size in sizes if isinstance(size, int)]
     if len(numbers) == len(sizes) and sum(numbers) != length:
-        raise ConfigError(f"cachedit_fx: sizes {numbers} don't add up to {length}, the length of `{node.name}`")
+        raise ConfigError(
+            f"cachedit_fx: sizes must add up to {length}, the length of `{node.name}` along dimension {dim}, got "
+            f"{numbers}; give None as the last for what is left"
+        )
 
 
 def _sum(graph: fx.Graph, start: int | fx.Node, size: int | fx.Node) -> int | fx.Node:

@@ -213,7 +213,10 @@ def _function(name: str) -> Any:
             continue
     if hasattr(builtins, name):
         return getattr(builtins, name)
-    raise ImportError(f"cachedit_fx: the graph calls {name!r}, which the packages installed here do not have")
+    raise ImportError(
+        f"cachedit_fx: the graph calls {name!r}, which the packages installed here do not have; install "
+        "those of the model"
+    )
 
 
 def _attribute(gm: fx.GraphModule, path: str) -> Any:

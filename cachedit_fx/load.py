@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cachedit_fx.config import CacheConfig, CacheType, DBPruneConfig
-from cachedit_fx.errors import ConfigError
+from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.steps_mask import steps_mask
 
 
@@ -31,13 +31,21 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
     if "cache_config" in known:
         others = sorted(set(known) - {"cache_config"})
         if others:
-            raise ConfigError(f"cachedit_fx: {others[0]!r} is not supported; allowed is 'cache_config'")
+            raise ConfigError(
+                f"cachedit_fx: {others[0]!r} is not supported; allowed is 'cache_config' alone, got "
+                f"{shown(known[others[0]])} beside it; take it out"
+            )
         known = known["cache_config"] or {}
     if not isinstance(known, Mapping):
-        raise ConfigError(f"cachedit_fx: cache_config must be a mapping of fields, got {known!r}")
+        raise ConfigError(f"cachedit_fx: cache_config must be a mapping of fields, got {shown(known)}")
     fields = {str(name): value for name, value in known.items()}
     if isinstance(fields.get("steps_computation_mask"), str):
         total = fields.get("num_inference_steps")
+        if total is None:
+            raise ConfigError(
+                "cachedit_fx: num_inference_steps must be given with "
+                f"steps_computation_mask={fields['steps_computation_mask']!r}, got None"
+            )
         fields["steps_computation_mask"] = steps_mask(mask_policy=fields["steps_computation_mask"], total_steps=total)
     base = DBPruneConfig() if fields.get("cache_type") == CacheType.DBPrune else CacheConfig()
     return {"cache_config": base.override(**fields)}
@@ -47,13 +55,20 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cachedit_fx: configuration file {str(path)!r} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"cachedit_fx: configuration file {str(path)!r} cannot be read: {error.strerror}; give the path of a YAML "
+            "or JSON file"
+        ) from error
     try:
         found = json.loads(text) if path.suffix == ".json" else _yaml(text)
     except ValueError as error:
-        raise ConfigError(f"cachedit_fx: configuration file {str(path)!r} cannot be understood: {error}") from error
+        raise ConfigError(
+            f"cachedit_fx: configuration file {str(path)!r} cannot be understood: expected "
+            f"{'JSON' if path.suffix == '.json' else 'YAML (JSON belongs into a file named .json)'}. The "
+            f"parser says:\n{error}"
+        ) from error
     if not isinstance(found, dict):
-        raise ConfigError(f"cachedit_fx: configuration file {str(path)!r} must hold a mapping, got {found!r}")
+        raise ConfigError(f"cachedit_fx: configuration file {str(path)!r} must hold a mapping, got {shown(found)}")
     return found
 
 
@@ -61,7 +76,10 @@ def _yaml(text: str) -> Any:
     try:
         import yaml
     except ImportError as error:
-        raise ImportError("cachedit_fx: reading YAML needs PyYAML; install it, or write JSON") from error
+        raise ImportError(
+            "cachedit_fx: reading YAML needs PyYAML; install it, or write JSON into a file named .json: "
+            "pip install pyyaml"
+        ) from error
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

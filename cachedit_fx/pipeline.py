@@ -17,8 +17,8 @@ from cachedit_fx.adapter import BlockAdapter, Nested, require_no_calibrator, tra
 from cachedit_fx.attempts import Attempts
 from cachedit_fx.backend import Backend, report_uncached
 from cachedit_fx.cache_factory.patch_functors import functor_for
-from cachedit_fx.config import FIELD_NAMES, CacheConfig
-from cachedit_fx.errors import ConfigError, PassError, PatternError
+from cachedit_fx.config import FIELD_NAMES, CacheConfig, unknown_option
+from cachedit_fx.errors import ConfigError, PassError, PatternError, shown
 from cachedit_fx.functor import PatchFunctor
 from cachedit_fx.passes.inputs import conditioning_names, timestep_name
 from cachedit_fx.patterns.declaration import Declaration
@@ -91,7 +91,10 @@ def refresh_context(transformer: Any, cache_config: CacheConfig | None = None, *
     for module in modules_of(transformer).values():
         enabled = _enabled(module)
         if enabled is None:
-            raise ConfigError(f"cachedit_fx: enable_cache was not called for this {type(module).__name__}")
+            raise ConfigError(
+                f"cachedit_fx: enable_cache was not called for this {type(module).__name__}, so there is nothing to "
+                "refresh; call it first, with the same fields"
+            )
         settings = replace(enabled.settings, config=enabled.settings.config.override(change))
         backend = settings.backend()
         end_generation(module, everyone=True)
@@ -125,12 +128,13 @@ def settings_for(
         ConfigError: An argument is unknown or has a value that it cannot have, or there is no transformer.
     """
     fields = {name: kwargs.pop(name) for name in [*kwargs] if name in FIELD_NAMES and name not in _COMPILE_KWARGS}
-    for name in kwargs:
+    for name, value in kwargs.items():
         if name not in _COMPILE_KWARGS:
-            allowed = ", ".join((*_COMPILE_KWARGS, *FIELD_NAMES))
-            raise ConfigError(f"cachedit_fx: enable_cache has no argument {name!r}; allowed are {allowed}")
+            others = f"and of torch.compile {', '.join(_COMPILE_KWARGS)}"
+            what = "enable_cache's argument"
+            raise ConfigError(unknown_option(name, value, _COMPILE_KWARGS, others=others, what=what))
     if cache_config is not None and not isinstance(cache_config, CacheConfig):
-        raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {cache_config!r}")
+        raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {shown(cache_config)}")
     options = dict(kwargs.pop("options", None) or {})
     fields |= {name: options.pop(name) for name in [*options] if name in FIELD_NAMES}
     if options:
@@ -200,13 +204,18 @@ class _Enabled:
 
 
 def _why_uncached(module: nn.Module, call: ModelCall, in_parts: str) -> str:
-    """In one sentence what keeps a module from being cached, and what helps."""
+    """What keeps a module from being cached, and what helps."""
     if not in_parts:
         return max(call.misses)[1]  # That of the largest graph.
     name = type(module).__name__
-    return (
-        f"cachedit_fx: {name} runs without caching, because Dynamo captures it only in {len(call.misses)} graphs (it "
-        f"stops at {in_parts}) and its loop over the blocks is whole in none of them; {cure_of_parts(name)}."
+    return "\n".join(
+        (
+            f"cachedit_fx: {name} runs without caching.",
+            "  expected: its loop over the blocks whole in one graph",
+            f"  found:    Dynamo captures it only in {len(call.misses)} graphs (it stops at {in_parts})",
+            f"What to do: {cure_of_parts(name)}.",
+            "See every verdict: cachedit_fx.explain(model, *inputs)",
+        )
     )
 
 

@@ -281,4 +281,8 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 def require(holds: bool, text: str) -> None:
     if not holds:
-        raise UncheckableError(f"cachedit_fx: check_pattern cannot tell: {text}.")
+        raise UncheckableError(
+            f"cachedit_fx: check_pattern cannot tell: {text}.\n"
+            "So the template may be right or wrong. What is expected of a model: "
+            "help(cachedit_fx.testing.check_pattern)"
+        )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from cachedit_fx.adapter import BlockAdapter, transformers_of
-from cachedit_fx.errors import ConfigError
+from cachedit_fx.errors import ConfigError, shown
 
 Maker = Callable[..., BlockAdapter]
 
@@ -31,7 +31,10 @@ class BlockAdapterRegistry:
                 forgotten.
         """
         if not isinstance(name, str) or not name:
-            raise ConfigError(f"cachedit_fx: register takes a class name or the beginning of one, got {name!r}")
+            hint = f"; give {name.__name__!r}" if isinstance(name, type) else ""
+            raise ConfigError(
+                f"cachedit_fx: register takes a class name or the beginning of one, got {shown(name)}{hint}"
+            )
 
         def keep(make: Maker) -> Maker:
             cls._makers[name] = make
@@ -63,7 +66,7 @@ class BlockAdapterRegistry:
         adapter = cls._makers[name](pipe, **kwargs)
         if not isinstance(adapter, BlockAdapter):
             raise ConfigError(
-                f"cachedit_fx: what is registered for {name!r} must return a BlockAdapter, got {adapter!r}"
+                f"cachedit_fx: what is registered for {name!r} must return a BlockAdapter, got {shown(adapter)}"
             )
         return adapter
 

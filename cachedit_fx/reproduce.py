@@ -60,7 +60,13 @@ def run_saved(folder: str | Path) -> list[CacheStats]:
     with torch.no_grad():
         found = rewrite(gm, config, Declaration(), exact=True)
         if not isinstance(found, Rewritten):
-            raise ValueError(f"cachedit_fx: this graph is not cached: {found[0]}")
+            lines = (
+                "cachedit_fx: this graph is not cached, so there are no steps to run.",
+                f"  {found[0].cause.value}:",
+                *found[0].lines,
+                "See every verdict: the script without --run, or explain_saved(folder)",
+            )
+            raise ValueError("\n".join(lines))
         steps = _random_steps(plain, found.plan.timestep.name if found.plan.timestep is not None else "")
         compiled = compile_guarded(found, config, InnerCompiler(config, None, {}), "saved", policy_per_call=False)
         with session("saved"):

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cachedit_fx.clock import Lap, Laps
 from cachedit_fx.conditioning import ConditioningTable
 from cachedit_fx.config import Changes
+from cachedit_fx.errors import shown
 from cachedit_fx.policy import Decision, History
 from cachedit_fx.stats import CacheStats, StepError
 
@@ -91,14 +92,23 @@ def session(key: Hashable) -> Iterator[None]:
     Raises:
         TypeError: `key` is not hashable, or None.
     """
-    if key is None:
-        raise TypeError("cachedit_fx: session(key) takes any hashable key but None")
-    hash(key)
+    if key is None or not _is_hashable(key):
+        raise TypeError(
+            f"cachedit_fx: session(key) takes any hashable key but None, as a string or a number, got {shown(key)}"
+        )
     token = _request.set(key)
     try:
         yield
     finally:
         _request.reset(token)
+
+
+def _is_hashable(key: object) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,10 @@ class SizeRule:
             if isinstance(value_of(node), torch.SymInt)
         }
         if symbols - set(held):
-            raise UnknownSizeError(f"the size {sorted(map(str, symbols - set(held)))} of a stream depends on data")
+            unknown = ", ".join(sorted(map(str, symbols - set(held))))
+            raise UnknownSizeError(
+                f"expected streams whose sizes the inputs tell, found a size ({unknown}) made of data"
+            )
         ordered = sorted(symbols, key=str)
         self._arguments = [held[symbol] for symbol in ordered]
         text = (

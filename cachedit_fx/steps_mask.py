@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 
-from cachedit_fx.errors import ConfigError
+from cachedit_fx.errors import ConfigError, shown
 
 Bins = tuple[list[int], list[int]]  # Runs of computed steps, and the runs of reused ones between them.
 
@@ -64,23 +64,27 @@ def steps_mask(
         ConfigError: The bins are too short, only one of them is given, or no policy fits.
     """
     if total_steps is not None and (not isinstance(total_steps, int) or total_steps < 1):
-        raise ConfigError(f"cachedit_fx: total_steps must be an int >= 1, got {total_steps!r}")
+        raise ConfigError(f"cachedit_fx: total_steps must be an int >= 1, got {shown(total_steps)}")
     for name, bins in (("compute_bins", compute_bins), ("cache_bins", cache_bins)):
         if bins is not None and not (isinstance(bins, Sequence) and all(isinstance(n, int) and n >= 0 for n in bins)):
-            raise ConfigError(f"cachedit_fx: {name} must be a list of ints >= 0, got {bins!r}")
+            raise ConfigError(f"cachedit_fx: {name} must be a list of ints >= 0, got {shown(bins)}")
     if (compute_bins is None) != (cache_bins is None):
-        missing = "compute_bins" if compute_bins is None else "cache_bins"
-        raise ConfigError(f"cachedit_fx: {missing} must be given beside the other bins, got None")
+        names = ["compute_bins", "cache_bins"] if compute_bins is None else ["cache_bins", "compute_bins"]
+        given = compute_bins if compute_bins is not None else cache_bins
+        raise ConfigError(f"cachedit_fx: {names[0]} must be given beside {names[1]}={shown(given)}, got None")
     if compute_bins is not None and cache_bins is not None:
         mask = _mask(compute_bins, cache_bins)
         if total_steps is not None and total_steps > len(mask):
-            raise ConfigError(f"cachedit_fx: the bins must cover total_steps={total_steps}, they add up to {len(mask)}")
+            raise ConfigError(
+                f"cachedit_fx: compute_bins and cache_bins must cover total_steps={total_steps}, they add up to "
+                f"{len(mask)}; lengthen a run, or leave total_steps out"
+            )
     else:
         mask = _mask(*_policy_bins(mask_policy, total_steps))
     mask = mask[:total_steps]
     if not mask:
         raise ConfigError(
-            f"cachedit_fx: compute_bins and cache_bins must hold a step, got {compute_bins}, {cache_bins}"
+            f"cachedit_fx: compute_bins and cache_bins must hold a step, got {shown(compute_bins)}, {shown(cache_bins)}"
         )
     return [*mask[:-1], 1]
 
@@ -92,10 +96,14 @@ def _mask(compute_bins: Sequence[int], cache_bins: Sequence[int]) -> list[int]:
 
 def _policy_bins(policy: str, total_steps: int | None) -> Bins:
     if total_steps is None:
-        raise ConfigError(f"cachedit_fx: total_steps must be given with a mask_policy, got {total_steps!r}")
+        raise ConfigError(
+            f"cachedit_fx: total_steps must be given with mask_policy={shown(policy)}, got None; or pass "
+            "compute_bins and cache_bins"
+        )
     if total_steps < 8 and total_steps not in _POLICIES:
         raise ConfigError(
-            f"cachedit_fx: total_steps must be 4, 6, or at least 8 for a mask_policy, got {total_steps}; pass bins"
+            f"cachedit_fx: total_steps must be 4, 6, or at least 8 for a mask_policy, got {total_steps}; pass "
+            "compute_bins and cache_bins for another number"
         )
     if total_steps in (4, 6, 8, 9):
         length = total_steps
@@ -105,7 +113,7 @@ def _policy_bins(policy: str, total_steps: int | None) -> Bins:
     if policy not in table:
         near = difflib.get_close_matches(str(policy), table, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"cachedit_fx: mask_policy must be one of {', '.join(table)}, got {policy!r}.{hint}")
+        raise ConfigError(f"cachedit_fx: mask_policy must be one of {', '.join(table)}, got {shown(policy)}.{hint}")
     compute, cache = (list(bins) for bins in table[policy])
     _lengthen(compute, cache, total_steps)
     _shorten(compute, cache, total_steps)

@@ -14,12 +14,13 @@ from cachedit_fx.adapter import BlockAdapter
 from cachedit_fx.attempts import Attempts
 from cachedit_fx.backend import Backend
 from cachedit_fx.config import CacheConfig
-from cachedit_fx.errors import ConfigError, PatternError
+from cachedit_fx.errors import ConfigError, PatternError, cut, shown
 from cachedit_fx.explanation.data import GraphReport
 from cachedit_fx.explanation.explain import explain
 from cachedit_fx.explanation.recorder import isolated
 from cachedit_fx.patterns.chain import HIDDEN
 from cachedit_fx.patterns.declaration import Declaration
+from cachedit_fx.patterns.forward_pattern import ForwardPattern
 from cachedit_fx.patterns.template import BlockTemplate
 from cachedit_fx.reference import Call, Reference, UncheckableError, require, tensors_of
 from cachedit_fx.session import records_of, session
@@ -107,11 +108,16 @@ def check_pattern(
         UncheckableError: Nothing can be told.
         ConfigError: An argument is of a wrong kind.
     """
-    if not isinstance(template, BlockTemplate):
-        raise ConfigError(f"cachedit_fx: template must be a BlockTemplate, got {template!r}")
+    kind: Any = template
+    if not isinstance(kind, BlockTemplate):
+        hint = f"; give {kind}.value" if isinstance(kind, ForwardPattern) else ""
+        raise ConfigError(f"cachedit_fx: template must be a BlockTemplate, got {shown(kind)}{hint}")
     given = [inputs] if isinstance(inputs, Mapping) else [*inputs]
     if not given or not all(isinstance(call, Mapping) for call in given):
-        raise ConfigError("cachedit_fx: inputs must be the keyword arguments of a call, as a dict, or a list of such")
+        raise ConfigError(
+            "cachedit_fx: inputs must be the keyword arguments of a call, as a dict, or a list of such, got "
+            f"{shown(inputs)}"
+        )
     config = CacheConfig(
         Fn_compute_blocks=Fn_compute_blocks,
         Bn_compute_blocks=Bn_compute_blocks,
@@ -191,7 +197,7 @@ def _reused_differs(reference: Reference, graph: GraphReport, found: list[Tensor
     first, last = reference.blocks[reference.fn][0], reference.blocks[reference.stop - 1][0]
     lines = [
         f"cachedit_fx: {template}: step 1, which is reused, is not what the template says.",
-        f"  expected: blocks {first} to {last} skipped, and per stream what entered {first} and what they added before",
+        f"  expected: {first} to {last} skipped, and per stream what entered {first} and what they added before",
         f"  found:    {_apart(found, expected)}",
         *streams,
         f"The graph keeps {', '.join(f'{role} as {how}' for role, how in kept.items())}.",
@@ -278,8 +284,11 @@ def _copy(module: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(module, memo).eval()
     except Exception as error:
-        text = f"cachedit_fx: check_pattern works on a copy of the module, and this one cannot be copied: {error}"
-        raise UncheckableError(text) from error
+        raise UncheckableError(
+            f"cachedit_fx: check_pattern cannot tell: it works on a copy, and this {type(module).__name__} cannot be "
+            f"copied ({type(error).__name__}: {cut(error)}).\n"
+            "What to do: take out of it what copy.deepcopy does not copy."
+        ) from error
 
 
 def _later_calls(first: Call, graph: GraphReport) -> list[Call]:

@@ -74,6 +74,7 @@ class Region:
         looked_from: What is taken off it first: the hidden stream before the Fn blocks; None to look at the value.
         carried: What a reused step has to supply.
         hoisted: Nodes that lie between the cuts but depend on no stream: they run with the head, at every step.
+        deferred: Nodes from before the first cut that nothing but `nodes` reads: they run with these.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Region:
     looked_from: fx.Node | None
     carried: tuple[Carried, ...]
     hoisted: tuple[fx.Node, ...]
+    deferred: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,7 +203,7 @@ class _Builder:
 
 def _segments(program: Program, regions: tuple[Region, ...]) -> list[list[fx.Node]]:
     """The nodes before, between and after the regions, hoisted ones in front of the region that they lay in."""
-    inside = {node: i for i, region in enumerate(regions) for node in region.nodes}
+    inside = {node: i for i, region in enumerate(regions) for node in (*region.deferred, *region.nodes)}
     hoisted = {node: i for i, region in enumerate(regions) for node in region.hoisted}
     starts = [program.position[region.nodes[0]] for region in regions]
     segments: list[list[fx.Node]] = [[] for _ in range(len(regions) + 1)]
@@ -261,7 +261,7 @@ def _branches(
 ) -> tuple[fx.GraphModule, fx.GraphModule, list[fx.Node]]:
     """`compute` and `reuse`, both over the same operands (values at the cut, then what was stored), both returning
     the carried values and then what is to be stored."""
-    body = extract(region.nodes)
+    body = extract((*region.deferred, *region.nodes))
     starts = [_start(body, pair) for pair in region.carried]
     operands = list(body.inputs)
     outputs = [body.copies[pair.after] for pair in region.carried]

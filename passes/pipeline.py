@@ -9,11 +9,12 @@ import torch
 from torch import fx
 
 from cachedit_fx.config import CacheConfig
-from cachedit_fx.errors import PatternError
+from cachedit_fx.errors import PatternError, cut
 from cachedit_fx.passes.checkpoints import inline_checkpoints
 from cachedit_fx.passes.contexts import narrow_contexts
 from cachedit_fx.passes.cut import Group, Region, cut_regions
 from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.passes.defer import defer_work
 from cachedit_fx.passes.inplace import replace_writes
 from cachedit_fx.passes.inputs import find_conditioning, find_timestep
 from cachedit_fx.passes.join import LEAST_SHARE, continues, flops_on_latents, join_lists
@@ -95,6 +96,7 @@ def _plan(gm: fx.GraphModule, config: CacheConfig, declared: Declaration, watch:
     regions = cut_regions(program, group_lists(program, matches, config, declared))
     if isinstance(regions, Mismatch):
         return (regions,)
+    regions = defer_work(program, regions)
     timestep = find_timestep(program, chain)
     conditioning = find_conditioning(program, chain, timestep)
     _tag_blocks(program, chain)
@@ -104,19 +106,32 @@ def _plan(gm: fx.GraphModule, config: CacheConfig, declared: Declaration, watch:
 def _apply_functor(gm: fx.GraphModule, declared: Declaration) -> fx.GraphModule:
     if declared.functor is None:
         return gm
-    name = type(declared.functor).__qualname__
+    name = type(declared.functor).__name__
     before = _inputs(gm)
     try:
         gm = declared.functor.apply(gm)
         gm.graph.lint()
     except Exception as error:
-        raise PatternError(f"cachedit_fx: patch functor `{name}` failed on the captured graph: {error}") from error
+        raise PatternError(
+            f"cachedit_fx: patch functor `{name}` failed on the captured graph: {type(error).__name__}: "
+            f"{cut(error)}\n"
+            "What to do: correct its apply; a graph that lacks what it looks for it has to hand back as it is."
+        ) from error
     if _inputs(gm) != before:
         raise PatternError(
-            f"cachedit_fx: patch functor `{name}` must leave the graph's inputs as they are, {', '.join(before)}; "
-            f"found {', '.join(_inputs(gm))}"
+            f"cachedit_fx: patch functor `{name}` must leave the graph's inputs as they are, in number and order.\n"
+            f"  expected: the {len(before)} that were captured\n"
+            f"  found:    {_changed(before, _inputs(gm))}\n"
+            "What to do: let its apply make values from the inputs that there are."
         )
     return gm
+
+
+def _changed(before: Sequence[str], after: Sequence[str]) -> str:
+    """`1 added (mask)`: how the inputs of a graph differ."""
+    changes = {"added": [n for n in after if n not in before], "gone": [n for n in before if n not in after]}
+    said = [f"{len(names)} {how} ({cut(', '.join(names))})" for how, names in changes.items() if names]
+    return ", ".join(said) or "another order"
 
 
 def _inputs(gm: fx.GraphModule) -> list[str]:
@@ -177,7 +192,10 @@ def group_lists(
         overrides *= len(matches)
     if overrides and len(overrides) != len(matches) and not declared.lists:
         paths = ", ".join(match.blocks.path for match in matches)
-        raise PatternError(f"cachedit_fx: params_modifiers has {len(overrides)} entries for the block lists {paths}")
+        raise PatternError(
+            f"cachedit_fx: params_modifiers must have one entry per block list, {len(matches)} ({paths}), got "
+            f"{len(overrides)}; give one for all, or one for each in this order"
+        )
     own = dict(zip(declared.lists or [match.blocks.path for match in matches], overrides, strict=False))
     alone = config.regions == "per_list" or declared.has_overrides
     groups: list[Group] = []

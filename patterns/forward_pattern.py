@@ -17,6 +17,9 @@ class ForwardPattern(enum.Enum):
     Pattern_4 = BUILT_IN[4]
     Pattern_5 = BUILT_IN[5]
 
+    def __repr__(self) -> str:
+        return str(self)  # Messages show it; the template in it is long.
+
     @property
     def In(self) -> tuple[str, ...]:
         """Roles that a block takes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cachedit_fx.errors import ConfigError
+from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.patterns.template import BUILT_IN, BlockTemplate
 
 _registered: list[BlockTemplate] = []
@@ -17,9 +17,12 @@ def register_pattern(template: BlockTemplate) -> BlockTemplate:
         ConfigError: `template` is no BlockTemplate, or takes the number of a built-in one.
     """
     if not isinstance(template, BlockTemplate):
-        raise ConfigError(f"cachedit_fx: register_pattern takes a BlockTemplate, got {template!r}")
+        raise ConfigError(f"cachedit_fx: register_pattern takes a BlockTemplate, got {shown(template)}")
     if template.number is not None:
-        raise ConfigError(f"cachedit_fx: number {template.number} belongs to a built-in pattern; leave number=None")
+        raise ConfigError(
+            "cachedit_fx: number must be None in a template to register (numbers are those of the built-in patterns), "
+            f"got {template.number!r} in {template}"
+        )
     unregister_pattern(template.name)
     _registered.insert(0, template)
     return template

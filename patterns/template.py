@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cachedit_fx.errors import ConfigError
+from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN
 
 CACHED_AS = ("residual", "value")
@@ -52,10 +52,16 @@ class BlockTemplate:
         for name in ("streams", "cached"):
             unknown = sorted(set(getattr(self, name)) - roles)
             if unknown:
-                raise ConfigError(f"cachedit_fx: {self}: {name} names {unknown}, allowed are {sorted(roles)}")
+                raise ConfigError(
+                    f"cachedit_fx: {self}: {name} names {unknown}, allowed are {sorted(roles)}, the roles "
+                    "in takes and returns"
+                )
         for role, kind in self.cached.items():
             if kind not in CACHED_AS:
-                raise ConfigError(f"cachedit_fx: {self}: cached[{role!r}] must be one of {CACHED_AS}, got {kind!r}")
+                raise ConfigError(
+                    f"cachedit_fx: {self}: cached[{role!r}] must be one of "
+                    f"{', '.join(map(repr, CACHED_AS))}, got {shown(kind)}"
+                )
 
     @property
     def carried(self) -> tuple[str, ...]:

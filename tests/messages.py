@@ -1,8 +1,25 @@
-"""What a message says, whatever its lines."""
+"""What a message says, whatever its lines; and where in the package messages come from."""
 
 from __future__ import annotations
 
+import ast
+import functools
+import logging
 import re
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+from cachedit_fx import backend
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = tuple(ROOT / name for name in ("cachedit_fx", "passes", "patterns"))
 
 
 def flat(message: str) -> str:
@@ -10,3 +27,88 @@ def flat(message: str) -> str:
     for name, before in (("expected", " expected "), ("found", ", found "), ("at", ", at ")):
         message = re.sub(rf"\n +{name}: +", before, message)
     return message.replace(":, found ", ": found ")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that raises an error with a text, or logs a warning."""
+
+    file: str
+    function: str
+    kind: str
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.first} {self.function}: {self.kind}"
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.file, self.function, self.kind
+
+
+@functools.cache
+def sites() -> tuple[Site, ...]:
+    """All of them. Errors without a text are not among them: our own bugs, signals, and what is raised again."""
+    files = sorted({path.resolve() for folder in FOLDERS for path in folder.rglob("*.py")})
+    return tuple(site for file in files for site in _in_node(file, ast.parse(file.read_text(encoding="utf-8")), ()))
+
+
+def _in_node(file: Path, node: ast.AST, names: tuple[str, ...]) -> Iterator[Site]:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        names = (*names, node.name)
+    if kind := _kind(node):
+        yield Site(str(file.relative_to(ROOT)), ".".join(names), kind, node.lineno, node.end_lineno)
+    for child in ast.iter_child_nodes(node):
+        yield from _in_node(file, child, names)
+
+
+def _kind(node: ast.AST) -> str:
+    match node:
+        case ast.Raise(exc=ast.Call(func=ast.Name(id=name))):
+            return name
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="log" | "logger"), attr="warning" | "error")):
+            return "warning"
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="warnings"), attr="warn")):
+            return "warning"
+    return ""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a user reads, and where it was said."""
+
+    text: str
+    shown: str  # With what torch.compile writes around it.
+    site: Site | None
+
+
+def told_by(provoke: Callable[[Path], object]) -> Told:
+    """The error that `provoke` meets, else the warning. It is given a folder of its own."""
+    torch._dynamo.reset()
+    found: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = found.append
+    logger = logging.getLogger("cachedit_fx")
+    logger.addHandler(handler)
+    try:
+        with tempfile.TemporaryDirectory() as folder, patch.object(backend, "_warned", set()):
+            provoke(Path(folder))
+    except Exception as error:
+        inner = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
+        frames = [*traceback.extract_tb(inner.__traceback__)]
+        ours = [(Path(f.filename).resolve(), f.lineno) for f in frames if _is_ours(f.filename)]
+        return Told(str(inner), str(error), _site_at(*ours[-1]) if ours else None)
+    finally:
+        logger.removeHandler(handler)
+    (record,) = found
+    return Told(record.getMessage(), record.getMessage(), _site_at(Path(record.pathname).resolve(), record.lineno))
+
+
+def _is_ours(filename: str) -> bool:
+    return any(Path(filename).resolve().is_relative_to(folder) for folder in FOLDERS)
+
+
+def _site_at(file: Path, line: int | None) -> Site | None:
+    name = str(file.relative_to(ROOT))
+    return next((site for site in sites() if site.file == name and site.first <= (line or 0) <= site.last), None)

@@ -249,7 +249,7 @@ def test_more_modifiers_than_lists_in_the_graph_are_told_of():
     adapter = BlockAdapter(
         pipe=pipe_of(transformer=model), auto=True, forward_pattern=P2, params_modifiers=[ONE_RUN, None, TWO_RUN]
     )
-    assert "params_modifiers has 3 entries for the block lists blocks, more" in contradiction(adapter)
+    assert "params_modifiers must have one entry per block list, 2 (blocks, more), got 3" in contradiction(adapter)
 
 
 # Several transformers.

@@ -274,7 +274,9 @@ def test_a_modifier_that_leaves_nothing_to_look_at_is_told_when_the_cache_is_ena
         ),
         pytest.param(dict(cache_config={}), ["cache_config must be a CacheConfig, got {}"], id="dict"),
         pytest.param(
-            dict(max_warmup=1), ["enable_cache has no argument 'max_warmup'", "max_warmup_steps"], id="unknown"
+            dict(max_warmup=1),
+            ["enable_cache's argument 'max_warmup' (given 1) is unknown. Did you mean 'max_warmup_steps'"],
+            id="unknown",
         ),
         pytest.param(
             dict(params_modifiers=[CacheConfig()]), ["params_modifiers must hold ParamsModifier or None"], id="modifier"

@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 import cachedit_fx
 from cachedit_fx import Backend, CacheConfig, ConfigError
 from cachedit_fx.config import FIELD_NAMES, split_options
+from cachedit_fx.errors import listed
 from tests import tiny
 from tests.sessions import every_session
 
@@ -157,7 +158,7 @@ def test_an_unknown_option_is_told_the_nearest_spelling(option, nearest):
 def test_an_option_like_no_other_gets_no_guess():
     with pytest.raises(ConfigError) as caught:
         split_options({"zzz": 1})
-    assert "'zzz' (given 1) is unknown. Allowed: Fn_compute_blocks, " in str(caught.value)
+    assert "'zzz' (given 1) is unknown.\nAllowed: Fn_compute_blocks, " in str(caught.value)
 
 
 def test_options_of_inductor_are_handed_on_and_ours_are_not():
@@ -183,7 +184,7 @@ def test_options_are_set_on_top_of_a_config():
         pytest.param(
             {"residual_diff_treshold": 0.1, "inner_backend": "eager"},
             "cachedit_fx: option 'residual_diff_treshold' (given 0.1) is unknown. "
-            f"Did you mean 'residual_diff_threshold'? Allowed: {', '.join(FIELD_NAMES)}.",
+            f"Did you mean 'residual_diff_threshold'?\n{listed([f'Allowed: {FIELD_NAMES[0]}', *FIELD_NAMES[1:]])}.",
             id="unknown",
         ),
         pytest.param(

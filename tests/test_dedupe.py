@@ -266,26 +266,28 @@ def blocks_in(pieces: list[Piece]) -> list[list[int]]:
     return sorted(piece.blocks for piece in pieces if piece.blocks)
 
 
-def test_flux_is_two_block_pieces_called_as_often_as_there_are_blocks():
+def test_flux_is_a_block_piece_per_list_and_the_two_halves_of_its_first_block():
+    """What that makes of the text is read in the region alone."""
     pieces, output, captured = split(FLUX.build(), flux_inputs(), share=True)
-    assert blocks_in(pieces) == [[0, 1, 2], [3, 4, 5, 6]]
-    assert [len(piece.calls) for piece in pieces if piece.blocks] == [3, 4]
+    assert blocks_in(pieces) == [[0], [0], [1, 2], [3, 4, 5, 6]]
+    assert [len(piece.calls) for piece in pieces if piece.blocks] == [1, 1, 2, 4]
     # Copying a strided input changes the order of a sum in matrix products.
     torch.testing.assert_close(output, captured.output[0], rtol=0, atol=1e-5)
 
 
 def test_with_strides_as_they_are_sharing_is_bitwise_and_first_blocks_stand_alone():
     pieces, output, captured = split(FLUX.build(), flux_inputs(), share=True, free=False)
-    assert sorted(chain.from_iterable(blocks_in(pieces))) == list(range(7))
-    assert 2 <= len(blocks_in(pieces)) <= 4
+    assert {*chain.from_iterable(blocks_in(pieces))} == {*range(7)}
+    assert 2 <= len(blocks_in(pieces)) <= 5
     assert_bitwise(output, captured.output[0])
 
 
 @pytest.mark.parametrize(("model", "fields"), [case for case in CASES if not case.id.endswith("block")])
 def test_blocks_of_equal_structure_share_a_piece_and_compute_the_same(model, fields):
     pieces, output, captured = split(model(), share=True, **fields)
-    assert sorted(chain.from_iterable(blocks_in(pieces))) == list(range(DEPTH))
-    assert len(blocks_in(pieces)) <= 2  # The last block may return fewer values.
+    assert {*chain.from_iterable(blocks_in(pieces))} == {*range(DEPTH)}
+    # The last block may return fewer values, and the first be done in two halves.
+    assert len(blocks_in(pieces)) <= 4
     assert_bitwise(output, captured.output[0])
 
 

@@ -125,7 +125,9 @@ def test_enable_cache_takes_what_is_loaded(tmp_path):
         pytest.param({"cache_config": [1]}, "cache_config must be a mapping of fields, got [1]", id="a-list"),
         pytest.param({"max_warmup_steps": "8"}, "max_warmup_steps must be an int >= 0, got '8'", id="bad-value"),
         pytest.param(
-            {"steps_computation_mask": "fast"}, "total_steps must be given with a mask_policy, got None", id="no-steps"
+            {"steps_computation_mask": "fast"},
+            "num_inference_steps must be given with steps_computation_mask='fast', got None",
+            id="no-steps",
         ),
         pytest.param(
             {"num_inference_steps": 28, "steps_computation_mask": "fats"},

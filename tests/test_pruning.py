@@ -206,7 +206,9 @@ def test_where_no_block_may_be_pruned_the_model_runs_uncached_and_says_so():
     model = tiny.build()
     fields = dict(Fn_compute_blocks=1, non_prune_block_ids=[1, 2, 3], on_no_match="raise", inner_backend="eager")
     cachedit_fx.enable_cache(model, DBPruneConfig(**fields))
-    with pytest.raises(NoMatchError, match="expected a block of blocks that may be pruned, found all among non_prune"):
+    with pytest.raises(
+        NoMatchError, match="expected: a block of blocks that may be pruned\n  found:    all among non_prune"
+    ):
         model(**drifting()[0])
 
 

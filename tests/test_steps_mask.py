@@ -88,13 +88,15 @@ def test_a_mask_is_what_a_configuration_takes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(dict(compute_bins=[3]), "cache_bins must be given beside the other bins, got None", id="no-cache"),
         pytest.param(
-            dict(cache_bins=[3]), "compute_bins must be given beside the other bins, got None", id="no-compute"
+            dict(compute_bins=[3]), "cache_bins must be given beside compute_bins=[3], got None", id="no-cache"
+        ),
+        pytest.param(
+            dict(cache_bins=[3]), "compute_bins must be given beside cache_bins=[3], got None", id="no-compute"
         ),
         pytest.param(
             dict(compute_bins=[3, 1], cache_bins=[2], total_steps=7),
-            "the bins must cover total_steps=7, they add up to 6",
+            "compute_bins and cache_bins must cover total_steps=7, they add up to 6",
             id="too-short",
         ),
         pytest.param(
@@ -103,7 +105,7 @@ def test_a_mask_is_what_a_configuration_takes():
         pytest.param(
             dict(compute_bins=[1], cache_bins=[1], total_steps=0), "total_steps must be an int >= 1, got 0", id="none"
         ),
-        pytest.param(dict(), "total_steps must be given with a mask_policy, got None", id="no-steps"),
+        pytest.param(dict(), "total_steps must be given with mask_policy='medium', got None", id="no-steps"),
         pytest.param(dict(total_steps=0), "total_steps must be an int >= 1, got 0", id="no-step"),
         pytest.param(dict(total_steps=-1), "total_steps must be an int >= 1, got -1", id="below-0"),
         *(

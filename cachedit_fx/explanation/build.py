@@ -101,7 +101,8 @@ class _Builder:
     def _blocks(self) -> tuple[BlockReport, ...]:
         lines = statements(self.program.nodes[0].graph)
         parts = self._parts()
-        pieces = {block: i for i, piece in enumerate(self.trace.piece_list) for block in piece.blocks}
+        # A block of which a part is deferred has two; the one that it mainly is comes first.
+        pieces = {block: i for i, piece in reversed([*enumerate(self.trace.piece_list)]) for block in piece.blocks}
         found: list[BlockReport] = []
         for blocks in self._chain():
             for i, block in enumerate(blocks.blocks):
@@ -224,7 +225,7 @@ class _Builder:
                 for pair in region.carried
             ),
             state_bytes=sum(map(num_bytes, kept)),
-            cost=self.costs.of(region.nodes),
+            cost=self.costs.of((*region.deferred, *region.nodes)),
             threshold=self.config.override(region.own).residual_diff_threshold,
         )
 

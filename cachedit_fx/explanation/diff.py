@@ -75,12 +75,18 @@ class _Writer:
             if block is not None and is_own and block.path not in self.shown:
                 if block.number not in written:
                     written.add(block.number)
-                    found.append(block_line(block))
+                    found.append(block_line(block) + self._part_of(block, text))
             elif node.op == "output":
                 found += [f"return {node.args[0]}"] if returns else []
             elif node.name in text:
                 found.append(text[node.name])
         return found
+
+    def _part_of(self, block: BlockReport, text: Mapping[str, str]) -> str:
+        """A remark where a segment holds but a part of the block: the rest of it was deferred."""
+        names = [name for name, own in self.block_of.items() if own is block]
+        here = sum(name in text for name in names)
+        return "" if here == len(names) else f", {here} of them here"
 
     def guarded(self, after: fx.GraphModule) -> list[str]:
         """The guarded graph with its segments written out where they are called."""

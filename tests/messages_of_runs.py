@@ -1,0 +1,268 @@
+"""The rows of `messages_table` that take a model that runs, or is captured."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx
+
+import cachedit_fx
+import cachedit_fx.testing
+from cachedit_fx import BlockAdapter, BlockTemplate, Explanation, ForwardPattern, ParamsModifier, PatchFunctor, backend
+from cachedit_fx.pages import plots, render
+from cachedit_fx.patterns import BUILT_IN
+from cachedit_fx.patterns.chain import ENCODER, HIDDEN
+from cachedit_fx.reference import Reference
+from cachedit_fx.reproduce import run_saved
+from cachedit_fx.testing import check_pattern
+from examples.custom_pattern import TwoScaleTransformer
+from tests import hybrid, tiny
+from tests.messages_table import CHEAP, P3, Row
+from tests.synthetic import Transformer, make_inputs
+
+BOTH = (HIDDEN, ENCODER)
+
+
+# Runs.
+
+
+def run(model: Any, **fields: Any) -> None:
+    with torch.no_grad():
+        tiny.step(tiny.compiled(model, **fields), tiny.prompt(), 1.0, tiny.latents())
+
+
+def run_with_a_bug(**fields: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("a name that is not there")
+
+    with patch.object(backend, "insert_guards", fail):
+        run(tiny.build(), **fields)
+
+
+def run_saved_uncached(folder: Path) -> None:
+    hybrid_step(
+        torch.compile(hybrid.build(hybrid.LosesText), backend=cachedit_fx.Backend(hybrid.config(debug_dir=folder)))
+    )
+    with patch.object(backend, "_warned", set()):
+        run_saved(next(folder.iterdir()))
+
+
+def dump_into_a_file(folder: Path) -> None:
+    (folder / "taken").write_text("", encoding="utf-8")
+    run(tiny.build(), debug_dir=folder / "taken")
+
+
+# Pipelines and adapters.
+
+
+def hybrid_step(model: Any) -> None:
+    with torch.no_grad():
+        model(**hybrid.calls()[0])
+
+
+def declared(**arguments: Any) -> None:
+    model = hybrid.build()
+    hybrid_step(cachedit_fx.enable_cache(BlockAdapter(transformer=model, **arguments), hybrid.config()).transformer)
+
+
+def with_functor(change: Callable[[fx.GraphModule], object]) -> None:
+    class Mine(PatchFunctor):
+        def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
+            change(gm)
+            return gm
+
+    declared(patch_functor=Mine())
+
+
+def look_up(gm: fx.GraphModule) -> None:
+    raise LookupError("no node `joint`")
+
+
+def add_input(gm: fx.GraphModule) -> None:
+    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+        gm.graph.placeholder("one_more")
+
+
+def three_modifiers() -> None:
+    modifiers = [ParamsModifier(), ParamsModifier(), ParamsModifier()]
+    hybrid_step(cachedit_fx.enable_cache(hybrid.build(), hybrid.config(), params_modifiers=modifiers))
+
+
+def cached_by_diffusers() -> None:
+    model = hybrid.build()
+    model.is_cache_enabled = True
+    cachedit_fx.enable_cache(model)
+
+
+class Idle:
+    """A pipeline that calls no transformer."""
+
+    def __init__(self) -> None:
+        self.components = {"transformer": hybrid.build()}
+
+    def __call__(self) -> None:
+        return None
+
+
+@functools.cache
+def explanation() -> Explanation:
+    return cachedit_fx.explain(hybrid.build(), cache_config=hybrid.config(), **hybrid.calls()[0])
+
+
+# check_pattern.
+
+
+def checked(number: int, model: Transformer) -> None:
+    check_pattern(BUILT_IN[number], model, make_inputs(model))
+
+
+def checked_with_another_output(step: int) -> None:
+    original = cachedit_fx.testing._run_compiled
+
+    def other(*args: Any) -> Any:
+        outputs, stats = original(*args)
+        outputs[step] = [tensor + 1 for tensor in outputs[step]]
+        return outputs, stats
+
+    with patch.object(cachedit_fx.testing, "_run_compiled", other):
+        checked(3, Transformer())
+
+
+def checked_that_cannot_be_copied() -> None:
+    model = Transformer()
+    model.lock = threading.Lock()
+    checked(3, model)
+
+
+class Flat(Transformer):
+    """No blocks."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        return self.proj_out(self.x_embedder(hidden_states) + self.embed_time(timestep)[:, None])
+
+
+def follow(template: BlockTemplate, model: Any, inputs: dict[str, Any], *paths: str) -> None:
+    with torch.no_grad():
+        Reference(template, model.eval(), paths, 1, 0).run(inputs, reuse=False)
+
+
+def in_another_order() -> None:
+    template = BlockTemplate("two-scale", BOTH, BOTH[::-1], streams={HIDDEN: "fine", ENCODER: "coarse"})
+    latents = dict(latents=torch.randn(1, 16, 4), timestep=torch.tensor([0.9]))
+    model = TwoScaleTransformer()
+    follow(template, model, latents, *(f"layers.{i}" for i in range(len(model.layers))))
+
+
+def without_package(name: str, needed_by: Callable[[], object]) -> None:
+    with patch.dict("sys.modules", {name: None}):
+        needed_by()
+
+
+SEEN = SimpleNamespace(residual_diffs={1: 0.5}, cached_steps=[1])
+
+RUNS = [
+    Row("no-match", lambda _: run(tiny.build().train(), on_no_match="raise"), "found:    training", "call .eval()"),
+    Row("uncached", lambda _: run(tiny.frozen(tiny.Plain())), "Plain", 'Make this an error: options={"on_no_match"'),
+    Row("bug", lambda _: run_with_a_bug(), "KeyError", "What to do: please report it with the traceback"),
+    Row("bug-raised", lambda _: run_with_a_bug(on_no_match="raise"), "KeyError", "options={\"debug_dir\": "),
+    Row("taken-folder", dump_into_a_file, "taken'", "debug_dir must be a folder that can be written to"),
+    Row("saved-uncached", run_saved_uncached, "stream-count", "See every verdict: the script without --run"),
+]  # fmt: skip
+
+PIPELINES = [
+    Row(
+        "functor-fails",
+        lambda _: with_functor(look_up),
+        "no node `joint`",
+        "Mine` failed on the captured graph",
+    ),
+    Row(
+        "functor-adds-an-input", lambda _: with_functor(add_input), "one_more", "must leave the graph's inputs as they"
+    ),
+    Row(
+        "contradiction",
+        lambda _: declared(blocks_name="blocks", forward_pattern=P3),
+        "pattern 3 (hidden-only) was declared for blocks",
+        "blocks fits pattern 1",
+    ),
+    Row("three-modifiers", lambda _: three_modifiers(), "got 3", "one entry per block list, 2 (blocks, single_blocks)"),
+    Row("not-enabled", lambda _: cachedit_fx.refresh_context(hybrid.build()), "Hybrid", "call it first"),
+    Row(
+        "unknown-argument",
+        lambda _: cachedit_fx.enable_cache(hybrid.build(), fullgrph=True),
+        "(given True)",
+        "Did you mean 'fullgraph'?\nAllowed: ",
+    ),
+    Row(
+        "config-of-a-model",
+        lambda _: cachedit_fx.enable_cache(hybrid.build(), hybrid.build()),
+        "got Hybrid(",
+        "cache_config must be a CacheConfig",
+    ),
+    Row(
+        "compiled",
+        lambda _: cachedit_fx.enable_cache(pipe_of_compiled()),
+        "transformer is compiled already",
+        "pass the module that torch.compile was given",
+    ),
+    Row("cached-by-diffusers", lambda _: cached_by_diffusers(), "Hybrid", "call its disable_cache() first"),
+    Row("calls-none", lambda _: cachedit_fx.explain(Idle()), "got Idle", "must be a transformer or a pipeline"),
+    Row("which", lambda _: explanation().graph("middle"), "got 'middle'", "must be one of 'before', 'after', "),
+    Row("index", lambda _: explanation().graph("before", 3), "got 3", "must be below 1, the number of graphs"),
+    Row("expand", lambda _: explanation().diff(expand=["blocks.9"]), "got 'blocks.9'", "blocks.0, blocks.1, "),
+    Row(
+        "no-jinja2",
+        lambda _: without_package("jinja2", render._environment.__wrapped__),
+        "jinja2",
+        "pip install cachedit_fx[report]",
+    ),
+    Row(
+        "no-matplotlib",
+        lambda _: without_package("matplotlib.figure", lambda: plots._figure(1, 1)),
+        "matplotlib",
+        "pip install cachedit_fx[report]",
+    ),
+]
+
+CHECKS = [
+    Row(
+        "template",
+        lambda _: check_pattern(ForwardPattern.Pattern_3, Transformer(), {}),
+        "got ForwardPattern.Pattern_3",
+        "give ForwardPattern.Pattern_3.value",
+    ),
+    Row("inputs", lambda _: check_pattern(BUILT_IN[3], Transformer(), ["latents"]), "got ['latents']", "as a dict"),
+    Row("computed-step", lambda _: checked_with_another_output(2), "step 2", "expected: the same bits"),
+    Row("reused-step", lambda _: checked_with_another_output(1), "step 1", "differs by up to 1"),
+    Row(
+        "another-stream",
+        lambda _: cachedit_fx.testing._check_decisions(BUILT_IN[0], SEEN, 0.1),
+        "found:    0.5000",
+        "expected: a change of 0.1000",
+    ),
+    Row("no-fit", lambda _: checked(2, Transformer()), "no-context", "leave the context out of takes"),
+    Row("no-blocks-to-check", lambda _: checked(3, Flat()), "no-chain", "expected: a list of blocks"),
+    Row("not-copied", lambda _: checked_that_cannot_be_copied(), "TypeError", "take out of it what copy.deepcopy"),
+    Row("order", lambda _: in_another_order(), "`coarse`, which is", "expected: value 1 of what layers.0 returns"),
+    Row(
+        "too-few-values",
+        lambda _: follow(BUILT_IN[4], model := Transformer(), make_inputs(model), *(f"blocks.{i}" for i in range(4))),
+        "found:    1 of blocks.0",
+        "expected: 2 values",
+    ),
+    Row("cannot-tell", lambda _: follow(BUILT_IN[3], Transformer(), {}, "blocks.9"), "blocks.9", "no module is at"),
+]
+
+
+def pipe_of_compiled() -> Any:
+    return hybrid.pipe_of(transformer=torch.compile(hybrid.build(), backend="eager"))
+
+
+ROWS = [*CHEAP, *RUNS, *PIPELINES, *CHECKS]

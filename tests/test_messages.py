@@ -1,0 +1,100 @@
+"""Wrong use gets help: every error and warning says on one screen what happened, what was expected, and what to do."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+
+import pytest
+
+from cachedit_fx.backend import _explain_fallback
+from cachedit_fx.patterns import BUILT_IN
+from cachedit_fx.patterns.cause import Cause
+from cachedit_fx.patterns.mismatch import Mismatch
+from cachedit_fx.pipeline import _why_uncached
+from cachedit_fx.session import ModelCall
+from tests import hybrid
+from tests.messages import Told, sites, told_by
+from tests.messages_of_runs import ROWS
+from tests.messages_table import Row
+
+MOST_LINES, LONGEST_LINE = 15, 200
+
+# Their texts are parts of another: of a mismatch, of `reproduce.txt`, of the error for a file that is no YAML.
+PARTS = {
+    ("cachedit_fx/graph_json.py", "_encode", "TypeError"),
+    ("cachedit_fx/graph_json.py", "_node_to_json", "TypeError"),
+    ("cachedit_fx/load.py", "_yaml", "ValueError"),
+    ("cachedit_fx/shapes.py", "SizeRule.__init__", "UnknownSizeError"),
+}
+BANNED = re.compile(
+    r"\b(invalid|unexpected|illegal|failed to|something went wrong)\b|Traceback \(|\bFile \"|\bself\.|\bfx\.|"
+    r"\b(GraphModule|Declaration|Mismatch|GuardedGraph|RegionPlan|SizeRule|Rewritten|BackendCompilerFailed)\b|"
+    r"object at 0x| \.(?![\w.])",
+    re.IGNORECASE,
+)
+HELPS = re.compile(
+    r"\b(must|expected|allowed|takes|needs|what to do|installed|did you mean|give|pass|call|take out)\b", re.IGNORECASE
+)
+
+told = functools.cache(lambda row: told_by(row.provoke))
+
+
+def is_readable(text: str) -> None:
+    """What holds for every text."""
+    assert text.startswith("cachedit_fx: ") and text == text.strip()
+    lines = text.splitlines()
+    assert len(lines) <= MOST_LINES and all(lines), text
+    assert not BANNED.search(text), (BANNED.search(text), text)
+    assert HELPS.search(text) and max(map(len, lines)) <= LONGEST_LINE, text
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_a_text_helps(row: Row):
+    found: Told = told(row)
+    is_readable(found.text)
+    assert row.value in found.text, found.text
+    assert row.says in found.text, found.text
+    assert found.text in found.shown  # What torch.compile writes around it leaves it whole.
+
+
+def test_every_error_and_warning_has_a_row():
+    seen = {told(row).site for row in ROWS}
+    assert None not in seen
+    untold = [str(site) for site in sites() if site not in seen and site.key not in PARTS]
+    assert not untold, "no row in tests/messages_table.py provokes:\n" + "\n".join(untold)
+    assert {site.key for site in sites()} >= PARTS
+
+
+def test_every_row_has_a_name_of_its_own():
+    assert max(Counter(row.name for row in ROWS).values()) == 1
+
+
+@pytest.mark.parametrize("cause", Cause, ids=lambda cause: cause.value)
+def test_every_cause_of_a_fallback_is_told_with_its_cure(cause: Cause):
+    template = None if cause in (Cause.TRAINING, Cause.GRADIENTS, Cause.NO_CHAIN) else BUILT_IN[0]
+    miss = Mismatch(template, cause, "expected two streams, found one", "single_blocks_0", "transformer.py:214", 19, 57)
+    text = _explain_fallback((miss,))
+    is_readable(text)
+    for part in (
+        "this graph runs without caching.",
+        f"{cause.value}:\n  expected: two streams\n  found:    one\n",
+        "  at:       `single_blocks_0` in transformer.py:214\n",
+        f"What to do: {miss.cure}.",
+        "See every verdict: cachedit_fx.explain(model, *inputs)",
+    ):
+        assert part in text
+
+
+def test_a_model_in_parts_is_told_where_it_stops():
+    call = ModelCall(None, None)
+    call.misses += [(3, "one"), (4, "another")]
+    text = _why_uncached(hybrid.build(), call, 'model.py:12, "Data-dependent branching"')
+    is_readable(text)
+    for part in (
+        "cachedit_fx: Hybrid runs without caching.\n  expected: its loop over the blocks whole in one graph\n",
+        '  found:    Dynamo captures it only in 2 graphs (it stops at model.py:12, "Data-dependent branching")\n',
+        "What to do: a patch functor that replaces what stands there helps (docs/functors.md).\n",
+    ):
+        assert part in text
