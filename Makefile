@@ -12,7 +12,7 @@ ARGS ?=
 .PHONY: help venv browser test lint demo bench peers models wheel clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 12
 
 venv: $(STAMP) ## .venv with the pinned dependencies and this package, editable
 

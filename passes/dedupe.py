@@ -4,14 +4,16 @@
 
 Blocks are equal if they have the same operations, constants, shapes and dtypes; weights are inputs. Two things that
 need not differ are normalised, so that a chain of two lists has two pieces: a view that ends a block is taken outside
-(the last block lacks one of two), and where only an input's stride differs it is made contiguous first.
+(the last block lacks one of two), and where only an input's stride differs it is made contiguous first. What stands
+side by side and is shared with nothing is one piece: every call of one costs, and what lies in one can be fused.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,13 +56,16 @@ def split_pieces(segments: Sequence[fx.GraphModule], *, share_blocks: bool, free
         free_strides: Blocks whose inputs differ in stride alone may share a piece. Their inputs are copied to be
             contiguous, which changes rounding where a kernel looks at strides.
     """
+    runs = {segment: _runs(segment.graph, share_blocks) for segment in segments}
+    if share_blocks:
+        runs = _merge_lonely(runs, strides=not free_strides)
     calls = []
     for segment in segments:
-        for i, run in enumerate(_runs(segment.graph, share_blocks)):
-            block = _block_of(run[0]) if share_blocks else None
-            calls.append(_Call(segment, _outline(segment, run, f"piece_{i}"), block))
+        for i, run in enumerate(runs[segment]):
+            blocks = _blocks_of(run) if share_blocks else ()
+            calls.append(_Call(segment, _outline(segment, run, f"piece_{i}"), blocks))
     if free_strides:
-        _free_strides([call for call in calls if call.block is not None])
+        _free_strides([call for call in calls if call.blocks])
     groups: dict[Hashable, Piece] = {}
     for call in calls:
         piece = groups.setdefault(structure_key(call.gm), Piece(call.gm, []))
@@ -68,7 +73,7 @@ def split_pieces(segments: Sequence[fx.GraphModule], *, share_blocks: bool, free
             for node in call.gm.graph.nodes:
                 node.meta.pop("cachedit_example", None)
         piece.calls.append((call.segment, str(call.node.target)))
-        piece.blocks += [call.block] if call.block is not None else []
+        piece.blocks += call.blocks
     for segment in segments:
         segment.graph.lint()
         segment.recompile()
@@ -79,7 +84,7 @@ def split_pieces(segments: Sequence[fx.GraphModule], *, share_blocks: bool, free
 class _Call:
     segment: fx.GraphModule
     node: fx.Node
-    block: int | None
+    blocks: tuple[int, ...]
 
     @property
     def gm(self) -> fx.GraphModule:
@@ -140,6 +145,11 @@ def _block_of(node: fx.Node) -> int | None:
     return node.meta.get("cachedit_block")
 
 
+def _blocks_of(run: list[fx.Node]) -> tuple[int, ...]:
+    """Numbers of the blocks that a run has nodes of, each once."""
+    return tuple(dict.fromkeys(block for block in map(_block_of, run) if block is not None))
+
+
 def _runs(graph: fx.Graph, share_blocks: bool) -> list[list[fx.Node]]:
     """Consecutive nodes that become one piece each. What stays outside: views that end a block, sizes, lone views."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
@@ -155,6 +165,36 @@ def _runs(graph: fx.Graph, share_blocks: bool) -> list[list[fx.Node]]:
         last = tag
     runs = [_without_final_views(run) if _block_of(run[0]) is not None else run for run in runs]
     return [run for run in runs if _computes(run)]
+
+
+def _merge_lonely(
+    runs: Mapping[fx.GraphModule, list[list[fx.Node]]], *, strides: bool
+) -> dict[fx.GraphModule, list[list[fx.Node]]]:
+    """Runs that follow each other and are equal to no other, as one; with what lies between them."""
+
+    def key(segment: fx.GraphModule, run: list[fx.Node]) -> Hashable:
+        taken = extract(run)
+        gm = taken.finish(segment, [taken.copies[node] for node in outputs_of(run)], "Run")
+        return structure_key(gm, strides=strides)
+
+    keys = {segment: [key(segment, run) for run in found] for segment, found in runs.items()}
+    counts = Counter(itertools.chain.from_iterable(keys.values()))
+    merged = {}
+    for segment, found in runs.items():
+        position = {node: i for i, node in enumerate(segment.graph.nodes)}
+        nodes = list(position)
+        kept: list[list[fx.Node]] = []
+        was_lonely = False
+        for run, own in zip(found, keys[segment], strict=True):
+            is_lonely = counts[own] == 1
+            if is_lonely and was_lonely:
+                first, last = position[kept[-1][0]], max(map(position.__getitem__, run))
+                kept[-1] = [n for n in nodes[first : last + 1] if n.op not in ("placeholder", "get_attr")]
+            else:
+                kept.append(run)
+            was_lonely = is_lonely
+        merged[segment] = kept
+    return merged
 
 
 def _computes(run: list[fx.Node]) -> bool:
