@@ -6,7 +6,7 @@ block 0:  image, text -> image', text'          only the region reads text'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -15,7 +15,7 @@ from cachedit_fx.passes.contexts import is_context, within_contexts
 from cachedit_fx.passes.cut import Region
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inplace import is_in_place
-from cachedit_fx.patterns.chain import is_tensor
+from cachedit_fx.patterns.chain import is_tensor, value_of
 
 
 def defer_work(program: Program, regions: Sequence[Region]) -> tuple[Region, ...]:
@@ -27,13 +27,16 @@ def defer_work(program: Program, regions: Sequence[Region]) -> tuple[Region, ...
     fixed = set(within_contexts(program.nodes))
     found = []
     for region in regions:
-        inside, kept = set(region.nodes), _read_by_reuse(region)
+        inside, kept = set(region.nodes), _read_by_reuse(region) | taken | fixed
         deferred: list[fx.Node] = []
+
+        def is_free(node: fx.Node, kept: set[fx.Node] = kept) -> bool:
+            return _computes(node) and node not in kept and not is_context(node)
+
         for node in reversed(program.nodes[: program.position[region.nodes[0]]]):
             if is_in_place(node):
                 break
-            is_free = node not in taken and node not in kept and node not in fixed and not is_context(node)
-            if _computes(node) and is_free and all(user in inside for user in node.users):
+            if is_free(node) and all(user in inside for user in node.users) and _is_whole(node, inside, is_free):
                 inside.add(node)
                 deferred.append(node)
         # Moving about what is nearly free would cost a piece more than it saves.
@@ -45,7 +48,19 @@ def defer_work(program: Program, regions: Sequence[Region]) -> tuple[Region, ...
 
 
 def _computes(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and is_tensor(node) and bool(node.users)
+    is_call = node.op in ("call_function", "call_method")
+    return is_call and (is_tensor(node) or isinstance(value_of(node), tuple | list)) and bool(node.users)
+
+
+def _is_whole(node: fx.Node, inside: set[fx.Node], is_free: Callable[[fx.Node], bool]) -> bool:
+    """Whether no tuple is cut off from its parts: only tensors pass between pieces."""
+    for made in node.all_input_nodes:
+        if made.op in ("call_function", "call_method") and isinstance(value_of(made), tuple | list):
+            parts = list(made.users)
+            ends = all(part in inside or (is_free(part) and inside.issuperset(part.users)) for part in parts)
+            if not ends or not is_free(made):
+                return False
+    return True
 
 
 def _read_by_reuse(region: Region) -> set[fx.Node]:
