@@ -49,7 +49,8 @@ def enable_cache(
         cache_config: When to reuse; by default `CacheConfig()`.
         calibrator_config: Not supported yet.
         params_modifiers: What the region of each block list does differently, in the order in which the lists run.
-        kwargs: `fullgraph`, `dynamic`, `mode` and `options` of `torch.compile`; fields of `CacheConfig`.
+        kwargs: `fullgraph`, `dynamic`, `mode` and `options` of `torch.compile` (of these Inductor's, and
+            `guard_filter_fn`); fields of `CacheConfig`.
 
     Raises:
         ConfigError: An argument is unknown or has a value that it cannot have, or there is no transformer.
@@ -115,8 +116,16 @@ class Settings:
         return (self.functor, dict(self.compile_kwargs)) == (other.functor, dict(other.compile_kwargs))
 
     def backend(self) -> Backend:
-        mode, options = self.compile_kwargs.get("mode"), self.compile_kwargs.get("options")
+        mode, options = self.compile_kwargs.get("mode"), dict(self.compile_kwargs.get("options") or {})
+        options.pop("guard_filter_fn", None)
         return Backend(self.config, mode=mode, options=options, declared=self.declared, policy_per_call=True)
+
+    @property
+    def of_dynamo(self) -> dict[str, Any]:
+        """Arguments of `torch.compile` that are not the inner backend's."""
+        found = {name: value for name, value in self.compile_kwargs.items() if name not in ("mode", "options")}
+        options = self.compile_kwargs.get("options") or {}
+        return found | {"options": {k: v for k, v in options.items() if k == "guard_filter_fn"}}
 
 
 def settings_for(
@@ -174,8 +183,7 @@ class _Enabled:
         self.timestep = timestep_name(self.names)
         self.conditioning = conditioning_names(self.names)
         self.module = weakref.ref(module)
-        kwargs = {name: value for name, value in settings.compile_kwargs.items() if name not in ("mode", "options")}
-        self.compiled = Attempts(module, backend, kwargs)
+        self.compiled = Attempts(module, backend, settings.of_dynamo)
         if hasattr(module, "cache_context"):
             _register_hook(module)
 

@@ -267,3 +267,23 @@ def test_a_transformer_can_be_pickled():
     tiny.assert_bitwise([WAN.run(other, num_steps=3)], [WAN.run(WAN.build(2), num_steps=3)])
     tiny.assert_bitwise([WAN.run(pipe, num_steps=NUM_STEPS)], [output])
     assert_cached(pipe)
+
+
+def test_a_guard_filter_reaches_dynamo_and_inductor_gets_the_other_options():
+    asked = []
+
+    def keep_all(entries):
+        asked.extend(entry.name for entry in entries)
+        return [True] * len(entries)
+
+    model = build()
+    cachedit_fx.enable_cache(model, config(residual_diff_threshold=1.0), options={"guard_filter_fn": keep_all})
+    generate(model, prompt(), latents())
+    assert asked
+    assert cachedit_fx.summary(model, logging=False)[0].cached_steps
+    cachedit_fx.enable_cache(
+        model, config(residual_diff_threshold=1.0), options={"guard_filter_fn": keep_all}
+    )  # The same: nothing is compiled.
+    asked.clear()
+    generate(model, prompt(), latents())
+    assert not asked

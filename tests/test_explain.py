@@ -213,7 +213,9 @@ def test_the_diff_has_a_line_per_block():
     code = explanation.graphs[0].blocks[1].code.splitlines()
     assert code[0].partition("  # ")[0] in expanded
     assert len(explanation.diff(expand=True)) > len(expanded)
-    with pytest.raises(ConfigError, match=r"expand must name blocks of this graph, as in .*_blocks\.\d.* got 'blocks.9'; there are 7"):
+    with pytest.raises(
+        ConfigError, match=r"expand must name blocks of this graph, as in .*_blocks\.\d.* got 'blocks.9'; there are 7"
+    ):
         explanation.diff(expand=["blocks.9"])
 
 
