@@ -44,8 +44,8 @@ def both_sides(
     if unknown:
         near = difflib.get_close_matches(unknown[0], paths, n=3, cutoff=0.0)
         raise ConfigError(
-            f"cachedit_fx: expand must name blocks of this graph, as in {', '.join(near)}, got {unknown[0]!r}; there are "
-            f"{len(paths)} of them, in explanation.graphs[i].blocks"
+            f"cachedit_fx: expand must name blocks of this graph, as in {', '.join(near)}, got {unknown[0]!r}; "
+            f"there are {len(paths)} of them, in explanation.graphs[i].blocks"
         )
     writer = _Writer(report.blocks, shown)
     before = writer.lines(graphs["before"])
