@@ -24,7 +24,7 @@ from cachedit_fx.passes.inplace import written_outside
 from cachedit_fx.passes.pipeline import Plan, plan_graph
 from cachedit_fx.passes.watch import Watch
 from cachedit_fx.patterns.cause import Cause
-from cachedit_fx.patterns.chain import source_line
+from cachedit_fx.patterns.chain import call_text, source_line
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch
 from cachedit_fx.runtime import GuardedCall
@@ -188,7 +188,7 @@ def rewrite(
         return (Mismatch(None, Cause.DYNAMIC, str(error)),)
     written = written_outside(plan.program, [*plan.program.born(0, len(plan.program.nodes))]) if config.shadow else None
     if written is not None:
-        detail = f"expected a graph that may run twice on its inputs (shadow=True), found `{written.format_node()}`"
+        detail = f"expected a graph that may run twice on its inputs (shadow=True), found `{call_text(written)}`"
         return (Mismatch(None, Cause.IN_PLACE, detail, written.name, source_line(written)),)
     guarded = insert_guards(
         plan.gm, plan.program, plan.regions, plan.timestep, same_strides=not exact, observed=config.shadow

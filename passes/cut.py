@@ -23,6 +23,7 @@ from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.chain import (
     HIDDEN,
     Block,
+    call_text,
     depends_on_data,
     describe,
     is_tensor,
@@ -365,7 +366,7 @@ def _check_state(program: Program, match: Match, cuts: tuple[int, int], hoisted:
         return _miss(match, Cause.STATE, detail, moved)
     setter = next(filter(None, (setter_at(program.nodes, cut) for cut in cuts)), None)
     if setter is not None:
-        detail = f"expected blocks that begin and end in one state, found `{setter.format_node()}` between two of them"
+        detail = f"expected blocks that begin and end in one state, found `{call_text(setter)}` between two of them"
         return _miss(match, Cause.STATE, detail, setter)
     return None
 
@@ -397,7 +398,7 @@ def _check(
     if looked_from is not None:
         written = written or written_between(program, looked_from, first, region)
     if written is not None:
-        detail = f"expected streams that nothing writes into in place, found `{written.format_node()}`"
+        detail = f"expected streams that nothing writes into in place, found `{call_text(written)}`"
         return _miss(match, Cause.IN_PLACE, detail, written)
     return None
 

@@ -147,6 +147,12 @@ def describe(node: fx.Node) -> str:
     return f"{node.name} {str(value.dtype).removeprefix('torch.')}[{', '.join(str(s) for s in value.shape)}]"
 
 
+def call_text(node: fx.Node) -> str:
+    """`iadd_1 = iadd(hidden_states_3, mul_4)`, for messages."""
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return f"{node.name} = {target}({', '.join(map(str, node.args))})"
+
+
 def source_line(node: fx.Node | None) -> str:
     """`file.py:123` of the user's code that made the node; empty where Dynamo kept no stack."""
     trace = node.meta.get("stack_trace") if node is not None else None
