@@ -150,7 +150,8 @@ def describe(node: fx.Node) -> str:
 def call_text(node: fx.Node) -> str:
     """`iadd_1 = iadd(hidden_states_3, mul_4)`, for messages."""
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return f"{node.name} = {target}({', '.join(map(str, node.args))})"
+    arguments = (*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items()))
+    return f"{node.name} = {target}({', '.join(arguments)})"
 
 
 def source_line(node: fx.Node | None) -> str:
