@@ -14,9 +14,10 @@ from cachedit_fx.backend import Rewritten, compile_guarded, rewrite
 from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.config import CacheConfig
 from cachedit_fx.explanation.build import build_report
+from cachedit_fx.explanation.data import Captured
 from cachedit_fx.explanation.graphs import snapshot
 from cachedit_fx.explanation.recorder import Recorded
-from cachedit_fx.explanation.result import Captured, Explanation
+from cachedit_fx.explanation.result import Explanation
 from cachedit_fx.explanation.trace import Trace
 from cachedit_fx.graph_json import from_json
 from cachedit_fx.patterns.chain import value_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,3 +279,24 @@ class GraphReport:
     state_bytes: int = 0
     break_after: BreakReport | None = None
     risks: tuple[RiskReport, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """How one transformer was captured.
+
+    Attributes:
+        module: Its name in the pipeline; empty where it was explained itself.
+        cls: Its class.
+        how: "whole", "whole, sizes that depend on data captured" or "in parts".
+        why: What Dynamo met where it could not be captured whole.
+        cure: What makes it whole, where none of its parts is cached.
+        config: The fields of its `CacheConfig` that are not the default.
+    """
+
+    module: str
+    cls: str
+    how: str
+    why: str
+    cure: str
+    config: dict[str, Any]

@@ -17,8 +17,9 @@ from cachedit_fx.attempts import ATTEMPTS, Attempt, Attempts
 from cachedit_fx.backend import Backend
 from cachedit_fx.config import CacheConfig
 from cachedit_fx.errors import ConfigError
+from cachedit_fx.explanation.data import Captured
 from cachedit_fx.explanation.recorder import Recorded, Recorder, Stop, forgotten_sizes, isolated
-from cachedit_fx.explanation.result import Captured, Explanation
+from cachedit_fx.explanation.result import Explanation
 from cachedit_fx.pipeline import Settings, cure_of_parts, enabled_settings, settings_for
 
 _HOW = {

@@ -11,33 +11,12 @@ from torch import fx
 
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.explanation.aten import aten_view
-from cachedit_fx.explanation.data import GraphReport
+from cachedit_fx.explanation.data import Captured, GraphReport
 from cachedit_fx.explanation.diff import unified_diff
 from cachedit_fx.explanation.recorder import Recorded
 from cachedit_fx.explanation.text import page
 
 GRAPHS = ("before", "after", "head", "compute", "reuse", "tail")
-
-
-@dataclasses.dataclass(frozen=True)
-class Captured:
-    """How one transformer was captured.
-
-    Attributes:
-        module: Its name in the pipeline; empty where it was explained itself.
-        cls: Its class.
-        how: "whole", "whole, sizes that depend on data captured" or "in parts".
-        why: What Dynamo met where it could not be captured whole.
-        cure: What makes it whole, where none of its parts is cached.
-        config: The fields of its `CacheConfig` that are not the default.
-    """
-
-    module: str
-    cls: str
-    how: str
-    why: str
-    cure: str
-    config: dict[str, Any]
 
 
 class Explanation:

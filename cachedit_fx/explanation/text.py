@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cachedit_fx.explanation.data import BlockReport, GraphReport, ListReport, RegionReport, Value, Verdict
+from cachedit_fx.explanation.data import BlockReport, Captured, GraphReport, ListReport, RegionReport, Value, Verdict
+from cachedit_fx.explanation.units import flops, size
 
 if TYPE_CHECKING:
-    from cachedit_fx.explanation.result import Captured, Explanation
+    from cachedit_fx.explanation.result import Explanation
 
 _SHOWN_VERDICTS = 3
 _SHOWN_RISKS = 8
@@ -174,23 +175,3 @@ def _risks(graph: GraphReport) -> Iterator[str]:
         yield f"  {consequence}:"
         more = f" and {len(found) - _SHOWN_RISKS} more" if len(found) > _SHOWN_RISKS else ""
         yield f"    {', '.join(found[:_SHOWN_RISKS])}{more}"
-
-
-def flops(count: int) -> str:
-    """`1.25 GFLOP`."""
-    return _scaled(count, 1000, "FLOP")
-
-
-def size(count: int) -> str:
-    """`3.1 MiB`."""
-    return _scaled(count, 1024, "B")
-
-
-def _scaled(count: float, base: int, unit: str) -> str:
-    prefixes = ("", "k", "M", "G", "T", "P") if base == 1000 else ("", "Ki", "Mi", "Gi", "Ti", "Pi")
-    for prefix in prefixes:
-        if count < base or prefix == prefixes[-1]:
-            digits = 0 if not prefix else (2 if count < 10 else 1 if count < 100 else 0)
-            return f"{count:.{digits}f} {prefix}{unit}"
-        count /= base
-    raise AssertionError

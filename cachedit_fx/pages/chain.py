@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from cachedit_fx.explanation.data import BlockReport, GraphReport, ListReport, RegionReport
-from cachedit_fx.explanation.text import flops, size
+from cachedit_fx.explanation.units import flops, size
 from cachedit_fx.pages.layout import BLOCK_HEIGHT, Band, Layout, lay_out
 from cachedit_fx.pages.pieces import kinds_of
 from cachedit_fx.pages.svg import fit, points, tag, text, title

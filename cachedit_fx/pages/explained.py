@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cachedit_fx.explanation.data import BlockReport, GraphReport, RegionReport, Verdict
-from cachedit_fx.explanation.text import flops, size
+from cachedit_fx.explanation.units import flops, size
 from cachedit_fx.pages.chain import ROLES, chain_svg, reuses_when
 from cachedit_fx.pages.pieces import Kind, kinds_of
 from cachedit_fx.pages.render import as_json, asset, render
 from cachedit_fx.pages.sides import Chunk, chunks_of
 
 if TYPE_CHECKING:
-    from cachedit_fx.explanation.result import Captured, Explanation
+    from cachedit_fx.explanation.data import Captured
+from cachedit_fx.explanation.result import Explanation
 
 _PARTS = {
     "Fn": "Fn: always runs, and the guard looks at what it adds",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cachedit_fx.explanation.data import GraphReport
-from cachedit_fx.explanation.text import flops
+from cachedit_fx.explanation.units import flops
 from cachedit_fx.pages.charts import longest_shown
 from cachedit_fx.pages.pieces import kinds_of
 from cachedit_fx.pages.ran import place

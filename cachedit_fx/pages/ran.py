@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from cachedit_fx.explanation.text import size
+from cachedit_fx.explanation.units import size
 from cachedit_fx.pages.charts import diff_chart, error_chart, mark, scatter_chart, spark, time_chart
 from cachedit_fx.pages.render import asset, render
 from cachedit_fx.pages.svg import tag

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from cachedit_fx.errors import ConfigError
-from cachedit_fx.explanation.text import flops, size
+from cachedit_fx.explanation.units import flops, size
 
 if TYPE_CHECKING:
     from jinja2 import Environment
