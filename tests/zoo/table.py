@@ -104,9 +104,10 @@ def _cells(found: backends.Rewritten) -> tuple[str, str, str, str]:
         for region in found.plan.regions
         for pair in region.carried
     ]
-    shared = [len(piece.blocks) for piece in found.pieces if piece.blocks]
+    shared = [piece.blocks for piece in found.pieces if piece.blocks]
+    num_blocks = len({block for blocks in shared for block in blocks})  # One of two halves is counted once.
     regions = ", ".join(f"`{region.name}`" for region in found.plan.regions)
-    return "<br>".join(lists), regions, ", ".join(kept), f"{len(shared)} for {sum(shared)}"
+    return "<br>".join(lists), regions, ", ".join(kept), f"{len(shared)} for {num_blocks}"
 
 
 def _needs(variant: Variant) -> str:
@@ -134,7 +135,8 @@ reused steps against blocks skipped by hand. This page is written by `make model
 
 - **Lists**: number of blocks, and the pattern that they match (see the [README](../README.md#which-models-match)).
   Lists in one row whose streams go on from one to the next are decided about as one region.
-- **Structures**: distinct pieces that are compiled for so many blocks, as Inductor would compile them.
+- **Structures**: distinct pieces that are compiled for so many blocks, as Inductor would compile them. The last of the Fn
+  blocks is two pieces where nothing but the region reads what it makes of the text.
 - **Graphs**: that Dynamo makes of one call. More than one: it broke the model up, and the loop is whole in one of them.
 
 | {{ columns | join(" | ") }} |
