@@ -135,8 +135,8 @@ reused steps against blocks skipped by hand. This page is written by `make model
 
 - **Lists**: number of blocks, and the pattern that they match (see the [README](../README.md#which-models-match)).
   Lists in one row whose streams go on from one to the next are decided about as one region.
-- **Structures**: distinct pieces that are compiled for so many blocks, as Inductor would compile them. The last of the Fn
-  blocks is two pieces where nothing but the region reads what it makes of the text.
+- **Structures**: distinct pieces that are compiled for so many blocks, as Inductor would compile them. The last of the
+  Fn blocks is two pieces where nothing but the region reads what it makes of the text.
 - **Graphs**: that Dynamo makes of one call. More than one: it broke the model up, and the loop is whole in one of them.
 
 | {{ columns | join(" | ") }} |
