@@ -298,6 +298,16 @@ def test_with_the_cache_enabled_it_tells_of_that_configuration():
     assert cachedit_fx.summary(pipe, logging=False)
 
 
+def test_a_pipeline_may_hold_a_compiled_transformer():
+    tiny = PIPELINES["wan"]
+    pipe = tiny.build(4)
+    pipe.transformer = torch.compile(pipe.transformer, backend="cachedit", options={"Fn_compute_blocks": 2})
+    before = traces_of(pipe.components)
+    explanation = explain(pipe, num_inference_steps=4, **tiny.arguments(1))
+    assert [region.name for graph in explanation.graphs for region in graph.regions] == ["blocks[2:4]"]
+    assert traces_of(pipe.components) == before
+
+
 def test_a_transformer_that_is_not_called_is_named():
     tiny = PIPELINES["wan22"]
     pipe = tiny.build(4)
