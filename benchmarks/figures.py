@@ -106,9 +106,9 @@ def time_table(figures: Figures) -> str:
                 _text(figures.step(name, "plain", reused=False)) if name != "floor" else "-",
                 _text(figures.step_ms(name, reused=True), 2),
                 _text(figures.step(name, "floor", reused=True)),
-                _text(figures.generation_ms(name), 1) if name != "floor" else "-",
-                _text(figures.generation(name, "plain")) if name != "floor" else "-",
-                *(_text(figures.generation(name, peer)) if name != "floor" else "-" for peer in peers),
+                _text(figures.generation_ms(name), 1),
+                _text(figures.generation(name, "plain")),
+                *(_text(figures.generation(name, peer)) for peer in peers),
             ]
         )
     return markdown(rows)

@@ -6,6 +6,7 @@ of the mask asks for the diff, as in real use, and the threshold lies above ever
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -129,17 +130,34 @@ class Repeated(Variant):
 
 
 class Floor(Plain):
-    """The lower bound of a reused step: head, the Fn and Bn blocks and tail, compiled as one graph."""
+    """The lower bound of a reused step: head, the Fn and Bn blocks and tail, compiled as one graph.
 
-    note = "floor: head, the blocks that always run, and tail in one compiled graph; it neither looks nor adds."
+    The other steps run the whole model, as with a cache: after them no reused step finds its weights and its code in
+    the processor's caches.
+    """
+
+    note = (
+        "floor: on a reused step head, the blocks that always run, and tail in one compiled graph, which neither looks "
+        "nor adds; else the plain model."
+    )
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.model = keep_blocks(self.work, self.model, settings.front, settings.back)
+        short = copy.copy(self.model)
+        short._modules = dict(self.model._modules)  # Of the same weights.
+        self.short: Any = keep_blocks(self.work, short, settings.front, settings.back)
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.short = torch.compile(self.short, backend=self.settings.inner, mode=self.settings.mode, fullgraph=True)
+
+    def call(self, branch: str, inputs: dict[str, Any], step: int) -> Tensor:
+        velocity: Tensor = (self.called if self.work.mask[step] else self.short)(**inputs)[0]
+        return velocity
 
 
 class Ours(Variant):
-    """torch.compile with the backend of this project, as one graph."""
+    """`enable_cache` of this project, as one graph."""
 
     caches = True
     fields: ClassVar[dict[str, Any]] = {}
@@ -160,8 +178,7 @@ class Ours(Variant):
             fields |= dict(steps_computation_mask=self.work.mask, steps_computation_policy=settings.policy)
         if settings.mode:
             fields["mode"] = settings.mode
-        backend = cachedit_fx.Backend(cachedit_fx.CacheConfig(**{**fields, **self.fields}))
-        self.called = torch.compile(self.model, backend=backend, fullgraph=True)
+        self.called = cachedit_fx.enable_cache(self.model, fullgraph=True, **{**fields, **self.fields})
 
     def _stats(self) -> list[Any]:
         import cachedit_fx

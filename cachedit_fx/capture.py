@@ -50,6 +50,35 @@ def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
     return copy
 
 
+def sources_of(gm: fx.GraphModule) -> list[str] | None:
+    """For every placeholder of Dynamo's graph the expression, over a frame's locals `L`, that it is found by.
+
+    None if they are not known, or if Dynamo does more at a call than run the graph: it writes to an attribute, say.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+
+        output = InstructionTranslator.current_tx().output
+        effects = output.side_effects
+        changed = [found for found in effects.id_to_variable.values() if effects.is_modified(found)]
+        # What the call itself makes concerns no one, unless it is returned.
+        is_lasting = any(not isinstance(v.mutation_type, AttributeMutationNew | ValueMutationNew) for v in changed)
+        if is_lasting or effects.tensor_hooks or effects.save_for_backward or output.random_calls:
+            return None
+    except (ImportError, AttributeError):  # Not inside Dynamo: the backend was called by hand.
+        return None
+    inputs = [node.meta.get("grapharg") for node in gm.graph.nodes if node.op == "placeholder"]
+    if any(given is None or given.source is None or given.pass_arg_as_tensor for given in inputs):
+        return None
+    return [_text(given.source) for given in inputs]
+
+
+def _text(source: Any) -> str:
+    found: str = source.name if isinstance(source.name, str) else source.name()
+    return found
+
+
 def forget_examples(*modules: fx.GraphModule) -> None:
     """Lets go of what Dynamo passed: a prompt must be able to die, and its session with it."""
     for module in modules:
@@ -90,7 +119,7 @@ def _argument_names() -> list[str]:
 
 def _graph_input(node: fx.Node, example: Any, names: list[str]) -> GraphInput:
     source = getattr(node.meta.get("grapharg"), "source", None)
-    text = "" if source is None else source.name if isinstance(source.name, str) else source.name()
+    text = "" if source is None else _text(source)
     holder = getattr(source, "guard_source", None)
     in_module = holder is not None and (holder.is_unspecialized_nn_module() or holder.is_specialized_nn_module())
     held = in_module or "_parameters" in text or "_buffers" in text or isinstance(example, torch.nn.Parameter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -28,6 +28,9 @@ class SizeRule:
         tensors: Fake tensors whose sizes are ints or expressions over the placeholders' symbols.
         placeholders: The graph's, in the order in which a call passes its arguments.
 
+    Attributes:
+        arguments: Positions of the placeholders that are asked.
+
     Raises:
         UnknownSizeError: An expression has a symbol that no placeholder holds.
     """
@@ -46,18 +49,18 @@ class SizeRule:
                 f"expected streams whose sizes the inputs tell, found a size ({unknown}) made of data"
             )
         ordered = sorted(symbols, key=str)
-        self._arguments = [held[symbol] for symbol in ordered]
+        self.arguments = [held[symbol] for symbol in ordered]
         text = (
             f"lambda {', '.join(map(str, ordered))}: {_tuple(_tuple(_tuple(map(_print, p)) for p in s) for s in sizes)}"
         )
         self._compute: Callable[..., Sizes] = eval(text, {"math": math, "torch": torch})
         self._fixed: Sizes | None = None if symbols else self._compute()
 
-    def __call__(self, arguments: Sequence[Any]) -> Sizes:
-        """`arguments`: those of the graph's call; sizes among them are ints."""
+    def __call__(self, arguments: Sequence[Any] | Mapping[int, Any]) -> Sizes:
+        """`arguments`: those of the graph's call, by position; sizes among them are ints."""
         if self._fixed is not None:
             return self._fixed
-        return self._compute(*(arguments[i] for i in self._arguments))
+        return self._compute(*(arguments[i] for i in self.arguments))
 
 
 def _free(expression: Any) -> set[sympy.Symbol]:
