@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from cachedit_fx.clock import Stopwatch
 from cachedit_fx.config import CacheConfig, Changes
+from cachedit_fx.forecasters.compile import CompiledForecaster
+from cachedit_fx.forecasters.forecaster import Forecaster
+from cachedit_fx.kept import Forecast
 from cachedit_fx.session import current_call, instance_of
 from cachedit_fx.shadow import ShadowedStep
 from cachedit_fx.step import Policy, RegionPlan, StepRun
@@ -18,7 +23,7 @@ class GuardedCall:
     """The function that Dynamo calls in place of its graph.
 
     Args:
-        forward: The guarded graph's: takes a step and then the graph's arguments.
+        graph: The guarded one, its pieces compiled: takes a step and then the arguments of Dynamo's graph.
         owner: Whoever compiled it: sessions of another owner are none of its own.
         config: What ends a generation and what guidance branches share; decisions are by each region's own.
         weight: Position of the argument that tells module instances apart, or the tensor itself.
@@ -26,11 +31,17 @@ class GuardedCall:
         has_clock: Whether the first region's probe ends with the timestep.
         policy_per_call: Whether the model's call tells the policy, and what it was given (`session.ModelCall`).
         copy_state: Copy what is kept: the inner compiler hands out buffers that it will write over (CUDA graphs).
+        inner: The inner compiler, for forecasters; by default their graphs run as they are.
+        sources: What Dynamo finds every argument by; None if it does more at a call than run the graph.
+        region_paths: Modules that run inside the regions alone.
+
+    Attributes:
+        asked: Positions of the arguments that are looked at before the graph runs.
     """
 
     def __init__(
         self,
-        forward: Callable[..., Any],
+        graph: fx.GraphModule,
         owner: Hashable,
         config: CacheConfig,
         regions: Sequence[RegionPlan],
@@ -40,8 +51,11 @@ class GuardedCall:
         has_clock: bool,
         policy_per_call: bool = False,
         copy_state: bool = False,
+        inner: Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., Any]] = lambda gm, _inputs: gm,
+        sources: Sequence[str] | None = None,
+        region_paths: Sequence[str] = (),
     ) -> None:
-        self.forward = forward
+        self.graph, self.forward = graph, graph.forward
         self.owner = owner
         self.config = config
         self.regions = tuple(regions)
@@ -51,8 +65,31 @@ class GuardedCall:
         self.has_clock = has_clock
         self.policy_per_call = policy_per_call
         self.copy_state = copy_state
+        self.inner = inner
+        self._forecasts: dict[Forecaster, Forecast] = {}
+        self.sources = sources
+        self.region_paths = tuple(region_paths)
+        sizes = [i for plan in self.regions for i in plan.sizes.arguments]
+        found = (weight if isinstance(weight, int) else None, conditioning, *sizes)
+        self.asked = tuple(sorted({i for i in found if i is not None}))
 
     def __call__(self, *args: Any) -> Any:
+        run = self.begin(args)
+        output = self.forward(run.step, *args)
+        if isinstance(run.step, ShadowedStep):
+            run.step.compare(self.forward, output)
+        run.commit()
+        call = current_call() if self.policy_per_call else None
+        if call is not None:
+            call.ran.append((self, args, output))
+        return output
+
+    def begin(self, args: Sequence[Any] | Mapping[int, Any]) -> Run:
+        """The step that a call makes.
+
+        Args:
+            args: The graph's, or at least those `asked` for, by position.
+        """
         weight = args[self.weight] if isinstance(self.weight, int) else self.weight
         instance = instance_of(weight)
         conditioning = args[self.conditioning] if self.conditioning is not None else None
@@ -66,12 +103,15 @@ class GuardedCall:
         step = (ShadowedStep if policy.config.shadow else StepRun)(self, policy, instance, session, args)
         if timestep is not None:
             step.tick(timestep)
-        output = self.forward(step, *args)
-        lap = watch.stop()
-        if isinstance(step, ShadowedStep):
-            step.compare(self.forward, output)
-        step.commit(lap)
-        return output
+        return Run(step, watch)
+
+    def forecast(self, forecaster: Forecaster | None) -> Forecast | None:
+        """The forecaster with its functions, which are compiled when they are first needed."""
+        if forecaster is None:
+            return None
+        if forecaster not in self._forecasts:
+            self._forecasts[forecaster] = Forecast(forecaster, CompiledForecaster(forecaster, self.inner))
+        return self._forecasts[forecaster]
 
     def policy(self, changes: Changes | None) -> Policy:
         """What decides at this call: the configuration that this was compiled with, but for `changes`."""
@@ -80,6 +120,18 @@ class GuardedCall:
             regions = tuple(config.override(plan.own) for plan in self.regions)
             self._policies[changes] = Policy(_number_of((self.owner, config)), config, regions)
         return self._policies[changes]
+
+
+@dataclass(slots=True)
+class Run:
+    """A step that is being made, and how long it has taken."""
+
+    step: StepRun
+    watch: Stopwatch
+
+    def commit(self) -> None:
+        """The step is over: it becomes part of its session."""
+        self.step.commit(self.watch.stop())
 
 
 _owners: dict[Hashable, int] = {}

@@ -20,7 +20,8 @@ from cachedit_fx.clock import Lap, Laps
 from cachedit_fx.conditioning import ConditioningTable
 from cachedit_fx.config import Changes
 from cachedit_fx.errors import shown
-from cachedit_fx.policy import Decision, History
+from cachedit_fx.kept import Kept, Reused
+from cachedit_fx.policies import Decision, History
 from cachedit_fx.stats import CacheStats, StepError
 
 MAX_SESSIONS = 64  # Per module; beyond it the one that was used least recently ends.
@@ -38,10 +39,11 @@ class ModelCall:
     Attributes:
         conditioning: The tensor whose identity tells requests and guidance branches apart.
         policy: When to reuse, whatever the graphs were compiled with; None for that.
+        ran: Guarded graphs that Dynamo ran during this call, each with its arguments and outputs.
         misses: Of graphs that were compiled during this call and run uncached, the number of nodes and the reason.
     """
 
-    __slots__ = ("_timestep", "conditioning", "misses", "policy")
+    __slots__ = ("_timestep", "conditioning", "misses", "policy", "ran")
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class ModelCall:
         self._timestep = timestep
         self.conditioning = conditioning
         self.policy = policy
+        self.ran: list[tuple[Any, tuple[Any, ...], Any]] = []
         self.misses: list[tuple[int, str]] = []
 
     @property
@@ -113,16 +116,19 @@ def _is_hashable(key: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RegionState:
-    """What one region keeps from its last computed step, and the record of its decisions.
+    """What one region keeps from its last computed steps, and the record of its decisions.
 
     Attributes:
-        seen: What the guard looked at; None before the first, or where it looks at nothing.
-        stored: One per value that leaves the region: what it added to its stream, or the value itself. None for a
-            stream whose sizes depend on data and that did not keep its shape.
+        seen: What the guard looked at, at the last computed step or, where a budget decides, at the last step; None
+            before the first, or where it looks at nothing.
+        stored: One per value that leaves the region; none before the first computed step.
+        reused: Positions of the steps reused since the last computed one, and of those between it and the computed one
+            before it; for a forecaster alone.
     """
 
     seen: torch.Tensor | None = None
-    stored: tuple[torch.Tensor | None, ...] = ()
+    stored: tuple[Kept, ...] = ()
+    reused: Reused = ((), ())
     history: History = field(default_factory=History)
     decisions: tuple[Decision, ...] = ()
     diffs: tuple[float, ...] = ()
@@ -130,7 +136,8 @@ class RegionState:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.seen, *self.stored) if tensor is not None)
+        held = [tensor for kept in self.stored for tensor in kept.tensors]
+        return sum(tensor.nbytes for tensor in held) + (self.seen.nbytes if self.seen is not None else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +217,7 @@ class Session:
                 thresholds={i: d.threshold for i, d in enumerate(state.decisions) if d.threshold is not None},
                 step_seconds=Laps(self.snapshot.laps),
                 errors={i: error for i, error in enumerate(state.errors) if error is not None},
+                accumulated={i: d.accumulated for i, d in enumerate(state.decisions) if d.accumulated is not None},
             )
             for name, state in self.snapshot.regions.items()
         ]

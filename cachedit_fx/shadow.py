@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from cachedit_fx.session import RegionState
 from cachedit_fx.stats import StepError
-from cachedit_fx.step import StepRun, in_layout
+from cachedit_fx.step import StepRun
 
 
 @dataclass(slots=True)
@@ -47,6 +47,9 @@ class ShadowedStep(StepRun):
             self._seen: list[_Seen] = []
         self._seen.append(_Seen(run.state, run.fits, not computes))
         return True
+
+    def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
+        return (None,) * len(self._runs[region].plan.roles)
 
     def residual(self, region: int, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
         return after - before if after.shape == before.shape else None
@@ -88,11 +91,10 @@ class _Reusing:
         return not self._reused[region]
 
     def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
-        run, kept = self._first._runs[region], self._seen[region].state.stored
+        run = self._first._runs[region]
         if not self._reused[region]:
             return (None,) * len(run.plan.roles)
-        sizes = run.sizes[run.plan.looks :]
-        return tuple(in_layout(t, s[1]) if t is not None and s else t for t, s in zip(kept, sizes, strict=True))
+        return self._first.reusable(run, self._seen[region].state)
 
     def residual(self, region: int, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
         return after

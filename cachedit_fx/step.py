@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ import torch
 
 from cachedit_fx.clock import Lap
 from cachedit_fx.config import CacheConfig, Changes
-from cachedit_fx.policy import Decision, History, decide, needs_refresh
+from cachedit_fx.kept import Forecast, Kept
+from cachedit_fx.policies import Decision, History, decide, needs_refresh
 from cachedit_fx.session import Instance, RegionState, Session, Snapshot
 from cachedit_fx.shapes import Size, SizeRule
 
@@ -42,7 +43,7 @@ class RegionPlan:
     measured: tuple[bool, ...] = ()
     roles: tuple[str, ...] = ()
 
-    def sizes_at(self, args: Sequence[Any], streams: Sequence[torch.Tensor] = ()) -> PartialSizes:
+    def sizes_at(self, args: Sequence[Any] | Mapping[int, Any], streams: Sequence[torch.Tensor] = ()) -> PartialSizes:
         """Shape and strides of all that is kept at a call; None for what is not measured yet."""
         sizes = self.sizes(args)
         if not any(self.measured):
@@ -78,7 +79,7 @@ def in_layout(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
 
 
 @dataclass(slots=True)
-class _RegionRun:
+class RegionRun:
     """A region during one step."""
 
     plan: RegionPlan
@@ -86,6 +87,7 @@ class _RegionRun:
     state: RegionState
     sizes: PartialSizes
     fits: bool  # Whether what is kept fits this call's shapes: a session may change size.
+    forecast: Forecast | None = None
     decision: Decision | None = None
     history: History = field(default_factory=History)
     diff: float = math.nan
@@ -97,18 +99,23 @@ class StepRun:
     __slots__ = ("_args", "_call", "_instance", "_is_new", "_policy", "_runs", "_session", "_snapshot", "_ticked")
 
     def __init__(
-        self, call: GuardedCall, policy: Policy, instance: Instance, session: Session, args: Sequence[Any]
+        self,
+        call: GuardedCall,
+        policy: Policy,
+        instance: Instance,
+        session: Session,
+        args: Sequence[Any] | Mapping[int, Any],
     ) -> None:
         self._call, self._policy, self._instance, self._session, self._args = call, policy, instance, session, args
         self._snapshot = session.snapshot
         self._is_new = self._ticked = False
-        self._runs: list[_RegionRun] = []
+        self._runs: list[RegionRun] = []
         length = policy.config.num_inference_steps
         if length is not None and session.snapshot.num_steps >= length:
             self._begin_generation("length-reached")
 
     def before(self, region: int) -> torch.Tensor:
-        """What was looked at at the last computed step, or zeros: then nothing looks at the diff."""
+        """What was looked at at the last computed step (by a budget: at the last step), or zeros: then nobody looks."""
         run = self._run(region)
         shape, strides = run.sizes[0] or ((), ())  # What is looked at has a known size.
         if run.fits and run.state.seen is not None:
@@ -131,15 +138,32 @@ class StepRun:
         run.diff = diff if shared is None else shared
         run.history = replace(run.state.history, has_moved=self._snapshot.direction != 0)
         earlier = [r.diff for r in self._runs[:region] if r.decision is not None and r.decision.looked]
-        run.decision = decide(run.config, run.history, run.diff, is_stored=run.fits, earlier=earlier)
+        run.decision = decide(
+            run.config,
+            run.history,
+            run.diff,
+            is_stored=run.fits,
+            earlier=earlier,
+            timestep=self._snapshot.timestep,
+            region=run.plan.name,
+        )
         return run.decision.compute
 
     def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
         run = self._runs[region]
         if run.decision is None or run.decision.compute:
             return (None,) * (len(run.plan.dtypes) - run.plan.looks)
-        kept = zip(run.state.stored, run.sizes[run.plan.looks :], strict=True)
-        return tuple(in_layout(tensor, size[1]) if tensor is not None and size else tensor for tensor, size in kept)
+        return self.reusable(run, run.state)
+
+    def reusable(self, run: RegionRun, state: RegionState) -> tuple[torch.Tensor | None, ...]:
+        """What a reused step takes of what `state` keeps, in the layout of this call."""
+        now, covered = self._position(run), _covered(run)
+        values = [
+            kept.at(now, state.reused, run.forecast if is_covered else None)
+            for kept, is_covered in zip(state.stored, covered, strict=True)
+        ]
+        sizes = run.sizes[run.plan.looks :]
+        return tuple(in_layout(t, s[1]) if t is not None and s else t for t, s in zip(values, sizes, strict=True))
 
     def residual(self, region: int, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
         decision = self._runs[region].decision
@@ -152,15 +176,43 @@ class StepRun:
         run = self._runs[region]
         assert run.decision is not None
         if run.decision.compute:
-            if self._call.copy_state:
-                seen, stored = _copy(seen), tuple(map(_copy, stored))
-            run.state = replace(run.state, seen=seen, stored=stored)
+            between = run.state.reused[0] if run.fits else ()
+            taken = self._taken_in(run, stored)
+            run.state = replace(run.state, seen=self._own(seen), stored=taken, reused=((), between))
+        else:
+            if run.config.decision_rule == "budget":
+                run.state = replace(run.state, seen=self._own(seen))
+            if run.forecast is not None:
+                since, between = run.state.reused
+                run.state = replace(run.state, reused=((*since, self._position(run)), between))
         run.state = replace(
             run.state,
-            history=run.history.after(run.decision, run.diff),
+            history=run.history.after(run.decision),
             decisions=(*run.state.decisions, run.decision),
             diffs=(*run.state.diffs, run.diff),
         )
+
+    def _taken_in(self, run: RegionRun, values: tuple[torch.Tensor | None, ...]) -> tuple[Kept, ...]:
+        """What is kept now, with the values of this computed step; of what has another size nothing is left."""
+        before = run.state.stored if run.fits else (Kept(),) * len(values)
+        now, found = self._position(run), []
+        for old, value, is_covered in zip(before, values, _covered(run), strict=True):
+            kept = old.taking_in(value, now, run.forecast if is_covered else None)
+            mine = (t if any(t is known for known in old.tensors) else self._own(t) for t in kept.tensors)
+            found.append(replace(kept, tensors=tuple(t for t in mine if t is not None)))
+        return tuple(found)
+
+    def _own(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """`tensor`, or a copy where the inner compiler will write over it."""
+        return tensor.clone() if tensor is not None and self._call.copy_state else tensor
+
+    def _position(self, run: RegionRun) -> float:
+        """Where this step stands for the region's forecaster (see `Times`)."""
+        snapshot = self._snapshot
+        if run.forecast is not None and run.forecast.forecaster.by == "timestep" and snapshot.timestep is not None:
+            first = snapshot.timesteps[0] if snapshot.timesteps else snapshot.timestep
+            return abs(snapshot.timestep - first) if first is not None else float(snapshot.num_steps)
+        return float(snapshot.num_steps)
 
     def commit(self, lap: Lap) -> None:
         """Makes the step part of its session; it took as long as `lap`."""
@@ -192,19 +244,19 @@ class StepRun:
     def _begin_generation(self, reason: str) -> None:
         self._is_new, self._snapshot = True, Snapshot(began=reason)
 
-    def _run(self, region: int) -> _RegionRun:
+    def _run(self, region: int) -> RegionRun:
         """The region's part of this step; made when it is first asked for, in order."""
         if region == len(self._runs):
             plan, config = self._call.regions[region], self._policy.regions[region]
             state = self._snapshot.regions.get(plan.name) or RegionState()
             if needs_refresh(config, state.history):
-                fresh = History(num_refreshes=state.history.num_refreshes + 1)
-                state = replace(state, seen=None, stored=(), history=fresh)
+                state = replace(state, seen=None, stored=(), reused=((), ()), history=state.history.refreshed())
             sizes = plan.sizes_at(self._args)
-            self._runs.append(_RegionRun(plan, config, state, sizes, _fits(plan, state, sizes)))
+            forecast = self._call.forecast(config.forecaster)
+            self._runs.append(RegionRun(plan, config, state, sizes, _fits(plan, state, sizes), forecast))
         return self._runs[region]
 
-    def _shared_diff(self, run: _RegionRun) -> float | None:
+    def _shared_diff(self, run: RegionRun) -> float | None:
         """What the branch that was called just before measured at this step, if this one is to take that."""
         config = self._policy.config
         if config.cfg_diff_compute_separate or config.enable_separate_cfg is False or config.cfg_compute_first:
@@ -217,13 +269,14 @@ class StepRun:
         return other.diffs[-1] if is_same_step and other.decisions[-1].looked else None
 
 
-def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return tensor.clone() if tensor is not None else None
+def _covered(run: RegionRun) -> tuple[bool, ...]:
+    """Of what leaves the region, which values are forecast."""
+    return run.forecast.covers(run.plan.roles) if run.forecast is not None else (False,) * len(run.plan.roles)
 
 
 def _fits(plan: RegionPlan, state: RegionState, sizes: PartialSizes) -> bool:
     """Whether all is kept, in the sizes that are known so far."""
-    kept = (*((state.seen,) if plan.looks else ()), *state.stored)
+    kept = (*((state.seen,) if plan.looks else ()), *(kept.last for kept in state.stored))
     return len(kept) == len(plan.dtypes) and all(
         tensor is not None
         and (size is None or tensor.shape == size[0])

@@ -1,0 +1,48 @@
+"""A forecaster of our own: the polynomial through the last computed values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cachedit_fx.forecasters.fields import check_int
+from cachedit_fx.forecasters.forecaster import LinearForecaster, Times, distinct
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolynomialCalibratorConfig(LinearForecaster):
+    """The polynomial through the last `order` + 1 computed values, at their true positions (Lagrange).
+
+    A stream that moves like a polynomial of this degree is forecast exactly, however unevenly its steps were computed;
+    TaylorSeer's differences do so for straight lines alone. With fewer values the degree is lower.
+
+    Attributes:
+        order: The degree; remembers one tensor more than this. 0 repeats the last value.
+
+    Raises:
+        ConfigError: A field has a value it cannot have.
+    """
+
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("order", self.order, least=0)
+
+    @property
+    def depth(self) -> int:
+        return self.order + 1
+
+    def forecasts_from(self, count: int) -> bool:
+        return count > 1
+
+    def numbers(self, times: Times) -> Sequence[float]:
+        """The factor of each computed value, newest first."""
+        kept = distinct(times.computed)
+        factors = [0.0] * len(times.computed)
+        for i in kept:
+            factors[i] = 1.0
+            for j in kept:
+                if j != i:
+                    factors[i] *= (times.now - times.computed[j]) / (times.computed[i] - times.computed[j])
+        return factors

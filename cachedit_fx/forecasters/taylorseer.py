@@ -1,0 +1,57 @@
+"""The forecaster of TaylorSeer: a Taylor series from backward differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cachedit_fx.forecasters.fields import check_int
+from cachedit_fx.forecasters.forecaster import LinearForecaster, Times, distinct
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaylorSeerCalibratorConfig(LinearForecaster):
+    """A Taylor series around the last computed step. Names and meaning are cache-dit's.
+
+    With Y the value at a computed step, w the gap to the computed step before, k the time since:
+    d0 = Y; d(i+1) = (d(i) - d(i) one computed step before) / w; forecast = sum of d(i) k^i / i!. As many orders as
+    there are values for are used, so that a forecast is made from the second computed step on.
+
+    Source: arXiv:2503.06923.
+
+    Attributes:
+        taylorseer_order: The highest i; remembers one tensor more than this. 0 repeats the last value.
+
+    Raises:
+        ConfigError: A field has a value it cannot have.
+    """
+
+    taylorseer_order: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("taylorseer_order", self.taylorseer_order, least=0)
+
+    @property
+    def depth(self) -> int:
+        return self.taylorseer_order + 1
+
+    def forecasts_from(self, count: int) -> bool:
+        return count > 1
+
+    def numbers(self, times: Times) -> Sequence[float]:
+        """The factor of each computed value, newest first."""
+        kept = distinct(times.computed)
+        at = [times.computed[i] for i in kept]
+        # Row j holds the factors that make d(i) of the j-th computed step; each round raises i by one.
+        rows = np.eye(len(times.computed))[kept]
+        total, elapsed = rows[0], times.now - at[0]
+        for i in range(1, len(kept)):
+            gaps = np.subtract(at[: len(rows) - 1], at[1 : len(rows)])
+            rows = (rows[:-1] - rows[1:]) / gaps[:, None]
+            total = total + rows[0] * (elapsed**i / math.factorial(i))
+        factors: list[float] = total.tolist()
+        return factors
