@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from cachedit_fx.config_checks import as_forecaster, check_fields, did_you_mean
+from cachedit_fx.config_checks import check_together as check_together
 from cachedit_fx.errors import ConfigError, listed, shown
+from cachedit_fx.forecasters.forecaster import Forecaster
+from cachedit_fx.forecasters.registry import as_mapping, forecasters
+
+if TYPE_CHECKING:
+    from cachedit_fx.policies.decider import Decider
 
 
 class CacheType(StrEnum):
@@ -19,22 +24,6 @@ class CacheType(StrEnum):
 
     DBCache = "DBCache"
     DBPrune = "DBPrune"
-
-
-_COUNTS = {"Fn_compute_blocks": 0, "Bn_compute_blocks": 0, "max_warmup_steps": 0, "warmup_interval": 1}
-_LIMITS = {"max_cached_steps": -1, "max_continuous_cached_steps": -1}
-_OPTIONAL_COUNTS = {"num_inference_steps": 1, "force_refresh_step_hint": 1}
-_NUMBERS = ("residual_diff_threshold", "dynamic_prune_threshold_relax_ratio")
-_OPTIONAL_NUMBERS = ("max_accumulated_residual_diff_threshold", "max_dynamic_prune_threshold")
-_SWITCHES = ("cfg_compute_first", "cfg_diff_compute_separate", "enable_dynamic_prune_threshold", "shadow")
-_CHOICES = {
-    "cache_type": tuple(map(str, CacheType)),
-    "steps_computation_policy": ("dynamic", "static"),
-    "force_refresh_step_policy": ("once", "repeat"),
-    "on_no_match": ("fallback", "raise"),
-    "regions": ("merged", "per_list"),
-    "compile_blocks": ("once", "inline"),
-}
 
 
 Changes = tuple[tuple[str, Any], ...]  # Names and values of some fields, by name.
@@ -46,8 +35,9 @@ class CacheConfig:
     fields for pruning; those after them are ours. Also called `DBCacheConfig` and `BasicCacheConfig`.
 
     Attributes:
-        Fn_compute_blocks: Blocks at the front that always run; the residual over them is what the guard looks at. 0 is
-            for a mask of policy "static": nothing is looked at, and the region is the whole chain.
+        Fn_compute_blocks: Blocks at the front that always run; the residual over them is what the guard looks at. 0
+            makes the whole chain the region: for a mask of policy "static", where nothing is looked at, or with another
+            `probe`.
         Bn_compute_blocks: Blocks at the end that always run, and so correct what a reused step added.
         residual_diff_threshold: Reuse only if the relative L1 distance between the residual of the Fn blocks now and
             at the last computed step is strictly below this. 0 or less: never reuse. 1 or more: never look.
@@ -82,6 +72,23 @@ class CacheConfig:
         compile_blocks: "once" compiles blocks of equal structure a single time; "inline" compiles head, region and
             tail as one graph each.
         mode: `torch.compile`'s mode for the inner backend (`torch.compile` itself refuses `mode=` beside `options=`).
+        forecaster: What a reused step adds: None for the last residual, or a forecast from the last few. May be given
+            as files have it, `{"type": "taylorseer"}`. It remembers more than one residual, which costs memory.
+        reach: What a reused step leaves out: "blocks" the middle blocks of the chain, "output" all from the Fn blocks
+            to what the model returns, so that with `Fn_compute_blocks=0` next to nothing runs.
+        probe: What the guard looks at: "fn_residual" what the Fn blocks added, "modulated_input" the first block's
+            time-modulated norm, so that no block needs to run, "timestep" nothing but the step's place in
+            `magnitude_ratios`, "none" nothing (for a mask of policy "static", or a `decider`).
+        batch_decision: "mean" takes the diff over the whole batch; "any" computes if any sample's own is too large.
+        decision_rule: "threshold" holds the diff since the last computed step against `residual_diff_threshold`;
+            "budget" adds up the diffs from step to step since the last computed one, and reuses while their sum is
+            strictly below it (1 or more is a sum like any other).
+        rescale_coefficients: For decision_rule "budget": polynomial that a diff goes through before it is added up,
+            highest power first.
+        magnitude_ratios: For probe "timestep": per step, by how much the residual's magnitude changed since the step
+            before, as a calibration run measured it. Steps beyond their end are computed.
+        decider: An object of your own that decides in place of these rules by its `decide(step: StepView)`: True to
+            compute, False to reuse, None for what the rules say (see `policies.decider`).
         shadow: Every step computes, and the statistics say what would have been reused and how far off that would have
             been (`CacheStats.errors`). A step costs up to two, and one more host read.
         debug_dir: A folder that gets the graph before and after every pass, the match report as JSON and a script that
@@ -117,6 +124,14 @@ class CacheConfig:
     regions: str = "merged"
     compile_blocks: str = "once"
     mode: str | None = None
+    forecaster: Forecaster | None = None
+    reach: str = "blocks"
+    probe: str = "fn_residual"
+    batch_decision: str = "mean"
+    decision_rule: str = "threshold"
+    rescale_coefficients: Sequence[float] = ()
+    magnitude_ratios: Sequence[float] = ()
+    decider: Decider | None = None
     shadow: bool = False
     debug_dir: str | os.PathLike[str] | None = None
 
@@ -130,12 +145,13 @@ class CacheConfig:
         return config
 
     def __post_init__(self) -> None:
-        for name in ("steps_computation_mask", "non_prune_block_ids"):
+        for name in ("steps_computation_mask", "non_prune_block_ids", "rescale_coefficients", "magnitude_ratios"):
             if isinstance(getattr(self, name), Sequence):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "forecaster", as_forecaster("forecaster", self.forecaster))
         if isinstance(self.debug_dir, os.PathLike):
             object.__setattr__(self, "debug_dir", os.fspath(self.debug_dir))
-        _check_fields(self)
+        check_fields(self)
 
     @property
     def given(self) -> frozenset[str]:
@@ -174,6 +190,13 @@ class CacheConfig:
         return type(self)(**fields)
 
     @property
+    def plain_changes(self) -> list[tuple[str, Any]]:
+        """`changes` for a file: a forecaster as its mapping, and without what is code, as a decider."""
+        found = [(name, value) for name, value in self.changes if name != "decider"]
+        named = [(n, v) for n, v in found if not isinstance(v, Forecaster) or type(v) in forecasters().values()]
+        return [(name, as_mapping(v) if isinstance(v, Forecaster) else v) for name, v in named]
+
+    @property
     def is_static(self) -> bool:
         """Whether a mask alone decides, so that nothing has to be looked at."""
         return self.steps_computation_mask is not None and self.steps_computation_policy == "static"
@@ -183,6 +206,7 @@ class CacheConfig:
 STRUCTURAL = {
     *("Fn_compute_blocks", "Bn_compute_blocks", "cache_type", "non_prune_block_ids"),
     *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode", "shadow", "debug_dir"),
+    *("reach", "probe", "batch_decision"),
 }
 FIELD_NAMES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(CacheConfig))
 
@@ -213,21 +237,6 @@ def split_options(options: Mapping[str, Any], base: CacheConfig | None = None) -
     return config, rest
 
 
-def check_together(config: CacheConfig) -> None:
-    """What one field asks of the others; a partial configuration need not satisfy it.
-
-    Raises:
-        ConfigError: No block is left to look at, and nothing decides without looking.
-    """
-    if config.Fn_compute_blocks == 0 and not config.is_static and config.cache_type != CacheType.DBPrune:
-        raise ConfigError(
-            "cachedit_fx: Fn_compute_blocks=0 leaves nothing to look at, so it needs steps_computation_mask and "
-            f"steps_computation_policy='static', got mask {shown(config.steps_computation_mask)} and policy "
-            f"{config.steps_computation_policy!r}.\n"
-            "What to do: set both, or Fn_compute_blocks=1 to look at the first block."
-        )
-
-
 def _inductor_options() -> tuple[str, ...]:
     import torch
 
@@ -241,65 +250,5 @@ def unknown_option(
     allowed = [*FIELD_NAMES, *filter(None, [others])]
     return (
         f"cachedit_fx: {what} {name!r} (given {shown(value)}) is unknown."
-        f"{_did_you_mean(name, (*FIELD_NAMES, *known))}\n{listed([f'Allowed: {allowed[0]}', *allowed[1:]])}."
+        f"{did_you_mean(name, (*FIELD_NAMES, *known))}\n{listed([f'Allowed: {allowed[0]}', *allowed[1:]])}."
     )
-
-
-def _did_you_mean(value: object, allowed: Sequence[object]) -> str:
-    near = difflib.get_close_matches(str(value), list(map(str, allowed)), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _check_fields(config: CacheConfig) -> None:
-    for name, least in (_COUNTS | _LIMITS).items():
-        _check_int(name, getattr(config, name), least=least)
-    for name, least in _OPTIONAL_COUNTS.items():
-        if getattr(config, name) is not None:
-            _check_int(name, getattr(config, name), least=least)
-    for name in (*_NUMBERS, *(n for n in _OPTIONAL_NUMBERS if getattr(config, n) is not None)):
-        _check_float(name, getattr(config, name))
-    for name in (*_SWITCHES, *(("enable_separate_cfg",) if config.enable_separate_cfg is not None else ())):
-        _check_choice(name, getattr(config, name), (True, False))
-    for name, allowed in _CHOICES.items():
-        _check_choice(name, getattr(config, name), allowed)
-    mask, kept = config.steps_computation_mask, config.non_prune_block_ids
-    if mask is not None and not (isinstance(mask, tuple) and mask and all(m in (0, 1) for m in mask)):
-        raise ConfigError(f"cachedit_fx: steps_computation_mask must be a list of 0 and 1, got {shown(mask)}")
-    if not isinstance(kept, tuple) or not all(isinstance(i, int) and i >= 0 for i in kept):
-        raise ConfigError(f"cachedit_fx: non_prune_block_ids must be a list of ints >= 0, got {shown(kept)}")
-    _check_inner_backend(config.inner_backend)
-    if config.debug_dir is not None and not (isinstance(config.debug_dir, str) and config.debug_dir):
-        raise ConfigError(f"cachedit_fx: debug_dir must be the path of a folder, got {shown(config.debug_dir)}")
-    if config.mode is not None:
-        from torch._inductor import list_mode_options
-
-        _check_choice("mode", config.mode, ("default", *sorted(list_mode_options())))
-
-
-def _check_int(field: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"cachedit_fx: {field} must be an int >= {least}, got {shown(value)}")
-
-
-def _check_float(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
-        raise ConfigError(f"cachedit_fx: {field} must be a finite number, got {shown(value)}")
-
-
-def _check_choice(field: str, value: object, allowed: tuple[object, ...]) -> None:
-    if any(value == known and isinstance(value, type(known) | str) for known in allowed):
-        return
-    hint = _did_you_mean(value, allowed)
-    raise ConfigError(f"cachedit_fx: {field} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}.{hint}")
-
-
-def _check_inner_backend(value: object) -> None:
-    from torch._dynamo.backends.registry import list_backends
-
-    allowed = [name for name in list_backends(exclude_tags=()) if name != "cachedit"]
-    if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(
-            "cachedit_fx: inner_backend must be the name of a torch.compile backend but 'cachedit', as 'inductor', "
-            f"'aot_eager' or 'eager', got {shown(value)}.{_did_you_mean(value, allowed)}\n"
-            "See all names: torch.compiler.list_backends(exclude_tags=())"
-        )

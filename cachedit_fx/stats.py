@@ -45,16 +45,19 @@ class CacheStats:
         num_steps: Steps so far.
         cached_steps: Numbers of the steps that were reused, from 0.
         residual_diffs: Step -> relative L1 distance, dimensionless; only steps whose decision looked at it.
-        decisions: Per step the reason: "warmup", "diff-below", "diff-above", ... (see `policy.decide`).
+        decisions: Per step the reason: "warmup", "diff-below", "diff-above", ... (see `policies.decide`).
         state_bytes: What the session holds now; 0 once it is finished.
         peak_state_bytes: What it held at its last step.
         module: The pipeline's name for the transformer; empty where a transformer was asked itself.
         began: Why a session began: "new" (another request, guidance branch or prompt), "timestep-turned",
             "timestep-repeated" or "length-reached".
         timesteps: Per step; None where the model has none.
-        thresholds: Step -> what its diff was held against; only steps whose decision looked at it.
+        thresholds: Step -> what its diff, or with decision_rule "budget" its accumulated diff, was held against; only
+            steps whose decision looked at one.
         step_seconds: Per step, for the whole model: wall time on a CPU, on an accelerator that between two events.
         errors: Step -> how far off it would have been to reuse; shadow mode only, and only where something was kept.
+        accumulated: Step -> the diffs since the last computed step, with this one's; only steps that added one. From
+            `magnitude_ratios`, these are the errors that they foretell.
     """
 
     region: str
@@ -71,6 +74,17 @@ class CacheStats:
     thresholds: dict[int, float] = field(default_factory=dict)
     step_seconds: Sequence[float] = field(default_factory=list)
     errors: dict[int, StepError] = field(default_factory=dict)
+    accumulated: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def compared(self) -> dict[int, float]:
+        """Step -> what was held against the threshold: the diff, or under the rule "budget" what had accumulated."""
+        return self.accumulated if self.adds_up else self.residual_diffs
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the decisions are by sums: then no threshold alone tells which steps it would reuse."""
+        return any(reason.startswith(("budget-", "ratios-")) for reason in self.decisions)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cachedit_fx.config import CacheConfig
-from cachedit_fx.policy import Decision, History, decide, needs_refresh
+from cachedit_fx.policies import Decision, History, decide, needs_refresh
 
 REUSED = ("threshold-one", "diff-below", "mask-static")
 
@@ -20,12 +20,12 @@ def run(config, diffs, *, first_still=0):
     history, reasons = History(), []
     for number, diff in enumerate(diffs):
         if needs_refresh(config, history):
-            history = History(num_refreshes=history.num_refreshes + 1)
+            history = history.refreshed()
         moved = replace(history, has_moved=number > first_still)
         decision = decide(config, moved, diff, is_stored=history.num_steps > 0)
         assert decision.compute == (decision.reason not in REUSED)
         reasons.append(decision.reason)
-        history = history.after(decision, diff)
+        history = history.after(decision)
     return reasons
 
 
@@ -253,8 +253,8 @@ def test_a_refresh_is_due_at_the_hint_and_counts(policy, expected):
     for step in range(14):
         if needs_refresh(config, history):
             due.append(step)
-            history = History(num_refreshes=history.num_refreshes + 1)
-        history = history.after(Decision(True, "warmup"), 0.0)
+            history = history.refreshed()
+        history = history.after(Decision(True, "warmup"))
     assert due == expected
     assert history.num_refreshes == len(expected)
 
@@ -372,7 +372,7 @@ def test_any_session_goes_as_in_the_reference(fields, steps):
         assert decision.compute == (expected not in REUSED)
         assert decision.looked == (expected in ("diff-below", "diff-above", "nan"))
         record.append((decision.reason, diff))
-        history = known.after(decision, diff)
+        history = known.after(decision)
         assert history.has_moved == has_moved
     assert history.num_steps == len(steps)
     assert history.num_cached == sum(reason in REUSED for reason, _ in record)

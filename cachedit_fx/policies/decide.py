@@ -1,0 +1,104 @@
+"""One decision: what holds under every rule, then the rule.
+
+The order of the checks is cache-dit's. Two of its quirks are fixed here: the accumulated limit counts reused steps
+from the last computed one, and a step whose diff is NaN is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cachedit_fx.config import CacheConfig
+from cachedit_fx.policies.budget import by_budget, rescaled
+from cachedit_fx.policies.decider import StepView, ask
+from cachedit_fx.policies.history import Decision, History
+from cachedit_fx.policies.magnitude import by_magnitude
+from cachedit_fx.policies.threshold import by_threshold, relaxed_threshold
+
+
+def decide(
+    config: CacheConfig,
+    history: History,
+    diff: float,
+    *,
+    is_stored: bool,
+    earlier: Sequence[float] = (),
+    timestep: float | None = None,
+    region: str = "",
+) -> Decision:
+    """Computes or reuses.
+
+    Args:
+        diff: Relative L1 distance, dimensionless, >= 0 or NaN.
+        is_stored: Whether there is a residual of this call's shapes.
+        earlier: Diffs of the regions before this one at the same step, for a dynamic prune threshold.
+        timestep, region: For a decider.
+
+    Raises:
+        ConfigError: A decider answers neither True, False nor None.
+    """
+    threshold = relaxed_threshold(config, earlier)
+    answer = None
+    if config.decider is not None:
+        diff = diff if is_stored else math.nan
+        steps = config.num_inference_steps
+        view = StepView(region, history.number, steps, timestep, diff, threshold, is_stored, history)
+        answer = ask(config.decider, view)
+    if answer:
+        return _as_asked(Decision(True, "decider-compute"), config, history, diff)
+    forbidden = _forbidden(config, history, threshold) if answer is None else None
+    if forbidden is not None:
+        return Decision(True, forbidden)
+    if not is_stored:
+        return Decision(True, "nothing-stored")
+    if not history.has_moved:
+        # One-step generations that share a prompt look just like this; nothing tells them apart, so compute.
+        return Decision(True, "timestep-still")
+    if answer is not None:
+        return _as_asked(Decision(False, "decider-reuse"), config, history, diff)
+    if config.is_static:
+        return Decision(False, "mask-static")
+    return _by_rule(config, threshold, history, diff)
+
+
+def _as_asked(decision: Decision, config: CacheConfig, history: History, diff: float) -> Decision:
+    """A decider's decision with the diff that it was shown, if there was one."""
+    if diff != diff:
+        return decision
+    total = history.accumulated_diff + rescaled(config.rescale_coefficients, diff)
+    return replace(decision, looked=True, accumulated=total)
+
+
+def _by_rule(config: CacheConfig, threshold: float, history: History, diff: float) -> Decision:
+    if config.decision_rule == "threshold":
+        return by_threshold(threshold, history, diff)
+    if config.probe == "timestep":
+        return by_magnitude(config.magnitude_ratios, threshold, history)
+    return by_budget(config.rescale_coefficients, threshold, history, diff)
+
+
+def _forbidden(config: CacheConfig, history: History, threshold: float) -> str | None:
+    """Why this step may not be reused, whatever the diff; None where it may."""
+    step, mask = history.num_steps, config.steps_computation_mask
+    if step < _num_warmup_steps(config) and step % config.warmup_interval == 0:
+        return "warmup"
+    if mask is not None and step < len(mask) and mask[step]:
+        return "mask"
+    if config.is_static:
+        return None
+    if history.num_cached >= config.max_cached_steps >= 0:
+        return "max-cached"
+    if history.num_continuous >= config.max_continuous_cached_steps >= 0:
+        return "max-continuous"
+    cap = config.max_accumulated_residual_diff_threshold
+    if cap is not None and history.accumulated_diff >= cap > 0:
+        return "accumulated-diff"
+    return "threshold-zero" if threshold <= 0 else None
+
+
+def _num_warmup_steps(config: CacheConfig) -> int:
+    mask = config.steps_computation_mask
+    leading = config.max_warmup_steps if mask is None else (*mask, 0).index(0)
+    return min(config.max_warmup_steps, leading)

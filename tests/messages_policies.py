@@ -1,0 +1,51 @@
+"""The rows of `messages_table` about policies, forecasters in a configuration, and fields that ask for each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cachedit_fx import CacheConfig, ParamsModifier
+from cachedit_fx.config import check_together
+from cachedit_fx.policies import History, StepView, decide
+from tests.messages_table import Row, of_config
+
+
+class Answers:
+    """A policy that answers with a number."""
+
+    def decide(self, step: StepView) -> Any:
+        return step.number + 1
+
+
+def together(name: str, value: str, says: str, **fields: Any) -> Row:
+    return Row(name, lambda _: check_together(CacheConfig(**fields)), value, says)
+
+
+ROWS = [
+    Row(
+        "answer",
+        lambda _: decide(CacheConfig(decider=Answers()), History(), 0.0, is_stored=True),
+        "got 1 from Answers.decide",
+        "decider must answer True (compute), False (reuse) or None",
+    ),
+    of_config("decider", "decider must be a hashable object with a method decide(step)", decider=3),
+    of_config("forecaster", "forecaster must be None, a Forecaster, or the name or mapping of one", forecaster=3),
+    of_config("coefficients", "rescale_coefficients must be a list of finite numbers", rescale_coefficients=(None,)),
+    Row(
+        "two-forecasters",
+        lambda _: ParamsModifier(calibrator_config="taylorseer", forecaster="taylorseer"),
+        "forecaster=TaylorSeerCalibratorConfig(",
+        "calibrator_config and forecaster say the same, got both",
+    ),
+    together("no-probe", "got mask None", "probe='none' leaves nothing to look at", probe="none"),
+    together("no-ratios", "magnitude_ratios=()", "need each other", probe="timestep"),
+    together(
+        "probe-of-pruning",
+        "got 'none'",
+        "probe must be 'fn_residual' with cache_type='DBPrune'",
+        cache_type="DBPrune",
+        probe="none",
+    ),
+    together("polynomial", "got (1.0,)", "unless decision_rule='budget'", rescale_coefficients=(1.0,)),
+    together("output", "got 1 and 'DBCache'", "reach='output' leaves out all", reach="output", Bn_compute_blocks=1),
+]
