@@ -6,50 +6,64 @@ block 0:  image, text -> image', text'          only the region reads text'
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from torch import fx
 
 from cachedit_fx.passes.contexts import is_context, within_contexts
-from cachedit_fx.passes.cut import Region
 from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.passes.inplace import is_in_place
+from cachedit_fx.passes.inplace import is_in_place, storage_of, target_of
+from cachedit_fx.passes.region import Region
 from cachedit_fx.patterns.chain import is_tensor, value_of
 
 
 def defer_work(program: Program, regions: Sequence[Region]) -> tuple[Region, ...]:
     """The regions, each with the nodes from before it that it takes in.
 
-    Nothing is deferred past a node that writes in place: it might write into what is read later.
+    A region that reaches to the output takes in all that can be; another what only its blocks read, and nothing past a
+    node that writes in place: it might write into what is read later.
     """
     taken = {node for region in regions for node in (*region.nodes, *region.hoisted)}
-    fixed = set(within_contexts(program.nodes))
+    read = {node for region in regions for node in _read_by_reuse(region)}
     found = []
     for region in regions:
-        inside, kept = set(region.nodes), _read_by_reuse(region) | taken | fixed
-        deferred: list[fx.Node] = []
-
-        def is_free(node: fx.Node, kept: set[fx.Node] = kept) -> bool:
-            return _computes(node) and node not in kept and not is_context(node)
-
-        for node in reversed(program.nodes[: program.position[region.nodes[0]]]):
-            if is_in_place(node):
-                break
-            if is_free(node) and all(user in inside for user in node.users) and _is_whole(node, inside, is_free):
-                inside.add(node)
-                deferred.append(node)
-        # Moving about what is nearly free would cost a piece more than it saves.
-        if any(program.flops[program.position[node]] for node in deferred):
-            taken.update(deferred)
-            region = replace(region, deferred=tuple(reversed(deferred)))
-        found.append(region)
+        if region.reaches_output:
+            deferred = _all_before(program, region, taken, read)
+        else:
+            deferred = _read_by_blocks(program, region, read | taken | within_contexts(program.nodes))
+            # Moving about what is nearly free would cost a piece more than it saves.
+            if not any(program.flops[program.position[node]] for node in deferred):
+                deferred = ()
+        taken.update(deferred)
+        found.append(replace(region, deferred=deferred))
     return tuple(found)
+
+
+def _read_by_blocks(program: Program, region: Region, kept: set[fx.Node]) -> tuple[fx.Node, ...]:
+    inside = set(region.nodes)
+    deferred: list[fx.Node] = []
+
+    def is_free(node: fx.Node) -> bool:
+        return _computes(node) and node not in kept and not is_context(node)
+
+    for node in reversed(program.nodes[: program.position[region.nodes[0]]]):
+        if is_in_place(node):
+            break
+        if is_free(node) and all(user in inside for user in node.users) and _is_whole(node, inside, is_free):
+            inside.add(node)
+            deferred.append(node)
+    return tuple(reversed(deferred))
 
 
 def _computes(node: fx.Node) -> bool:
     is_call = node.op in ("call_function", "call_method")
-    return is_call and (is_tensor(node) or isinstance(value_of(node), tuple | list)) and bool(node.users)
+    return is_call and _makes_tensors(node) and bool(node.users)
+
+
+def _makes_tensors(node: fx.Node) -> bool:
+    return is_tensor(node) or isinstance(value_of(node), tuple | list)
 
 
 def _is_whole(node: fx.Node, inside: set[fx.Node], is_free: Callable[[fx.Node], bool]) -> bool:
@@ -75,3 +89,56 @@ def _read_by_reuse(region: Region) -> set[fx.Node]:
 
 def _inputs_of(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return {found for node in nodes for found in (node, *node.all_input_nodes)}
+
+
+def _all_before(program: Program, region: Region, taken: set[fx.Node], read: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """All before the region but what is needed outside of it: for another region, the guard, or what is returned."""
+    own = set(region.nodes)
+    start = program.position[region.nodes[0]]
+    free = {node for node in program.born(0, start) if node not in taken}
+    # What is no tensor does not pass between pieces, and may be a check or set a state.
+    stays = [node for node in free if not (_makes_tensors(node) or is_in_place(node) or is_context(node))]
+    outside = [node for node in program.nodes if node not in own and node not in free]
+    needed = _closed(program, [*read, *stays, *outside], free)
+    return tuple(node for node in program.nodes[:start] if node in free and node not in needed)
+
+
+def _closed(program: Program, roots: Iterable[fx.Node], free: set[fx.Node]) -> set[fx.Node]:
+    """The roots, and all of `free` that must run where they do: what they are made from; what writes into that, before
+    or behind; the parts of a tuple; the rest of a context."""
+    writes = _writes(program)
+    context = _contexts(program)
+    needed: set[fx.Node] = set()
+    todo = [*roots, *writes[None]]
+    while todo:
+        node = todo.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        parts = node.users if isinstance(value_of(node), tuple | list) else ()
+        storage = storage_of(node)
+        written = writes[storage] if storage is not None else []
+        close = (*node.all_input_nodes, *parts, *written, *context.get(node, ()))
+        todo += [other for other in close if other in free]
+    return needed
+
+
+def _writes(program: Program) -> defaultdict[int | None, list[fx.Node]]:
+    """Storage -> what writes into it in place; None: it can't be told."""
+    found: defaultdict[int | None, list[fx.Node]] = defaultdict(list)
+    for node in filter(is_in_place, program.nodes):
+        found[storage_of(target_of(node))].append(node)
+    return found
+
+
+def _contexts(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> the nodes of its context (as autocast), its enter and exit included; contexts that touch are one."""
+    within, run = within_contexts(program.nodes), list[fx.Node]()
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in program.nodes:
+        if node in within or is_context(node):
+            run.append(node)
+            found[node] = run
+        else:
+            run = []
+    return found

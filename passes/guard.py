@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from cachedit_fx.passes.cut import Carried, Region
 from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.passes.diff import append_clock, append_diff, seen_example
 from cachedit_fx.passes.extract import Extract, extract, outputs_of
+from cachedit_fx.passes.region import Carried, Region
 from cachedit_fx.patterns.chain import size_key, value_of
 
 
@@ -148,13 +148,13 @@ class _Builder:
         parts, extra, seen = [], [], None
         if region.looked_at is not None:
             before = self.graph.call_method("before", (self.step, number))
-            diff, seen, before_in = _append_diff(head, region)
+            diff, seen, before_in = append_diff(head, region)
             head.inputs.append(before_in)
             self.values[before_in] = before
             parts.append(diff)
             extra.append(seen)
         if clock is not None:
-            parts.append(_append_clock(head, clock, value_of(region.carried[0].after).device))
+            parts.append(append_clock(head, clock, value_of(region.carried[0].after).device))
         if parts:
             probe = head.graph.call_function(torch.stack, (parts,))
             probe.meta["cachedit_probe"] = True
@@ -213,47 +213,6 @@ def _segments(program: Program, regions: tuple[Region, ...]) -> list[list[fx.Nod
         number = hoisted[node] if node in hoisted else sum(position >= start for start in starts)
         segments[number].append(node)
     return segments
-
-
-def _append_diff(head: Extract, region: Region) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Adds the diff to the head. Returns it, what was looked at, and the placeholder for what was seen before.
-
-    diff = mean(|now - before|) / mean(|before|), in float32 whatever the dtype: a bfloat16 mean loses the small
-    differences this is for.
-    """
-    assert region.looked_at is not None
-    now = head.take(region.looked_at)
-    start = head.take(region.looked_from) if region.looked_from is not None else None
-    graph, call = head.graph, head.graph.call_function
-    fake = _seen_example(region)
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    with graph.inserting_after(last):
-        before = graph.placeholder("seen_before")
-    before.meta = {"example_value": fake}
-    # What is kept outlives the call, so it may be no alias of anything.
-    seen = call(torch.sub, (now, start)) if start is not None else graph.call_method("clone", (now,))
-    seen.meta = {"example_value": fake}
-    new, old = (graph.call_method("to", (node, torch.float32)) for node in (seen, before))
-    distance = graph.call_method("mean", (graph.call_method("abs", (call(torch.sub, (new, old)),)),))
-    size = graph.call_method("mean", (graph.call_method("abs", (old,)),))
-    diff = call(torch.div, (distance, size))
-    _tag_from(seen)
-    return diff, seen, before
-
-
-def _append_clock(head: Extract, timestep: fx.Node, device: torch.device) -> fx.Node:
-    """Adds the timestep to the head, as a float32 number on the device where the diff is."""
-    taken = head.take(timestep)
-    largest = head.graph.call_method("amax", (taken,))
-    clock = head.graph.call_method("to", (largest, device, torch.float32))
-    _tag_from(largest)
-    return clock
-
-
-def _tag_from(first: fx.Node) -> None:
-    """Marks everything from `first` on as ours."""
-    for node in itertools.dropwhile(lambda node: node is not first, first.graph.nodes):
-        node.meta["cachedit_probe"] = True
 
 
 def _branches(
@@ -332,15 +291,8 @@ def _reuse(
 
 def stored_examples(region: Region) -> list[torch.Tensor]:
     """Fakes of what a session keeps of a region: what is looked at, if anything is; then one per carried value."""
-    seen = [_seen_example(region)] if region.looked_at is not None else []
+    seen = [seen_example(region)] if region.looked_at is not None else []
     return [*seen, *(_stored_example(pair) for pair in region.carried)]
-
-
-def _seen_example(region: Region) -> torch.Tensor:
-    assert region.looked_at is not None
-    with torch.no_grad():
-        now: torch.Tensor = value_of(region.looked_at)
-        return now.clone() if region.looked_from is None else torch.sub(now, value_of(region.looked_from))
 
 
 def _stored_example(pair: Carried) -> torch.Tensor:

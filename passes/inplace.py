@@ -39,11 +39,11 @@ def replace_writes(gm: fx.GraphModule) -> bool:
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     by_storage: dict[int | None, list[fx.Node]] = defaultdict(list)
     for node in position:
-        by_storage[_storage(node)].append(node)
+        by_storage[storage_of(node)].append(node)
     changed = False
     for node in list(position):
         written = _replaceable(node)
-        if written is None or not _is_unseen(node, written, by_storage[_storage(written)], position):
+        if written is None or not _is_unseen(node, written, by_storage[storage_of(written)], position):
             continue
         for user in [user for user in written.users if position[user] > position[node]]:
             user.replace_input_with(written, node)
@@ -81,19 +81,19 @@ def _is_unseen(node: fx.Node, written: fx.Node, aliases: list[fx.Node], position
         is_earlier = position[alias] < at and alias is not written
         if is_earlier and any(position[user] > at for user in alias.users):
             return False
-    return _storage(written) is not None
+    return storage_of(written) is not None
 
 
 def written_outside(program: Program, nodes: list[fx.Node]) -> fx.Node | None:
     """The first of `nodes` that writes in place into storage that was made by any other node."""
     inside = set(nodes)
-    mine = {_storage(n) for n in nodes} - {None}
+    mine = {storage_of(n) for n in nodes} - {None}
     if not any(map(is_in_place, nodes)):
         return None
-    others = {_storage(n) for n in program.nodes if n not in inside and n.op != "output"}
+    others = {storage_of(n) for n in program.nodes if n not in inside and n.op != "output"}
     for node in nodes:
         if is_in_place(node):
-            storage = _storage(_target_of(node))
+            storage = storage_of(target_of(node))
             # An alias of something made outside shares its storage with it; what cannot be told is refused.
             if storage is None or storage in others or storage not in mine:
                 return node
@@ -106,7 +106,7 @@ def written_between(program: Program, stream: fx.Node, start: int, stop: int) ->
     Before the first block a stream may well be filled in place (a joint buffer of text and image).
     """
     for node in program.nodes[start:stop]:
-        if is_in_place(node) and _storage(_target_of(node)) in (None, _storage(stream)):
+        if is_in_place(node) and storage_of(target_of(node)) in (None, storage_of(stream)):
             return node
     return None
 
@@ -136,7 +136,7 @@ def _argument(node: fx.Node, name: str) -> object:
         return None
 
 
-def _target_of(node: fx.Node) -> fx.Node | None:
+def target_of(node: fx.Node) -> fx.Node | None:
     """What an in-place node writes into; None where that can't be told."""
     if isinstance(node.target, torch._ops.OpOverload):
         arguments = node.target._schema.arguments
@@ -150,7 +150,7 @@ def _target_of(node: fx.Node) -> fx.Node | None:
     return target if isinstance(target, fx.Node) else None
 
 
-def _storage(node: fx.Node | None) -> int | None:
+def storage_of(node: fx.Node | None) -> int | None:
     value = value_of(node) if node is not None else None
     if not isinstance(value, torch.Tensor):
         return None

@@ -12,13 +12,14 @@ from cachedit_fx.config import CacheConfig
 from cachedit_fx.errors import PatternError, cut
 from cachedit_fx.passes.checkpoints import inline_checkpoints
 from cachedit_fx.passes.contexts import narrow_contexts
-from cachedit_fx.passes.cut import Group, Region, cut_regions
+from cachedit_fx.passes.cut import cut_regions
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.defer import defer_work
 from cachedit_fx.passes.inplace import replace_writes
 from cachedit_fx.passes.inputs import find_conditioning, find_timestep
 from cachedit_fx.passes.join import LEAST_SHARE, continues, flops_on_latents, join_lists
 from cachedit_fx.passes.locate import locate_blocks
+from cachedit_fx.passes.region import Group, Region
 from cachedit_fx.passes.symbols import hoist_symbols
 from cachedit_fx.passes.watch import Watch
 from cachedit_fx.patterns.cause import Cause
@@ -93,11 +94,11 @@ def _plan(gm: fx.GraphModule, config: CacheConfig, declared: Declaration, watch:
     if isinstance(matches, list):
         return tuple(matches)
     chain = tuple(match.blocks for match in matches)
-    regions = cut_regions(program, group_lists(program, matches, config, declared))
+    timestep = find_timestep(program, chain)
+    regions = cut_regions(program, group_lists(program, matches, config, declared), timestep)
     if isinstance(regions, Mismatch):
         return (regions,)
     regions = defer_work(program, regions)
-    timestep = find_timestep(program, chain)
     conditioning = find_conditioning(program, chain, timestep)
     _tag_blocks(program, chain)
     return Plan(gm, program, matches, regions, timestep, conditioning)

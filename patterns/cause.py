@@ -19,6 +19,8 @@ class Cause(enum.Enum):
     RETURN_ORDER = "return-order"
     TOO_FEW_BLOCKS = "too-few-blocks"
     UNPAIRED = "unpaired-stream"
+    NO_PROBE = "no-probe"
+    REACH = "reach"
     IN_PLACE = "in-place"
     STATE = "state"
     DYNAMIC = "data-dependent"

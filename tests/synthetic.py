@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 
 from cachedit_fx import CacheConfig
 from cachedit_fx.capture import copy_graph
-from cachedit_fx.passes.cut import Region
 from cachedit_fx.passes.guard import stored_examples
 from cachedit_fx.passes.pipeline import Plan, plan_graph
+from cachedit_fx.passes.region import Region
 from cachedit_fx.patterns import Mismatch
 
 BATCH, IMAGE, TEXT = 2, 6, 5  # Latent tokens and text tokens differ, or the streams' shapes would be equal.

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cachedit_fx.passes.cut import Region
 from cachedit_fx.passes.pipeline import Plan
+from cachedit_fx.passes.region import Region
 from tests import synthetic
 
 

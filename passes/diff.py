@@ -1,0 +1,64 @@
+"""What a head makes for the guard to decide by: how far what is looked at moved, and the timestep."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import fx
+
+from cachedit_fx.passes.extract import Extract
+from cachedit_fx.passes.region import Region
+from cachedit_fx.patterns.chain import value_of
+
+
+def append_diff(head: Extract, region: Region) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Adds the diff to the head. Returns it, what was looked at, and the placeholder for what was seen before.
+
+    diff = mean(|now - before|) / mean(|before|), in float32 whatever the dtype: a bfloat16 mean loses the small
+    differences this is for. By sample: the largest of the batch's diffs, NaN if any of them is.
+    """
+    assert region.looked_at is not None
+    now = head.take(region.looked_at)
+    start = head.take(region.looked_from) if region.looked_from is not None else None
+    graph, call = head.graph, head.graph.call_function
+    fake = seen_example(region)
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        before = graph.placeholder("seen_before")
+    before.meta = {"example_value": fake}
+    # What is kept outlives the call, so it may be no alias of anything.
+    seen = call(torch.sub, (now, start)) if start is not None else graph.call_method("clone", (now,))
+    seen.meta = {"example_value": fake}
+    new, old = (graph.call_method("to", (node, torch.float32)) for node in (seen, before))
+    dims = () if region.sample_dim is None else (tuple(d for d in range(fake.dim()) if d != region.sample_dim),)
+    distance = graph.call_method("mean", (graph.call_method("abs", (call(torch.sub, (new, old)),)), *dims))
+    size = graph.call_method("mean", (graph.call_method("abs", (old,)), *dims))
+    diff = call(torch.div, (distance, size))
+    if dims:
+        diff = graph.call_method("amax", (diff,))
+    _tag_from(seen)
+    return diff, seen, before
+
+
+def append_clock(head: Extract, timestep: fx.Node, device: torch.device) -> fx.Node:
+    """Adds the timestep to the head, as a float32 number on the device where the diff is."""
+    taken = head.take(timestep)
+    largest = head.graph.call_method("amax", (taken,))
+    clock = head.graph.call_method("to", (largest, device, torch.float32))
+    _tag_from(largest)
+    return clock
+
+
+def seen_example(region: Region) -> torch.Tensor:
+    """A fake of what is looked at, as it is kept."""
+    assert region.looked_at is not None
+    with torch.no_grad():
+        now: torch.Tensor = value_of(region.looked_at)
+        return now.clone() if region.looked_from is None else torch.sub(now, value_of(region.looked_from))
+
+
+def _tag_from(first: fx.Node) -> None:
+    """Marks everything from `first` on as ours."""
+    for node in itertools.dropwhile(lambda node: node is not first, first.graph.nodes):
+        node.meta["cachedit_probe"] = True

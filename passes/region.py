@@ -1,0 +1,139 @@
+"""What lies between two cuts, as data: the region, what it carries, and the lists that are decided about together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from cachedit_fx.config import CacheConfig, CacheType, Changes
+from cachedit_fx.passes.replay import Replay
+from cachedit_fx.patterns.cause import Cause
+from cachedit_fx.patterns.chain import Block, depends_on_data, same_shape, source_line, value_of
+from cachedit_fx.patterns.mismatch import Match, Mismatch
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A value that leaves a region and is needed after it.
+
+    Attributes:
+        role: The stream's role; the node's name for a value that continues no stream; "output" for what the graph
+            returns, "output_0" and so on where that is more than one.
+        before: The stream where it enters the region; None if the value is cached as it is.
+        after: The node that makes it, in the region.
+        replay: How `before` follows from the streams at the cut, where lists are joined behind it; None: it is there.
+    """
+
+    role: str
+    before: fx.Node | None
+    after: fx.Node
+    replay: Replay | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether only the tensors themselves tell that the stream keeps its shape: its sizes depend on data."""
+        if self.before is None:
+            return False
+        sizes = (*value_of(self.before).shape, *value_of(self.after).shape)
+        return not same_shape(self.before, self.after) or any(map(depends_on_data, sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The blocks between two cuts, and all that a guard needs to know of them.
+
+    Attributes:
+        name: As in `transformer_blocks[1:4]`; two lists are joined by `+`.
+        first, last: Numbers of the chain's first block in the region and the first after it.
+        nodes: The region's nodes in program order.
+        own: What of the configuration is for this region alone.
+        looked_at: What the guard looks at: the hidden stream behind the Fn blocks, or in front of a single block, or
+            the first block's modulated input. None: nothing is looked at.
+        looked_from: What is taken off it first: the hidden stream before the Fn blocks; None to look at the value.
+        carried: What a reused step has to supply.
+        hoisted: Nodes that lie between the cuts but run with the head, at every step: what depends on no stream, and
+            what makes the modulated input.
+        deferred: Nodes from before the first cut that nothing but `nodes` reads: they run with these.
+        reaches_output: It ends where the graph does, and carries what the graph returns.
+        sample_dim: Dimension of what is looked at whose entries are samples, each with a diff of its own, of which the
+            largest counts; None: one diff over the whole batch.
+    """
+
+    name: str
+    first: int
+    last: int
+    nodes: tuple[fx.Node, ...]
+    own: Changes | None
+    looked_at: fx.Node | None
+    looked_from: fx.Node | None
+    carried: tuple[Carried, ...]
+    hoisted: tuple[fx.Node, ...]
+    deferred: tuple[fx.Node, ...] = ()
+    reaches_output: bool = False
+    sample_dim: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Lists of the chain that follow each other and are decided about by one configuration.
+
+    Attributes:
+        own: What this group's regions do differently from the whole model's configuration; `config` includes it.
+        number: Of its first block in the chain.
+    """
+
+    matches: tuple[Match, ...]
+    config: CacheConfig
+    own: Changes | None = None
+    number: int = 0
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for match in self.matches for block in match.blocks.blocks]
+
+    @property
+    def paths(self) -> str:
+        return "+".join(match.blocks.path for match in self.matches)
+
+    @property
+    def boundaries(self) -> list[Mapping[str, fx.Node]]:
+        """Streams before every block, and after the last. Where two lists meet, the later one's entry."""
+        streams: list[Mapping[str, fx.Node]] = []
+        for match in self.matches:
+            streams = [*streams[:-1], *match.blocks.boundaries]
+        return streams
+
+    @property
+    def ends(self) -> list[tuple[Match, int]]:
+        """Each list with the number of the first block after it."""
+        counts = itertools.accumulate(len(match.blocks.blocks) for match in self.matches)
+        return list(zip(self.matches, counts, strict=True))
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """How the templates want roles to be cached, where that is said: "residual" or "value"."""
+        return {**self.matches[0].template.cached, **self.matches[-1].template.cached}
+
+
+def region_name(group: Group, first: int, last: int) -> str:
+    """`transformer_blocks[1:4]`: the group's blocks `first` to `last` (exclusive)."""
+    parts, offset = [], 0
+    for match in group.matches:
+        count = len(match.blocks.blocks)
+        low, high = max(0, first - offset), min(count, last - offset)
+        if low < high:
+            part = f"[{low}]" if group.config.cache_type == CacheType.DBPrune else f"[{low}:{high}]"
+            parts.append(match.blocks.path + ("" if (low, high) == (0, count) else part))
+        offset += count
+    return "+".join(parts)
+
+
+def miss_of(match: Match, cause: Cause, detail: str, node: fx.Node | None = None) -> Mismatch:
+    """Why a list that fits its template cannot be cut."""
+    total = len(match.blocks.blocks)
+    return Mismatch(
+        match.template, cause, detail, node.name if node is not None else None, source_line(node), total, total
+    )
