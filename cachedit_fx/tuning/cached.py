@@ -1,0 +1,81 @@
+"""The given calls with the cache itself: what confirms a schedule, and what measures a threshold."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from cachedit_fx.config import CacheConfig
+from cachedit_fx.forecasters.forecaster import LinearForecaster
+from cachedit_fx.pipeline import disable_cache, enable_cache
+from cachedit_fx.reports import summary
+from cachedit_fx.stats import CacheStats
+from cachedit_fx.tuning.calls import Call
+from cachedit_fx.tuning.measure import Measured, Meter
+from cachedit_fx.tuning.schedule import NUM_FIRST, Schedule
+
+
+def config_of(schedule: Schedule) -> CacheConfig:
+    """The configuration that does what a schedule says: at reused steps next to nothing of the model runs."""
+    return CacheConfig(
+        Fn_compute_blocks=0,
+        max_warmup_steps=0,
+        num_inference_steps=schedule.num_steps,
+        steps_computation_mask=schedule.mask,
+        steps_computation_policy="static",
+        forecaster=schedule.forecaster,
+        reach="output",
+        probe="none",
+    )
+
+
+def threshold_config(threshold: float, forecaster: LinearForecaster) -> CacheConfig:
+    """One that looks at the first block at every step, and forecasts what the others add."""
+    return CacheConfig(
+        Fn_compute_blocks=1,
+        max_warmup_steps=NUM_FIRST,
+        residual_diff_threshold=threshold,
+        forecaster=forecaster,
+    )
+
+
+def measure_cached(meter: Meter, config: CacheConfig, key: str) -> Measured:
+    """The calls with the cache enabled; its pieces run eagerly, for nothing is worth compiling for so few steps.
+
+    What is counted as computed is the share of the model's time; the blocks that a reused step runs are in it.
+    """
+    if meter.is_known(key):
+        return meter.measured[key]
+    shares: list[float] = []
+
+    def run(call: Call) -> Tensor:
+        output = call.run(meter.pipe)
+        shares.append(_share(summary(meter.pipe, logging=False)))
+        return output
+
+    with _enabled(meter.pipe, config):
+        return meter.measure(key, run, lambda: statistics.fmean(shares))
+
+
+@contextmanager
+def _enabled(pipe: Any, config: CacheConfig) -> Iterator[None]:
+    enable_cache(pipe, config.override(inner_backend="eager", on_no_match="raise"))
+    try:
+        yield
+    finally:
+        disable_cache(pipe)
+
+
+def _share(ran: Sequence[CacheStats]) -> float:
+    """Of the model's time, what is left: a reused step counts as much as it took, measured against computed ones."""
+    reused = [entry.step_seconds[step] for entry in ran for step in entry.cached_steps]
+    count = sum(entry.num_steps for entry in ran)
+    computed = [s for e in ran for step, s in enumerate(e.step_seconds) if step not in {*e.cached_steps}]
+    if not reused or not computed:
+        return 1.0 if count else 0.0
+    ratio = min(1.0, statistics.median(reused) / max(statistics.median(computed), 1e-9))
+    return (len(computed) + ratio * len(reused)) / count

@@ -1,0 +1,135 @@
+"""What `tune` found: `TuneResult`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cachedit_fx.config import CacheConfig
+from cachedit_fx.pages.render import missing
+from cachedit_fx.tuning.saved import save
+from cachedit_fx.tuning.signature import Signature
+from cachedit_fx.tuning.targets import Target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLES = {True: ("o", "#1f66b8", "measured"), False: ("x", "#999999", "predicted")}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good and how fast.
+
+    Attributes:
+        psnr: dB, of the mean squared error over all images against the uncached ones.
+        rel_l2: Relative L2 distance, dimensionless: root mean square over the images.
+        speedup: Of a whole generation, reckoned from the uncached one's times.
+        share_computed: Of the steps, or where reused ones run blocks too, of the model's time.
+    """
+
+    psnr: float
+    rel_l2: float
+    speedup: float
+    share_computed: float
+
+    def __str__(self) -> str:
+        return (
+            f"PSNR {self.psnr:.1f} dB, relative L2 {self.rel_l2:.3g}, {self.speedup:.2f} times as fast, "
+            f"{self.share_computed:.0%} computed"
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A configuration and its quality.
+
+    Attributes:
+        is_measured: Else it is what the model of the errors says, and its `rel_l2` is NaN.
+    """
+
+    config: CacheConfig
+    quality: Quality
+    is_measured: bool
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """A configuration for `enable_cache`, and what is known of it.
+
+    Attributes:
+        target: What was wanted.
+        is_reached: Whether it was, with the margin.
+        predicted: What to expect of other calls: measured, less the margin.
+        verified: Measured on the given calls.
+        is_confirmed: Whether `verified` comes from the cache itself, and not from leaving out the model's forward.
+        frontier: Everything that was measured or predicted, fastest first.
+        signature: What it was tuned on.
+    """
+
+    config: CacheConfig
+    target: Target
+    is_reached: bool
+    predicted: Quality
+    verified: Quality
+    is_confirmed: bool
+    frontier: tuple[Point, ...]
+    signature: Signature
+
+    def __str__(self) -> str:
+        reached = "reached" if self.is_reached else "not reached"
+        return f"{self.target} {reached}\n  predicted: {self.predicted}\n  verified:  {self.verified}"
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Writes YAML (JSON where the name ends so) for `load_tuned` and `load_configs`.
+
+        Raises:
+            ImportError: Not a JSON file, and PyYAML is not installed.
+        """
+        found = {
+            "target": str(self.target),
+            "predicted": _rounded(self.predicted),
+            "verified": _rounded(self.verified),
+            "signature": self.signature,
+        }
+        return save(path, self.config, found)
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
+        """Quality over speed: what was measured, what is predicted, the choice and the target.
+
+        Args:
+            path: Where to write it, if anywhere: png, svg or pdf.
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise missing("matplotlib", "a plot") from error
+        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for is_measured, (marker, colour, label) in _STYLES.items():
+            shown = [point.quality for point in self.frontier if point.is_measured == is_measured]
+            axes.scatter([q.speedup for q in shown], [q.psnr for q in shown], marker=marker, color=colour, label=label)
+        chosen = self.verified
+        axes.scatter([chosen.speedup], [chosen.psnr], marker="*", s=180, color="#d06000", label="chosen", zorder=3)
+        if self.target.kind == "psnr":
+            axes.axhline(self.target.value, color="#555555", linestyle="--", label=str(self.target))
+        if self.target.kind == "speedup":
+            axes.axvline(self.target.value, color="#555555", linestyle="--", label=str(self.target))
+        axes.set_xlabel("speed-up of a generation")
+        axes.set_ylabel("PSNR against uncached (dB)")
+        axes.set_title(f"{self.signature.get('pipeline', '')}: {self.target}", loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def _rounded(quality: Quality) -> dict[str, float]:
+    return {name: float(f"{value:.5g}") for name, value in dataclasses.asdict(quality).items()}

@@ -1,0 +1,183 @@
+"""The search as one call: `tune`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cachedit_fx.config import CacheConfig
+from cachedit_fx.errors import ConfigError, NoMatchError, shown
+from cachedit_fx.forecasters.forecaster import LinearForecaster
+from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
+from cachedit_fx.forecasters.taylorseer import TaylorSeerCalibratorConfig
+from cachedit_fx.tuning.cached import config_of, measure_cached, threshold_config
+from cachedit_fx.tuning.calls import calls_of
+from cachedit_fx.tuning.generations import record
+from cachedit_fx.tuning.measure import Measured, Meter
+from cachedit_fx.tuning.problems import problems_of
+from cachedit_fx.tuning.progress import Told, shown_progress
+from cachedit_fx.tuning.result import Point, Quality, TuneResult
+from cachedit_fx.tuning.search import Pace, Search
+from cachedit_fx.tuning.signature import signature_of
+from cachedit_fx.tuning.targets import Budget, Target
+
+log = logging.getLogger(__name__)
+
+FORECASTERS: tuple[LinearForecaster, ...] = (
+    *(PolynomialCalibratorConfig(order=order, by=by) for order in (1, 2, 3) for by in ("timestep", "step")),
+    PolynomialCalibratorConfig(order=0),
+    TaylorSeerCalibratorConfig(taylorseer_order=2),
+)
+THRESHOLDS = (0.08, 0.12, 0.2, 0.3)
+MAX_BYTES = 4 << 30
+
+
+def tune(
+    pipe: Any,
+    calls: Sequence[Any],
+    *,
+    target: Any,
+    budget: Any = "runs=24",
+    forecasters: Sequence[LinearForecaster] = FORECASTERS,
+    thresholds: Sequence[float] = THRESHOLDS,
+    peak: float | None = None,
+    confirm: bool = True,
+    resume: str | PathLike[str] | None = None,
+    max_bytes: int = MAX_BYTES,
+    progress: bool = True,
+) -> TuneResult:
+    """Finds which steps to compute, and how to forecast the others, from a few calls of the pipeline.
+
+    The calls run uncached once, and from what the model returned the best schedule is reckoned for every number of
+    computed steps; the candidates among them are then measured. Last, thresholds are measured while the budget lasts.
+
+    Args:
+        pipe: A pipeline, or anything with a `transformer` that can be called; no cache is enabled. Left as it was.
+        calls: Dicts of the pipeline's arguments, or functions that are given the pipeline and return what it makes.
+            Each is one generation, all with one number of steps; their generators are set back before every run.
+        target: `{"psnr": 35}` (dB), `{"rel_l2": 0.05}` or `{"speedup": 2}`; also as text, `"psnr=35"`.
+        budget: `{"runs": 24}` candidates, `{"seconds": 300}`, a number of seconds, or a text as `"runs=24"`.
+        forecasters: What is tried.
+        thresholds: Of the dynamic policy; empty for none.
+        peak: What PSNR is relative to: by default 1 for outputs within [0, 1], else their range.
+        confirm: Whether the choice is measured once more with the cache itself.
+        resume: A JSON file that keeps what was measured, for a search that was cut off or that wants more.
+        max_bytes: What a generation's outputs may take in float32.
+        progress: Whether to show a bar on a terminal.
+
+    Raises:
+        ConfigError: An argument has a value that it cannot have, or the calls cannot be tuned for.
+    """
+    wanted, limit, runs = Target.of(target), Budget.of(budget), calls_of(calls)
+    _check_forecasters(forecasters)
+    recording = record(pipe, runs, max_bytes)
+    meter = Meter(
+        *(pipe, recording.module, runs, recording.outputs),
+        peak=_peak(recording.outputs) if peak is None else peak,
+        resume=None if resume is None else Path(resume),
+    )
+    problems = {by: problems_of(recording.recorded, by) for by in ("step", "timestep")}
+    with shown_progress(progress) as told:
+        parts = (problems, forecasters, meter, wanted, limit, recording.pace)
+        search = Search(*parts, told=lambda line: told(line, limit.share_used))
+        search.run()
+        points = _points(search) + _thresholds(search, thresholds, told)
+        config, measured, is_confirmed = _choice(search, points, confirm)
+    is_reached = search.is_reached(measured)
+    if not is_reached:
+        log.warning(
+            "cachedit_fx: target %s was not reached: the best that was measured has %s.\n"
+            "What to do: give a larger budget, more calls (the margin was %.1f dB), or another target.",
+            *(wanted, _quality(measured, recording.pace), measured.margin_db),
+        )
+    return TuneResult(
+        config,
+        wanted,
+        is_reached,
+        predicted=_expected(measured, recording.pace),
+        verified=_quality(measured, recording.pace),
+        is_confirmed=is_confirmed,
+        frontier=_frontier(search, points),
+        signature=signature_of(pipe, recording.module, runs, recording.inputs, recording.pace.num_steps),
+    )
+
+
+def _check_forecasters(forecasters: Sequence[LinearForecaster]) -> None:
+    if not forecasters or not all(isinstance(each, LinearForecaster) for each in forecasters):
+        raise ConfigError(
+            "cachedit_fx: forecasters must be a list of linear ones, as PolynomialCalibratorConfig(order=2), got "
+            f"{shown(forecasters)}"
+        )
+
+
+def _peak(outputs: Sequence[Tensor]) -> float:
+    low, high = min(float(o.min()) for o in outputs), max(float(o.max()) for o in outputs)
+    return 1.0 if low >= 0 and 0.5 < high <= 1 else (high - low) or 1.0
+
+
+def _points(search: Search) -> list[tuple[CacheConfig, Measured]]:
+    return [(config_of(schedule), measured) for schedule, measured in search.found.items()]
+
+
+def _thresholds(search: Search, thresholds: Sequence[float], told: Told) -> list[tuple[CacheConfig, Measured]]:
+    """The dynamic policy, largest threshold first, with the forecaster of the best schedule."""
+    best, found = search.best(), []
+    for threshold in sorted(thresholds, reverse=True):
+        if best is None or search.budget.is_over:
+            break
+        config = threshold_config(threshold, best[0].forecaster)
+        search.budget.used += 1
+        try:
+            measured = measure_cached(search.meter, config, f"threshold {threshold:g} {config.forecaster!r}")
+        except (ConfigError, NoMatchError) as error:
+            log.info("thresholds are left out: %s", error)
+            break
+        told(f"threshold {threshold:g}: PSNR {measured.psnr:.1f} dB", search.budget.share_used)
+        found.append((config, measured))
+    return found
+
+
+def _choice(
+    search: Search, points: Sequence[tuple[CacheConfig, Measured]], confirm: bool
+) -> tuple[CacheConfig, Measured, bool]:
+    """Of those that reach the target the fastest (for a speed the best), else the best; if wanted measured again."""
+    reaching = [pair for pair in points if search.is_reached(pair[1])]
+    if reaching and search.target.kind != "speedup":
+        config, measured = min(reaching, key=lambda pair: (pair[1].share_computed, -pair[1].psnr))
+    else:
+        config, measured = max(reaching or points, key=lambda pair: pair[1].psnr)
+    if not confirm:
+        return config, measured, False
+    again = measure_cached(search.meter, config, f"cached {config.changes!r}")
+    # What a run that is not compiled takes says less of the speed than the share that was reckoned with.
+    return config, replace(again, share_computed=measured.share_computed), True
+
+
+def _quality(measured: Measured, pace: Pace) -> Quality:
+    share = measured.share_computed
+    return Quality(measured.psnr, measured.rel_l2, pace.speedup(share), share)
+
+
+def _expected(measured: Measured, pace: Pace) -> Quality:
+    margin, share = measured.margin_db, measured.share_computed
+    return Quality(measured.psnr - margin, measured.rel_l2 * 10 ** (margin / 20), pace.speedup(share), share)
+
+
+def _frontier(search: Search, points: Sequence[tuple[CacheConfig, Measured]]) -> tuple[Point, ...]:
+    """The best that was measured of every share; for the numbers of steps of which nothing was, what is predicted."""
+    best: dict[float, Point] = {}
+    for config, measured in sorted(points, key=lambda pair: pair[1].psnr):
+        best[measured.share_computed] = Point(config, _quality(measured, search.pace), True)
+    found = [*best.values()]
+    for schedule, psnr in search.expected():
+        share = schedule.share_computed
+        quality = Quality(psnr, math.nan, search.pace.speedup(share), share)
+        found.append(Point(config_of(schedule), quality, False))
+    return tuple(sorted(found, key=lambda point: -point.quality.speedup))

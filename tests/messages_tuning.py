@@ -1,0 +1,148 @@
+"""The rows of `messages_table` for tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+import cachedit_fx
+from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
+from cachedit_fx.tuning import TuneResult, check_signature, load_tuned, tune
+from cachedit_fx.tuning.saved import save
+from tests import tiny
+from tests.messages_table import Row
+
+
+def of_another_size() -> None:
+    module = cachedit_fx.enable_cache(tiny.build(), **tiny.fields(inner_backend="eager"), tuned_on={"latents": [9, 4]})
+    with torch.no_grad():
+        tiny.step(module, tiny.prompt(), 1.0, tiny.latents())
+
+
+LINEAR = (PolynomialCalibratorConfig(order=1),)
+
+
+class Model(nn.Module):
+    """Adds the timestep; or returns what no one can forecast."""
+
+    def __init__(self, returned: object = None) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Any:
+        return hidden_states * timestep if self.returned is None else self.returned
+
+
+class Pipe:
+    """Calls its first transformers `steps` times."""
+
+    def __init__(self, *modules: nn.Module, num_used: int = 1) -> None:
+        names = ("transformer", "transformer_2")
+        self.components: dict[str, Any] = dict(zip(names, modules or (Model(),), strict=False))
+        self.num_used, self.scheduler = num_used, SimpleNamespace(config={})
+
+    def __call__(self, steps: int = 4, start: float = 1.0) -> Any:
+        latents = torch.full((1, 2), start)
+        for step in range(steps):
+            for module in [*self.components.values()][: self.num_used]:
+                latents = latents + module(latents, torch.tensor([1 - step / steps])) / steps
+        return (latents,)
+
+
+def tuned(pipe: Any = None, calls: Any = ({},), **arguments: Any) -> TuneResult:
+    given: dict[str, Any] = dict(target="psnr=20", budget="runs=1", forecasters=LINEAR, thresholds=(), confirm=False)
+    return tune(pipe or Pipe(), list(calls) if isinstance(calls, tuple) else calls, **(given | arguments))
+
+
+def of(name: str, value: str, says: str, **arguments: Any) -> Row:
+    return Row(name, lambda _: tuned(**arguments), value, says)
+
+
+def compiled() -> Pipe:
+    pipe = Pipe()
+    pipe.components["transformer"].compile(backend="eager")
+    return pipe
+
+
+def wrapped() -> Pipe:
+    pipe = Pipe()
+    pipe.components["transformer"] = torch.compile(Model(), backend="eager")
+    return pipe
+
+
+def resumed(text: str) -> Callable[[Path], object]:
+    def provoke(folder: Path) -> object:
+        (folder / "known.json").write_text(text)
+        return tuned(resume=folder / "known.json")
+
+    return provoke
+
+
+def written(name: str, text: str) -> Callable[[Path], object]:
+    def provoke(folder: Path) -> object:
+        (folder / name).write_text(text)
+        return load_tuned(folder / name)
+
+    return provoke
+
+
+def without(package: str, do: Callable[[Path], object]) -> Callable[[Path], object]:
+    def provoke(folder: Path) -> object:
+        with patch.dict("sys.modules", {package: None}):
+            return do(folder)
+
+    return provoke
+
+
+ROWS = [
+    of("tune-target", "got {'ssim': 1}", "target must be one of psnr, rel_l2, speedup", target={"ssim": 1}),
+    of("tune-slow", "got 0.5", "target speedup must be greater than 1", target="speedup=0.5"),
+    of("tune-budget", "got {'hours': 1}", "budget must be one of runs, seconds", budget={"hours": 1}),
+    of("tune-no-budget", "got 0", "budget seconds must be greater than 0", budget=0),
+    of("tune-calls", "got 'a cat'", "must be a list of dicts of the pipeline's arguments", calls="a cat"),
+    of("tune-forecasters", "got ['linear']", "must be a list of linear ones", forecasters=["linear"]),
+    of("tune-length", "got [4, 5]", "must all have one number of steps", calls=({}, {"steps": 5})),
+    of("tune-returned", "got None", "must return a tensor", calls=(lambda pipe: pipe() and None,)),
+    of("tune-two", "transformer and transformer_2", "runs one transformer", pipe=Pipe(Model(), Model(), num_used=2)),
+    of("tune-compiled", "got one that is", "neither cached nor compiled", pipe=compiled()),
+    of("tune-wrapped", "got one", "must not be wrapped by torch.compile", pipe=wrapped()),
+    of("tune-output", "got int", "must return a floating tensor", pipe=Pipe(Model(1))),
+    of("tune-bytes", "got 10", "max_bytes must be at least", max_bytes=10),
+    of("tune-missed", "psnr=149", "was not reached", target="psnr=149"),
+    Row("tune-no-resume", resumed("{}"), "known.json", "resume must be a new path or a file that tune wrote"),
+    Row(
+        "tune-other-resume",
+        resumed('{"references": [1.0], "measured": {}}'),
+        "[1.0]",
+        "resume must be of the same calls and pipeline",
+    ),
+    Row("tuned-missing", lambda folder: load_tuned(folder / "no.yaml"), "no.yaml", "cannot be read"),
+    Row("tuned-other", written("a.yaml", "x: 1"), "a.yaml", "which is not"),
+    Row("tuned-no-json", written("a.json", "x"), "a.json", "which is not"),
+    Row("tuned-no-yaml", written("b.yaml", "[1, {"), "b.yaml", "which is not"),
+    Row(
+        "tuned-without-yaml",
+        without("yaml", lambda folder: save(folder / "a.yaml", tuned().config, {})),
+        "PyYAML",
+        "which is not installed",
+    ),
+    Row(
+        "tune-plot",
+        without("matplotlib.figure", lambda _: tuned().plot()),
+        "matplotlib",
+        "which is not installed",
+    ),
+    Row(
+        "tuned-elsewhere",
+        lambda _: check_signature(Pipe(), {"pipeline": "Other"}),
+        "tuned on Other, found Pipe",
+        "was tuned on something else",
+    ),
+    Row("tuned-size", lambda _: of_another_size(), "found [6, 4]", "was tuned on another size"),
+]

@@ -1,0 +1,376 @@
+"""Tuning: what is recorded and replayed, what is found, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cachedit_fx
+from cachedit_fx import CacheConfig, load_configs
+from cachedit_fx.errors import ConfigError
+from cachedit_fx.forecasters.forecaster import Times
+from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
+from cachedit_fx.tuning import TuneResult, check_signature, generations, load_tuned, tune
+from cachedit_fx.tuning.cached import measure_cached, threshold_config
+from cachedit_fx.tuning.calls import as_tensor, calls_of
+from cachedit_fx.tuning.measure import Measured, Meter
+from cachedit_fx.tuning.record import Recorder, Steps, handled
+from cachedit_fx.tuning.replay import Replay
+from cachedit_fx.tuning.schedule import Schedule
+from cachedit_fx.tuning.search import Pace
+from cachedit_fx.tuning.targets import Budget, Target
+from tests import tiny
+from tests.tiny_pipelines import PIPELINES
+
+NUM_STEPS = 12
+LINEAR = PolynomialCalibratorConfig(order=1, by="timestep")
+
+
+class Field(nn.Module):
+    """A velocity that depends on the latents, the timestep and the prompt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.mix = nn.Linear(6, 6)
+        self.num_runs = 0
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
+        self.num_runs += 1
+        turn = 2.0 * timestep[:, None]
+        return (torch.tanh(self.mix(hidden_states)) * torch.cos(turn) + encoder_hidden_states * torch.sin(turn),)
+
+
+class Pipe:
+    """Euler steps from 1 to 0, with guidance: two calls of the transformer per step."""
+
+    def __init__(self) -> None:
+        self.transformer = Field().eval().requires_grad_(False)
+        self.scheduler = SimpleNamespace(config={"shift": 1.0}, sigmas=None)
+
+    def __call__(
+        self, prompt: Tensor, num_inference_steps: int = NUM_STEPS, generator: Any = None, scale: float = 2.0
+    ) -> tuple[Tensor]:
+        sigmas = torch.linspace(1, 0, num_inference_steps + 1)
+        self.scheduler.sigmas = sigmas
+        latents, nothing = torch.randn(prompt.shape, generator=generator), torch.zeros_like(prompt)
+        for now, after in itertools.pairwise(sigmas):
+            timestep = now.expand(len(latents))
+            cond = self.transformer(latents, timestep, encoder_hidden_states=prompt)[0]
+            uncond = self.transformer(latents, timestep, encoder_hidden_states=nothing)[0]
+            latents = latents + (after - now) * (uncond + scale * (cond - uncond))
+        return (latents,)
+
+
+def calls(count: int = 2) -> list[dict[str, Any]]:
+    made = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    return [dict(prompt=torch.randn(3, 6, generator=each), generator=each) for each in made]
+
+
+def tuned(pipe: Pipe | None = None, **arguments: Any) -> TuneResult:
+    defaults: dict[str, Any] = dict(target="psnr=45", budget="runs=14", thresholds=(), confirm=False)
+    return tune(pipe or Pipe(), calls(), **(defaults | arguments))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pace() -> Iterator[None]:
+    """All time goes into the model: on a busy machine a model this small would take none of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generations, "Pace", lambda generation, step, num_steps: Pace(float(num_steps), 1.0, num_steps))
+        yield
+
+
+@pytest.fixture(scope="module")
+def result() -> TuneResult:
+    return tuned()
+
+
+# What is found.
+
+
+def test_the_target_is_reached_by_few_steps_and_holds_for_other_calls(result):
+    assert result.is_reached and result.verified.psnr >= result.predicted.psnr >= 45
+    assert result.verified.share_computed <= 0.6 and result.verified.speedup > 1
+    assert result.config.is_static and len(result.config.steps_computation_mask) == NUM_STEPS
+    assert (result.config.reach, result.config.probe, result.config.Fn_compute_blocks) == ("output", "none", 0)
+    pipe, mask = Pipe(), result.config.steps_computation_mask
+    assert math.isclose(sum(mask) / NUM_STEPS, result.verified.share_computed)
+    call = dict(prompt=torch.randn(8, 6, generator=torch.Generator().manual_seed(9)))
+    (new,) = calls_of([call])
+    schedule = Schedule(result.config.forecaster, tuple(i for i, m in enumerate(mask) if m), NUM_STEPS)
+    reference = new.run(pipe)
+    with Replay(pipe.transformer, schedule).replaying():
+        error = (new.run(pipe) - reference).square().mean()
+    assert 10 * math.log10((reference.max() - reference.min()) ** 2 / error) > 40  # Other noise, another peak.
+
+
+def test_a_speedup_is_kept_and_its_best_schedule_is_taken():
+    found = tuned(target={"speedup": 1.5}, budget={"runs": 10})
+    assert found.is_reached and found.verified.speedup >= 1.5
+    rivals = [p.quality for p in found.frontier if p.is_measured and p.quality.speedup >= 1.5]
+    assert found.verified.psnr == max(rival.psnr for rival in rivals)
+
+
+def test_a_relative_error_is_a_target_too():
+    found = tuned(target={"rel_l2": 0.01})
+    assert found.is_reached and found.verified.rel_l2 <= found.predicted.rel_l2 <= 0.01
+
+
+def test_the_frontier_has_every_number_of_steps(result):
+    shares = sorted({round(point.quality.share_computed * NUM_STEPS) for point in result.frontier})
+    assert shares == list(range(1, NUM_STEPS))
+    assert [p.quality.speedup for p in result.frontier] == sorted(p.quality.speedup for p in result.frontier)[::-1]
+
+
+def test_what_cannot_be_reached_is_told(caplog):
+    found = tuned(target="psnr=140", budget="runs=3")
+    assert not found.is_reached
+    (record,) = caplog.records
+    assert "target psnr=140 was not reached" in record.getMessage()
+
+
+def test_the_pipeline_is_left_as_it_was():
+    pipe = Pipe()
+    before = dict(pipe.transformer.__dict__)
+    tuned(pipe, budget="runs=2")
+    assert {k: v for k, v in pipe.transformer.__dict__.items() if k != "num_runs"} == {
+        k: v for k, v in before.items() if k != "num_runs"
+    }
+
+
+def test_a_search_goes_on_from_its_file(tmp_path):
+    pipe, again, file = Pipe(), Pipe(), tmp_path / "search.json"
+    first = tuned(pipe, resume=file)
+    known = json.loads(file.read_text())["measured"]
+    second = tuned(again, resume=file)
+    assert second.verified.share_computed <= first.verified.share_computed  # With as many runs once more.
+    assert json.loads(file.read_text())["measured"].items() >= known.items()
+    meter = Meter(None, Field(), (), [call.run(Pipe()) for call in calls_of(calls())], 1.0, file)
+    key, entry = next(iter(known.items()))
+    assert meter.is_known(key) and list(meter.measure(key, pytest.fail, pytest.fail).errors) == entry["errors"]
+
+
+# What it is made of.
+
+
+def test_a_replay_computes_and_forecasts_as_the_schedule_says():
+    pipe, schedule = Pipe(), Schedule(LINEAR, (0, 1, 4), 6)
+    seen: list[Tensor] = []
+    replay = Replay(pipe.transformer, schedule)
+    with replay.replaying():
+        run = pipe.transformer._compiled_call_impl
+        pipe.transformer._compiled_call_impl = lambda *a, **k: seen.append(run(*a, **k)[0]) or (seen[-1],)
+        calls_of(calls())[0].run(lambda **given: pipe(num_inference_steps=6, **given))
+        pipe.transformer._compiled_call_impl = run
+    assert (replay.num_computed, replay.num_calls, pipe.transformer.num_runs) == (6, 12, 6)
+    for branch in (0, 1):
+        made = seen[branch::2]
+        at = [k / 6 for k in range(6)]
+        for step, known in ((2, (1, 0)), (3, (1, 0)), (5, (4, 1))):
+            factors = LINEAR.numbers(Times(tuple(at[k] for k in known), at[step]))
+            expected = sum(f * made[k] for f, k in zip(factors, known, strict=True))
+            # Positions are differences of float32 timesteps.
+            torch.testing.assert_close(made[step], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_all_steps_computed_changes_no_bit():
+    pipe, (call, _) = Pipe(), calls_of(calls())
+    reference = call.run(pipe)
+    with Replay(pipe.transformer, Schedule(LINEAR, tuple(range(NUM_STEPS)), NUM_STEPS)).replaying():
+        assert torch.equal(call.run(pipe), reference)
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image", "zimage"])
+def test_branches_and_steps_of_real_pipelines(name):
+    real = PIPELINES[name]
+    pipe = real.build(num_blocks=2)
+    recorder = Recorder(pipe.transformer, 1 << 30)
+    with recorder.recording():
+        reference = real.run(pipe, num_steps=5)
+    trajectories = recorder.trajectories()
+    assert recorder.num_steps == 5 and len(trajectories) == max(1, len(real.branches))
+    for trajectory in trajectories:
+        assert trajectory.gram.shape == (5, 5) and len({*trajectory.timesteps}) == 5
+    with Replay(pipe.transformer, Schedule(LINEAR, (0, 1, 2, 3, 4), 5)).replaying():
+        assert torch.equal(as_tensor((real.run(pipe, num_steps=5),)), as_tensor((reference,)))
+    with Replay(pipe.transformer, Schedule(LINEAR, (0, 1, 3), 5)).replaying():
+        assert as_tensor((real.run(pipe, num_steps=5),)).isfinite().all()
+
+
+def test_a_solver_that_calls_twice_at_a_timestep_is_one_branch():
+    prompt, other = torch.zeros(1, 6), torch.ones(1, 6)
+    steps = Steps(Field())
+
+    def at(moment: float, with_prompt: Tensor) -> tuple[int, int]:
+        step = steps.next((torch.zeros(1, 6), torch.tensor([moment]), with_prompt), {})
+        return step.branch, step.number
+
+    assert [at(t, prompt) for t in (1.0, 0.8, 0.8, 0.6)] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    steps = Steps(Field())
+    pairs = [(1.0, prompt), (1.0, other), (0.8, other), (0.8, prompt)]
+    assert [at(*pair) for pair in pairs] == [(0, 0), (1, 0), (1, 1), (0, 1)]
+    steps = Steps(Field())  # Prompts that are built anew at every call.
+    assert [at(t, torch.zeros(1, 6)) for t in (1.0, 1.0, 0.8, 0.8)] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+
+def test_an_exception_leaves_the_module_alone():
+    module = Field()
+    with pytest.raises(KeyError), handled(module, lambda step, run: {}["gone"]):
+        module(torch.zeros(1, 6), torch.ones(1), torch.zeros(1, 6))
+    assert "_compiled_call_impl" not in module.__dict__
+
+
+def test_a_measurement_says_what_its_errors_say():
+    measured = Measured((0.01, 0.0001), (1.0, 1.0), peak=1.0, share_computed=0.5, seconds=1.0)
+    assert measured.psnr == pytest.approx(-10 * math.log10(0.00505))
+    assert measured.rel_l2 == pytest.approx(math.sqrt(0.00505))
+    assert measured.margin_db == pytest.approx(10.0)  # 20 and 40 dB: a deviation of 14.1 over the root of 2.
+    assert Measured((0.0,), (1.0,), 1.0, 0.5, 1.0).psnr == 150.0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("psnr=35", Target("psnr", 35)),
+        ({"rel_l2": 0.05}, Target("rel_l2", 0.05)),
+        (" speedup = 2", Target("speedup", 2)),
+    ],
+)
+def test_targets_are_read(given, expected):
+    assert Target.of(given) == expected
+
+
+def test_budgets_are_read():
+    assert [(b.kind, b.value) for b in map(Budget.of, (60, "runs=3", {"seconds": 1}))] == [
+        ("seconds", 60), ("runs", 3), ("seconds", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [torch.zeros(2, 3), (torch.zeros(2, 3),), [torch.zeros(3), torch.zeros(3)], torch.zeros(2, 3).numpy()],
+    ids=["tensor", "tuple", "list", "array"],
+)
+def test_what_a_call_returns_becomes_a_tensor(returned):
+    assert as_tensor(returned).shape == (2, 3) and as_tensor(returned).dtype == torch.float32
+
+
+def test_pictures_are_between_0_and_1():
+    assert as_tensor(torch.full((1, 2), 255, dtype=torch.uint8)).eq(1).all()
+
+
+# Files and signatures.
+
+
+@pytest.mark.parametrize("name", ["tuned.yaml", "tuned.json"])
+def test_what_is_saved_is_loaded(result, tmp_path, name):
+    config, signature = load_tuned(result.save(tmp_path / name))
+    assert (config, signature) == (result.config, result.signature)
+    assert signature["num_steps"] == NUM_STEPS and signature["latents"] == [6]
+    assert isinstance(config, CacheConfig)
+
+
+def test_a_saved_file_is_one_for_load_configs(result, tmp_path):
+    known = load_configs(result.save(tmp_path / "tuned.json"))
+    assert known == {"cache_config": result.config, "tuned_on": result.signature}
+
+
+def test_enable_cache_warns_of_another_size_than_was_tuned_on_once(caplog):
+    module = tiny.build()
+    fields = tiny.fields(inner_backend="eager")
+    signature = {"transformer": "Transformer", "latents": [tiny.TOKENS, 4]}
+    cachedit_fx.enable_cache(module, **fields, tuned_on=signature)
+    with torch.no_grad():
+        tiny.step(module, tiny.prompt(), 1.0, tiny.latents())
+        assert "was tuned on" not in caplog.text
+        for _ in range(2):
+            tiny.step(module, tiny.prompt(), 1.0, tiny.latents(tokens=9))
+    (record,) = [record for record in caplog.records if "was tuned on" in record.getMessage()]
+    assert "latents: tuned on [6, 4], found [9, 4]" in record.getMessage()
+
+
+def test_enable_cache_warns_of_another_model_than_was_tuned_on(caplog):
+    cachedit_fx.enable_cache(tiny.build(), inner_backend="eager", tuned_on={"transformer": "FluxTransformer2DModel"})
+    assert "transformer: tuned on FluxTransformer2DModel, found Transformer" in caplog.text
+
+
+def test_another_pipeline_or_call_is_told(result, caplog):
+    pipe = Pipe()
+    assert check_signature(pipe, result.signature) == [] and not caplog.records
+    pipe.scheduler.config = {"shift": 3.0}
+    found = check_signature(pipe, result.signature)
+    assert found == ["scheduler_config: tuned on {'shift': 1.0}, found {'shift': 3.0}"]
+    assert "tuned on something else" in caplog.records[0].getMessage()
+    numbers = tuned(budget="runs=1").signature
+    assert check_signature(Pipe(), numbers, dict(num_inference_steps=50)) == []  # Was not given, so is not known.
+
+
+def test_the_numbers_of_a_call_are_compared():
+    pipe = Pipe()
+    given = [call | dict(num_inference_steps=NUM_STEPS, scale=s) for call, s in zip(calls(), (1.5, 2.0), strict=True)]
+    found = tune(pipe, given, target="psnr=30", budget="runs=1", thresholds=(), confirm=False)
+    assert found.signature["arguments"] == {"num_inference_steps": [NUM_STEPS], "scale": [1.5, 2.0]}
+    assert check_signature(pipe, found.signature, given[0]) == []
+    assert check_signature(pipe, found.signature, dict(num_inference_steps=50, scale=1.5)) == [
+        "num_inference_steps: tuned on [12], found [50]"
+    ]
+
+
+def test_the_plot_shows_measured_predicted_and_chosen(result, tmp_path):
+    (axes,) = result.plot(tmp_path / "frontier.png").axes
+    assert axes.get_legend_handles_labels()[1] == ["measured", "predicted", "chosen", "psnr=45"]
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+
+
+def test_the_result_reads_well(result):
+    first, predicted, verified = str(result).splitlines()
+    assert first == "psnr=45 reached" and predicted.startswith("  predicted: PSNR ") and "computed" in verified
+
+
+def test_a_pipeline_of_one_step_is_refused():
+    with pytest.raises(ConfigError, match="must all have one number of steps, more than 1, got"):
+        tune(Pipe(), [dict(prompt=torch.zeros(1, 6), num_inference_steps=1)], target="psnr=30")
+
+
+# With the cache itself.
+
+
+class Cached:
+    """A pipeline around a small transformer of blocks."""
+
+    def __init__(self) -> None:
+        self.transformer = tiny.build(num_blocks=3)
+
+    def __call__(self, seed: int = 1) -> tuple[Tensor]:
+        latents, prompt = tiny.latents(seed), tiny.prompt(seed)
+        for moment in tiny.TIMES:
+            latents = latents - tiny.step(self.transformer, prompt, moment, latents) / len(tiny.TIMES)
+        return (latents,)
+
+
+def test_the_cache_does_what_the_replay_says_and_is_taken_off_again():
+    pipe, given = Cached(), [dict(seed=1), dict(seed=2)]
+    found = tune(pipe, given, target="speedup=2", budget="runs=3", forecasters=[LINEAR], thresholds=())
+    assert found.is_confirmed and "_compiled_call_impl" not in pipe.transformer.__dict__
+    mask, made = found.config.steps_computation_mask, calls_of(given)
+    meter = Meter(pipe, pipe.transformer, made, [call.run(pipe) for call in made], 1.0)
+    replayed = meter.replay(Schedule(LINEAR, tuple(i for i, m in enumerate(mask) if m), len(mask)))
+    assert replayed.rel_l2 > 1e-4
+    assert found.verified.rel_l2 == pytest.approx(replayed.rel_l2, rel=1e-2)  # The graph rounds in another way.
+
+
+def test_a_threshold_is_measured_with_the_cache():
+    pipe, (call,) = Cached(), calls_of([{}])
+    meter = Meter(pipe, pipe.transformer, (call,), [call.run(pipe)], 1.0)
+    never, often = (measure_cached(meter, threshold_config(t, LINEAR), f"{t}") for t in (0.0, 0.5))
+    assert never.share_computed == 1.0 and never.rel_l2 < 1e-5  # The graph rounds in another way.
+    assert often.share_computed <= 1.0 and often.rel_l2 > never.rel_l2
