@@ -1,0 +1,87 @@
+"""Frontiers: the least that a quality costs, by family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TARGETS = (45.0, 40.0, 35.0)  # dB.
+NEAR = 1.1  # Groups whose share at a target is up to this many times the least are timed too.
+
+Row = Mapping[str, Any]  # What a worker answered for a configuration that ran.
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What reaches a quality: a point between two configurations of a frontier.
+
+    Attributes:
+        low, high: Rows; below and above the target, or the same one where the cheapest is better already.
+        weight: Of `high`, 0 to 1.
+    """
+
+    low: Row
+    high: Row
+    weight: float
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it can be had for less, by configurations that were not tried."""
+        return self.low is self.high
+
+    @property
+    def share(self) -> float:
+        return self._between("share")
+
+    def time(self, times: Mapping[str, Row], clock: str) -> float | None:
+        """The ratio to the uncached time; None where one of the two was not timed."""
+        if self.low["name"] not in times or self.high["name"] not in times:
+            return None
+        low, high = (float(times[row["name"]][clock]) for row in (self.low, self.high))
+        return low + self.weight * (high - low)
+
+    def _between(self, key: str) -> float:
+        return float(self.low[key] + self.weight * (self.high[key] - self.low[key]))
+
+
+def frontier(rows: Iterable[Row]) -> list[Row]:
+    """The rows that none beats, which costs no more and is no worse: from cheap to dear, PSNR rises."""
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row["share"], -row["psnr"])):
+        if row["share"] < 1 and (not found or row["psnr"] > found[-1]["psnr"]):
+            found.append(row)
+    return found
+
+
+def reach(rows: Sequence[Row], psnr: float) -> Reach | None:
+    """Where a frontier, straight between its rows, gets to this PSNR; None if it never does."""
+    line = frontier(rows)
+    for low, high in zip([None, *line], line, strict=False):
+        if high["psnr"] >= psnr:
+            if low is None:
+                return Reach(high, high, 0.0)
+            return Reach(low, high, (psnr - low["psnr"]) / (high["psnr"] - low["psnr"]))
+    return None
+
+
+def reaches(rows: Sequence[Row], psnr: float) -> list[Reach]:
+    """That of all rows first, then those of each group alone that come near it."""
+    best = reach(rows, psnr)
+    if best is None:
+        return []
+    groups = dict.fromkeys(row["group"] for row in rows)
+    alone = [reach([row for row in rows if row["group"] == group], psnr) for group in groups]
+    return [best, *(each for each in alone if each is not None and each.share <= NEAR * best.share)]
+
+
+def worth_timing(rows: Sequence[Row], targets: Sequence[float] = TARGETS) -> list[str]:
+    """Names of the configurations between which the targets lie."""
+    found = [each for target in targets for each in reaches(rows, target)]
+    return list(dict.fromkeys(row["name"] for each in found for row in (each.low, each.high)))
+
+
+def least_time(rows: Sequence[Row], times: Mapping[str, Row], psnr: float, clock: str) -> float | None:
+    """The least time ratio that reaches this PSNR, among what was timed."""
+    found = [each.time(times, clock) for each in reaches(rows, psnr)]
+    return min((value for value in found if value is not None), default=None)

@@ -1,0 +1,136 @@
+"""The tables of the quality benchmark, and the page that they stand in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import figures
+from benchmarks.quality_frontier import TARGETS, Row, frontier, least_time, reach
+
+BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
+Measured = Mapping[str, Any]  # What `quality.py` writes as JSON.
+
+
+def rows_of(measured: Measured, family: str) -> list[Row]:
+    """The configurations of a family that ran."""
+    return [row for row in measured["nearness"] if row["family"] == family and "skipped" not in row]
+
+
+def times_of(measured: Measured, family: str) -> dict[str, Row]:
+    return {row["name"]: row for row in measured["times"] if row["family"] == family and "skipped" not in row}
+
+
+def families_of(measured: Measured) -> list[str]:
+    return list(dict.fromkeys(row["family"] for row in measured["nearness"]))
+
+
+def tables(measured: Measured) -> str:
+    """All that is written between the marks of the page."""
+    parts = [heading(measured), "### The least that a quality costs", target_table(measured)]
+    for family in families_of(measured):
+        parts += [f"### Frontier: {family}", frontier_table(measured, family)]
+    skipped = skipped_list(measured)
+    if skipped:
+        parts += ["### Left out", skipped]
+    return "\n\n".join(parts)
+
+
+def heading(measured: Measured) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
+    about = measured["reference"]
+    read = "" if about.get("accuracy") is None else f"; a classifier reads {about['accuracy']:.0%} of the uncached ones"
+    times = (
+        f" Times: one image, compiled by {measured['inner']} on both sides, CPU time, medians of the ratios of "
+        f"{measured['rounds']} rounds that take turns with the uncached model."
+    )
+    return (
+        f"{measured['hardware']}; {versions}\n`{measured['command']}`\n\n"
+        f"{about['images']} images in batches of {measured['batch']}{read}.{times if measured['times'] else ''}"
+    )
+
+
+def target_table(measured: Measured) -> str:
+    """Per PSNR the least share of FLOPs and the least time of every family, and ours against the others."""
+    families = families_of(measured)
+    others = [family for family in families if family != "ours"] if "ours" in families else []
+    rows = [["PSNR", "of the uncached model's", *families, *(f"ours / {other}" for other in others)]]
+    for target in TARGETS:
+        shares: dict[str, float | None] = {}
+        bounds = set()
+        for family in families:
+            found = reach(rows_of(measured, family), target)
+            shares[family] = None if found is None else found.share
+            bounds |= {family} if found is not None and found.is_bound else set()
+        times = {
+            family: least_time(rows_of(measured, family), times_of(measured, family), target, "cpu_ratio")
+            for family in families
+        }
+        for title, values in (("FLOPs", shares), ("time", times)) if measured["times"] else (("FLOPs", shares),):
+            cells = [("≤ " if f in bounds and values[f] is not None else "") + _text(values[f]) for f in families]
+            ratios = [_text(_ratio(values["ours"], values[other])) for other in others]
+            rows.append([f"{target:g} dB", title, *cells, *ratios])
+    return figures.markdown(rows)
+
+
+def frontier_table(measured: Measured, family: str) -> str:
+    """The configurations of a family that none of it beats."""
+    times = times_of(measured, family)
+    header = ["configuration", "FLOPs", "PSNR, dB", "worst image", "SSIM", "relative L2", "read right", "time", "ms"]
+    rows = [header]
+    for row in frontier(rows_of(measured, family)):
+        timed = times.get(row["name"], {})
+        rows.append(
+            [
+                row["name"],
+                _text(row["share"]),
+                _text(row["psnr"], 1),
+                _text(row["psnr_least"], 1),
+                _text(row["ssim"], 4),
+                _text(row["rel_l2"], 4),
+                "-" if row["accuracy"] is None else f"{row['accuracy']:.0%}",
+                _text(timed.get("cpu_ratio")),
+                _text(timed.get("ms"), 0),
+            ]
+        )
+    return figures.markdown(rows)
+
+
+def skipped_list(measured: Measured) -> str:
+    """Configurations that did not run, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in [*measured["nearness"], *measured["times"]]:
+        if "skipped" in row:
+            reasons.setdefault(row["skipped"], []).append(f"{row['family']}: {row['name']}")
+    reasons |= {reason: [family] for family, reason in measured["errors"].items()}
+    return "\n".join(f"- {reason} ({_named(names)})" for reason, names in reasons.items())
+
+
+def write_page(path: Path, measured: Measured, plot: str | None) -> None:
+    """Puts the tables between the marks of the page.
+
+    Raises:
+        ValueError: The page has no marks.
+    """
+    page = path.read_text(encoding="utf-8")
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path} must have a line {BEGIN} and after it a line {END}")
+    picture = f"![PSNR over the share of FLOPs]({plot})\n\n" if plot else ""
+    text = f"{before}{BEGIN}\n\n{picture}{tables(measured)}\n\n{END}{after}"
+    path.write_text(text, encoding="utf-8")
+
+
+def _named(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return "; ".join(names[:most]) + more
+
+
+def _ratio(mine: float | None, theirs: float | None) -> float | None:
+    return None if mine is None or not theirs else mine / theirs
+
+
+def _text(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,168 @@
+"""How each family's configurations are put on a pipeline, and compiled."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import cachedit_fx
+from benchmarks.quality_configs import Config
+from benchmarks.quality_flops import Flops, PieceFlops
+from benchmarks.quality_setup import Setup
+from benchmarks.quality_solvers import solver
+
+
+class UnavailableError(RuntimeError):
+    """This configuration cannot run here."""
+
+
+class Runner:
+    """The uncached pipeline; what the families change.
+
+    Args:
+        setup: A pipeline of its own for each runner.
+        inner: What compiles: "eager" or "inductor".
+
+    Attributes:
+        compiles_once: Another configuration on the same pipeline compiles nothing anew.
+    """
+
+    compiles_once: ClassVar[bool] = False
+
+    def __init__(self, setup: Setup, inner: str = "eager") -> None:
+        self.setup, self.inner = setup, inner
+        self.pipe = setup.pipe
+        self._compile()
+
+    def _compile(self) -> None:
+        if self.inner != "eager":
+            self.pipe.transformer.compile(backend=self.inner, fullgraph=True)
+
+    def configure(self, config: Config) -> None:
+        """Puts the configuration on the pipeline.
+
+        Raises:
+            UnavailableError: It cannot be had.
+        """
+
+    def close(self) -> None:
+        """Takes it off again."""
+
+    def images(self, number: int) -> Tensor:
+        """What call `number` generates, [B, C, H, W]."""
+        return self.setup.generate(number)
+
+    def counting(self) -> AbstractContextManager[Any]:
+        """Within this, the `total` of what it gives grows by the FLOPs that are executed."""
+        return Flops()
+
+
+class Ours(Runner):
+    """cachedit_fx, by `enable_cache`."""
+
+    def __init__(self, setup: Setup, inner: str = "eager") -> None:
+        super().__init__(setup, inner)
+        self._pieces = PieceFlops()
+        self._watching = contextlib.ExitStack()
+        if inner == "eager":
+            self._watching.enter_context(self._pieces.watching())
+
+    def _compile(self) -> None:
+        """`enable_cache` does."""
+
+    def configure(self, config: Config) -> None:
+        try:
+            fields = dict(config.fields)
+            if "load" in fields:
+                fields = cachedit_fx.load_configs(fields["load"])
+                fields = dict(fields["cache_config"].changes) if "cache_config" in fields else fields
+            if config.forecaster is not None:
+                fields["forecaster"] = _made("cachedit_fx.forecasters", config)
+            cachedit_fx.enable_cache(self.pipe, **fields | {"inner_backend": self.inner, "on_no_match": "raise"})
+        except cachedit_fx.ConfigError as error:
+            raise UnavailableError(str(error)) from error
+
+    def close(self) -> None:
+        cachedit_fx.disable_cache(self.pipe)
+
+    def counting(self) -> AbstractContextManager[Any]:
+        self._pieces.total = 0
+        return self._pieces
+
+
+class CacheDiT(Runner):
+    """cache-dit, by its `enable_cache`; its blocks are compiled one class at a time, as its documentation has it."""
+
+    def __init__(self, setup: Setup, inner: str = "eager") -> None:
+        super().__init__(setup, inner)
+        # cache-dit patches the pipeline's class: the uncached pipelines of this process must not be of that class.
+        kind = type(self.pipe)
+        self.pipe.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__})
+
+    def _compile(self) -> None:
+        """Once the cache is there."""
+
+    def configure(self, config: Config) -> None:
+        import cache_dit
+
+        calibrator = None if config.forecaster is None else _made("cache_dit", config)
+        fields = dict(config.fields) | {"num_inference_steps": self.setup.num_steps}
+        cache_dit.enable_cache(self.pipe, cache_config=cache_dit.DBCacheConfig(**fields), calibrator_config=calibrator)
+        if self.inner != "eager":
+            cache_dit.set_compile_configs(descent_tuning=False)
+            self.pipe.transformer.compile_repeated_blocks(backend=self.inner, fullgraph=True)
+
+    def close(self) -> None:
+        import cache_dit
+
+        cache_dit.disable_cache(self.pipe)
+
+
+class FewerSteps(Runner):
+    """The uncached pipeline with another scheduler and fewer steps."""
+
+    compiles_once = True
+
+    def __init__(self, setup: Setup, inner: str = "eager") -> None:
+        super().__init__(setup, inner)
+        self._own = self.pipe.scheduler
+        self._steps = setup.num_steps
+
+    def configure(self, config: Config) -> None:
+        self.pipe.scheduler = solver(config.fields["solver"], self._own)
+        self._steps = config.fields["num_steps"]
+
+    def close(self) -> None:
+        self.pipe.scheduler = self._own
+
+    def images(self, number: int) -> Tensor:
+        return self.setup.generate(number, {"num_inference_steps": self._steps})
+
+
+RUNNERS: dict[str, type[Runner]] = {"ours": Ours, "cache-dit": CacheDiT, "fewer steps": FewerSteps}
+NEEDS = {"cache-dit": "cache_dit"}
+
+
+def _made(module: str, config: Config) -> Any:
+    """The configuration's forecaster, from the library that has it.
+
+    Raises:
+        UnavailableError: It has none of that name.
+    """
+    import importlib
+
+    assert config.forecaster is not None
+    name, fields = config.forecaster
+    kind = getattr(importlib.import_module(module), name, None)
+    if kind is None:
+        raise UnavailableError(f"{module} has no {name}")
+    return kind(**fields)
+
+
+def reset() -> None:
+    """Forgets what Dynamo has compiled."""
+    torch._dynamo.reset()

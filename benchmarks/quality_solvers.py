@@ -1,0 +1,80 @@
+"""The solvers of diffusers for flow matching, all on the noise levels of the pipeline's own scheduler."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
+from torch import Tensor
+
+MOST_NOISE = 0.999  # Where the multistep solvers of diffusers begin: they take the logarithm of 1 - sigma.
+
+
+def sigmas_of(euler: Any, num_steps: int | None, device: Any, sigmas: Any, mu: float | None) -> Tensor:
+    """Noise levels, [steps + 1], the last one 0, as the pipeline's own scheduler makes them."""
+    if sigmas is None:
+        assert num_steps is not None
+        sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
+    euler.set_timesteps(sigmas=sigmas, device=device, mu=mu)
+    levels: Tensor = euler.sigmas.clone()
+    return levels
+
+
+class Heun(FlowMatchHeunDiscreteScheduler):
+    """Calls the model twice per step but the last one."""
+
+    euler: Any
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None
+    ) -> None:
+        levels = sigmas_of(self.euler, num_inference_steps, device, sigmas, mu)
+        super().set_timesteps(len(levels) - 1, device)
+        once = torch.cat([levels[:1], levels[1:-1].repeat_interleave(2)])
+        self.timesteps = once * self.config.num_train_timesteps
+        self.sigmas = torch.cat([once, levels[-1:]])
+
+
+class _Multistep:
+    """What the two multistep solvers have in common. Their own timesteps are whole numbers; these are not rounded."""
+
+    euler: Any
+    config: Any
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None
+    ) -> None:
+        levels = sigmas_of(self.euler, num_inference_steps, device, sigmas, mu).clamp_max(MOST_NOISE)
+        super().set_timesteps(len(levels) - 1, device)  # type: ignore[misc]
+        self.sigmas = levels
+        self.timesteps = levels[:-1] * self.config.num_train_timesteps
+
+
+class Dpm(_Multistep, DPMSolverMultistepScheduler):
+    """DPM++ 2M."""
+
+
+class UniPC(_Multistep, UniPCMultistepScheduler):
+    """UniPC of order 2."""
+
+
+_MULTISTEP = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+_MAKE = {"heun": lambda: Heun(), "dpm++ 2m": lambda: Dpm(**_MULTISTEP), "unipc": lambda: UniPC(**_MULTISTEP)}
+SOLVERS = ("euler", *_MAKE)
+
+
+def solver(name: str, euler: Any) -> Any:
+    """A scheduler for the pipeline whose own one is `euler`."""
+    if name == "euler":
+        return copy.deepcopy(euler)
+    made = _MAKE[name]()
+    made.euler = copy.deepcopy(euler)
+    return made
+
+
+def calls_of(name: str, num_steps: int) -> int:
+    """Calls of the model in so many steps."""
+    return 2 * num_steps - 1 if name == "heun" else num_steps
