@@ -18,16 +18,29 @@ from cachedit_fx.config import CacheConfig, CacheType, DBPruneConfig
 from cachedit_fx.errors import ConfigError, NoMatchError, PassError, PatternError
 from cachedit_fx.explanation.explain import explain
 from cachedit_fx.explanation.result import Explanation
+from cachedit_fx.forecasters import (
+    DMDCalibratorConfig,
+    FoCaCalibratorConfig,
+    Forecaster,
+    LinearForecaster,
+    PolynomialCalibratorConfig,
+    TaylorSeerCalibratorConfig,
+    Times,
+    register_forecaster,
+    unregister_forecaster,
+)
 from cachedit_fx.functor import PatchFunctor, block_nodes, give_to_block, rename_stream, split_stream
 from cachedit_fx.load import load_configs
 from cachedit_fx.patterns import BlockTemplate, register_pattern, unregister_pattern
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
 from cachedit_fx.pipeline import disable_cache, enable_cache, refresh_context
+from cachedit_fx.policies import Decider, StepView
 from cachedit_fx.registry import BlockAdapterRegistry
 from cachedit_fx.reports import RunReport, report, summary
 from cachedit_fx.session import is_cached, reset, session
 from cachedit_fx.stats import CacheStats
 from cachedit_fx.steps_mask import steps_mask
+from cachedit_fx.tuning import TuneResult, check_signature, load_tuned, tune
 
 BasicCacheConfig = DBCacheConfig = CacheConfig  # Under cache-dit's names.
 
@@ -45,22 +58,35 @@ __all__ = [
     "ConfigError",
     "DBCacheConfig",
     "DBPruneConfig",
+    "DMDCalibratorConfig",
+    "Decider",
     "Explanation",
+    "FoCaCalibratorConfig",
+    "Forecaster",
     "ForwardPattern",
+    "LinearForecaster",
     "NoMatchError",
     "ParamsModifier",
     "PassError",
     "PatchFunctor",
     "PatternError",
+    "PolynomialCalibratorConfig",
     "RunReport",
+    "StepView",
+    "TaylorSeerCalibratorConfig",
+    "Times",
+    "TuneResult",
     "block_nodes",
+    "check_signature",
     "disable_cache",
     "enable_cache",
     "explain",
     "give_to_block",
     "is_cached",
     "load_configs",
+    "load_tuned",
     "refresh_context",
+    "register_forecaster",
     "register_pattern",
     "rename_stream",
     "report",
@@ -69,5 +95,7 @@ __all__ = [
     "split_stream",
     "steps_mask",
     "summary",
+    "tune",
+    "unregister_forecaster",
     "unregister_pattern",
 ]

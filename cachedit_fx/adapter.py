@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from cachedit_fx.config import CacheConfig, Changes
+from cachedit_fx.config_checks import as_forecaster
 from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.functor import PatchFunctor
 from cachedit_fx.patterns.declaration import Declaration
@@ -24,22 +25,22 @@ class ParamsModifier:
 
     Args:
         cache_config: Its given fields override those of the configuration for the whole model; others stay.
-        calibrator_config: Not supported yet: a reused step adds the last residual.
+        calibrator_config: The same as `forecaster`: what a reused step of this list adds.
         fields: Fields of `CacheConfig`, instead of `cache_config` or on top of it.
 
     Raises:
-        ConfigError: A field is unknown or cannot differ between block lists, or there is a `calibrator_config`.
+        ConfigError: A field is unknown, has a value it cannot have or cannot differ between block lists.
     """
 
     def __init__(
         self, cache_config: CacheConfig | None = None, calibrator_config: object | None = None, **fields: Any
     ) -> None:
-        require_no_calibrator(calibrator_config)
         if cache_config is not None and not isinstance(cache_config, CacheConfig):
             raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {shown(cache_config)}")
-        self.cache_config = (cache_config or CacheConfig()).override(**fields)
+        self.cache_config = with_calibrator((cache_config or CacheConfig()).override(**fields), calibrator_config)
         whole = self.cache_config.given & {
-            *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode", "shadow", "debug_dir")
+            *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode", "shadow", "debug_dir"),
+            *("reach", "probe", "batch_decision"),
         }
         if whole:
             name = sorted(whole)[0]
@@ -49,12 +50,21 @@ class ParamsModifier:
             )
 
 
-def require_no_calibrator(calibrator_config: object | None) -> None:
-    if calibrator_config is not None:
+def with_calibrator(config: CacheConfig, calibrator_config: object | None) -> CacheConfig:
+    """`config` with what cache-dit calls a calibrator as its forecaster.
+
+    Raises:
+        ConfigError: It is no forecaster, or `config` was given one.
+    """
+    calibrator = as_forecaster("calibrator_config", calibrator_config)
+    if calibrator is None:
+        return config
+    if "forecaster" in config.given:
         raise ConfigError(
-            "cachedit_fx: calibrator_config must be None, no forecaster is available: a reused step adds the last "
-            f"residual; got {shown(calibrator_config)}. Leave it out"
+            "cachedit_fx: calibrator_config and forecaster say the same, got both; pass one of them, as "
+            f"forecaster={shown(calibrator)}"
         )
+    return config.override(forecaster=calibrator)
 
 
 @dataclass

@@ -12,16 +12,16 @@ import torch
 from torch import fx
 from torch._logging._internal import trace_structured_artifact
 
-from cachedit_fx.capture import captured_module, copy_graph, forget_examples
+from cachedit_fx.capture import captured_module, copy_graph, forget_examples, sources_of
 from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.config import CacheConfig, check_together, split_options
 from cachedit_fx.dumps import Dump
 from cachedit_fx.errors import NoMatchError, PassError, PatternError, cut
-from cachedit_fx.passes.cut import Region
 from cachedit_fx.passes.dedupe import Piece, split_pieces
 from cachedit_fx.passes.guard import GuardedGraph, insert_guards, stored_examples
 from cachedit_fx.passes.inplace import written_outside
 from cachedit_fx.passes.pipeline import Plan, plan_graph
+from cachedit_fx.passes.region import Region
 from cachedit_fx.passes.watch import Watch
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.chain import call_text, source_line
@@ -123,7 +123,8 @@ class Backend:
         if isinstance(planned, Rewritten):
             owner = self.owner if self.policy_per_call else (config, self.declared)
             try:
-                return compile_guarded(planned, config, compiler, owner, policy_per_call=self.policy_per_call)
+                per_call = self.policy_per_call
+                return compile_guarded(planned, config, compiler, owner, sources_of(gm), policy_per_call=per_call)
             except Exception as error:  # Of the whole graph the inner compiler may make more than of a part.
                 _report_bug(error, config, "the inner backend failed on a part of the graph")
                 return compiler(gm, list(example_inputs))
@@ -211,12 +212,19 @@ def _trace_artifacts(planned: Rewritten | tuple[Mismatch, ...]) -> None:
 
 
 def compile_guarded(
-    rewritten: Rewritten, config: CacheConfig, compiler: InnerCompiler, owner: Hashable, *, policy_per_call: bool
+    rewritten: Rewritten,
+    config: CacheConfig,
+    compiler: InnerCompiler,
+    owner: Hashable,
+    sources: Sequence[str] | None = None,
+    *,
+    policy_per_call: bool,
 ) -> Compiled:
     """Compiles the pieces of a guarded graph; returns what Dynamo is to call in place of its graph.
 
     Args:
         owner: Sessions of another owner are none of its own.
+        sources: What Dynamo finds the graph's arguments by.
         policy_per_call: Every call brings its policy along.
     """
     plan, pieces, weight = rewritten.plan, rewritten.pieces, rewritten.weight
@@ -228,7 +236,7 @@ def compile_guarded(
     instance_of(anchor)
     log.info("cached: %s; %d pieces, %d of them blocks", plan, len(pieces), sum(bool(p.blocks) for p in pieces))
     return GuardedCall(
-        rewritten.guarded.gm.forward,
+        rewritten.guarded.gm,
         owner,
         config,
         rewritten.regions,
@@ -237,7 +245,18 @@ def compile_guarded(
         has_clock=plan.timestep is not None,
         policy_per_call=policy_per_call,
         copy_state=compiler.owns_buffers,
+        inner=compiler,
+        sources=sources,
+        region_paths=_paths_of_regions(plan),
     )
+
+
+def _paths_of_regions(plan: Plan) -> list[str]:
+    """Modules of the blocks that run inside a region, whole: none of their work is done before it."""
+    blocks = [block for match in plan.chain for block in match.blocks.blocks]
+    hoisted = {node.meta.get("cachedit_block") for region in plan.regions for node in region.hoisted}
+    numbers = [i for region in plan.regions for i in range(region.first, region.last)]
+    return [blocks[i].path for i in numbers if i not in hoisted]
 
 
 def _segments(guarded: GuardedGraph) -> list[fx.GraphModule]:

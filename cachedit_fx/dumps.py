@@ -159,7 +159,7 @@ class Dump(Trace):
         except TypeError as error:
             self._write("reproduce.txt", f"This graph cannot be written to a file: {error}")
             return
-        settings = {"config": [[name, value] for name, value in self._config.changes if name != "debug_dir"]}
+        settings = {"config": [[name, value] for name, value in self._config.plain_changes if name != "debug_dir"]}
         self._write("graph.json", {"cls": self._cls, **settings, **graph})
         script = _SCRIPT.format(number=self.number, cls=self._cls, version=__version__)
         self._write("reproduce.py", script)

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from cachedit_fx.adapter import with_calibrator
 from cachedit_fx.config import CacheConfig, CacheType, DBPruneConfig
 from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.steps_mask import steps_mask
@@ -20,21 +21,27 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
           max_warmup_steps: 8
           num_inference_steps: 28
           steps_computation_mask: fast        # a policy of `steps_mask`, or a list of 0 and 1
+        calibrator_config:                    # or forecaster, as a field of cache_config
+          type: taylorseer
+          taylorseer_order: 2
 
-    The fields may also stand without `cache_config` above them.
+    The fields may also stand without `cache_config` above them. Of a file that `tune` saved, what it was tuned on comes
+    along as `tuned_on`.
 
     Raises:
         ConfigError: The file is missing or says something else, or a field is unknown or has a value it cannot have.
         ImportError: A YAML file, and PyYAML is not installed.
     """
     known = dict(path_or_dict) if isinstance(path_or_dict, Mapping) else _read(Path(path_or_dict))
+    calibrator, tuned = known.pop("calibrator_config", None), None
     if "cache_config" in known:
-        others = sorted(set(known) - {"cache_config"})
+        others = sorted(set(known) - {"cache_config", "tuned"})
         if others:
             raise ConfigError(
-                f"cachedit_fx: {others[0]!r} is not supported; allowed is 'cache_config' alone, got "
-                f"{shown(known[others[0]])} beside it; take it out"
+                f"cachedit_fx: {others[0]!r} is not supported; allowed is 'cache_config' alone, or with "
+                f"'calibrator_config' or 'tuned', got {shown(known[others[0]])} beside it; take it out"
             )
+        tuned = known.get("tuned")
         known = known["cache_config"] or {}
     if not isinstance(known, Mapping):
         raise ConfigError(f"cachedit_fx: cache_config must be a mapping of fields, got {shown(known)}")
@@ -48,7 +55,10 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
             )
         fields["steps_computation_mask"] = steps_mask(mask_policy=fields["steps_computation_mask"], total_steps=total)
     base = DBPruneConfig() if fields.get("cache_type") == CacheType.DBPrune else CacheConfig()
-    return {"cache_config": base.override(**fields)}
+    found: dict[str, Any] = {"cache_config": with_calibrator(base.override(**fields), calibrator)}
+    if isinstance(tuned, Mapping) and isinstance(tuned.get("signature"), Mapping):
+        found["tuned_on"] = tuned["signature"]
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -13,17 +14,20 @@ import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from cachedit_fx.adapter import BlockAdapter, Nested, require_no_calibrator, transformers_of
+from cachedit_fx.adapter import BlockAdapter, Nested, transformers_of, with_calibrator
 from cachedit_fx.attempts import Attempts
 from cachedit_fx.backend import Backend, report_uncached
 from cachedit_fx.cache_factory.patch_functors import functor_for
 from cachedit_fx.config import FIELD_NAMES, CacheConfig, unknown_option
 from cachedit_fx.errors import ConfigError, PassError, PatternError, shown
 from cachedit_fx.functor import PatchFunctor
+from cachedit_fx.light import MISSED, LightCalls
 from cachedit_fx.passes.inputs import conditioning_names, timestep_name
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.registry import adapter_for, modules_of
 from cachedit_fx.session import ModelCall, end_generation, is_cached, set_label, within_call
+
+log = logging.getLogger(__name__)
 
 _HOOK = "cachedit_fx"
 _COMPILE_KWARGS = ("fullgraph", "dynamic", "mode", "options", "recompile_limit", "isolate_recompiles")
@@ -36,6 +40,7 @@ def enable_cache(
     cache_config: CacheConfig | None = None,
     calibrator_config: object | None = None,
     params_modifiers: Nested = None,
+    tuned_on: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Target:
     """Compiles the diffusion transformers of a pipeline in place, with the cache inside. Returns what it was given.
@@ -47,21 +52,29 @@ def enable_cache(
         pipe_or_adapter: A pipeline, a transformer, or a `BlockAdapter`. For a pipeline whose class has a registered
             adapter that one is taken.
         cache_config: When to reuse; by default `CacheConfig()`.
-        calibrator_config: Not supported yet.
+        calibrator_config: The same as `CacheConfig.forecaster`, by cache-dit's name: what a reused step adds.
         params_modifiers: What the region of each block list does differently, in the order in which the lists run.
+        tuned_on: The signature of a tuned configuration, as `load_configs` reads it: warns where something else runs.
         kwargs: `fullgraph`, `dynamic`, `mode` and `options` of `torch.compile` (of these Inductor's, and
             `guard_filter_fn`); fields of `CacheConfig`.
 
     Raises:
         ConfigError: An argument is unknown or has a value that it cannot have, or there is no transformer.
     """
-    require_no_calibrator(calibrator_config)
-    found = settings_for(pipe_or_adapter, cache_config, params_modifiers, **kwargs)
+    found = settings_for(pipe_or_adapter, cache_config, params_modifiers, calibrator_config, **kwargs)
     backends = [settings.backend() for _, settings in found.values()]  # Before anything changes: this is what may fail.
     for name, (module, _) in found.items():
         _require_plain(name, module)
     for (module, settings), backend in zip(found.values(), backends, strict=True):
         _enable(module, settings, backend)
+    if tuned_on is not None:
+        from cachedit_fx.tuning.signature import check_signature  # It tunes pipelines, so it imports this file.
+
+        check_signature(pipe_or_adapter, tuned_on)
+        for module, _ in found.values():
+            enabled = _enabled(module)
+            if enabled is not None:
+                enabled.tuned_size = tuple(tuned_on.get("latents") or ())
     return pipe_or_adapter
 
 
@@ -129,7 +142,11 @@ class Settings:
 
 
 def settings_for(
-    pipe_or_adapter: Any, cache_config: CacheConfig | None = None, params_modifiers: Nested = None, **kwargs: Any
+    pipe_or_adapter: Any,
+    cache_config: CacheConfig | None = None,
+    params_modifiers: Nested = None,
+    calibrator_config: object | None = None,
+    **kwargs: Any,
 ) -> dict[str, tuple[nn.Module, Settings]]:
     """The transformers by name, each with what these arguments of `enable_cache` ask for. Changes nothing.
 
@@ -148,7 +165,7 @@ def settings_for(
     fields |= {name: options.pop(name) for name in [*options] if name in FIELD_NAMES}
     if options:
         kwargs["options"] = options
-    config = (cache_config or CacheConfig()).override(**fields)
+    config = with_calibrator((cache_config or CacheConfig()).override(**fields), calibrator_config)
     adapter = adapter_for(pipe_or_adapter)
     if adapter is not None:
         if params_modifiers is not None:
@@ -172,7 +189,10 @@ class _Enabled:
     Attributes:
         settings: What was asked for last. What only decides when to reuse may change without compiling anew.
         before: What stood in its place.
+        tuned_size: Shape, without the batch, of the first tensor that a tuned configuration expects; empty for any.
     """
+
+    tuned_size: tuple[int, ...] = ()
 
     def __init__(self, module: nn.Module, settings: Settings, backend: Backend) -> None:
         self.settings = settings
@@ -183,6 +203,7 @@ class _Enabled:
         self.timestep = timestep_name(self.names)
         self.conditioning = conditioning_names(self.names)
         self.module = weakref.ref(module)
+        self.light = LightCalls(module)
         self.compiled = Attempts(module, backend, settings.of_dynamo)
         if hasattr(module, "cache_context"):
             _register_hook(module)
@@ -190,6 +211,9 @@ class _Enabled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         with within_call(call):
+            result = self.light(args, kwargs)
+            if result is not MISSED:
+                return result
             try:
                 result = self.compiled(*args, **kwargs)
             except BackendCompilerFailed as error:  # What is wrong with a declaration is no failure of the compiler.
@@ -197,6 +221,8 @@ class _Enabled:
                     raise error.inner_exception from None
                 raise
         module = self.module()
+        if call.ran and module is not None:
+            self.light.learn(module, (args, kwargs), call.ran, result)
         if not call.misses or module is None or is_cached(module):
             return result
         if not self.compiled.give_up():
@@ -207,8 +233,27 @@ class _Enabled:
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if self.tuned_size:
+            self._check_size(given)
         prompts = (_first_tensor(given.get(name)) for name in self.conditioning)
         return ModelCall(given.get(self.timestep or ""), next(filter(_is_tensor, prompts), None), self.policy)
+
+    def _check_size(self, given: Mapping[str, Any]) -> None:
+        """Warns, once, of a size that was not tuned for."""
+        first = _first_of_tensors(given.values())
+        if first is not None and tuple(first.shape[1:]) != self.tuned_size:
+            log.warning(
+                "cachedit_fx: this configuration was tuned on another size, so its quality is not known here.\n"
+                "  latents: tuned on %s, found %s\n"
+                "What to do: call cachedit_fx.tune with calls of this size.",
+                [*self.tuned_size],
+                [*first.shape[1:]],
+            )
+            self.tuned_size = ()
+
+
+def _first_of_tensors(values: Iterable[Any]) -> torch.Tensor | None:
+    return next((value for value in values if isinstance(value, torch.Tensor)), None)
 
 
 def _why_uncached(module: nn.Module, call: ModelCall, in_parts: str) -> str:

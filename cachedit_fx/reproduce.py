@@ -37,7 +37,7 @@ def explain_saved(folder: str | Path) -> Explanation:
     with torch.no_grad():
         rewrite(gm, config, Declaration(), exact=True, watch=trace)
         report = build_report(gm, trace, config, Declaration(), cls=data["cls"], number=0)
-    how = Captured("", data["cls"], "from a file", "", "", dict(config.changes))
+    how = Captured("", data["cls"], "from a file", "", "", dict(config.plain_changes))
     return Explanation(data["cls"], [how], [Recorded(report, trace.graphs())])
 
 

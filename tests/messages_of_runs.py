@@ -24,7 +24,10 @@ from cachedit_fx.reproduce import run_saved
 from cachedit_fx.testing import check_pattern
 from examples.custom_pattern import TwoScaleTransformer
 from tests import hybrid, tiny
+from tests.messages_forecasters import ROWS as FORECASTERS
+from tests.messages_policies import ROWS as POLICIES
 from tests.messages_table import CHEAP, P3, Row
+from tests.messages_tuning import ROWS as TUNING
 from tests.synthetic import Transformer, make_inputs
 
 BOTH = (HIDDEN, ENCODER)
@@ -265,4 +268,4 @@ def pipe_of_compiled() -> Any:
     return hybrid.pipe_of(transformer=torch.compile(hybrid.build(), backend="eager"))
 
 
-ROWS = [*CHEAP, *RUNS, *PIPELINES, *CHECKS]
+ROWS = [*CHEAP, *RUNS, *PIPELINES, *CHECKS, *FORECASTERS, *POLICIES, *TUNING]

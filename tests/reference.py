@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 Streams = dict[str, Tensor]
+Foretell = Callable[[list[tuple[int, Tensor]], int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class _Branch:
     timestep_moved: bool = False
     first_residual: Tensor | None = None
     residuals: Streams = field(default_factory=dict)
+    history: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
 
 
 class ReferenceCache:
@@ -62,6 +64,7 @@ class ReferenceCache:
         blocks: All blocks in execution order, each with the names of what it returns, in order. A
             name is one of the block's parameters; `hidden_states` must be among them.
         Fn_compute_blocks ... max_accumulated_residual_diff_threshold: As in `CacheConfig`.
+        foretell: What a reused step adds, from the steps and residuals of all computed ones and its own number.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class ReferenceCache:
         max_cached_steps: int = -1,
         max_continuous_cached_steps: int = -1,
         max_accumulated_residual_diff_threshold: float | None = None,
+        foretell: Foretell = lambda history, step: history[-1][1],
     ) -> None:
         self.transformer = transformer
         self.blocks = list(blocks)
@@ -88,6 +92,7 @@ class ReferenceCache:
         self.max_cached = max_cached_steps
         self.max_continuous = max_continuous_cached_steps
         self.max_accumulated = max_accumulated_residual_diff_threshold
+        self.foretell = foretell
         self.records: list[Record] = []
         self._branches: dict[Hashable, _Branch] = {}
 
@@ -156,9 +161,12 @@ class ReferenceCache:
                     ends = dict(zip(returns, result if isinstance(result, tuple) else (result,), strict=True))
                     begins = self._after_first_blocks
                     self._state.residuals = {name: ends[name] - begins[name] for name in returns}
+                    for name, residual in self._state.residuals.items():
+                        self._state.history.setdefault(name, []).append((self._state.step, residual))
                 return result
             if index == self.last:
-                streams = {name: streams[name] + self._state.residuals[name] for name in returns}
+                step, history = self._state.step, self._state.history
+                streams = {name: streams[name] + self.foretell(history[name], step) for name in returns}
             result = tuple(streams[name] for name in returns)
             return result if len(result) > 1 else result[0]
 

@@ -216,7 +216,7 @@ def test_transformers_have_the_names_that_the_pipeline_gives_them():
     [
         pytest.param(
             lambda: ParamsModifier(calibrator_config=object()),
-            ["calibrator_config must be None, no forecaster is available", "got <object"],
+            ["calibrator_config must be None, a Forecaster, or the name", "got <object"],
             id="calibrator",
         ),
         pytest.param(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import re
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 import cachedit_fx
-from cachedit_fx import ConfigError, policy
+from cachedit_fx import ConfigError
 from cachedit_fx.pages import plot_chain, plot_run, render, thresholds
 from cachedit_fx.pages.axes import ticks
 from cachedit_fx.pages.charts import longest_shown
 from cachedit_fx.pages.ran import Times, duration, num_sessions, verdict_line
 from cachedit_fx.pages.words import BEGINNINGS, REASONS, why
+from cachedit_fx.policies import budget, magnitude, threshold
 from cachedit_fx.stats import CacheStats, StepError, Summary
 from tests import tiny
 
@@ -62,7 +64,8 @@ def test_a_report_before_any_run_says_so(tmp_path: Path) -> None:
 
 
 def test_every_reason_of_the_policy_has_a_sentence() -> None:
-    source = inspect.getsource(policy)
+    decide = importlib.import_module("cachedit_fx.policies.decide")
+    source = "".join(map(inspect.getsource, (budget, decide, magnitude, threshold)))
     reasons = {*re.findall(r'Decision\((?:True|False), "([a-z-]+)"', source), "diff-below", "diff-above"}
     reasons |= set(re.findall(r'return "([a-z-]+)"', source)) | {"threshold-zero"}
     assert reasons == set(REASONS)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config import CacheConfig, CacheType
 from cachedit_fx.explanation.costs import CostCounter, num_bytes
 from cachedit_fx.explanation.data import (
     BlockReport,
@@ -25,10 +25,10 @@ from cachedit_fx.explanation.data import (
 )
 from cachedit_fx.explanation.graphs import code_of, last_frame, statements
 from cachedit_fx.explanation.trace import Trace
-from cachedit_fx.passes.cut import Region
 from cachedit_fx.passes.dataflow import Program, is_weight
 from cachedit_fx.passes.guard import stored_examples
 from cachedit_fx.passes.pipeline import group_lists
+from cachedit_fx.passes.region import Region
 from cachedit_fx.patterns.chain import Block, BlockList, base_name, is_tensor, value_of
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch
@@ -202,18 +202,29 @@ class _Builder:
             block, miss.node or "", miss.where, line, miss.cure,
         )  # fmt: skip
 
-    def _region(self, region: Region) -> RegionReport:
-        kept = stored_examples(region)
-        looks = f"{region.looked_at.name}" if region.looked_at is not None else "nothing (a static mask decides)"
+    def _looks(self, region: Region) -> str:
+        """What the guard looks at, in words."""
+        config = self.config.override(region.own)
+        if region.looked_at is None:
+            if config.probe == "timestep":
+                return "nothing (magnitude_ratios decide)"
+            return f"nothing (a {'static mask' if config.is_static else 'decider'} decides)"
+        looks = region.looked_at.name
         if region.looked_from is not None:
             looks = f"{looks} - {region.looked_from.name}: the residual over the Fn blocks"
-        elif region.looked_at is not None:
+        elif config.probe == "modulated_input" and config.cache_type != CacheType.DBPrune:
+            looks += ": the first block's input, normed and modulated by the timestep"
+        else:
             looks += ", in front of the block"
+        return looks if region.sample_dim is None else f"{looks}; each sample on its own"
+
+    def _region(self, region: Region) -> RegionReport:
+        kept = stored_examples(region)
         return RegionReport(
             name=region.name,
             first=region.first,
             last=region.last,
-            looks_at=looks,
+            looks_at=self._looks(region),
             kept=tuple(
                 KeptReport(
                     value=value_report(pair.after, base_name(pair.after), pair.role),
@@ -227,6 +238,7 @@ class _Builder:
             state_bytes=sum(map(num_bytes, kept)),
             cost=self.costs.of((*region.deferred, *region.nodes)),
             threshold=self.config.override(region.own).residual_diff_threshold,
+            reaches_output=region.reaches_output,
         )
 
     def _piece(self, number: int) -> PieceReport:

@@ -166,13 +166,14 @@ class RegionReport:
     """The blocks between two cuts: what the guard runs or skips.
 
     Attributes:
-        name: As in `transformer_blocks[1:]`.
+        name: As in `transformer_blocks[1:]`; followed by `-> output` where it goes on to what the graph returns.
         first, last: Numbers of its first block in the chain, and of the first behind it.
         looks_at: What the guard looks at, in words.
         kept: What a reused step supplies.
         state_bytes: What a session keeps of it at these shapes: what was looked at, and all of `kept`.
         cost: Of its nodes: what a reused step saves, but for adding what is kept.
         threshold: `residual_diff_threshold` here.
+        reaches_output: It ends where the graph does, and takes in what is before it as far as nothing else reads that.
     """
 
     name: str
@@ -183,6 +184,7 @@ class RegionReport:
     state_bytes: int
     cost: Cost
     threshold: float
+    reaches_output: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,7 @@ def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> t
         how=_HOW[recorder.attempt],
         why=attempts.why_in_parts,
         cure=cure_of_parts(cls) if is_lost else "",
-        config=dict(settings.config.changes),
+        config=dict(settings.config.plain_changes),
     )
     return how, recorded
 

@@ -148,7 +148,8 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
 
 def _region(region: RegionReport) -> Iterator[str]:
     yield f"region {region.name}: {flops(region.cost.flops)} that a reused step does not do"
-    yield f"  the guard looks at {region.looks_at}; reuses below {region.threshold}"
+    reuses = "" if region.looks_at.startswith("nothing") else f"; reuses below {region.threshold}"
+    yield f"  the guard looks at {region.looks_at}{reuses}"
     for kept in region.kept:
         how = f"residual against {kept.since}" if kept.kept_as == "residual" else "value as it is"
         more = " (joined)" * kept.is_joined + " (sizes measured at every step)" * kept.is_measured

@@ -37,10 +37,13 @@ def chain_svg(graph: GraphReport, name: str, *, opens: bool = True) -> str:
     return _Drawing(graph, name, opens).svg()
 
 
+_UNSEEN = {"ratios": "the ratios' sum allows it", "decider": "the decider says so", "mask": "the mask says so"}
+
+
 def reuses_when(region: RegionReport) -> str:
     """What lets the guard reuse, in a few words."""
     if region.looks_at.startswith("nothing"):
-        return "the mask says so"
+        return next(what for word, what in _UNSEEN.items() if word in region.looks_at)
     return "threshold ≥ 1" if region.threshold >= 1 else f"diff < {region.threshold:g}"
 
 

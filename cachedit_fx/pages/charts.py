@@ -18,19 +18,19 @@ _OUTLIER = 3  # A step that took more than so many medians is cut off, so that t
 
 def diff_chart(entry: CacheStats) -> str:
     """The diff of every step against its threshold."""
-    finite = [d for d in (*entry.residual_diffs.values(), *entry.thresholds.values()) if math.isfinite(d)]
+    finite = [d for d in (*entry.compared.values(), *entry.thresholds.values()) if math.isfinite(d)]
     axes = _per_step(entry, 1.03 * max(finite, default=1.0))
     return axes.svg(_diffs(entry, axes), f"Diff per step, {_counts(entry)}")
 
 
 def _diffs(entry: CacheStats, axes: Frame) -> Iterator[str]:
-    yield from axes.rows("diff (relative L1)")
+    yield from axes.rows("accumulated diff" if entry.adds_up else "diff (relative L1)")
     yield from axes.columns("step", step_ticks(entry.num_steps))
     yield from _threshold(entry, axes)
-    known = [(step, diff) for step, diff in sorted(entry.residual_diffs.items()) if math.isfinite(diff)]
+    known = [(step, diff) for step, diff in sorted(entry.compared.items()) if math.isfinite(diff)]
     yield tag("polyline", points=points(*((axes.x(s), axes.y(d)) for s, d in known)), class_="faint")
     for step in range(entry.num_steps):
-        diff = entry.residual_diffs.get(step)
+        diff = entry.compared.get(step)
         said = "not looked at" if diff is None else f"{diff:.4g}"
         words = f"step {step}: {_decision(entry, step)}, diff {said}. {why(_reason(entry, step))}"
         if diff is None:
@@ -143,7 +143,7 @@ def _scatter(entry: CacheStats, axes: Frame) -> Iterator[str]:
 
 def spark(entry: CacheStats, width: float = 150, height: float = 30) -> str:
     """Diffs of a session in the height of a line of a table."""
-    finite = [d for d in (*entry.residual_diffs.values(), *entry.thresholds.values()) if math.isfinite(d)]
+    finite = [d for d in (*entry.compared.values(), *entry.thresholds.values()) if math.isfinite(d)]
     x = Scale(0, max(1, entry.num_steps - 1), 6, width - 6)
     y = Scale(0, max(finite, default=1.0) or 1.0, height - 5, 5)
     parts = []
@@ -151,7 +151,7 @@ def spark(entry: CacheStats, width: float = 150, height: float = 30) -> str:
         place = [(x(step), y(value)) for step, value in sorted(entry.thresholds.items())]
         parts.append(tag("polyline", points=points(*place), class_="threshold"))
     for step in range(entry.num_steps):
-        diff = entry.residual_diffs.get(step)
+        diff = entry.compared.get(step)
         value = diff if diff is not None and math.isfinite(diff) else 0.0
         parts.append(
             mark(x(step), y(value), step in entry.cached_steps, size=3, class_="unseen" if diff is None else "")

@@ -117,7 +117,7 @@ def _bands(axes: Axes, graph: GraphReport) -> None:
 
 def _diffs(axes: Axes, entry: CacheStats) -> None:
     reused = set(entry.cached_steps)
-    finite = {step: diff for step, diff in entry.residual_diffs.items() if math.isfinite(diff)}
+    finite = {step: diff for step, diff in entry.compared.items() if math.isfinite(diff)}
     for is_reused, marker, colour, name in ((False, "o", _COMPUTED, "computed"), (True, "D", _REUSED, "reused")):
         steps = [step for step in range(entry.num_steps) if (step in reused) == is_reused]
         seen = [step for step in steps if step in finite]

@@ -43,7 +43,9 @@ class Candidate:
 
 
 def measured(entry: CacheStats) -> list[Measured]:
-    """Steps with a finite diff and a known error, in the order of their diffs."""
+    """Steps with a finite diff and a known error, in the order of their diffs; none where sums decide."""
+    if entry.adds_up:
+        return []
     reused = set(entry.cached_steps)
     found = [
         Measured(step, diff, entry.errors[step].output, step in reused)

@@ -19,6 +19,13 @@ REASONS = {
     "nan": "The diff is not a number, which nothing may be concluded from.",
     "diff-below": "The diff is below the threshold.",
     "diff-above": "The diff is not below the threshold.",
+    "budget-below": "The diffs since the last computed step add up to less than the threshold.",
+    "budget-above": "The diffs since the last computed step add up to the threshold or more.",
+    "ratios-below": "The errors that the magnitudes foretell add up to less than the threshold.",
+    "ratios-above": "The errors that the magnitudes foretell add up to the threshold or more.",
+    "ratios-end": "The step lies beyond the end of magnitude_ratios.",
+    "decider-compute": "The decider said to compute.",
+    "decider-reuse": "The decider said to reuse.",
 }
 
 BEGINNINGS = {
