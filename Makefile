@@ -57,7 +57,7 @@ bench: venv ## ours beside every peer, on a CPU; ARGS="--quick", "--work qwen --
 .PHONY: quality
 quality: venv ## what a cache costs in quality, into docs/quality.md; ARGS="--quick", "--help"
 	-$(PIP) install --quiet -c constraints.txt cache-dit
-	$(PY) -m benchmarks.quality $(or $(ARGS),--json quality.json --write docs/quality.md)
+	$(PY) -m benchmarks.quality $(or $(ARGS),--tune tuned --json quality.json --write docs/quality.md)
 
 # With the Python of a machine that has a GPU, torch 2.11 or later and diffusers (cache-dit if there): PYTHON=...
 .PHONY: bench-gpu

@@ -8,6 +8,7 @@ with the uncached model. Every family runs in a process of its own with one thre
     python -m benchmarks.quality --json quality.json --plot quality.svg
     python -m benchmarks.quality --write docs/quality.md         # the tables into the page, the plot beside it
     python -m benchmarks.quality --quick                         # to see that it runs
+    python -m benchmarks.quality --tune tuned                    # tunes first; the results are measured among ours
     python -m benchmarks.quality --tuned a.yaml b.yaml --only tuned
     python -m benchmarks.quality --from quality.json --write docs/quality.md    # measures nothing
 """
@@ -27,6 +28,7 @@ from benchmarks.quality_driver import run
 from benchmarks.quality_frontier import worth_timing
 from benchmarks.quality_plot import draw
 from benchmarks.quality_setup import load_setup
+from benchmarks.quality_tune import tune_all
 from benchmarks.quality_worker import Job
 
 MODULE = "benchmarks.quality"
@@ -39,6 +41,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="NAME")
     parser.add_argument("--only", default="", help="a regular expression that a configuration's name must match")
     parser.add_argument("--tuned", nargs="+", default=[], metavar="FILE", help="saved configurations, among ours")
+    parser.add_argument(
+        "--tune", type=Path, metavar="DIR", help="tune on other digits first, and save the results there"
+    )
     parser.add_argument("--images", type=int, default=100, help="digits to generate (100)")
     parser.add_argument("--batch", type=int, default=20, help="digits at once, for the images (20)")
     parser.add_argument(
@@ -95,6 +100,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     args = parse()
+    if args.tune and not args.source:
+        args.tuned = [*args.tuned, *tune_all(args.tune)]
     measured = json.loads(args.source.read_text(encoding="utf-8")) if args.source else measure(args)
     if args.json:
         args.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

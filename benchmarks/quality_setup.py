@@ -96,8 +96,8 @@ def load_setup(name: str, num_images: int, batch: int) -> Setup:
     return made if isinstance(made, Setup) else Setup(*made)
 
 
-def digits(num_images: int, batch: int, num_steps: int = NUM_STEPS) -> Setup:
-    """The ten digits in turn, one noise each."""
+def digits(num_images: int, batch: int, num_steps: int = NUM_STEPS, seed: int = 0) -> Setup:
+    """The ten digits in turn, one noise each; `seed` is that of the first batch."""
     model = digits_model()
     pipe = model.build_pipeline(model.load_transformer())
     pipe.set_progress_bar_config(disable=True)
@@ -112,7 +112,7 @@ def digits(num_images: int, batch: int, num_steps: int = NUM_STEPS) -> Setup:
                 "height": model.PIPELINE_SIDE,
                 "width": model.PIPELINE_SIDE,
                 "num_inference_steps": num_steps,
-                "generator": torch.Generator().manual_seed(number),
+                "generator": torch.Generator().manual_seed(seed + number),
                 "output_type": "latent",
                 "return_dict": False,
             }

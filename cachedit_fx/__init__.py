@@ -20,6 +20,7 @@ from cachedit_fx.explanation.explain import explain
 from cachedit_fx.explanation.result import Explanation
 from cachedit_fx.forecasters import (
     DMDCalibratorConfig,
+    FittedCalibratorConfig,
     FoCaCalibratorConfig,
     Forecaster,
     LinearForecaster,
@@ -61,6 +62,7 @@ __all__ = [
     "DMDCalibratorConfig",
     "Decider",
     "Explanation",
+    "FittedCalibratorConfig",
     "FoCaCalibratorConfig",
     "Forecaster",
     "ForwardPattern",

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from cachedit_fx.forecasters import (
     DMDCalibratorConfig,
+    FittedCalibratorConfig,
     Forecaster,
     TaylorSeerCalibratorConfig,
     as_mapping,
@@ -59,6 +60,9 @@ def needs_a_field(_: Path) -> None:
 
 
 ROWS = [
+    Row("fitted-by", lambda _: FittedCalibratorConfig(by="timestep"), "got 'timestep'", "by must be 'step'"),
+    Row("fitted-computed", lambda _: FittedCalibratorConfig(computed=3), "got 3", "computed must be a list"),
+    Row("fitted-factors", lambda _: FittedCalibratorConfig(factors=[1.0]), "got [1.0]", "at most memory=3"),
     Row(
         "forecaster-field",
         lambda _: TaylorSeerCalibratorConfig(taylor_order=2),

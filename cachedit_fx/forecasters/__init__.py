@@ -1,6 +1,7 @@
 """What a reused step adds: the last value, or a forecast made from the last few."""
 
 from cachedit_fx.forecasters.dmd import DMDCalibratorConfig
+from cachedit_fx.forecasters.fitted import FittedCalibratorConfig
 from cachedit_fx.forecasters.foca import FoCaCalibratorConfig
 from cachedit_fx.forecasters.forecaster import Forecaster, LinearForecaster, Times
 from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
@@ -15,6 +16,7 @@ from cachedit_fx.forecasters.taylorseer import TaylorSeerCalibratorConfig
 
 __all__ = [
     "DMDCalibratorConfig",
+    "FittedCalibratorConfig",
     "FoCaCalibratorConfig",
     "Forecaster",
     "LinearForecaster",

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.forecasters.dmd import DMDCalibratorConfig
 from cachedit_fx.forecasters.fields import did_you_mean
+from cachedit_fx.forecasters.fitted import FittedCalibratorConfig
 from cachedit_fx.forecasters.foca import FoCaCalibratorConfig
 from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
@@ -20,6 +21,7 @@ _BUILT_IN: dict[str, type[Forecaster]] = {
     "foca": FoCaCalibratorConfig,
     "dmd": DMDCalibratorConfig,
     "polynomial": PolynomialCalibratorConfig,
+    "fitted": FittedCalibratorConfig,
 }
 _registered: dict[str, type[Forecaster]] = {}
 

@@ -15,6 +15,7 @@ from cachedit_fx.pipeline import disable_cache, enable_cache
 from cachedit_fx.reports import summary
 from cachedit_fx.stats import CacheStats
 from cachedit_fx.tuning.calls import Call
+from cachedit_fx.tuning.fit import Fitting
 from cachedit_fx.tuning.measure import Measured, Meter
 from cachedit_fx.tuning.schedule import NUM_FIRST, Schedule
 
@@ -27,10 +28,15 @@ def config_of(schedule: Schedule) -> CacheConfig:
         num_inference_steps=schedule.num_steps,
         steps_computation_mask=schedule.mask,
         steps_computation_policy="static",
-        forecaster=schedule.forecaster,
+        forecaster=_of_files(schedule),
         reach="output",
         probe="none",
     )
+
+
+def _of_files(schedule: Schedule) -> LinearForecaster:
+    forecaster = schedule.forecaster
+    return forecaster.fixed(schedule) if isinstance(forecaster, Fitting) else forecaster
 
 
 def threshold_config(threshold: float, forecaster: LinearForecaster) -> CacheConfig:

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from cachedit_fx.config import CacheConfig
 from cachedit_fx.errors import ConfigError, NoMatchError, shown
+from cachedit_fx.forecasters.fitted import FittedCalibratorConfig
 from cachedit_fx.forecasters.forecaster import LinearForecaster
 from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
 from cachedit_fx.forecasters.taylorseer import TaylorSeerCalibratorConfig
 from cachedit_fx.tuning.cached import config_of, measure_cached, threshold_config
 from cachedit_fx.tuning.calls import calls_of
+from cachedit_fx.tuning.fit import Fitting, fitting
 from cachedit_fx.tuning.generations import record
 from cachedit_fx.tuning.measure import Measured, Meter
 from cachedit_fx.tuning.problems import problems_of
@@ -31,10 +33,14 @@ from cachedit_fx.tuning.targets import Budget, Target
 log = logging.getLogger(__name__)
 
 FORECASTERS: tuple[LinearForecaster, ...] = (
+    FittedCalibratorConfig(memory=3),
+    FittedCalibratorConfig(memory=4),
+    FittedCalibratorConfig(memory=2),
     *(PolynomialCalibratorConfig(order=order, by=by) for order in (1, 2, 3) for by in ("timestep", "step")),
     PolynomialCalibratorConfig(order=0),
     TaylorSeerCalibratorConfig(taylorseer_order=2),
 )
+_SMOOTH = PolynomialCalibratorConfig(order=1)
 THRESHOLDS = (0.08, 0.12, 0.2, 0.3)
 MAX_BYTES = 4 << 30
 
@@ -85,7 +91,8 @@ def tune(
     )
     problems = {by: problems_of(recording.recorded, by) for by in ("step", "timestep")}
     with shown_progress(progress) as told:
-        parts = (problems, forecasters, meter, wanted, limit, recording.pace)
+        tried = [fitting(forecaster, problems["step"]) for forecaster in forecasters]
+        parts = (problems, tried, meter, wanted, limit, recording.pace)
         search = Search(*parts, told=lambda line: told(line, limit.share_used))
         search.run()
         points = _points(search) + _thresholds(search, thresholds, told)
@@ -132,7 +139,8 @@ def _thresholds(search: Search, thresholds: Sequence[float], told: Told) -> list
     for threshold in sorted(thresholds, reverse=True):
         if best is None or search.budget.is_over:
             break
-        config = threshold_config(threshold, best[0].forecaster)
+        fits = isinstance(best[0].forecaster, Fitting)  # To steps that are known, as a threshold's are not.
+        config = threshold_config(threshold, _SMOOTH if fits else best[0].forecaster)
         search.budget.used += 1
         try:
             measured = measure_cached(search.meter, config, f"threshold {threshold:g} {config.forecaster!r}")

@@ -1,0 +1,74 @@
+"""A forecaster of our own: factors for one schedule, fitted to generations that were recorded. Made by `tune`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cachedit_fx.errors import ConfigError, shown
+from cachedit_fx.forecasters.fields import check_int
+from cachedit_fx.forecasters.forecaster import LinearForecaster, Times
+from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
+
+_LINE = PolynomialCalibratorConfig(order=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedCalibratorConfig(LinearForecaster):
+    """Sums of the last computed values, with factors of their own for every step of one schedule.
+
+    A polynomial's factors follow from the positions alone; these are least squares over what the model returned
+    (ordinary linear regression, per step, on the `memory` values that were computed last). They hold for the schedule
+    that they were fitted to: a step before which other steps were computed is forecast by a straight line.
+
+    Attributes:
+        memory: How many computed values are summed at the most.
+        computed: Numbers of the steps that the schedule computes, in order. Empty: nothing was fitted yet, which only
+            `tune` can do.
+        factors: Per step, the factor of each value, newest first; nothing for a computed step.
+
+    Raises:
+        ConfigError: A field has a value it cannot have, or positions are not told by the steps' numbers.
+    """
+
+    memory: int = 3
+    computed: Sequence[int] = ()
+    factors: Sequence[Sequence[float]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("memory", self.memory, least=1)
+        if self.by != "step":
+            raise ConfigError(f"cachedit_fx: by must be 'step' where factors are fitted to steps, got {shown(self.by)}")
+        for name, value in (("computed", self.computed), ("factors", self.factors)):
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                raise ConfigError(f"cachedit_fx: {name} must be a list, one entry per step, got {shown(value)}")
+        rows = [tuple(row) if isinstance(row, Sequence) else (math.nan,) for row in self.factors]
+        if not all(len(row) <= self.memory and all(map(_is_finite, row)) for row in rows):
+            raise ConfigError(
+                f"cachedit_fx: factors must be lists of at most memory={self.memory} finite numbers, got "
+                f"{shown(self.factors)}"
+            )
+        object.__setattr__(self, "computed", tuple(self.computed))
+        object.__setattr__(self, "factors", tuple(rows))
+
+    @property
+    def depth(self) -> int:
+        return self.memory
+
+    def forecasts_from(self, count: int) -> bool:
+        return True
+
+    def numbers(self, times: Times) -> Sequence[float]:
+        """The factor of each computed value, newest first."""
+        count, step = len(times.computed), round(times.now)
+        before = [number for number in self.computed if number < step][::-1][:count]
+        row = self.factors[step] if step < len(self.factors) else ()
+        if not row or len(row) > count or [round(position) for position in times.computed] != before:
+            return [*_LINE.numbers(Times(times.computed[:2], times.now)), *[0.0] * (count - 2)]
+        return [*row, *[0.0] * (count - len(row))]
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
