@@ -102,7 +102,8 @@ def test_with_their_functor_only_reused_steps_differ_and_disabling_leaves_no_tra
     plain = tiny.run(pipe, num_steps=NUM_STEPS)
     before = traces(pipe)
     cachedit_fx.enable_cache(BlockAdapter(pipe=pipe, patch_functor=functor()), fullgraph=True, **FIELDS)
-    assert_equal(tiny.run(pipe, num_steps=NUM_STEPS), plain)
+    # The functors make the models compute some things in another way, which rounds otherwise on some processors.
+    torch.testing.assert_close(tiny.run(pipe, num_steps=NUM_STEPS), plain, rtol=0, atol=5e-6)
     cachedit_fx.refresh_context(pipe, residual_diff_threshold=1.0)
     assert not torch.equal(tiny.run(pipe, num_steps=NUM_STEPS), plain)
     for stats in cachedit_fx.summary(pipe, logging=False):

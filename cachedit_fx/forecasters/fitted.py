@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.forecasters.fields import check_int
@@ -41,10 +42,11 @@ class FittedCalibratorConfig(LinearForecaster):
         check_int("memory", self.memory, least=1)
         if self.by != "step":
             raise ConfigError(f"cachedit_fx: by must be 'step' where factors are fitted to steps, got {shown(self.by)}")
-        for name, value in (("computed", self.computed), ("factors", self.factors)):
+        lists: dict[str, Any] = {"computed": self.computed, "factors": self.factors}
+        for name, value in lists.items():
             if not isinstance(value, Sequence) or isinstance(value, str):
                 raise ConfigError(f"cachedit_fx: {name} must be a list, one entry per step, got {shown(value)}")
-        rows = [tuple(row) if isinstance(row, Sequence) else (math.nan,) for row in self.factors]
+        rows = [tuple(row) if isinstance(row, Sequence) else (math.nan,) for row in lists["factors"]]
         if not all(len(row) <= self.memory and all(map(_is_finite, row)) for row in rows):
             raise ConfigError(
                 f"cachedit_fx: factors must be lists of at most memory={self.memory} finite numbers, got "

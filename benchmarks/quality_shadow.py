@@ -1,0 +1,76 @@
+"""Shadow mode held against the truth: the error that it foretells at a step, and that of a run which reuses.
+
+Foretold: `CacheStats.errors` of a run in which every step computes. Real: how far the model's output at a reused step
+is from that of the uncached run at the same step, which by then also sees other latents.
+
+    python -m benchmarks.quality_shadow
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import cachedit_fx
+from benchmarks.quality_setup import Setup, load_setup
+from cachedit_fx import TaylorSeerCalibratorConfig, steps_mask
+
+_FORECASTERS = {"last": None, "Taylor 1": TaylorSeerCalibratorConfig()}
+
+
+def correlations(pipeline: str = "digits", num_images: int = 40, batch: int = 10) -> list[dict[str, Any]]:
+    """By mask and forecaster: Pearson's correlation of both errors over the reused steps of all calls."""
+    setup = load_setup(pipeline, num_images, batch)
+    torch.set_num_threads(1)
+    plain = [_outputs(setup, number) for number in range(len(setup.calls))]
+    found = []
+    for policy in ("slow", "medium"):
+        for name, forecaster in _FORECASTERS.items():
+            fields = dict(
+                Fn_compute_blocks=1,
+                steps_computation_mask=steps_mask(total_steps=setup.num_steps, mask_policy=policy),
+                steps_computation_policy="static",
+                forecaster=forecaster,
+                max_warmup_steps=0,
+                inner_backend="eager",
+            )
+            foretold, real = _both(setup, plain, fields)
+            r = float(np.corrcoef(foretold, real)[0, 1])
+            found.append({"mask": policy, "forecaster": name, "steps": len(real), "correlation": r})
+    return found
+
+
+def _both(setup: Setup, plain: list[list[Tensor]], fields: dict[str, Any]) -> tuple[list[float], list[float]]:
+    foretold: list[float] = []
+    real: list[float] = []
+    for shadow in (True, False):
+        cachedit_fx.enable_cache(setup.pipe, **fields, shadow=shadow)
+        for number, outputs in enumerate(plain):
+            found = _outputs(setup, number)
+            (stats,) = cachedit_fx.summary(setup.pipe, logging=False)
+            if shadow:
+                foretold += [error.output for _, error in sorted(stats.errors.items()) if error.reused]
+            else:
+                real += [float((found[i] - outputs[i]).norm() / outputs[i].norm()) for i in stats.cached_steps]
+        cachedit_fx.disable_cache(setup.pipe)
+    return foretold, real
+
+
+def _outputs(setup: Setup, number: int) -> list[Tensor]:
+    """What the transformer returns at every step of a call."""
+    found: list[Tensor] = []
+    module: nn.Module = setup.pipe.transformer
+    handle = module.register_forward_hook(lambda _, __, output: found.append(output[0].clone()))
+    try:
+        setup.generate(number)
+    finally:
+        handle.remove()
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(correlations(), indent=1))
