@@ -28,6 +28,7 @@ from benchmarks.quality_driver import run
 from benchmarks.quality_frontier import worth_timing
 from benchmarks.quality_plot import draw
 from benchmarks.quality_setup import load_setup
+from benchmarks.quality_shadow import correlations
 from benchmarks.quality_tune import tune_all
 from benchmarks.quality_worker import Job
 
@@ -89,6 +90,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             measured["reference"] = reference or measured["reference"]
             measured["nearness"] += rows
             measured["errors"] |= {job.family: error} if error else {}
+    if "ours" in args.families and not args.quick:
+        measured["shadow"] = correlations(args.pipeline)
     for family in args.families if args.rounds else []:
         names = worth_timing(quality_page.rows_of(measured, family))
         if names:

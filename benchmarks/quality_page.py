@@ -31,10 +31,21 @@ def tables(measured: Measured) -> str:
     parts = [heading(measured), "### The least that a quality costs", target_table(measured)]
     for family in families_of(measured):
         parts += [f"### Frontier: {family}", frontier_table(measured, family)]
+    if measured.get("shadow"):
+        parts += ["### Shadow mode's error against the real one", shadow_table(measured)]
     skipped = skipped_list(measured)
     if skipped:
         parts += ["### Left out", skipped]
     return "\n\n".join(parts)
+
+
+def shadow_table(measured: Measured) -> str:
+    """The correlation of what shadow mode foretells at the steps that would be reused with what comes of them."""
+    rows = [["mask", "forecaster", "reused steps", "correlation"]]
+    rows += [
+        [row["mask"], row["forecaster"], str(row["steps"]), f"{row['correlation']:.3f}"] for row in measured["shadow"]
+    ]
+    return figures.markdown(rows)
 
 
 def heading(measured: Measured) -> str:

@@ -45,26 +45,29 @@ def correlations(pipeline: str = "digits", num_images: int = 40, batch: int = 10
 
 
 def _both(setup: Setup, plain: list[list[Tensor]], fields: dict[str, Any]) -> tuple[list[float], list[float]]:
-    foretold: list[float] = []
-    real: list[float] = []
+    foretold: list[dict[int, float]] = []
+    real: list[dict[int, float]] = []
     for shadow in (True, False):
         cachedit_fx.enable_cache(setup.pipe, **fields, shadow=shadow)
         for number, outputs in enumerate(plain):
             found = _outputs(setup, number)
             (stats,) = cachedit_fx.summary(setup.pipe, logging=False)
             if shadow:
-                foretold += [error.output for _, error in sorted(stats.errors.items()) if error.reused]
+                foretold.append({step: error.output for step, error in stats.errors.items() if error.reused})
             else:
-                real += [float((found[i] - outputs[i]).norm() / outputs[i].norm()) for i in stats.cached_steps]
+                far = {i: float((found[i] - outputs[i]).norm() / outputs[i].norm()) for i in stats.cached_steps}
+                real.append(far)
         cachedit_fx.disable_cache(setup.pipe)
-    return foretold, real
+    steps = [(call, step) for call, far in enumerate(real) for step in far if step in foretold[call]]
+    return [foretold[call][step] for call, step in steps], [real[call][step] for call, step in steps]
 
 
 def _outputs(setup: Setup, number: int) -> list[Tensor]:
     """What the transformer returns at every step of a call."""
     found: list[Tensor] = []
     module: nn.Module = setup.pipe.transformer
-    handle = module.register_forward_hook(lambda _, __, output: found.append(output[0].clone()))
+    keep = torch._dynamo.disable(lambda _, __, output: found.append(output[0].clone()))
+    handle = module.register_forward_hook(keep)
     try:
         setup.generate(number)
     finally:
