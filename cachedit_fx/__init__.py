@@ -36,6 +36,7 @@ from cachedit_fx.patterns import BlockTemplate, register_pattern, unregister_pat
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
 from cachedit_fx.pipeline import disable_cache, enable_cache, refresh_context
 from cachedit_fx.policies import Decider, StepView
+from cachedit_fx.recommended import RECOMMENDED
 from cachedit_fx.registry import BlockAdapterRegistry
 from cachedit_fx.reports import RunReport, report, summary
 from cachedit_fx.session import is_cached, reset, session
@@ -73,6 +74,7 @@ __all__ = [
     "PatchFunctor",
     "PatternError",
     "PolynomialCalibratorConfig",
+    "RECOMMENDED",
     "RunReport",
     "StepView",
     "TaylorSeerCalibratorConfig",

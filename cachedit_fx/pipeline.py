@@ -24,6 +24,7 @@ from cachedit_fx.functor import PatchFunctor
 from cachedit_fx.light import MISSED, LightCalls
 from cachedit_fx.passes.inputs import conditioning_names, timestep_name
 from cachedit_fx.patterns.declaration import Declaration
+from cachedit_fx.recommended import base_for
 from cachedit_fx.registry import adapter_for, modules_of
 from cachedit_fx.session import ModelCall, end_generation, is_cached, set_label, within_call
 
@@ -51,7 +52,8 @@ def enable_cache(
     Args:
         pipe_or_adapter: A pipeline, a transformer, or a `BlockAdapter`. For a pipeline whose class has a registered
             adapter that one is taken.
-        cache_config: When to reuse; by default `CacheConfig()`.
+        cache_config: When to reuse; by default `CacheConfig()`, or if nothing at all is set that says when or what to
+            reuse, `cachedit_fx.RECOMMENDED`.
         calibrator_config: The same as `CacheConfig.forecaster`, by cache-dit's name: what a reused step adds.
         params_modifiers: What the region of each block list does differently, in the order in which the lists run.
         tuned_on: The signature of a tuned configuration, as `load_configs` reads it: warns where something else runs.
@@ -165,7 +167,8 @@ def settings_for(
     fields |= {name: options.pop(name) for name in [*options] if name in FIELD_NAMES}
     if options:
         kwargs["options"] = options
-    config = with_calibrator((cache_config or CacheConfig()).override(**fields), calibrator_config)
+    base = cache_config or (base_for(fields) if calibrator_config is None else CacheConfig())
+    config = with_calibrator(base.override(**fields), calibrator_config)
     adapter = adapter_for(pipe_or_adapter)
     if adapter is not None:
         if params_modifiers is not None:
