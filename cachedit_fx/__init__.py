@@ -49,6 +49,7 @@ BasicCacheConfig = DBCacheConfig = CacheConfig  # Under cache-dit's names.
 __version__ = "0.1.0"
 
 __all__ = [
+    "RECOMMENDED",
     "Backend",
     "BasicCacheConfig",
     "BlockAdapter",
@@ -74,7 +75,6 @@ __all__ = [
     "PatchFunctor",
     "PatternError",
     "PolynomialCalibratorConfig",
-    "RECOMMENDED",
     "RunReport",
     "StepView",
     "TaylorSeerCalibratorConfig",
