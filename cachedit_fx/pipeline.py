@@ -52,8 +52,8 @@ def enable_cache(
     Args:
         pipe_or_adapter: A pipeline, a transformer, or a `BlockAdapter`. For a pipeline whose class has a registered
             adapter that one is taken.
-        cache_config: When to reuse; by default `CacheConfig()`, or if nothing at all is set that says when or what to
-            reuse, `cachedit_fx.RECOMMENDED`.
+        cache_config: When to reuse; by default `CacheConfig()`, or where a pipeline or transformer is all that is given
+            (beside what says nothing of reuse, as `mode`), `cachedit_fx.RECOMMENDED`.
         calibrator_config: The same as `CacheConfig.forecaster`, by cache-dit's name: what a reused step adds.
         params_modifiers: What the region of each block list does differently, in the order in which the lists run.
         tuned_on: The signature of a tuned configuration, as `load_configs` reads it: warns where something else runs.
@@ -167,7 +167,8 @@ def settings_for(
     fields |= {name: options.pop(name) for name in [*options] if name in FIELD_NAMES}
     if options:
         kwargs["options"] = options
-    base = cache_config or (base_for(fields) if calibrator_config is None else CacheConfig())
+    is_bare = calibrator_config is None and params_modifiers is None and not isinstance(pipe_or_adapter, BlockAdapter)
+    base = cache_config or (base_for(fields) if is_bare else CacheConfig())
     config = with_calibrator(base.override(**fields), calibrator_config)
     adapter = adapter_for(pipe_or_adapter)
     if adapter is not None:

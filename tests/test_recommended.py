@@ -22,7 +22,7 @@ def test_nothing_set_takes_what_is_recommended():
     assert config_of() == RECOMMENDED
 
 
-@pytest.mark.parametrize("field", [{"inner_backend": "eager"}, {"mode": "max-autotune"}, {"shadow": True}])
+@pytest.mark.parametrize("field", [{"inner_backend": "eager"}, {"compile_blocks": "inline"}, {"shadow": True}])
 def test_so_does_what_says_nothing_of_reuse(field):
     assert config_of(**field) == RECOMMENDED.override(**field)
 
@@ -34,6 +34,13 @@ def test_anything_else_is_taken_on_top_of_the_plain_defaults(field):
 
 def test_a_configuration_is_taken_as_it_is():
     assert config_of(CacheConfig()) == CacheConfig()
+
+
+def test_an_adapter_says_enough_to_be_taken_on_top_of_the_plain_defaults():
+    module = tiny.build()
+    cachedit_fx.enable_cache(cachedit_fx.BlockAdapter(transformer=module))
+    settings = enabled_settings(module)
+    assert settings is not None and settings.config == CacheConfig()
 
 
 def test_a_calibrator_is_taken_on_top_of_the_plain_defaults():

@@ -248,8 +248,10 @@ def test_one_line_caches_any_pipeline_until_it_is_disabled(eager, monkeypatch):
     assert scope["pipe"] is pipe
     assert_equal(scope["output"][0], expected)
     assert cachedit_fx.is_cached(pipe.transformer)
-    ran = {(branch, f"transformer_blocks[8:{NUM_BLOCKS}]"): NOTHING_REUSED for branch in ("cond", "uncond")}
-    assert decisions(pipe.transformer) == ran
+    ran = decisions(pipe.transformer)
+    assert {*ran} == {(branch, f"transformer_blocks[1:{NUM_BLOCKS}]") for branch in ("cond", "uncond")}
+    for reasons in ran.values():  # A random model's steps are too far apart for the threshold.
+        assert {*reasons[:4]} == {"warmup"} and {*reasons[4:]} == {"diff-above"}
     assert not is_enabled(pipe.transformer)
     assert_equal(pipe(...)[0], expected)
     assert decisions(pipe.transformer) == ran  # The original pipe ran: no session came on top.
@@ -261,8 +263,10 @@ def test_one_line_runs_with_inductor(monkeypatch):
     expected = pipe(...)[0]
     from_hub(pipe, monkeypatch)
     output = run("one line", pipe)["output"][0]
-    ran = {(branch, f"transformer_blocks[8:{NUM_BLOCKS}]"): NOTHING_REUSED for branch in ("cond", "uncond")}
-    assert decisions(pipe.transformer) == ran
+    ran = decisions(pipe.transformer)
+    assert {*ran} == {(branch, f"transformer_blocks[1:{NUM_BLOCKS}]") for branch in ("cond", "uncond")}
+    for reasons in ran.values():  # A random model's steps are too far apart for the threshold.
+        assert {*reasons[:4]} == {"warmup"} and {*reasons[4:]} == {"diff-above"}
     # Latents of order 1. Fused float32 kernels round differently, and a random transformer feeds its error back for
     # eleven steps.
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
