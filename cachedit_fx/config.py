@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
-from cachedit_fx.config_checks import as_forecaster, check_fields, did_you_mean
+from cachedit_fx.config_checks import as_forecaster, check_fields
 from cachedit_fx.config_checks import check_together as check_together
-from cachedit_fx.errors import ConfigError, listed, shown
+from cachedit_fx.errors import ConfigError, did_you_mean, listed, shown
 from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.forecasters.registry import as_mapping, forecasters
 

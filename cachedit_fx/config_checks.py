@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cachedit_fx.errors import ConfigError, shown
+from cachedit_fx.errors import ConfigError, did_you_mean, shown
 from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.forecasters.registry import forecaster_from
 
@@ -33,11 +32,6 @@ _CHOICES = {
     "batch_decision": ("mean", "any"),
     "decision_rule": ("threshold", "budget"),
 }
-
-
-def did_you_mean(value: object, allowed: Sequence[object]) -> str:
-    near = difflib.get_close_matches(str(value), list(map(str, allowed)), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def as_forecaster(field: str, value: object) -> Forecaster | None:

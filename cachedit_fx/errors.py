@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -48,3 +49,9 @@ class PatternError(RuntimeError):
     def __init__(self, message: str, mismatch: Any = None) -> None:
         super().__init__(message)
         self.mismatch = mismatch
+
+
+def did_you_mean(value: object, allowed: Iterable[object]) -> str:
+    """` Did you mean 'x'?` where `x` is close to what was given, else nothing."""
+    near = difflib.get_close_matches(str(value), list(map(str, allowed)), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

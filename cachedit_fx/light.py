@@ -162,7 +162,7 @@ def light_call(
     if not isinstance(function, types.FunctionType) or guarded.sources is None or guarded.config.shadow:
         return None
     frame = _binder(function)(module, *given[0], **given[1])
-    guards = _guards_of(function, frame)
+    guards = _guards_of(guarded, function, frame)
     flat = flatten(guarded.graph)
     rebuild = _rebuilder(outputs, result)
     if guards is None or flat is None or rebuild is None:
@@ -261,14 +261,18 @@ def _binder(function: types.FunctionType) -> Callable[..., Locals]:
     return bind_all
 
 
-def _guards_of(function: types.FunctionType, frame: Locals) -> Any:
-    """The guards of the graph that Dynamo took for `frame`; None if it ran the function in several."""
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+def _guards_of(guarded: GuardedCall, function: types.FunctionType, frame: Locals) -> Any:
+    """The guards that Dynamo holds before it runs `guarded` for `frame`; None where the function is several graphs.
+
+    One function may have graphs of several backends, as of an earlier configuration, whose guards hold as well.
+    """
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list, innermost_fn
 
     for entry in _debug_get_cache_entry_list(function.__code__):
-        if entry.guard_manager.check(frame):
-            compiled = [name for name in entry.code.co_names if name.startswith(("__compiled_fn", "__resume_at"))]
-            return entry.guard_manager if len(compiled) == 1 else None
+        names = [name for name in entry.code.co_names if name.startswith(("__compiled_fn", "__resume_at"))]
+        compiled = [innermost_fn(function.__globals__[name]) for name in names if name in function.__globals__]
+        if compiled == [guarded] and entry.guard_manager.check(frame):
+            return entry.guard_manager
     return None
 
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -244,7 +244,7 @@ class _Enabled:
 
     def _check_size(self, given: Mapping[str, Any]) -> None:
         """Warns, once, of a size that was not tuned for."""
-        first = _first_of_tensors(given.values())
+        first = next((value for value in given.values() if isinstance(value, torch.Tensor)), None)
         if first is not None and tuple(first.shape[1:]) != self.tuned_size:
             log.warning(
                 "cachedit_fx: this configuration was tuned on another size, so its quality is not known here.\n"
@@ -254,10 +254,6 @@ class _Enabled:
                 [*first.shape[1:]],
             )
             self.tuned_size = ()
-
-
-def _first_of_tensors(values: Iterable[Any]) -> torch.Tensor | None:
-    return next((value for value in values if isinstance(value, torch.Tensor)), None)
 
 
 def _why_uncached(module: nn.Module, call: ModelCall, in_parts: str) -> str:

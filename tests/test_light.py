@@ -158,6 +158,22 @@ def test_two_sizes_are_both_served_once_they_are_known():
     assert calls == [True, True, True]
 
 
+def test_the_guards_are_those_of_its_own_graph():
+    """An earlier configuration's graph, of any size, stays in Dynamo's cache, and its guards hold as well."""
+    module, long = tiny.build(), tiny.latents(tokens=9)
+    cachedit_fx.enable_cache(module, **tiny.fields(), inner_backend="eager", dynamic=True)
+    for latents in (tiny.latents(), long):
+        tiny.generate(module, tiny.prompt(), latents)
+    cachedit_fx.disable_cache(module)
+    cachedit_fx.enable_cache(module, **tiny.fields(Fn_compute_blocks=2), inner_backend="eager", dynamic=False)
+    tiny.generate(module, tiny.prompt(), tiny.latents())
+    with served(module) as calls:
+        tiny.step(module, tiny.prompt(), 1.0, tiny.latents())
+        output = tiny.step(module, tiny.prompt(), 1.0, long)
+    assert calls == [True, False]
+    torch.testing.assert_close(output, tiny.step(tiny.build(), tiny.prompt(), 1.0, long), rtol=0, atol=0)
+
+
 def test_gradients_go_to_dynamo():
     module = warm(tiny.build())
     with served(module) as calls, torch.enable_grad():

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 
-from cachedit_fx.errors import ConfigError, listed, shown
-
-
-def did_you_mean(value: object, allowed: Iterable[str]) -> str:
-    """` Did you mean 'x'?` where `x` is close to what was given, else nothing."""
-    near = difflib.get_close_matches(str(value), list(allowed), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+from cachedit_fx.errors import ConfigError, did_you_mean, listed, shown
 
 
 def check_names(of: str, given: Iterable[str], allowed: Iterable[str]) -> None:

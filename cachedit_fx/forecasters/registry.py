@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from cachedit_fx.errors import ConfigError, shown
+from cachedit_fx.errors import ConfigError, did_you_mean, shown
 from cachedit_fx.forecasters.dmd import DMDCalibratorConfig
-from cachedit_fx.forecasters.fields import did_you_mean
 from cachedit_fx.forecasters.fitted import FittedCalibratorConfig
 from cachedit_fx.forecasters.foca import FoCaCalibratorConfig
 from cachedit_fx.forecasters.forecaster import Forecaster
