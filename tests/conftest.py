@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,11 @@ _SETTINGS = dict(deadline=None, database=None, suppress_health_check=[*HealthChe
 settings.register_profile("usual", max_examples=80, derandomize=True, **_SETTINGS)
 settings.register_profile("thorough", max_examples=2000, derandomize=False, print_blob=True, **_SETTINGS)
 settings.load_profile("usual")
+
+
+# pytest listens to every logger that does not propagate, and torch prints each graph for its structured trace as soon as
+# anyone listens. One that propagates is left alone; it has no handler of its own unless TORCH_TRACE is set.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(scope="session", autouse=True)

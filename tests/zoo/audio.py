@@ -126,5 +126,4 @@ def variants() -> Iterator[Variant]:
         ),
         lists=TRANSFORMER_BLOCKS,
         call=_music,
-        num_graphs=2,
     )

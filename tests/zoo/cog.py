@@ -82,7 +82,7 @@ def variants() -> Iterator[Variant]:
         max_text_seq_length=7,
     )
     kind = diffusers.CogVideoXTransformer3DModel
-    yield Variant("CogVideoX", kind, video | dict(patch_size_t=None), LISTS, _video, num_graphs=2)
+    yield Variant("CogVideoX", kind, video | dict(patch_size_t=None), LISTS, _video)
     rotary = dict(patch_size_t=None, use_rotary_positional_embeddings=True)
     yield Variant("CogVideoX5B", kind, video | rotary, LISTS, _rotary_video)
     yield Variant(
@@ -108,7 +108,6 @@ def variants() -> Iterator[Variant]:
         ),
         lists=LISTS,
         call=_face_video,
-        num_graphs=2,
     )
     view: dict[str, Any] = dict(
         patch_size=2,

@@ -97,7 +97,6 @@ def variants() -> Iterator[Variant]:
         ),
         lists=LAYERS,
         call=_lumina2,
-        num_graphs=13,
         clock="model",
     )
     yield Variant(
@@ -124,7 +123,6 @@ def variants() -> Iterator[Variant]:
         ),
         lists=LAYERS,
         call=_omnigen,
-        num_graphs=9,
         clock="model",
     )
     yield Variant(
@@ -140,7 +138,6 @@ def variants() -> Iterator[Variant]:
         ),
         lists=TRANSFORMER_BLOCKS,
         call=_prior,
-        num_graphs=1,
     )
     yield Variant(
         name="UVit2D_Amused",

@@ -129,7 +129,6 @@ def variants() -> Iterator[Variant]:
         lists={"transformer_blocks": IMAGE_FIRST},
         call=_video15,
         clock="model",
-        num_graphs=6,
         needs_capture=True,
     )
     yield Variant(
@@ -168,6 +167,5 @@ def variants() -> Iterator[Variant]:
         ),
         lists={"blocks": SINGLE},
         call=_dit,
-        num_graphs=2,
         cuts=((1, 2),),  # What block 1 puts by crosses from the blocks that may be skipped to those that always run.
     )

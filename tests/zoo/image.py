@@ -146,7 +146,6 @@ def variants() -> Iterator[Variant]:
         ),
         lists={"double_blocks": IMAGE_FIRST},
         call=_joy_image,
-        num_graphs=4,
     )
     yield Variant(
         name="NucleusMoE",

@@ -34,6 +34,7 @@ Shape = tuple[int, int]  # Image size, text length
 
 CUTS: tuple[Cut, ...] = ((1, 0), (2, 1), (4, 0))
 SHAPES: tuple[Shape, ...] = ((0, 0), (1, 0), (2, 0), (0, 1))  # Of the calls, in turn.
+FEW_SHAPES: tuple[Shape, ...] = ((0, 0), (1, 0), (0, 1))  # Enough where one graph serves all sizes.
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ def steps_by_hand(variant: Variant, model: nn.Module, calls: Sequence[Inputs], c
 
 
 def decisions_in(model: nn.Module) -> list[list[str]]:
+    """Those of every session of `model`."""
     return [stats.decisions for stats in every_session(model)]
 
 

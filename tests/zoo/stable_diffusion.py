@@ -93,7 +93,7 @@ def variants() -> Iterator[Variant]:
         num_embeds_ada_norm=8,
     )
     yield Variant(
-        "DiT", diffusers.DiTTransformer2DModel, dit | dict(norm_type="ada_norm_zero"), LISTS, _dit, num_graphs=2
+        "DiT", diffusers.DiTTransformer2DModel, dit | dict(norm_type="ada_norm_zero"), LISTS, _dit
     )
     yield Variant(
         name="PixArt",

@@ -90,7 +90,6 @@ class Variant:
         cuts: Fn and Bn to be tried beside those that are for all variants.
         refused: Those at which it is not cut: a number that is read of a stream would be needed on both sides.
         image_last: Where two streams become one, whether the text comes first in it.
-        num_graphs: Graphs that Dynamo makes for calls of all sizes and lengths, uncached; measured by a slow test.
     """
 
     name: str
@@ -108,7 +107,6 @@ class Variant:
     cuts: tuple[tuple[int, int], ...] = ()
     refused: tuple[tuple[int, int], ...] = ()
     image_last: bool = True
-    num_graphs: int = 3
 
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A new transformer, always with the same weights; none of its blocks does nothing."""

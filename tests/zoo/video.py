@@ -184,7 +184,6 @@ def variants() -> Iterator[Variant]:
         ),
         lists={"transformer_blocks": IMAGE_FIRST},
         call=_mochi,
-        num_graphs=4,
         needs_capture=True,
     )
     yield Variant(

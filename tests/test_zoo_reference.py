@@ -1,0 +1,34 @@
+"""What the zoo's tests compare against: the blocks skipped by hand, and the models themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.zoo import VARIANTS
+from tests.zoo.by_hand import ByHand
+from tests.zoo.runs import Cut, cuts_of, every_variant
+from tests.zoo.variant import Variant
+
+CASES = {f"{v.name}-F{cut[0]}B{cut[1]}": (v, cut) for v in VARIANTS.values() for cut in cuts_of(v)}
+
+
+@pytest.mark.parametrize(("variant", "cut"), CASES.values(), ids=CASES)
+def test_by_hand_a_reused_step_gives_what_the_computed_one_gave_for_equal_inputs(variant: Variant, cut: Cut):
+    call, *_ = variant.generation()
+    by_hand = ByHand(variant, variant.build(), *cut)
+    with torch.no_grad():
+        computed = by_hand(skip=False, **call)
+        # a + (b - a) for b, in float32, at values around 1, seen through the blocks that follow.
+        torch.testing.assert_close(by_hand(skip=True, **call), computed, rtol=0, atol=5e-6)
+
+
+@every_variant
+def test_a_variant_is_always_the_same_and_its_steps_differ(variant: Variant):
+    model, again = variant.build(), variant.build().state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    assert len(variant.chain(model)) == variant.num_blocks
+    assert all(parameter.any() for parameter in model.parameters() if parameter.numel() > 1)
+    before, after, *_ = variant.generation()
+    changing = {*variant.latents, *variant.times}
+    assert {name for name in before if before[name] is not after[name]} == changing
