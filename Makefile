@@ -40,7 +40,7 @@ browser: ## Debian's chromium, which the tests of the pages use; without it they
 	else echo "no chromium here, and only root can install it by apt-get: the tests of the pages will be skipped"; fi
 
 test: venv browser ## every test, slow ones too, on all cores; ARGS="-k name" goes to pytest
-	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 lint: venv ## ruff check, ruff format, mypy
 	$(PY) -m ruff check .

@@ -17,6 +17,7 @@ from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.config import CacheConfig, check_together, split_options
 from cachedit_fx.dumps import Dump
 from cachedit_fx.errors import NoMatchError, PassError, PatternError, cut
+from cachedit_fx.passes.dataflow import is_weight
 from cachedit_fx.passes.dedupe import Piece, split_pieces
 from cachedit_fx.passes.guard import GuardedGraph, insert_guards, stored_examples
 from cachedit_fx.passes.inplace import written_outside
@@ -24,11 +25,11 @@ from cachedit_fx.passes.pipeline import Plan, plan_graph
 from cachedit_fx.passes.region import Region
 from cachedit_fx.passes.watch import Watch
 from cachedit_fx.patterns.cause import Cause
-from cachedit_fx.patterns.chain import call_text, source_line
+from cachedit_fx.patterns.chain import call_text, is_tensor, source_line, value_of
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch
 from cachedit_fx.runtime import GuardedCall
-from cachedit_fx.session import current_call, instance_of
+from cachedit_fx.session import current_call, instance_of_weights
 from cachedit_fx.shapes import SizeRule, UnknownSizeError
 from cachedit_fx.step import RegionPlan
 
@@ -157,14 +158,14 @@ class Rewritten:
     """A guarded graph, cut into pieces that are still to be compiled.
 
     Attributes:
-        weight: Position of the argument that tells module instances apart, or the tensor itself.
+        weights: Of every block a weight, to tell module instances apart: its position among the arguments, or itself.
     """
 
     plan: Plan
     guarded: GuardedGraph
     pieces: list[Piece]
     regions: list[RegionPlan]
-    weight: int | torch.Tensor
+    weights: tuple[int | torch.Tensor, ...]
 
 
 def rewrite(
@@ -192,13 +193,28 @@ def rewrite(
         detail = f"expected a graph that may run twice on its inputs (shadow=True), found `{call_text(written)}`"
         return (Mismatch(None, Cause.IN_PLACE, detail, written.name, source_line(written)),)
     guarded = insert_guards(
-        plan.gm, plan.program, plan.regions, plan.timestep, same_strides=not exact, observed=config.shadow
+        plan.gm,
+        plan.program,
+        plan.regions,
+        plan.timestep,
+        watched=_written_unnoticed(plan.conditioning),
+        same_strides=not exact,
+        observed=config.shadow,
     )
     watch.guarded(guarded)
-    weight = _find_weight(plan, placeholders)
+    weights = _find_weights(plan, placeholders)
     pieces = split_pieces(_segments(guarded), share_blocks=config.compile_blocks == "once", free_strides=not exact)
     watch.pieces(guarded, pieces)
-    return Rewritten(plan, guarded, pieces, regions, weight)
+    return Rewritten(plan, guarded, pieces, regions, weights)
+
+
+def _written_unnoticed(conditioning: fx.Node | None) -> fx.Node | None:
+    """The conditioning, if it may be written in place without a count of that, as inference tensors may."""
+    if conditioning is None or not is_tensor(conditioning):
+        return None
+    example = conditioning.meta.get("cachedit_example", value_of(conditioning))
+    is_inference = torch.is_inference_mode_enabled() or example.is_inference()
+    return conditioning if is_inference else None
 
 
 def _trace_artifacts(planned: Rewritten | tuple[Mismatch, ...]) -> None:
@@ -227,22 +243,22 @@ def compile_guarded(
         sources: What Dynamo finds the graph's arguments by.
         policy_per_call: Every call brings its policy along.
     """
-    plan, pieces, weight = rewritten.plan, rewritten.pieces, rewritten.weight
+    plan, pieces = rewritten.plan, rewritten.pieces
     for piece in pieces:
         compiler.compile_piece(piece)
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
-    anchor = weight if isinstance(weight, torch.Tensor) else placeholders[weight].meta["cachedit_example"]
+    _mark_guarded(rewritten.weights, placeholders, policy_per_call=policy_per_call)
     forget_examples(plan.gm, rewritten.guarded.gm, *(piece.gm for piece in pieces))
-    instance_of(anchor)
     log.info("cached: %s; %d pieces, %d of them blocks", plan, len(pieces), sum(bool(p.blocks) for p in pieces))
     return GuardedCall(
         rewritten.guarded.gm,
         owner,
         config,
         rewritten.regions,
-        weight=weight,
+        weights=rewritten.weights,
         conditioning=placeholders.index(plan.conditioning) if plan.conditioning is not None else None,
         has_clock=plan.timestep is not None,
+        num_checksums=rewritten.guarded.num_checksums,
         policy_per_call=policy_per_call,
         copy_state=compiler.owns_buffers,
         inner=compiler,
@@ -278,15 +294,39 @@ def _region_plan(region: Region, placeholders: list[fx.Node]) -> RegionPlan:
     )
 
 
-def _find_weight(plan: Plan, placeholders: list[fx.Node]) -> int | torch.Tensor:
-    """The first weight of the chain: an argument of the graph, or held by it where Dynamo specialised on the module."""
-    for node in plan.program.nodes[plan.chain[0].blocks.blocks[0].start :]:
-        for arg in node.all_input_nodes:
-            if arg.op == "placeholder" and isinstance(arg.meta["cachedit_example"], torch.nn.Parameter):
-                return placeholders.index(arg)
-            if arg.op == "get_attr" and isinstance(getattr(plan.gm, str(arg.target), None), torch.Tensor):
-                return getattr(plan.gm, str(arg.target))  # type: ignore[no-any-return]
-    return torch.empty(0)  # A chain without weights: all its instances are one.
+def _find_weights(plan: Plan, placeholders: list[fx.Node]) -> tuple[int | torch.Tensor, ...]:
+    """The first weight of every block: an argument of the graph, or held by it where Dynamo specialised on the module.
+
+    Parameters and buffers alike: the weights of quantised layers are often buffers.
+    """
+    nodes = plan.program.nodes
+    blocks = [block for match in plan.chain for block in match.blocks.blocks]
+    found = [_first_weight(plan, nodes[block.start : block.end]) for block in blocks]
+    known = [weight for weight in found if weight is not None]
+    if not known:
+        return (torch.empty(0),)  # A chain without weights: all its instances are one.
+    return tuple(w if isinstance(w, torch.Tensor) else placeholders.index(w) for w in known)
+
+
+def _first_weight(plan: Plan, nodes: Sequence[fx.Node]) -> fx.Node | torch.Tensor | None:
+    for arg in (arg for node in nodes for arg in node.all_input_nodes):
+        # Numbers that a module holds are tensors without dimensions, made anew at every call.
+        if arg.op == "placeholder" and is_tensor(arg) and is_weight(arg) and value_of(arg).dim():
+            return arg
+        held = getattr(plan.gm, str(arg.target), None) if arg.op == "get_attr" else None
+        if isinstance(held, torch.Tensor):
+            return held
+    return None
+
+
+def _mark_guarded(weights: Sequence[int | torch.Tensor], placeholders: list[fx.Node], *, policy_per_call: bool) -> None:
+    """Notes that the module that is being compiled is cached."""
+    call = current_call() if policy_per_call else None
+    if call is not None and call.instance is not None:
+        call.instance.is_guarded = True
+        return
+    examples = [w if isinstance(w, torch.Tensor) else placeholders[w].meta["cachedit_example"] for w in weights]
+    instance_of_weights(examples).is_guarded = True
 
 
 def _compile_uncached(

@@ -41,9 +41,16 @@ class ConditioningTable:
     Args:
         on_end: Called with a token that can't come back, from whichever thread lets the tensor die.
         lock: Held by every method and during `on_end`; its owner shares it, so that there is no order of locks.
+        is_let_go: Whether nobody but the model itself holds a tensor: such a one stands for a dead object.
     """
 
-    def __init__(self, on_end: Callable[[int], None], lock: threading.RLock) -> None:
+    def __init__(
+        self,
+        on_end: Callable[[int], None],
+        lock: threading.RLock,
+        is_let_go: Callable[[torch.Tensor], bool] = lambda _: False,
+    ) -> None:
+        self._is_let_go = is_let_go
         self._on_end = on_end
         self._lock = lock
         self._live: dict[int, _Entry] = {}
@@ -66,7 +73,7 @@ class ConditioningTable:
 
     def _admit(self, tensor: torch.Tensor) -> _Entry:
         content = fingerprint(tensor)
-        known = self._orphans.pop(content, None)
+        known = self._orphans.pop(content, None) or self._left_to_the_model(content)
         entry = _Entry(tensor, known.token if known else next(_serial), content)
         key = id(tensor)
         entry.ref = weakref.ref(tensor, lambda _: self._died(key, entry))
@@ -74,6 +81,15 @@ class ConditioningTable:
         for stale in [o for o in self._orphans.values() if self._calls - o.last_call > ORPHAN_CALLS]:
             self._on_end(self._orphans.pop(stale.fingerprint).token)
         return entry
+
+    def _left_to_the_model(self, content: Hashable) -> _Entry | None:
+        """A live object of this content that the model alone still holds, taken off the table."""
+        for key, entry in self._live.items():
+            tensor = entry.ref() if entry.ref is not None and entry.fingerprint == content else None
+            if tensor is not None and self._is_let_go(tensor):
+                del self._live[key]
+                return entry
+        return None
 
     def _died(self, key: int, entry: _Entry) -> None:
         with self._lock:

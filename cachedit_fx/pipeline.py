@@ -25,8 +25,9 @@ from cachedit_fx.light import MISSED, LightCalls
 from cachedit_fx.passes.inputs import conditioning_names, timestep_name
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.recommended import base_for
+from cachedit_fx.region_watch import RegionWatch
 from cachedit_fx.registry import adapter_for, modules_of
-from cachedit_fx.session import ModelCall, end_generation, is_cached, set_label, within_call
+from cachedit_fx.session import ModelCall, end_generation, instance_of, set_label, within_call
 
 log = logging.getLogger(__name__)
 
@@ -207,6 +208,9 @@ class _Enabled:
         self.timestep = timestep_name(self.names)
         self.conditioning = conditioning_names(self.names)
         self.module = weakref.ref(module)
+        self.instance = instance_of(module)
+        self.instance.is_guarded = False  # Of what was compiled for an earlier configuration nothing is known here.
+        self._watch: RegionWatch | None = None
         self.light = LightCalls(module)
         self.compiled = Attempts(module, backend, settings.of_dynamo)
         if hasattr(module, "cache_context"):
@@ -214,6 +218,9 @@ class _Enabled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
+        if self._watch is not None and self._watch.has_changed():
+            self.instance.weights += 1  # What is kept was made by other modules or weights.
+            self._watch = None
         with within_call(call):
             result = self.light(args, kwargs)
             if result is not MISSED:
@@ -227,7 +234,12 @@ class _Enabled:
         module = self.module()
         if call.ran and module is not None:
             self.light.learn(module, (args, kwargs), call.ran, result)
-        if not call.misses or module is None or is_cached(module):
+            paths = call.ran[0][0].region_paths
+            if self._watch is None or self._watch.paths != paths:
+                self._watch = RegionWatch(module, paths)
+        if call.ran:
+            self.instance.is_guarded = True
+        if not call.misses or module is None or self.instance.is_guarded:
             return result
         if not self.compiled.give_up():
             report_uncached(_why_uncached(module, call, self.compiled.why_in_parts), self.settings.config)
@@ -240,7 +252,9 @@ class _Enabled:
         if self.tuned_size:
             self._check_size(given)
         prompts = (_first_tensor(given.get(name)) for name in self.conditioning)
-        return ModelCall(given.get(self.timestep or ""), next(filter(_is_tensor, prompts), None), self.policy)
+        return ModelCall(
+            given.get(self.timestep or ""), next(filter(_is_tensor, prompts), None), self.policy, self.instance
+        )
 
     def _check_size(self, given: Mapping[str, Any]) -> None:
         """Warns, once, of a size that was not tuned for."""

@@ -22,7 +22,7 @@ from cachedit_fx.explanation.trace import Trace
 from cachedit_fx.graph_json import from_json
 from cachedit_fx.patterns.chain import value_of
 from cachedit_fx.patterns.declaration import Declaration
-from cachedit_fx.session import instance_of, session
+from cachedit_fx.session import instance_of_weights, session
 from cachedit_fx.stats import CacheStats
 
 
@@ -74,8 +74,8 @@ def run_saved(folder: str | Path) -> list[CacheStats]:
             outputs = [compiled(*inputs) for inputs in steps]
         for i in (0, 2):
             torch.testing.assert_close(outputs[i], plain(*steps[i]), rtol=0, atol=0, equal_nan=True)
-    weight = steps[0][found.weight] if isinstance(found.weight, int) else found.weight
-    return [entry for record in instance_of(weight).records() for entry in record.stats]
+    weights = [steps[0][weight] if isinstance(weight, int) else weight for weight in found.weights]
+    return [entry for record in instance_of_weights(weights).records() for entry in record.stats]
 
 
 def main(folder: Path) -> None:

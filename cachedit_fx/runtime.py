@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from cachedit_fx.caller import find_schedule
 from cachedit_fx.clock import Stopwatch
 from cachedit_fx.config import CacheConfig, Changes
 from cachedit_fx.forecasters.compile import CompiledForecaster
 from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.kept import Forecast
-from cachedit_fx.session import current_call, instance_of
+from cachedit_fx.session import current_call, instance_of_weights
 from cachedit_fx.shadow import ShadowedStep
 from cachedit_fx.step import Policy, RegionPlan, StepRun
+
+_numbers = itertools.count()
 
 
 class GuardedCall:
@@ -26,9 +30,10 @@ class GuardedCall:
         graph: The guarded one, its pieces compiled: takes a step and then the arguments of Dynamo's graph.
         owner: Whoever compiled it: sessions of another owner are none of its own.
         config: What ends a generation and what guidance branches share; decisions are by each region's own.
-        weight: Position of the argument that tells module instances apart, or the tensor itself.
+        weights: Of every block a weight, to tell module instances apart: its position among the arguments, or itself.
         conditioning: Position of the argument whose identity tells requests and guidance branches apart.
-        has_clock: Whether the first region's probe ends with the timestep.
+        has_clock: Whether the first region's probe ends with the timestep, before
+        num_checksums: that many sums of the conditioning's values.
         policy_per_call: Whether the model's call tells the policy, and what it was given (`session.ModelCall`).
         copy_state: Copy what is kept: the inner compiler hands out buffers that it will write over (CUDA graphs).
         inner: The inner compiler, for forecasters; by default their graphs run as they are.
@@ -46,9 +51,10 @@ class GuardedCall:
         config: CacheConfig,
         regions: Sequence[RegionPlan],
         *,
-        weight: int | torch.Tensor,
+        weights: Sequence[int | torch.Tensor],
         conditioning: int | None,
         has_clock: bool,
+        num_checksums: int = 0,
         policy_per_call: bool = False,
         copy_state: bool = False,
         inner: Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., Any]] = lambda gm, _inputs: gm,
@@ -60,9 +66,11 @@ class GuardedCall:
         self.config = config
         self.regions = tuple(regions)
         self._policies: dict[Changes | None, Policy] = {}
-        self.weight = weight
+        self.number = next(_numbers)
+        self.weights = tuple(weights)
         self.conditioning = conditioning
         self.has_clock = has_clock
+        self.num_checksums = num_checksums
         self.policy_per_call = policy_per_call
         self.copy_state = copy_state
         self.inner = inner
@@ -70,8 +78,9 @@ class GuardedCall:
         self.sources = sources
         self.region_paths = tuple(region_paths)
         sizes = [i for plan in self.regions for i in plan.sizes.arguments]
-        found = (weight if isinstance(weight, int) else None, conditioning, *sizes)
-        self.asked = tuple(sorted({i for i in found if i is not None}))
+        # A module that tells of its calls is known by itself.
+        found = () if policy_per_call else tuple(weight for weight in self.weights if isinstance(weight, int))
+        self.asked = tuple(sorted({i for i in (*found, conditioning, *sizes) if i is not None}))
 
     def __call__(self, *args: Any) -> Any:
         run = self.begin(args)
@@ -90,17 +99,20 @@ class GuardedCall:
         Args:
             args: The graph's, or at least those `asked` for, by position.
         """
-        weight = args[self.weight] if isinstance(self.weight, int) else self.weight
-        instance = instance_of(weight)
         conditioning = args[self.conditioning] if self.conditioning is not None else None
         call = current_call() if self.policy_per_call else None
+        if call is not None and call.instance is not None:
+            instance = call.instance
+        else:
+            instance = instance_of_weights([args[w] if isinstance(w, int) else w for w in self.weights])
         timestep = None
         if call is not None and not self.has_clock:  # This is a part of the forward: what it gets was made on the way.
             conditioning, timestep = call.conditioning, call.timestep
         policy = self.policy(call.policy if call is not None else None)
-        session = instance.open(policy.owner, conditioning)
+        schedule = find_schedule()
+        opened = instance.open(policy.owner, conditioning, schedule)
         watch = Stopwatch(self.regions[0].device)
-        step = (ShadowedStep if policy.config.shadow else StepRun)(self, policy, instance, session, args)
+        step = (ShadowedStep if policy.config.shadow else StepRun)(self, policy, instance, opened, schedule, args)
         if timestep is not None:
             step.tick(timestep)
         return Run(step, watch)

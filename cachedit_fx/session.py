@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
+import numbers
+import sys
 import threading
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from cachedit_fx.caller import Schedule
 from cachedit_fx.clock import Lap, Laps
 from cachedit_fx.conditioning import ConditioningTable
 from cachedit_fx.config import Changes
-from cachedit_fx.errors import shown
 from cachedit_fx.kept import Kept, Reused
 from cachedit_fx.policies import Decision, History
+from cachedit_fx.request import current_owner, current_request
+from cachedit_fx.request import session as session
 from cachedit_fx.stats import CacheStats, StepError
 
 MAX_SESSIONS = 64  # Per module; beyond it the one that was used least recently ends.
 MAX_FINISHED = 64  # Sessions per module whose statistics are kept.
 
-_request: ContextVar[Hashable | None] = ContextVar("cachedit_fx_request", default=None)
 _label: ContextVar[str | None] = ContextVar("cachedit_fx_label", default=None)
 _call: ContextVar[ModelCall | None] = ContextVar("cachedit_fx_call", default=None)
 _clock = itertools.count(1)  # Numbers the steps of all sessions.
@@ -41,17 +45,20 @@ class ModelCall:
         policy: When to reuse, whatever the graphs were compiled with; None for that.
         ran: Guarded graphs that Dynamo ran during this call, each with its arguments and outputs.
         misses: Of graphs that were compiled during this call and run uncached, the number of nodes and the reason.
+        instance: The sessions of the model; None where its weights tell.
     """
 
-    __slots__ = ("_timestep", "conditioning", "misses", "policy", "ran")
+    __slots__ = ("_timestep", "conditioning", "instance", "misses", "policy", "ran")
 
     def __init__(
         self,
         timestep: object,
         conditioning: torch.Tensor | None,
         policy: Changes | None = None,
+        instance: Instance | None = None,
     ) -> None:
         self._timestep = timestep
+        self.instance = instance
         self.conditioning = conditioning
         self.policy = policy
         self.ran: list[tuple[Any, tuple[Any, ...], Any]] = []
@@ -59,10 +66,13 @@ class ModelCall:
 
     @property
     def timestep(self) -> float | None:
-        """The largest of the timesteps. Reads from the device."""
-        if isinstance(self._timestep, torch.Tensor):
-            return float(self._timestep.max())
-        return float(self._timestep) if isinstance(self._timestep, int | float) else None
+        """The largest of the timesteps; None where the call has none. Reads from the device."""
+        given = self._timestep
+        if isinstance(given, torch.Tensor):
+            return float(given.max()) if given.numel() else None
+        if isinstance(given, np.ndarray):
+            return float(given.max()) if given.size else None
+        return float(given) if isinstance(given, numbers.Real) else None
 
 
 def current_call() -> ModelCall | None:
@@ -83,35 +93,6 @@ def within_call(call: ModelCall) -> Iterator[None]:
 def set_label(label: str | None) -> None:
     """Names the guidance branch that this thread and async task calls the model for from now on; None for no name."""
     _label.set(label)
-
-
-@contextlib.contextmanager
-def session(key: Hashable) -> Iterator[None]:
-    """Names the request that the calls inside belong to, in this thread and async task.
-
-    Steps of one request may come from several threads and between those of others; guidance branches inside it are
-    told apart by their conditioning. Leaving the block ends nothing: a server may enter it anew for every step.
-
-    Raises:
-        TypeError: `key` is not hashable, or None.
-    """
-    if key is None or not _is_hashable(key):
-        raise TypeError(
-            f"cachedit_fx: session(key) takes any hashable key but None, as a string or a number, got {shown(key)}"
-        )
-    token = _request.set(key)
-    try:
-        yield
-    finally:
-        _request.reset(token)
-
-
-def _is_hashable(key: object) -> bool:
-    try:
-        hash(key)
-    except TypeError:
-        return False
-    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +131,17 @@ class Snapshot:
         num_steps: Steps so far.
         began: Why the generation began (see `CacheStats.began`).
         timesteps, laps: Of every step.
+        graph: Number of the guarded graph that made the last computed step.
+        weights: What the instance's weights were at the last computed step (see `Instance.weights`).
+        checksum: Of the conditioning's values; empty where the graph takes none.
     """
 
     timestep: float | None = None
     direction: int = 0
     num_steps: int = 0
+    graph: int = -1
+    weights: int = 0
+    checksum: tuple[float, ...] = ()
     began: str = "new"
     timesteps: tuple[float | None, ...] = ()
     laps: tuple[Lap, ...] = ()
@@ -162,8 +149,8 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class SessionKey:
-    """What tells one session of a module from another.
+class BranchKey:
+    """What tells one guidance branch of one request from another.
 
     Attributes:
         owner: Whoever compiled the graph: two configurations share nothing.
@@ -176,6 +163,63 @@ class SessionKey:
     who: Hashable
     label: str | None
     token: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """What tells one session of a module from another.
+
+    Attributes:
+        branch: The guidance branch.
+        ordinal: Which of the branch's calls of a step: windows, tiles and perturbed attention call the model several
+            times with one prompt.
+    """
+
+    branch: BranchKey
+    ordinal: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Where a branch stands in its denoising loop: its last call.
+
+    Attributes:
+        schedule: Of the pipeline that made it.
+        timestep: That it was made at.
+        calls: Calls of the branch at this step so far.
+        expected: Calls at the step before.
+    """
+
+    schedule: Schedule | None = None
+    timestep: float | None = None
+    calls: int = 0
+    expected: int = 0
+
+    def goes_on_in(self, schedule: Schedule | None) -> bool:
+        """Whether a call from there belongs to the same generation, as far as the pipeline tells."""
+        if schedule is None or self.schedule is None:
+            return schedule is self.schedule
+        return schedule.is_same_run(self.schedule)
+
+    def is_next_step(self, schedule: Schedule | None) -> bool:
+        """Whether the pipeline's scheduler has taken a step since."""
+        return schedule is not None and self.schedule is not None and schedule.index != self.schedule.index
+
+    def foreseen(self, schedule: Schedule | None) -> int:
+        """The ordinal that a call has if a step has as many calls as the one before: its timestep is not known yet."""
+        if self.is_next_step(schedule) or not self.goes_on_in(schedule):
+            return 0
+        return self.calls if self.calls < self.expected else 0
+
+    def ordinal_at(self, timestep: float | None, schedule: Schedule | None) -> int:
+        """The ordinal of a call at `timestep`."""
+        if self.is_next_step(schedule) or not self.goes_on_in(schedule) or timestep is None:
+            return 0
+        return self.calls if timestep == self.timestep else 0
+
+    def after(self, ordinal: int, timestep: float | None, schedule: Schedule | None) -> Turn:
+        """With a call that was made."""
+        return Turn(schedule, timestep, ordinal + 1, self.expected if ordinal else self.calls)
 
 
 class Session:
@@ -197,9 +241,11 @@ class Session:
 
     @property
     def name(self) -> str:
-        branch = self.key.label or ("" if self.key.token is None else f"conditioning {self.key.token}")
+        key = self.key.branch
+        branch = key.label or ("" if key.token is None else f"conditioning {key.token}")
         named = "" if self.request is None else str(self.request)
-        return ", ".join(filter(None, (named, branch))) or "unnamed"
+        further = f"call {self.key.ordinal + 1} of a step" if self.key.ordinal else ""
+        return ", ".join(filter(None, (named, branch, further))) or "unnamed"
 
     def stats(self, *, finished: bool) -> list[CacheStats]:
         return [
@@ -233,39 +279,78 @@ class Record:
     stats: list[CacheStats]
 
 
-class Instance:
-    """All sessions of one module instance."""
+_FIRST = Turn()
 
-    def __init__(self) -> None:
+
+class Instance:
+    """All sessions of one module instance.
+
+    Args:
+        module: The module, where it is known.
+
+    Attributes:
+        weights: Counts the times that modules or weights of the module were seen to be others.
+        is_guarded: Whether a graph of the module has a guard.
+    """
+
+    def __init__(self, module: torch.nn.Module | None = None) -> None:
         self._lock = threading.RLock()
         self._epoch = 0  # Counts the times that all sessions were ended.
-        self.conditioning = ConditioningTable(self._conditioning_ended, self._lock)
+        self._module = weakref.ref(module) if module is not None else None
+        self.conditioning = ConditioningTable(self._conditioning_ended, self._lock, self._is_let_go)
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()  # The one used last stands last.
+        self._turns: dict[BranchKey, Turn] = {}  # Of the branches that have sessions.
         self._finished: deque[Record] = deque(maxlen=MAX_FINISHED)
+        self.weights = 0
+        self.is_guarded = False
 
-    def open(self, owner: Hashable, conditioning: torch.Tensor | None) -> Session:
-        """The session that this call belongs to; a new one is not kept before `commit`."""
+    def open(
+        self, owner: Hashable, conditioning: torch.Tensor | None, schedule: Schedule | None = None
+    ) -> tuple[Session, Turn]:
+        """The session that this call seems to belong to, and where its branch stands; nothing changes before `commit`.
+
+        Which of a step's calls it is, is known for certain once its timestep is: see `at`.
+        """
         token = self.conditioning.token(conditioning) if conditioning is not None else None
-        key = SessionKey(owner, _who(), _label.get(), token)
+        request = current_request()
+        key = BranchKey(owner, current_owner(request), _label.get(), token)
+        with self._lock:
+            turn = self._turns.get(key, _FIRST)
+            known = self._sessions.get(SessionKey(key, turn.foreseen(schedule)))
+        return known or Session(SessionKey(key, turn.foreseen(schedule)), request, self._epoch), turn
+
+    def at(self, session: Session, ordinal: int) -> Session:
+        """The session of another of the calls that the branch of `session` makes at a step."""
+        key = SessionKey(session.key.branch, ordinal)
         with self._lock:
             known = self._sessions.get(key)
-        return known or Session(key, _request.get(), self._epoch)
+        return known or Session(key, session.request, session.epoch)
 
     def partner(self, session: Session) -> Session | None:
         """The session of another guidance branch of the same request that made the last step before this."""
-        owner, who = session.key.owner, session.key.who
-        with self._lock:
-            others = (s for s in reversed(self._sessions.values()) if s is not session)
-            return next((s for s in others if s.key.owner == owner and s.key.who == who), None)
+        mine, ordinal = session.key.branch, session.key.ordinal
 
-    def commit(self, session: Session, snapshot: Snapshot, *, is_new_generation: bool) -> None:
-        """Takes a finished step. A new generation under an old key ends the old session first."""
+        def is_partner(key: SessionKey) -> bool:
+            other = key.branch
+            same = (other.owner, other.who, key.ordinal) == (mine.owner, mine.who, ordinal)
+            return same and other != mine
+
+        with self._lock:
+            return next((s for key, s in reversed(self._sessions.items()) if is_partner(key)), None)
+
+    def commit(self, session: Session, snapshot: Snapshot, turn: Turn, *, is_new_generation: bool) -> None:
+        """Takes a finished step. A new generation under an old key ends the old session first.
+
+        Args:
+            turn: Where the branch stands now.
+        """
         with self._lock:
             if session.epoch != self._epoch:
                 return  # Reset while the step ran: what it would keep was to go.
-            if is_new_generation and session.first:
-                self._finish(session)
+            if is_new_generation:
+                self._end_generation_of(session)
                 session = Session(session.key, session.request, session.epoch)
+            self._turns[session.key.branch] = turn
             session.last = next(_clock)
             session.first = session.first or session.last
             session.snapshot = snapshot
@@ -283,73 +368,125 @@ class Instance:
         """Ends the sessions of the request (or the thread and async task) that asks, or all."""
         with self._lock:
             self._epoch += everyone  # So that steps that are running now leave nothing behind.
-            for session in [s for s in self._sessions.values() if everyone or s.key.who == _who()]:
+            who = current_owner(current_request())
+            for session in [s for s in self._sessions.values() if everyone or s.key.branch.who == who]:
                 self._finish(session)
 
     def clear(self) -> None:
         with self._lock:
             self._epoch += 1
             self._sessions.clear()
+            self._turns.clear()
             self._finished.clear()
             self.conditioning.clear()
+
+    def _end_generation_of(self, session: Session) -> None:
+        """Ends what the session did before, and with the first of a step's calls what the further ones did."""
+        branch, ordinal = session.key.branch, session.key.ordinal
+        ended = [s for k, s in self._sessions.items() if k.branch == branch and (k.ordinal == ordinal or not ordinal)]
+        for old in ended:
+            self._finish(old)
 
     def _finish(self, session: Session) -> None:
         self._finished.append(self._record(session, finished=True))
         self._sessions.pop(session.key, None)
+        branch = session.key.branch
+        if not any(key.branch == branch for key in self._sessions):
+            self._turns.pop(branch, None)
         session.snapshot = Snapshot()
 
     @staticmethod
     def _record(session: Session, *, finished: bool) -> Record:
         return Record(session.key, session.first, session.last, session.stats(finished=finished))
 
+    def _is_let_go(self, tensor: torch.Tensor) -> bool:
+        """Whether only attributes of the module refer to `tensor`, as where a model stores its context on itself."""
+        module = self._module() if self._module is not None else None
+        if module is None:
+            return False
+        held = sum(value is tensor for inner in module.modules() for value in vars(inner).values())
+        # Beside these: this frame's variable, the caller's, and the argument of `getrefcount`.
+        return 0 < held >= sys.getrefcount(tensor) - 3
+
     def _conditioning_ended(self, token: int) -> None:
         with self._lock:
-            for session in [s for s in self._sessions.values() if s.key.token == token]:
+            for session in [s for s in self._sessions.values() if s.key.branch.token == token]:
                 self._finish(session)
 
 
-def _who() -> Hashable:
-    """Whose generation this is: without a name, another thread or task is another request, even with one prompt."""
-    request = _request.get()
-    if request is not None:
-        return ("named", request)
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        task = None
-    return ("thread", threading.get_ident(), id(task) if task is not None else None)
+@dataclass(slots=True)
+class _Holder:
+    """A module instance that only its weights tell: several may hold the first of them.
+
+    Attributes:
+        weights: One of every block; none of them is kept alive.
+        versions: How often they were written in place.
+    """
+
+    weights: list[weakref.ref[torch.Tensor]]
+    versions: int
+    instance: Instance
+
+    def holds(self, weights: Sequence[torch.Tensor]) -> bool:
+        return len(weights) == len(self.weights) and all(
+            ref() is weight for ref, weight in zip(self.weights, weights, strict=True)
+        )
 
 
-# One instance is told from another by a weight of its chain: two instances of a class share one compiled graph.
-_instances: Any = WeakIdKeyDictionary()
+_instances: Any = WeakIdKeyDictionary()  # Of modules: those for which the cache is enabled.
+_holders: Any = WeakIdKeyDictionary()  # First weight -> holders: those of `torch.compile(model, backend="cachedit")`.
 _instances_lock = threading.Lock()
 
 
-def instance_of(weight: torch.Tensor) -> Instance:
-    """The sessions of the module that holds `weight`; they go when it goes."""
-    found: Instance | None = _instances.get(weight)
-    if found is None:
-        with _instances_lock:
-            found = _instances.get(weight)
-            if found is None:
-                found = _instances[weight] = Instance()
-    return found
+def instance_of(module: torch.nn.Module) -> Instance:
+    """The sessions of a module for which the cache is enabled; they go when it goes."""
+    with _instances_lock:
+        found: Instance | None = _instances.get(module)
+        if found is None:
+            found = _instances[module] = Instance(module)
+        return found
+
+
+def instance_of_weights(weights: Sequence[torch.Tensor]) -> Instance:
+    """The sessions of the module that holds `weights`, one of every block; they go when the first of these goes.
+
+    Two instances of a class share one compiled graph, and two models may share some of their blocks.
+    """
+    for holder in _holders.get(weights[0], ()):
+        if holder.holds(weights):
+            versions = _versions(weights)
+            if versions != holder.versions:  # Loaded in place.
+                holder.versions = versions
+                holder.instance.weights += 1
+            return holder.instance  # type: ignore[no-any-return]
+    with _instances_lock:
+        holder = _Holder(list(map(weakref.ref, weights)), _versions(weights), Instance())
+        _holders[weights[0]] = [*_holders.get(weights[0], ()), holder]
+    return holder.instance
+
+
+def _versions(weights: Sequence[torch.Tensor]) -> int:
+    return sum(0 if weight.is_inference() else weight._version for weight in weights)
 
 
 def instances_in(module: torch.nn.Module) -> list[Instance]:
-    """The instances that hold a weight of `module`: one for each of its chains."""
-    held = itertools.chain(module.parameters(), module.buffers())
-    return [_instances[tensor] for tensor in held if tensor in _instances]
+    """The sessions of `module` and of the modules in it: one instance for each that has a chain of its own."""
+    enabled = [_instances[inner] for inner in module.modules() if inner in _instances]
+    held = [*itertools.chain(module.parameters(), module.buffers())]
+    known = set(map(id, held))
+    holders = [holder for tensor in held for holder in _holders.get(tensor, ())]
+    return enabled + [h.instance for h in holders if all(id(ref()) in known for ref in h.weights)]
 
 
 def is_cached(module: torch.nn.Module) -> bool:
     """Whether a graph of `module` was compiled with a guard in it."""
-    return bool(instances_in(module))
+    return any(instance.is_guarded for instance in instances_in(module))
 
 
 def reset(module: torch.nn.Module | None = None) -> None:
     """Ends every session of `module`, or of all modules, and forgets their statistics. Compiled graphs stay."""
-    for instance in list(_instances.values()) if module is None else instances_in(module):
+    everyone = [*_instances.values(), *(h.instance for holders in list(_holders.values()) for h in holders)]
+    for instance in everyone if module is None else instances_in(module):
         instance.clear()
 
 
@@ -369,4 +506,4 @@ def records_of(module: torch.nn.Module, *, every_generation: bool) -> list[Recor
 
 def _are_one_generation(one: Record, last: Record) -> bool:
     """Guidance branches of a generation take turns, so the times at which they ran overlap."""
-    return one.key.who == last.key.who and one.last >= last.first
+    return one.key.branch.who == last.key.branch.who and one.last >= last.first

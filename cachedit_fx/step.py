@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cachedit_fx.caller import Schedule
 from cachedit_fx.clock import Lap
 from cachedit_fx.config import CacheConfig, Changes
 from cachedit_fx.kept import Forecast, Kept
 from cachedit_fx.policies import Decision, History, decide, needs_refresh
-from cachedit_fx.session import Instance, RegionState, Session, Snapshot
+from cachedit_fx.session import Instance, RegionState, Session, Snapshot, Turn
 from cachedit_fx.shapes import Size, SizeRule
 
 if TYPE_CHECKING:
@@ -96,22 +97,34 @@ class RegionRun:
 class StepRun:
     """One step of one session: the `Step` that a guarded graph asks. Changes nothing before `commit`."""
 
-    __slots__ = ("_args", "_call", "_instance", "_is_new", "_policy", "_runs", "_session", "_snapshot", "_ticked")
+    __slots__ = (
+        *("_args", "_call", "_instance", "_is_new", "_policy", "_runs", "_schedule", "_session", "_snapshot"),
+        *("_ticked", "_turn", "_was_foreseen"),
+    )
 
     def __init__(
         self,
         call: GuardedCall,
         policy: Policy,
         instance: Instance,
-        session: Session,
+        opened: tuple[Session, Turn],
+        schedule: Schedule | None,
         args: Sequence[Any] | Mapping[int, Any],
     ) -> None:
-        self._call, self._policy, self._instance, self._session, self._args = call, policy, instance, session, args
-        self._snapshot = session.snapshot
-        self._is_new = self._ticked = False
+        self._call, self._policy, self._instance, self._args = call, policy, instance, args
+        self._schedule = schedule
+        self._session, self._turn = opened
+        self._ticked, self._was_foreseen = False, True
         self._runs: list[RegionRun] = []
-        length = policy.config.num_inference_steps
-        if length is not None and session.snapshot.num_steps >= length:
+        self._enter(self._session)
+
+    def _enter(self, session: Session) -> None:
+        """Takes the step to be one of `session`."""
+        self._session, self._snapshot, self._is_new = session, session.snapshot, False
+        length = self._policy.config.num_inference_steps
+        if not self._turn.goes_on_in(self._schedule):
+            self._begin_generation("new-schedule" if session.first else "new")
+        elif length is not None and self._schedule is None and session.snapshot.num_steps >= length:
             self._begin_generation("length-reached")
 
     def before(self, region: int) -> torch.Tensor:
@@ -127,13 +140,17 @@ class StepRun:
         run = self._run(region)
         if streams:
             run.sizes = run.plan.sizes_at(self._args, streams)
-            run.fits = _fits(run.plan, run.state, run.sizes)
+            run.fits = self._is_of_this_graph and _fits(run.plan, run.state, run.sizes)
         values = probe.tolist() if probe is not None else []
         if region == 0 and not self._ticked:
-            self.tick(values.pop() if self._call.has_clock else None)
+            checksum = tuple(values.pop() for _ in range(self._call.num_checksums))
+            self.tick(values.pop() if self._call.has_clock else None, checksum)
+            if not self._was_foreseen:  # The head compared with what another session keeps.
+                self._runs.clear()
+                run = self._run(region)
         if self._is_new:  # What it had kept is let go of.
             run.state, run.fits = RegionState(), False
-        diff = values[0] if run.plan.looks else math.nan
+        diff = values[0] if run.plan.looks and self._was_foreseen else math.nan
         shared = self._shared_diff(run)
         run.diff = diff if shared is None else shared
         run.history = replace(run.state.history, has_moved=self._snapshot.direction != 0)
@@ -176,6 +193,8 @@ class StepRun:
         run = self._runs[region]
         assert run.decision is not None
         if run.decision.compute:
+            weights = self._instance.weights
+            self._snapshot = replace(self._snapshot, graph=self._call.number, weights=weights)
             between = run.state.reused[0] if run.fits else ()
             taken = self._taken_in(run, stored)
             run.state = replace(run.state, seen=self._own(seen), stored=taken, reused=((), between))
@@ -224,25 +243,43 @@ class StepRun:
             timesteps=(*before.timesteps, before.timestep),
             laps=(*before.laps, lap),
         )
-        self._instance.commit(self._session, snapshot, is_new_generation=self._is_new)
+        turn = self._turn.after(self._session.key.ordinal, before.timestep, self._schedule)
+        self._instance.commit(self._session, snapshot, turn, is_new_generation=self._is_new)
 
-    def tick(self, timestep: float | None) -> None:
-        """Moves the session's clock. A timestep that turns back, or stays at the first, starts a new generation."""
+    def tick(self, timestep: float | None, checksum: tuple[float, ...] = ()) -> None:
+        """Moves the session's clock, once it is known which of a step's calls this is.
+
+        A timestep that turns back starts a new generation, and so do other values of the conditioning in the same
+        tensor. Inside one run of a pipeline the scheduler tells: there the timestep may turn or stay.
+        """
         self._ticked = True
+        ordinal = self._turn.ordinal_at(timestep, self._schedule)
+        if ordinal != self._session.key.ordinal:
+            self._was_foreseen = False
+            self._enter(self._instance.at(self._session, ordinal))
+        if self._snapshot.checksum not in ((), checksum):
+            self._begin_generation("conditioning-changed")
+        self._snapshot = replace(self._snapshot, checksum=checksum)
         last, direction = self._snapshot.timestep, self._snapshot.direction
+        has_stepped = self._turn.is_next_step(self._schedule) and not self._is_new
         if timestep is None:
-            # Without a clock only a request with a name is known to be one generation.
-            self._snapshot = replace(self._snapshot, direction=int(self._session.is_named))
+            # Without a clock a request with a name, or a pipeline that counts its steps, is known to be one generation.
+            is_known = self._session.is_named or has_stepped
+            self._snapshot = replace(self._snapshot, direction=int(is_known))
             return
         turn = 0 if last is None or math.isnan(timestep) else (timestep > last) - (timestep < last)
-        # No solver calls twice at its first timestep: the generation before ended after one step.
-        if turn * direction < 0 or (last == timestep and not direction):
-            self._begin_generation("timestep-turned" if direction else "timestep-repeated")
+        if turn * direction < 0 and not has_stepped:
+            self._begin_generation("timestep-turned")
             turn, direction = 0, 0
-        self._snapshot = replace(self._snapshot, timestep=timestep, direction=turn or direction)
+        self._snapshot = replace(self._snapshot, timestep=timestep, direction=turn or direction or int(has_stepped))
 
     def _begin_generation(self, reason: str) -> None:
         self._is_new, self._snapshot = True, Snapshot(began=reason)
+
+    @property
+    def _is_of_this_graph(self) -> bool:
+        """Whether what is kept was made by this graph, of weights and modules that are still those of the model."""
+        return (self._snapshot.graph, self._snapshot.weights) == (self._call.number, self._instance.weights)
 
     def _run(self, region: int) -> RegionRun:
         """The region's part of this step; made when it is first asked for, in order."""
@@ -253,7 +290,8 @@ class StepRun:
                 state = replace(state, seen=None, stored=(), reused=((), ()), history=state.history.refreshed())
             sizes = plan.sizes_at(self._args)
             forecast = self._call.forecast(config.forecaster)
-            self._runs.append(RegionRun(plan, config, state, sizes, _fits(plan, state, sizes), forecast))
+            fits = self._is_of_this_graph and _fits(plan, state, sizes)
+            self._runs.append(RegionRun(plan, config, state, sizes, fits, forecast))
         return self._runs[region]
 
     def _shared_diff(self, run: RegionRun) -> float | None:

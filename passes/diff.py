@@ -50,6 +50,23 @@ def append_clock(head: Extract, timestep: fx.Node, device: torch.device) -> fx.N
     return clock
 
 
+NUM_CHECKSUMS = 2
+
+
+def append_checksums(head: Extract, conditioning: fx.Node, device: torch.device) -> list[fx.Node]:
+    """Adds two float32 sums over the conditioning's values, the second one weighted by position.
+
+    They tell where it is written in place, which an inference tensor does not count.
+    """
+    graph = head.graph
+    flat = graph.call_method("reshape", (head.take(conditioning), -1))
+    values = graph.call_method("to", (flat, torch.float32))
+    weighted = graph.call_method("mean", (graph.call_method("cumsum", (values, 0)),))
+    sums = [graph.call_method("to", (s, device)) for s in (graph.call_method("mean", (values,)), weighted)]
+    _tag_from(flat)
+    return sums
+
+
 def seen_example(region: Region) -> torch.Tensor:
     """A fake of what is looked at, as it is kept."""
     assert region.looked_at is not None

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.passes.diff import append_clock, append_diff, seen_example
+from cachedit_fx.passes.diff import NUM_CHECKSUMS, append_checksums, append_clock, append_diff, seen_example
 from cachedit_fx.passes.extract import Extract, extract, outputs_of
 from cachedit_fx.passes.region import Carried, Region
 from cachedit_fx.patterns.chain import size_key, value_of
@@ -75,11 +75,13 @@ class GuardedGraph:
         gm: Takes `step` and then the original placeholders; returns what the original returned.
         regions: In the order of their numbers.
         timestep: The placeholder that the first head reads the timestep from, if there is one.
+        num_checksums: How many sums of the conditioning's values the first probe ends with.
     """
 
     gm: fx.GraphModule
     regions: tuple[Region, ...]
     timestep: fx.Node | None
+    num_checksums: int = 0
 
 
 def insert_guards(
@@ -88,18 +90,20 @@ def insert_guards(
     regions: tuple[Region, ...],
     timestep: fx.Node | None,
     *,
+    watched: fx.Node | None = None,
     same_strides: bool = True,
     observed: bool = False,
 ) -> GuardedGraph:
     """The guarded graph. Submodules: head, compute_i, reuse_i, (between_i), tail.
 
     Args:
+        watched: A placeholder whose values are summed up at every call: one that may be written in place unnoticed.
         observed: Hand what leaves a region to `Step.observe`.
         same_strides: Make what leaves a region contiguous where the branches would differ in strides: a compiled tail
             takes one layout. It changes rounding where a kernel looks at strides.
     """
-    builder = _Builder(source, program, regions, timestep, same_strides, observed)
-    return GuardedGraph(builder.build(), regions, timestep)
+    builder = _Builder(source, program, regions, timestep, watched, same_strides, observed)
+    return GuardedGraph(builder.build(), regions, timestep, NUM_CHECKSUMS if watched is not None else 0)
 
 
 class _Builder:
@@ -111,11 +115,12 @@ class _Builder:
         program: Program,
         regions: tuple[Region, ...],
         timestep: fx.Node | None,
+        watched: fx.Node | None,
         same_strides: bool,
         observed: bool,
     ) -> None:
         self.source, self.program, self.regions, self.timestep = source, program, regions, timestep
-        self.same_strides, self.observed = same_strides, observed
+        self.watched, self.same_strides, self.observed = watched, same_strides, observed
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.values: dict[fx.Node, fx.Node] = {}
@@ -155,6 +160,8 @@ class _Builder:
             extra.append(seen)
         if clock is not None:
             parts.append(append_clock(head, clock, value_of(region.carried[0].after).device))
+        if self.watched is not None and number == 0:
+            parts.extend(append_checksums(head, self.watched, value_of(region.carried[0].after).device))
         if parts:
             probe = head.graph.call_function(torch.stack, (parts,))
             probe.meta["cachedit_probe"] = True

@@ -16,16 +16,28 @@ _REBUILT_NAME = re.compile(r"mask|ids$|guidance|control|rotary|freqs|timestep|si
 
 
 def find_timestep(program: Program, chain: tuple[BlockList, ...]) -> fx.Node | None:
-    """The timestep input, by name; without a name the one small input that sines and cosines are made of."""
-    small = [node for node in _user_tensors(program) if value_of(node).dim() <= 2 and not _is_bool(node)]
-    for pattern in _TIMESTEP_NAMES:
-        named = [node for node in small if re.fullmatch(pattern, base_name(node))]
-        if named:
-            return named[0]
-    scalars = [node for node in small if value_of(node).dim() <= 1]
+    """The timestep input, by name; without a name the one small input that sines and cosines are made of.
+
+    It has one number per sample ([], [B], [B, 1]), or one per token or frame ([B, N], [B, N, 1]). What then tells it
+    from an embedding of the same name, in a graph that begins behind the model's first lines, is that it is embedded.
+    """
+    given = [node for node in _user_tensors(program) if not _is_bool(node)]
     waves = [n for n in program.nodes[: chain[0].blocks[0].start] if _function_name(n) in ("sin", "cos")]
-    embedded = [node for node in scalars if any(node in program.inputs_behind(wave) for wave in waves)]
+
+    def is_embedded(node: fx.Node) -> bool:
+        return any(node in program.inputs_behind(wave) for wave in waves)
+
+    for pattern in _TIMESTEP_NAMES:
+        named = [node for node in given if re.fullmatch(pattern, base_name(node)) and value_of(node).dim() <= 3]
+        for node in named:
+            if _has_one_per_sample(node) or not value_of(node).is_floating_point() or is_embedded(node):
+                return node
+    embedded = [node for node in given if value_of(node).dim() <= 1 and is_embedded(node)]
     return embedded[0] if len(embedded) == 1 else None
+
+
+def _has_one_per_sample(node: fx.Node) -> bool:
+    return all(isinstance(size, int) and size == 1 for size in value_of(node).shape[1:])
 
 
 def find_conditioning(program: Program, chain: tuple[BlockList, ...], timestep: fx.Node | None) -> fx.Node | None:

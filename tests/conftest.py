@@ -20,8 +20,8 @@ settings.register_profile("thorough", max_examples=2000, derandomize=False, prin
 settings.load_profile("usual")
 
 
-# pytest listens to every logger that does not propagate, and torch prints each graph for its structured trace as soon as
-# anyone listens. One that propagates is left alone; it has no handler of its own unless TORCH_TRACE is set.
+# pytest listens to every logger that does not propagate, and torch prints each graph for its structured trace as soon
+# as anyone listens. One that propagates is left alone; it has no handler of its own unless TORCH_TRACE is set.
 logging.getLogger("torch.__trace").propagate = True
 
 

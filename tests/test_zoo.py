@@ -1,7 +1,7 @@
 """All transformers of the zoo with the bare backend, in float32: one capture for all image sizes and text lengths.
 
-Every way to cut the chain is compiled from that capture. What Dynamo does by itself when a second size comes is tested on
-a few in `tests/test_zoo_sizes.py`; bfloat16 and fixed sizes are tested in `tests/test_zoo_enable_cache.py`.
+Every way to cut the chain is compiled from that capture. What Dynamo does by itself when a second size comes is tested
+on a few in `tests/test_zoo_sizes.py`; bfloat16 and fixed sizes are tested in `tests/test_zoo_enable_cache.py`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ def test_steps_are_those_of_the_model_or_of_blocks_skipped_by_hand_until_it_is_d
         call_before(variant, model, torch.bfloat16)
         calls = variant.generation(dtype=torch.bfloat16)
         plain = [tensors_of(model(**call)) for call in calls]
-        by_hand = {cut: steps_by_hand(variant, model, calls, cut) for cut in (FIRST, SECOND) if cut not in variant.refused}
+        by_hand = {
+            cut: steps_by_hand(variant, model, calls, cut) for cut in (FIRST, SECOND) if cut not in variant.refused
+        }
         before = dict(vars(model))
         functor = variant.functor() if variant.functor is not None else None
         target = model if functor is None else BlockAdapter(transformer=model, patch_functor=functor)

@@ -15,7 +15,14 @@ from tests.zoo import VARIANTS
 from tests.zoo.runs import SHAPES, Compiled, Shape, call_before, capturing, one_collection
 from tests.zoo.variant import Variant
 
-NUM_GRAPHS = {"Flux": 3, "QwenImage": 3, "Wan": 3, "CogVideoX": 2, "JoyImageEdit": 4, "Mochi": 4}  # Of the uncached model.
+NUM_GRAPHS = {
+    "Flux": 3,
+    "QwenImage": 3,
+    "Wan": 3,
+    "CogVideoX": 2,
+    "JoyImageEdit": 4,
+    "Mochi": 4,
+}  # Of the uncached model.
 
 
 @pytest.mark.slow

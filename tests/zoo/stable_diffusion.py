@@ -92,9 +92,7 @@ def variants() -> Iterator[Variant]:
         activation_fn="gelu-approximate",
         num_embeds_ada_norm=8,
     )
-    yield Variant(
-        "DiT", diffusers.DiTTransformer2DModel, dit | dict(norm_type="ada_norm_zero"), LISTS, _dit
-    )
+    yield Variant("DiT", diffusers.DiTTransformer2DModel, dit | dict(norm_type="ada_norm_zero"), LISTS, _dit)
     yield Variant(
         name="PixArt",
         kind=diffusers.PixArtTransformer2DModel,

@@ -10,7 +10,7 @@ from unittest import mock
 from torch import fx
 
 from cachedit_fx import Backend, CacheConfig
-from cachedit_fx.light import LightCalls, MISSED
+from cachedit_fx.light import MISSED, LightCalls
 from cachedit_fx.runtime import GuardedCall
 
 

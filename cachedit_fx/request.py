@@ -1,0 +1,143 @@
+"""The names of requests: `with session(key):`, also around the steps of a generator."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import sys
+import threading
+from collections.abc import Hashable
+from contextvars import ContextVar, Token
+from types import FrameType, TracebackType
+from typing import NamedTuple
+
+from cachedit_fx.errors import shown
+
+_IS_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+class _Named(NamedTuple):
+    """A `session(key)` block of this context.
+
+    Attributes:
+        inside: `id` of the named generator that ran when the block was entered; None for none.
+    """
+
+    key: Hashable
+    inside: int | None
+
+
+_request: ContextVar[_Named | None] = ContextVar("cachedit_fx_request", default=None)
+
+# Generators that are inside a block, with the keys of their blocks, the innermost last. Between two steps of a
+# generator a context variable would name whatever its caller does; its frame is on the stack only while it runs.
+_generators: dict[FrameType, list[Hashable]] = {}
+
+
+def session(key: Hashable) -> NamedRequest:
+    """Names the request that the calls inside belong to, in this thread and async task.
+
+    Steps of one request may come from several threads and between those of others; guidance branches inside it are
+    told apart by their conditioning. Leaving the block ends nothing: a server may enter it anew for every step. In a
+    generator, or an async one, the name holds while the generator runs, whoever asks it for its next value.
+
+    Raises:
+        TypeError: `key` is not hashable, or None.
+    """
+    if key is None or not _is_hashable(key):
+        raise TypeError(
+            f"cachedit_fx: session(key) takes any hashable key but None, as a string or a number, got {shown(key)}"
+        )
+    return NamedRequest(key)
+
+
+class NamedRequest(contextlib.ContextDecorator):
+    """What `session(key)` returns: a context manager, which may also decorate a function."""
+
+    def __init__(self, key: Hashable) -> None:
+        self._key = key
+        self._entered: list[FrameType | Token[_Named | None]] = []
+
+    def _recreate_cm(self) -> NamedRequest:  # A decorated function may run in several threads, or call itself.
+        return NamedRequest(self._key)
+
+    def __enter__(self) -> None:
+        generator = _generator_around(_outside_contextlib(sys._getframe(1)))
+        if generator is not None:
+            _generators.setdefault(generator, []).append(self._key)
+            self._entered.append(generator)
+        else:
+            running = _running_generator()
+            named = _Named(self._key, id(running) if running is not None else None)
+            self._entered.append(_request.set(named))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        entered = self._entered.pop()
+        if isinstance(entered, Token):
+            _request.reset(entered)
+            return
+        keys = _generators[entered]
+        keys.pop()
+        if not keys:
+            del _generators[entered]
+
+
+def current_request() -> Hashable | None:
+    """The key of the innermost `session(key)` block around this call; None outside of all."""
+    named, generator = _request.get(), _running_generator()
+    if generator is not None and (named is None or named.inside != id(generator)):
+        return _generators[generator][-1]
+    return named.key if named is not None else None
+
+
+def current_owner(request: Hashable | None) -> Hashable:
+    """Whose generation this is: without a name, another thread or task is another request, even with one prompt."""
+    if request is not None:
+        return ("named", request)
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return ("thread", threading.get_ident(), id(task) if task is not None else None)
+
+
+def _is_hashable(key: object) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
+
+
+def _running_generator() -> FrameType | None:
+    """The innermost generator on the stack that is inside a block."""
+    frame: FrameType | None = sys._getframe(1) if _generators else None
+    while frame is not None and frame not in _generators:
+        frame = frame.f_back
+    return frame
+
+
+def _generator_around(frame: FrameType | None) -> FrameType | None:
+    """The generator that a `with` statement in `frame` belongs to; None where that is no generator.
+
+    A generator that `contextlib` makes a context manager of stands for the code that enters that one.
+    """
+    while frame is not None and frame.f_code.co_flags & _IS_GENERATOR:
+        above = frame.f_back
+        if above is None or not _is_contextlib(above):
+            return frame
+        frame = _outside_contextlib(above)
+    return None
+
+
+def _outside_contextlib(frame: FrameType | None) -> FrameType | None:
+    while frame is not None and _is_contextlib(frame):
+        frame = frame.f_back
+    return frame
+
+
+def _is_contextlib(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") == "contextlib"
