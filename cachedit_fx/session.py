@@ -251,6 +251,11 @@ class Instance:
             known = self._sessions.get(key)
         return known or Session(key, _request.get(), self._epoch)
 
+    def take_back(self, session: Session) -> None:
+        """Undoes `open` for a call that was given up and will be made anew: its prompt has not served it."""
+        if session.key.token is not None:
+            self.conditioning.take_back(session.key.token)
+
     def partner(self, session: Session) -> Session | None:
         """The session of another guidance branch of the same request that made the last step before this."""
         owner, who = session.key.owner, session.key.who

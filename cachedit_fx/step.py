@@ -58,11 +58,13 @@ class Policy:
 
     Attributes:
         owner: Equal for equal configurations: what one of them keeps is nothing to another.
+        asks_decider: Whether a user's own object decides about any region.
     """
 
     owner: int
     config: CacheConfig
     regions: tuple[CacheConfig, ...]
+    asks_decider: bool = False
 
 
 def _size_of(stream: torch.Tensor | None) -> Size | None:
@@ -225,6 +227,15 @@ class StepRun:
             laps=(*before.laps, lap),
         )
         self._instance.commit(self._session, snapshot, is_new_generation=self._is_new)
+
+    def give_up(self) -> None:
+        """Undoes what finding the session did: this step will be made anew."""
+        self._instance.take_back(self._session)
+
+    @property
+    def asks_decider(self) -> bool:
+        """Whether a user's own object decides: it is to be asked once per step."""
+        return self._policy.asks_decider
 
     def tick(self, timestep: float | None) -> None:
         """Moves the session's clock. A timestep that turns back, or stays at the first, starts a new generation."""
