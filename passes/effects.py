@@ -14,7 +14,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from cachedit_fx.passes.contexts import sets_state
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inplace import written_outside
-from cachedit_fx.patterns.chain import call_text
+from cachedit_fx.patterns.chain import call_text, is_tensor
 
 _PURE_ROOTS = ("", "torch", "_operator", "operator", "math", "builtins", "einops")
 _PURE_HIGHER_ORDER = ("flex_attention",)
@@ -57,8 +57,8 @@ def _effect(node: fx.Node) -> str:
         return _effect_of_overloads(node, target)
     if (getattr(target, "__module__", None) or "").partition(".")[0] not in _PURE_ROOTS:
         return "calls a function of which nothing is known"
-    if sets_state(node):
-        return "sets a state"
+    if getattr(target, "__name__", "") == "_set_grad_enabled" or (sets_state(node) and not is_tensor(node)):
+        return "sets a state"  # Its end may lie behind what has run.
     return "draws random numbers" if _is_random(node, getattr(target, "__name__", "")) else ""
 
 
