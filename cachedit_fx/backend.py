@@ -12,13 +12,14 @@ import torch
 from torch import fx
 from torch._logging._internal import trace_structured_artifact
 
-from cachedit_fx.capture import captured_module, copy_graph, forget_examples, sources_of
+from cachedit_fx.capture import Sources, captured_module, copy_graph, forget_examples, sources_of
 from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.config import CacheConfig, check_together, split_options
 from cachedit_fx.dumps import Dump
 from cachedit_fx.errors import NoMatchError, PassError, PatternError, cut
 from cachedit_fx.passes.dataflow import is_weight
 from cachedit_fx.passes.dedupe import Piece, split_pieces
+from cachedit_fx.passes.effects import effect_of
 from cachedit_fx.passes.guard import GuardedGraph, insert_guards, stored_examples
 from cachedit_fx.passes.inplace import written_outside
 from cachedit_fx.passes.pipeline import Plan, plan_graph
@@ -232,7 +233,7 @@ def compile_guarded(
     config: CacheConfig,
     compiler: InnerCompiler,
     owner: Hashable,
-    sources: Sequence[str] | None = None,
+    sources: Sources | None = None,
     *,
     policy_per_call: bool,
 ) -> Compiled:
@@ -240,7 +241,7 @@ def compile_guarded(
 
     Args:
         owner: Sessions of another owner are none of its own.
-        sources: What Dynamo finds the graph's arguments by.
+        sources: How Dynamo calls the graph.
         policy_per_call: Every call brings its policy along.
     """
     plan, pieces = rewritten.plan, rewritten.pieces
@@ -262,9 +263,15 @@ def compile_guarded(
         policy_per_call=policy_per_call,
         copy_state=compiler.owns_buffers,
         inner=compiler,
-        sources=sources,
+        sources=_and_effects(sources, plan),
         region_paths=_paths_of_regions(plan),
     )
+
+
+def _and_effects(sources: Sources | None, plan: Plan) -> Sources | None:
+    """The same, for Dynamo alone where the graph has effects."""
+    effect = effect_of(plan.program) if sources is not None and not sources.reason else ""
+    return Sources(reason=f"the forward {effect}") if effect else sources
 
 
 def _paths_of_regions(plan: Plan) -> list[str]:

@@ -50,28 +50,53 @@ def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
     return copy
 
 
-def sources_of(gm: fx.GraphModule) -> list[str] | None:
-    """For every placeholder of Dynamo's graph the expression, over a frame's locals `L`, that it is found by.
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """How Dynamo calls a graph.
 
-    None if they are not known, or if Dynamo does more at a call than run the graph: it writes to an attribute, say.
+    Attributes:
+        expressions: For every placeholder the one, over a frame's locals `L` and globals `G`, that it is found by.
+        reason: Why Dynamo has to make every call of the graph; empty if it does nothing but run it on these.
+        error: What went wrong where this version of torch could not be asked.
     """
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-        from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 
-        output = InstructionTranslator.current_tx().output
-        effects = output.side_effects
-        changed = [found for found in effects.id_to_variable.values() if effects.is_modified(found)]
-        # What the call itself makes concerns no one, unless it is returned.
-        is_lasting = any(not isinstance(v.mutation_type, AttributeMutationNew | ValueMutationNew) for v in changed)
-        if is_lasting or effects.tensor_hooks or effects.save_for_backward or output.random_calls:
-            return None
-    except (ImportError, AttributeError):  # Not inside Dynamo: the backend was called by hand.
-        return None
-    inputs = [node.meta.get("grapharg") for node in gm.graph.nodes if node.op == "placeholder"]
-    if any(given is None or given.source is None or given.pass_arg_as_tensor for given in inputs):
-        return None
-    return [_text(given.source) for given in inputs]
+    expressions: tuple[str, ...] = ()
+    reason: str = ""
+    error: str = ""
+
+
+def sources_of(gm: fx.GraphModule) -> Sources:
+    """How Dynamo, which is calling the backend now, will call the graph."""
+    translator = _translator()
+    if translator is None:
+        return Sources(reason="the backend was called by hand, not by Dynamo")
+    try:
+        reason = _beside_the_graph(translator.output)
+        inputs = [node.meta.get("grapharg") for node in gm.graph.nodes if node.op == "placeholder"]
+        if not reason and any(given is None or given.source is None or given.pass_arg_as_tensor for given in inputs):
+            reason = "Dynamo makes an input of the graph anew at every call"
+        return Sources(reason=reason) if reason else Sources(tuple(_text(given.source) for given in inputs if given))
+    except (ImportError, AttributeError) as error:
+        return Sources(reason="Dynamo's records of the graph are not where they were", error=repr(error))
+
+
+def _beside_the_graph(output: Any) -> str:
+    """What Dynamo does at a call besides running the graph (`output` is its record of the trace); empty for nothing."""
+    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+
+    effects, code = output.side_effects, output.root_tx.f_code
+    # What the call itself makes concerns no one, unless it is returned; **kwargs are a new dictionary at every call.
+    before = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    others = code.co_varnames[before] if code.co_flags & inspect.CO_VARKEYWORDS else None
+    for found in effects.id_to_variable.values():
+        if not effects.is_modified(found) or isinstance(found.mutation_type, AttributeMutationNew | ValueMutationNew):
+            continue
+        source = _text(found.source) if found.source is not None else "an object"
+        if source != f"L['{others}']":
+            return f"the forward changes {source}"
+    if effects.tensor_hooks or effects.save_for_backward:
+        return "the forward prepares a backward pass"
+    return "the forward draws random numbers in Python" if output.random_calls else ""
 
 
 def _text(source: Any) -> str:
@@ -87,6 +112,16 @@ def forget_examples(*modules: fx.GraphModule) -> None:
                 node.meta.pop("cachedit_example", None)
 
 
+def _translator() -> Any:
+    """Dynamo's state of the trace that this thread is in; None outside of one."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return InstructionTranslator.current_tx()
+    except (ImportError, AttributeError):  # Not inside Dynamo: the backend was called by hand.
+        return None
+
+
 def captured_module() -> torch.nn.Module | None:
     """The module whose forward Dynamo is tracing now, if that can be told."""
     frame = _traced_locals()
@@ -98,12 +133,8 @@ def captured_module() -> torch.nn.Module | None:
 
 
 def _traced_locals() -> dict[str, Any]:
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        return dict(InstructionTranslator.current_tx().f_locals)
-    except (ImportError, AttributeError):  # Not inside Dynamo: the backend was called by hand.
-        return {}
+    translator = _translator()
+    return dict(translator.f_locals) if translator is not None else {}
 
 
 def _argument_names() -> list[str]:

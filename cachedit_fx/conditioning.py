@@ -71,6 +71,14 @@ class ConditioningTable:
             entry.last_call = self._calls
             return entry.token
 
+    def take_back(self, token: int) -> None:
+        """Counts the latest call with this token as not made."""
+        with self._lock:
+            for entry in self._live.values():
+                if entry.token == token:
+                    entry.calls -= 1
+                    self._calls -= 1
+
     def _admit(self, tensor: torch.Tensor) -> _Entry:
         content = fingerprint(tensor)
         known = self._orphans.pop(content, None) or self._left_to_the_model(content)

@@ -89,6 +89,9 @@ class CacheConfig:
             before, as a calibration run measured it. Steps beyond their end are computed.
         decider: An object of your own that decides in place of these rules by its `decide(step: StepView)`: True to
             compute, False to reuse, None for what the rules say (see `policies.decider`).
+        fast_dispatch: After one call through Dynamo `enable_cache` serves a module itself, where that is the same: a
+            reused step then checks the guards of what it runs and no others. False: Dynamo makes every call. Plain
+            `torch.compile` leaves every call to Dynamo.
         shadow: Every step computes, and the statistics say what would have been reused and how far off that would have
             been (`CacheStats.errors`). A step costs up to two, and one more host read.
         debug_dir: A folder that gets the graph before and after every pass, the match report as JSON and a script that
@@ -132,6 +135,7 @@ class CacheConfig:
     rescale_coefficients: Sequence[float] = ()
     magnitude_ratios: Sequence[float] = ()
     decider: Decider | None = None
+    fast_dispatch: bool = True
     shadow: bool = False
     debug_dir: str | os.PathLike[str] | None = None
 

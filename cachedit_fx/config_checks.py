@@ -19,7 +19,10 @@ _LIMITS = {"max_cached_steps": -1, "max_continuous_cached_steps": -1}
 _OPTIONAL_COUNTS = {"num_inference_steps": 1, "force_refresh_step_hint": 1}
 _NUMBERS = ("residual_diff_threshold", "dynamic_prune_threshold_relax_ratio")
 _OPTIONAL_NUMBERS = ("max_accumulated_residual_diff_threshold", "max_dynamic_prune_threshold")
-_SWITCHES = ("cfg_compute_first", "cfg_diff_compute_separate", "enable_dynamic_prune_threshold", "shadow")
+_SWITCHES = (
+    *("cfg_compute_first", "cfg_diff_compute_separate", "enable_dynamic_prune_threshold"),
+    *("fast_dispatch", "shadow"),
+)
 _CHOICES = {
     "cache_type": CACHE_TYPES,
     "steps_computation_policy": ("dynamic", "static"),

@@ -8,13 +8,16 @@ After a call by way of Dynamo this knows the graph that it took. From then on
     compute, and all of Dynamo's guards hold            ->  the region's blocks, the tail
     one does not hold                                   ->  nothing has happened; Dynamo is asked, as ever
 
-What a reused step does not run it need not guard: the residual that it adds is of an earlier step anyway. Knows Dynamo.
+What a reused step does not run it need not guard: the residual that it adds is of an earlier step anyway. Where the
+front has run for nothing, a graph without effects has changed nothing; one with effects is not served so at all. It
+happens once to a graph: from then on all of its guards are checked before the front. Knows Dynamo.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-import re
+import threading
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,6 +27,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from cachedit_fx.errors import cut
+from cachedit_fx.frame import Binder, Fetch, Locals, Path, path_of
 from cachedit_fx.passes.flat import FlatGraph, flatten
 
 if TYPE_CHECKING:
@@ -31,27 +36,54 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Dynamo's guards and sources are private to it. On another version what it passes is compared as well, before a graph
+# is served; but the tests have not run there.
+TESTED_VERSIONS = ("2.13.",)
+
 MISSED = object()  # What a light call returns where Dynamo has to be asked.
-Locals = dict[str, Any]
+_STALE = object()  # The same, and the front has run before that was known.
+
+
+class NotServed(Exception):
+    """Why Dynamo has to make the calls of a module; the text follows `because`."""
 
 
 class LightCalls:
-    """All that are known of a module."""
+    """All that are known of a module.
 
-    def __init__(self, module: nn.Module) -> None:
+    Attributes:
+        is_on: Whether any call is served (`CacheConfig.fast_dispatch`).
+    """
+
+    def __init__(self, module: nn.Module, *, is_on: bool = True) -> None:
+        self.is_on = is_on
+        self._name = type(module).__name__
         self._module = weakref.ref(module)
-        self._known: list[LightCall] = []
+        self._lock = threading.Lock()  # Held to change what follows; calls only read `_known`.
+        self._known: tuple[LightCall, ...] = ()
         self._tried: weakref.WeakSet[GuardedCall] = weakref.WeakSet()
+        self._changed: weakref.WeakSet[GuardedCall] = weakref.WeakSet()  # All of their guards are checked at first.
+        self._reason = "no call has been made yet"
+
+    @property
+    def reason(self) -> str:
+        """Why Dynamo has to serve calls like the latest that it served; empty if the next one goes without it."""
+        return self._reason if self.is_on else "fast_dispatch is False"
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module's forward returns, or `MISSED`; then nothing has changed."""
-        module = self._module() if self._known else None
+        module = self._module() if self._known and self.is_on else None
         if module is None or not _is_plain(module):
             return MISSED
-        self._known = [light for light in self._known if light.is_live]
         for light in self._known:
+            if not light.is_live:
+                self._drop(light, "Dynamo has dropped the graph")
+                continue
             result = light(module, args, kwargs)
-            if result is not MISSED:
+            if result is _STALE:
+                self._changed.add(light.guarded)
+                self._drop(light, "a guard of Dynamo's on the region's blocks failed, as where a block was changed")
+            elif result is not MISSED:
                 return result
         return MISSED
 
@@ -70,16 +102,37 @@ class LightCalls:
             result: What the module returned.
         """
         guarded, args, outputs = ran[0]
-        if len(ran) > 1 or guarded in self._tried:
+        if not self.is_on or guarded in self._tried:
             return
-        self._tried.add(guarded)
+        with self._lock:
+            self._tried.add(guarded)
         try:
-            found = light_call(guarded, module, given, args, outputs, result)
-        except Exception:  # Another release of torch may keep its guards in another way; Dynamo goes on serving.
-            log.info("Dynamo will be asked at every call", exc_info=True)
-            return
-        if found is not None:
-            self._known.append(found)
+            if len(ran) > 1:
+                raise NotServed(f"Dynamo breaks the forward up into {len(ran)} graphs with a cache")
+            found = light_call(guarded, module, given, args, outputs, result, at_once=guarded in self._changed)
+            found.is_live, _is_plain(module)  # What a call will ask of Dynamo.
+        except NotServed as why:
+            self._tell(str(why))
+        except Exception as error:  # Another version of torch may keep its guards in another way.
+            self._tell(f"this version of torch could not be asked for its guards ({type(error).__name__})")
+            _warn_unsupported(error)
+        else:
+            _say_untested()
+            self._reason = ""
+            with self._lock:
+                self._known = (*self._known, found)
+
+    def _drop(self, light: LightCall, reason: str) -> None:
+        """Forgets what does not hold any more. It is learned again where Dynamo runs its graph again."""
+        with self._lock:
+            self._known = tuple(known for known in self._known if known is not light)
+            self._tried.discard(light.guarded)
+        self._reason = reason
+
+    def _tell(self, reason: str) -> None:
+        if reason != self._reason:
+            log.info("cachedit_fx: Dynamo makes every call of %s, because %s", self._name, reason)
+        self._reason = reason
 
 
 class LightCall:
@@ -90,8 +143,9 @@ class LightCall:
         flat: These.
         guards: Dynamo's for this graph.
         function: The module's forward.
-        fetch: Finds the graph's inputs.
+        paths: Where the graph's inputs are found.
         rebuild: Makes of the graph's outputs what the forward returns.
+        at_once: Check all guards before the front runs.
     """
 
     def __init__(
@@ -100,19 +154,23 @@ class LightCall:
         flat: FlatGraph,
         guards: Any,
         function: types.FunctionType,
-        fetch: Fetch,
+        paths: Sequence[Path],
         rebuild: Callable[[Sequence[Any]], Any],
+        *,
+        at_once: bool = False,
     ) -> None:
-        self._guarded, self._guards, self._rebuild = guarded, guards, rebuild
-        self._few_guards = guards.root.clone_manager(_outside(guarded.region_paths))
-        self._function, self._bind = function, _binder(function)
+        self.guarded, self._guards, self._rebuild = guarded, guards, rebuild
+        self._at_once = at_once
+        few = guards if at_once else guards.root.clone_manager(_outside(guarded.region_paths))
+        self._check_few, self._check_all = few.check, guards.check
+        self._function, self._bind = function, Binder(function)
         front, reuse, compute = flat.front, flat.reuse, flat.compute
         self._front, self._reuse, self._compute = front.call, reuse.call, compute.call
-        asked = guarded.asked
-        self._early = sorted({*front.positions, *reuse.positions, *asked})
+        self._early = sorted({*front.positions, *reuse.positions, *guarded.asked})
         self._late = sorted({*compute.positions} - {*self._early})
         self._positions = front.positions, reuse.positions, compute.positions
-        self._fetch_early, self._fetch_late = fetch(self._early), fetch(self._late)
+        self._fetch_early = Fetch([paths[i] for i in self._early], function.__globals__)
+        self._fetch_late = Fetch([paths[i] for i in self._late], function.__globals__)
 
     @property
     def is_live(self) -> bool:
@@ -120,26 +178,27 @@ class LightCall:
         return self._guards.extra_state is not None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the module's forward returns, or `MISSED`; then nothing has changed."""
+        """What the module's forward returns, or `MISSED`, or `_STALE`; then nothing has changed."""
         if getattr(module.forward, "__func__", None) is not self._function:
             return MISSED
-        try:
-            frame = self._bind(module, *args, **kwargs)
-        except TypeError:  # The forward itself is to say what it does not take.
-            return MISSED
-        if not self._few_guards.check(frame):
+        frame = self._bind((module, *args), kwargs)
+        if frame is None or not self._check_few(frame):  # What the forward does not take it is to say itself.
             return MISSED
         held = dict(zip(self._early, self._fetch_early(frame), strict=True))
-        run = self._guarded.begin(held)
+        run = self.guarded.begin(held)
+        if run.step.asks_decider and not self._check_all(frame):
+            run.give_up()
+            return MISSED
         front, reuse, compute = self._positions
         computes, *kept = self._front(run.step, *map(held.__getitem__, front))
         if not computes:
             outputs = self._reuse(run.step, *kept, *map(held.__getitem__, reuse))
-        elif self._guards.check(frame):
+        elif self._at_once or self._check_all(frame):
             held.update(zip(self._late, self._fetch_late(frame), strict=True))
             outputs = self._compute(run.step, *kept, *map(held.__getitem__, compute))
         else:
-            return MISSED
+            run.give_up()
+            return _STALE
         run.commit()
         return self._rebuild(outputs)
 
@@ -151,30 +210,45 @@ def light_call(
     args: Sequence[Any],
     outputs: Sequence[Any],
     result: Any,
-) -> LightCall | None:
-    """What takes Dynamo's place for calls like the one that was just made; None where that would not be the same.
+    *,
+    at_once: bool = False,
+) -> LightCall:
+    """What takes Dynamo's place for calls like the one that was just made.
 
     Args:
         given: What the module was called with; Dynamo made `args` of it for the graph.
         outputs: What the graph returned; Dynamo made `result` of it.
+        at_once: Check all guards before the front runs.
+
+    Raises:
+        NotServed: It would not be the same.
     """
     function = getattr(module.forward, "__func__", None)
-    if not isinstance(function, types.FunctionType) or guarded.sources is None or guarded.config.shadow:
-        return None
-    frame = _binder(function)(module, *given[0], **given[1])
+    if not isinstance(function, types.FunctionType):
+        raise NotServed("its forward is no plain method")
+    if guarded.config.shadow:
+        raise NotServed("shadow mode runs a step twice")
+    if guarded.sources.error:
+        raise RuntimeError(guarded.sources.error)
+    if guarded.sources.reason:
+        raise NotServed(guarded.sources.reason)
+    try:
+        paths = [path_of(source) for source in guarded.sources.expressions]
+        frame = Binder(function)((module, *given[0]), given[1]) or {}  # It took them when Dynamo ran it.
+    except ValueError as error:
+        raise NotServed(str(error)) from error
     guards = _guards_of(guarded, function, frame)
     flat = flatten(guarded.graph)
+    if flat is None:
+        raise NotServed("it decides more than once in a step")
     rebuild = _rebuilder(outputs, result)
-    if guards is None or flat is None or rebuild is None:
-        return None
-    fetch = Fetch(guarded.sources, function.__globals__)
     early = {*flat.front.positions, *flat.reuse.positions, *guarded.asked}
-    if any(_is_below(guarded.sources[i], guarded.region_paths) for i in early):
-        return None  # A weight that the region's blocks share with what runs without them.
-    found = fetch(range(len(args)))(frame)
+    if any(_is_below(paths[i], guarded.region_paths) for i in early):
+        raise NotServed("the region's blocks share a weight with what runs without them")
+    found = Fetch(paths, function.__globals__)(frame)
     if not all(_is_same(one, other) for one, other in zip(found, args, strict=True)):
-        return None
-    return LightCall(guarded, flat, guards, function, fetch, rebuild)
+        raise NotServed("what stands where Dynamo looks is not what it passed, as where the forward changes it")
+    return LightCall(guarded, flat, guards, function, paths, rebuild, at_once=at_once)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -190,79 +264,8 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-class Fetch:
-    """Makes functions from a frame's locals to what stands at some of the graph's inputs.
-
-    Args:
-        sources: Of every input the expression that Dynamo found it by, over `L` (locals) and `G` (globals).
-    """
-
-    def __init__(self, sources: Sequence[str], names: dict[str, Any]) -> None:
-        self._sources, self._globals = sources, names
-
-    def __call__(self, positions: Sequence[int]) -> Callable[[Locals], tuple[Any, ...]]:
-        lines: list[str] = []
-        known: dict[str, str] = {}
-        values = [_variable(self._sources[i], known, lines) for i in positions]
-        text = "\n    ".join(["def fetch(L):", *lines, f"return ({''.join(f'{value}, ' for value in values)})"])
-        made: dict[str, Any] = {}
-        exec(text, {"G": self._globals}, made)
-        found: Callable[[Locals], tuple[Any, ...]] = made["fetch"]
-        return found
-
-
-_STEP = re.compile(r"(?:\.\w+|\[(?:'[^']*'|\w+)\])$")
-
-
-def _variable(source: str, known: dict[str, str], lines: list[str]) -> str:
-    """A variable that holds `source`: modules on the way to several weights are looked up once."""
-    if source not in known:
-        step = _STEP.search(source)
-        base = source[: step.start()] if step else ""
-        is_chain = step is not None and base not in ("", "L", "G") and base.count("(") == base.count(")")
-        value = _variable(base, known, lines) + source[len(base) :] if is_chain else source
-        known[source] = f"v{len(known)}"
-        lines.append(f"{known[source]} = {value}")
-    return known[source]
-
-
-def _binder(function: types.FunctionType) -> Callable[..., Locals]:
-    """A function of the same parameters and defaults that returns what its frame would begin with."""
-    code = function.__code__
-    positional, keywords = code.co_argcount, code.co_kwonlyargcount
-    names = list(code.co_varnames[: positional + keywords])
-    rest = list(code.co_varnames[positional + keywords :])
-    first_default = positional - len(function.__defaults__ or ())
-    parameters = [name + ("=None" if i >= first_default else "") for i, name in enumerate(names[:positional])]
-    if code.co_posonlyargcount:
-        parameters.insert(code.co_posonlyargcount, "/")
-    if code.co_flags & 0x04:
-        parameters.append(f"*{rest.pop(0)}")
-    elif keywords:
-        parameters.append("*")
-    has_default = function.__kwdefaults__ or {}
-    parameters += [name + ("=None" if name in has_default else "") for name in names[positional:]]
-    if code.co_flags & 0x08:
-        parameters.append(f"**{rest.pop(0)}")
-    made: dict[str, Any] = {}
-    exec(f"def bind({', '.join(parameters)}):\n    return locals()", {}, made)
-    bind = made["bind"]
-    bind.__defaults__, bind.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    cells = function.__closure__ or ()
-    if not cells:
-        return bind  # type: ignore[no-any-return]
-
-    def bind_all(*args: Any, **kwargs: Any) -> Locals:
-        frame: Locals = bind(*args, **kwargs)
-        for name, cell in zip(code.co_freevars, cells, strict=True):
-            frame[name] = cell.cell_contents
-        return frame
-
-    return bind_all
-
-
 def _guards_of(guarded: GuardedCall, function: types.FunctionType, frame: Locals) -> Any:
-    """The guards that Dynamo holds before it runs `guarded` for `frame`; None where the function is several graphs.
+    """The guards that Dynamo holds before it runs `guarded` for `frame`.
 
     One function may have graphs of several backends, as of an earlier configuration, whose guards hold as well.
     """
@@ -273,29 +276,38 @@ def _guards_of(guarded: GuardedCall, function: types.FunctionType, frame: Locals
         compiled = [innermost_fn(function.__globals__[name]) for name in names if name in function.__globals__]
         if compiled == [guarded] and entry.guard_manager.check(frame):
             return entry.guard_manager
-    return None
+    raise NotServed("the forward is more than one graph, or Dynamo's guards do not hold after the call")
 
 
 def _outside(paths: Sequence[str]) -> Callable[[Any], bool]:
-    return lambda manager: not _is_below(manager.get_source(), paths)
+    """Whether a guard manager is on something outside of the modules at `paths`."""
+
+    def is_outside(manager: Any) -> bool:
+        try:
+            return not _is_below(path_of(manager.get_source()), paths)
+        except ValueError:  # Not a plain way to an object; checking it is never wrong.
+            return True
+
+    return is_outside
 
 
-def _is_below(source: str, paths: Sequence[str]) -> bool:
-    """Whether a source of Dynamo's lies in a module at one of the `paths` (`blocks.3`) of the frame's own module."""
-    if not source.startswith("L['self']"):
+def _is_below(path: Path, modules: Sequence[str]) -> bool:
+    """Whether a path leads into one of the `modules` (`blocks.3`) of the frame's own module."""
+    if path[:2] != (("frame", "L"), ("item", "self")):
         return False
-    path = ".".join(re.findall(r"_modules(?:'\])?\['([^']+)'\]", source)) + "."
-    return any(path.startswith(f"{region}.") for region in paths)
+    names = [after[1] for before, after in itertools.pairwise(path) if before[1] == "_modules" and after[0] == "item"]
+    found = ".".join(map(str, names)) + "."
+    return any(found.startswith(f"{module}.") for module in modules)
 
 
-def _rebuilder(outputs: Sequence[Any], result: Any) -> Callable[[Sequence[Any]], Any] | None:
-    """Makes of the graph's outputs what the forward returns, if that is those and constants alone."""
+def _rebuilder(outputs: Sequence[Any], result: Any) -> Callable[[Sequence[Any]], Any]:
+    """Makes of the graph's outputs what the forward returns, if that is those and None alone."""
     leaves, spec = pytree.tree_flatten(result)
     positions: list[int | None] = []
     for leaf in leaves:
         found = next((i for i, output in enumerate(outputs) if output is leaf), None)
         if found is None and leaf is not None:
-            return None
+            raise NotServed(f"the forward returns a {type(leaf).__name__} that the graph does not")
         positions.append(found)
     if type(result) is tuple and len(leaves) == len(result) and None not in positions:
         order = [i for i in positions if i is not None]
@@ -305,3 +317,32 @@ def _rebuilder(outputs: Sequence[Any], result: Any) -> Callable[[Sequence[Any]],
 
 def _is_same(one: Any, other: Any) -> bool:
     return one is other or (type(one) is type(other) and isinstance(one, int | float | bool) and one == other)
+
+
+_told: set[str] = set()  # What was said of this version of torch, once per process.
+
+
+def _warn_unsupported(error: Exception) -> None:
+    if "unsupported" not in _told:
+        _told.add("unsupported")
+        log.warning(
+            "cachedit_fx: fast_dispatch does not work with torch %s (%s: %s).\n"
+            "What it costs: every step checks Dynamo's guards over the whole model, and so does one that reuses. What "
+            "the model returns is the same.\n"
+            "What to do: use torch %s, or set fast_dispatch=False.",
+            torch.__version__,
+            type(error).__name__,
+            cut(error, 160),
+            _tested(),
+            exc_info=log.isEnabledFor(logging.DEBUG),
+        )
+
+
+def _say_untested() -> None:
+    if not str(torch.__version__).startswith(TESTED_VERSIONS) and "untested" not in _told:
+        _told.add("untested")
+        log.info("cachedit_fx: fast_dispatch was tested on torch %s, not on %s", _tested(), torch.__version__)
+
+
+def _tested() -> str:
+    return ", ".join(f"{version}x" for version in TESTED_VERSIONS)

@@ -211,7 +211,7 @@ class _Enabled:
         self.instance = instance_of(module)
         self.instance.is_guarded = False  # Of what was compiled for an earlier configuration nothing is known here.
         self._watch: RegionWatch | None = None
-        self.light = LightCalls(module)
+        self.light = LightCalls(module, is_on=settings.config.fast_dispatch)
         self.compiled = Attempts(module, backend, settings.of_dynamo)
         if hasattr(module, "cache_context"):
             _register_hook(module)
@@ -323,6 +323,7 @@ def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
         # The functor that prepared the module stays: it knows what to put back.
         known.settings = replace(settings, functor=known.settings.functor)
         known.policy = settings.config.policy
+        known.light.is_on = settings.config.fast_dispatch
         return
     _disable(module)
     try:

@@ -16,7 +16,9 @@ RECOMMENDED = CacheConfig(
     forecaster=FoCaCalibratorConfig(),
 )
 
-_ASIDE = frozenset(("inner_backend", "on_no_match", "compile_blocks", "mode", "shadow", "debug_dir"))
+_ASIDE = frozenset(
+    ("inner_backend", "on_no_match", "compile_blocks", "mode", "fast_dispatch", "shadow", "debug_dir"),
+)
 
 
 def base_for(given: Collection[str]) -> CacheConfig:

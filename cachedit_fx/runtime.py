@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from cachedit_fx.caller import find_schedule
+from cachedit_fx.capture import Sources
 from cachedit_fx.clock import Stopwatch
 from cachedit_fx.config import CacheConfig, Changes
 from cachedit_fx.forecasters.compile import CompiledForecaster
@@ -37,7 +38,7 @@ class GuardedCall:
         policy_per_call: Whether the model's call tells the policy, and what it was given (`session.ModelCall`).
         copy_state: Copy what is kept: the inner compiler hands out buffers that it will write over (CUDA graphs).
         inner: The inner compiler, for forecasters; by default their graphs run as they are.
-        sources: What Dynamo finds every argument by; None if it does more at a call than run the graph.
+        sources: How Dynamo calls the graph.
         region_paths: Modules that run inside the regions alone.
 
     Attributes:
@@ -58,7 +59,7 @@ class GuardedCall:
         policy_per_call: bool = False,
         copy_state: bool = False,
         inner: Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., Any]] = lambda gm, _inputs: gm,
-        sources: Sequence[str] | None = None,
+        sources: Sources | None = None,
         region_paths: Sequence[str] = (),
     ) -> None:
         self.graph, self.forward = graph, graph.forward
@@ -75,7 +76,7 @@ class GuardedCall:
         self.copy_state = copy_state
         self.inner = inner
         self._forecasts: dict[Forecaster, Forecast] = {}
-        self.sources = sources
+        self.sources = sources or Sources(reason="how Dynamo calls the graph was not recorded")
         self.region_paths = tuple(region_paths)
         sizes = [i for plan in self.regions for i in plan.sizes.arguments]
         # A module that tells of its calls is known by itself.
@@ -130,7 +131,8 @@ class GuardedCall:
         if changes not in self._policies:
             config = self.config.override(changes)
             regions = tuple(config.override(plan.own) for plan in self.regions)
-            self._policies[changes] = Policy(_number_of((self.owner, config)), config, regions)
+            asks = any(region.decider is not None for region in regions)
+            self._policies[changes] = Policy(_number_of((self.owner, config)), config, regions, asks)
         return self._policies[changes]
 
 
@@ -144,6 +146,10 @@ class Run:
     def commit(self) -> None:
         """The step is over: it becomes part of its session."""
         self.step.commit(self.watch.stop())
+
+    def give_up(self) -> None:
+        """The call is made in another way: nothing of this step is left behind."""
+        self.step.give_up()
 
 
 _owners: dict[Hashable, int] = {}

@@ -326,6 +326,12 @@ class Instance:
             known = self._sessions.get(key)
         return known or Session(key, session.request, session.epoch)
 
+    def take_back(self, session: Session) -> None:
+        """Undoes `open` for a call that was given up and will be made anew: its prompt has not served it."""
+        token = session.key.branch.token
+        if token is not None:
+            self.conditioning.take_back(token)
+
     def partner(self, session: Session) -> Session | None:
         """The session of another guidance branch of the same request that made the last step before this."""
         mine, ordinal = session.key.branch, session.key.ordinal

@@ -59,11 +59,13 @@ class Policy:
 
     Attributes:
         owner: Equal for equal configurations: what one of them keeps is nothing to another.
+        asks_decider: Whether a user's own object decides about any region.
     """
 
     owner: int
     config: CacheConfig
     regions: tuple[CacheConfig, ...]
+    asks_decider: bool = False
 
 
 def _size_of(stream: torch.Tensor | None) -> Size | None:
@@ -245,6 +247,15 @@ class StepRun:
         )
         turn = self._turn.after(self._session.key.ordinal, before.timestep, self._schedule)
         self._instance.commit(self._session, snapshot, turn, is_new_generation=self._is_new)
+
+    def give_up(self) -> None:
+        """Undoes what finding the session did: this step will be made anew."""
+        self._instance.take_back(self._session)
+
+    @property
+    def asks_decider(self) -> bool:
+        """Whether a user's own object decides: it is to be asked once per step."""
+        return self._policy.asks_decider
 
     def tick(self, timestep: float | None, checksum: tuple[float, ...] = ()) -> None:
         """Moves the session's clock, once it is known which of a step's calls this is.

@@ -53,14 +53,14 @@ def setter_at(nodes: Sequence[fx.Node], position: int) -> fx.Node | None:
     """
     before = itertools.takewhile(_makes_no_tensor, reversed(nodes[:position]))
     behind = itertools.takewhile(_makes_no_tensor, nodes[position:])
-    return next(filter(_sets_state, itertools.chain(before, behind)), None)
+    return next(filter(sets_state, itertools.chain(before, behind)), None)
 
 
 def _makes_no_tensor(node: fx.Node) -> bool:
     return node.op in ("call_function", "get_attr") and not is_tensor(node)
 
 
-def _sets_state(node: fx.Node) -> bool:
+def sets_state(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", "")
     is_harmless = name.startswith(("_assert", "_check", "_log", "_set_grad_enabled", "sym_")) or is_context(node)
     return (

@@ -15,7 +15,16 @@ from torch import Tensor, fx
 
 import cachedit_fx
 import cachedit_fx.testing
-from cachedit_fx import BlockAdapter, BlockTemplate, Explanation, ForwardPattern, ParamsModifier, PatchFunctor, backend
+from cachedit_fx import (
+    BlockAdapter,
+    BlockTemplate,
+    Explanation,
+    ForwardPattern,
+    ParamsModifier,
+    PatchFunctor,
+    backend,
+    light,
+)
 from cachedit_fx.pages import plots, render
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN
@@ -60,6 +69,15 @@ def run_saved_uncached(folder: Path) -> None:
 def dump_into_a_file(folder: Path) -> None:
     (folder / "taken").write_text("", encoding="utf-8")
     run(tiny.build(), debug_dir=folder / "taken")
+
+
+def run_where_dynamo_has_no_guards() -> None:
+    model = hybrid.build()
+    with (
+        patch.object(light, "_told", set()),
+        patch.object(light, "_guards_of", side_effect=AttributeError("no guards")),
+    ):
+        hybrid_step(cachedit_fx.enable_cache(model, hybrid.config()))
 
 
 # Pipelines and adapters.
@@ -176,6 +194,7 @@ RUNS = [
     Row("bug", lambda _: run_with_a_bug(), "KeyError", "What to do: please report it with the traceback"),
     Row("bug-raised", lambda _: run_with_a_bug(on_no_match="raise"), "KeyError", "options={\"debug_dir\": "),
     Row("taken-folder", dump_into_a_file, "taken'", "debug_dir must be a folder that can be written to"),
+    Row("unknown-torch", lambda _: run_where_dynamo_has_no_guards(), "no guards", "What to do: use torch 2.13.x"),
     Row("saved-uncached", run_saved_uncached, "stream-count", "See every verdict: the script without --run"),
 ]  # fmt: skip
 

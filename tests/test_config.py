@@ -61,6 +61,7 @@ def test_defaults_are_those_of_cache_dit():
         rescale_coefficients=(),
         magnitude_ratios=(),
         decider=None,
+        fast_dispatch=True,
         shadow=False,
         debug_dir=None,
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx.light import MISSED
 from cachedit_fx.session import end_generation
 from tests import tiny
+from tests.lights import enabled, last, served, warm
 from tests.models import FLUX, denoise
 
 
@@ -27,48 +26,11 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def enabled(module: nn.Module, **others: Any) -> nn.Module:
-    return cachedit_fx.enable_cache(module, **tiny.fields(**others), inner_backend="eager")
-
-
-def warm(module: nn.Module, **others: Any) -> nn.Module:
-    """With the cache, after a generation."""
-    tiny.generate(enabled(module, **others), tiny.prompt(), tiny.latents())
-    end_generation(module)
-    return module
-
-
-@contextmanager
-def served(module: nn.Module) -> Iterator[list[bool]]:
-    """Of every call inside, whether it went by Dynamo."""
-    calls: list[bool] = []
-    lights = module._compiled_call_impl.light
-    around = copy.copy(lights)
-
-    class Watched:
-        def __call__(self, args: Any, kwargs: Any) -> Any:
-            result = around(args, kwargs)
-            calls.append(result is not MISSED)
-            return result
-
-        learn = staticmethod(around.learn)
-
-    module._compiled_call_impl.light = Watched()
-    try:
-        yield calls
-    finally:
-        module._compiled_call_impl.light = lights
-
-
 def by_dynamo(module: nn.Module, prompt: Tensor, latents: Tensor, **others: Any) -> list[Tensor]:
     """The generation by `torch.compile` alone."""
     torch._dynamo.reset()
     backend = cachedit_fx.Backend(tiny.config(**others))
     return tiny.generate(torch.compile(copy.deepcopy(module), backend=backend, fullgraph=True), prompt, latents)
-
-
-def last(module: nn.Module) -> cachedit_fx.CacheStats:
-    return cachedit_fx.summary(module, logging=False)[-1]
 
 
 # The same as by Dynamo.

@@ -27,6 +27,14 @@ PARTS = {
     ("cachedit_fx/graph_json.py", "_node_to_json", "TypeError"),
     ("cachedit_fx/load.py", "_yaml", "ValueError"),
     ("cachedit_fx/shapes.py", "SizeRule.__init__", "UnknownSizeError"),
+    # Why Dynamo makes every call of a module: a reason that is logged as information, and part of a warning.
+    ("cachedit_fx/frame.py", "path_of", "ValueError"),
+    ("cachedit_fx/frame.py", "Binder.__init__", "ValueError"),
+    ("cachedit_fx/light.py", "LightCalls.learn", "NotServed"),
+    ("cachedit_fx/light.py", "light_call", "NotServed"),
+    ("cachedit_fx/light.py", "light_call", "RuntimeError"),
+    ("cachedit_fx/light.py", "_guards_of", "NotServed"),
+    ("cachedit_fx/light.py", "_rebuilder", "NotServed"),
 }
 BANNED = re.compile(
     r"\b(invalid|unexpected|illegal|failed to|something went wrong)\b|Traceback \(|\bFile \"|\bself\.|\bfx\.|"

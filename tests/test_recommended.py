@@ -22,7 +22,9 @@ def test_nothing_set_takes_what_is_recommended():
     assert config_of() == RECOMMENDED
 
 
-@pytest.mark.parametrize("field", [{"inner_backend": "eager"}, {"compile_blocks": "inline"}, {"shadow": True}])
+@pytest.mark.parametrize(
+    "field", [{"inner_backend": "eager"}, {"compile_blocks": "inline"}, {"fast_dispatch": False}, {"shadow": True}]
+)
 def test_so_does_what_says_nothing_of_reuse(field):
     assert config_of(**field) == RECOMMENDED.override(**field)
 

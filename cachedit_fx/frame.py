@@ -1,0 +1,141 @@
+"""What stands in a function's frame when it is called, and what lies below it; without running the function.
+
+call          module(x, timestep=t)                               ->  {"self": module, "x": x, "timestep": t}
+expression    L['self']._modules['proj']._parameters['weight']    ->  module.proj.weight
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import operator
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Locals = dict[str, Any]
+Step = tuple[str, Any]  # "item" and its key, "attribute" and its name, or "call" and the name of a tensor's method.
+Path = tuple[Step, ...]
+
+_GETTERS: dict[str, Callable[[Any], Callable[[Any], Any]]] = {
+    "item": operator.itemgetter,
+    "attribute": operator.attrgetter,
+    "call": operator.methodcaller,
+}
+_METHODS = ("size", "stride", "storage_offset")  # What Dynamo calls: a size that may change is an input of its own.
+
+
+def path_of(source: str) -> Path:
+    """The steps of an expression of Dynamo's from a frame's locals `L` or globals `G`, which are the first step.
+
+    Raises:
+        ValueError: The expression has anything in it but attributes, constant keys, and methods that give a size.
+    """
+    steps: list[Step] = []
+    try:
+        node: ast.expr = ast.parse(source, mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"{source} is no expression") from error
+    while not isinstance(node, ast.Name):
+        match node:
+            case ast.Attribute(value=inner, attr=name):
+                steps.append(("attribute", name))
+            case ast.Subscript(value=inner, slice=key):
+                steps.append(("item", ast.literal_eval(key)))
+            case ast.Call(func=ast.Attribute(value=inner, attr=name), args=[], keywords=[]) if name in _METHODS:
+                steps.append(("call", name))
+            case _:
+                raise ValueError(f"{source} is more than attributes and keys")
+        node = inner
+    if node.id not in ("L", "G"):
+        raise ValueError(f"{source} begins neither at the locals nor at the globals")
+    return (("frame", node.id), *reversed(steps))
+
+
+class Fetch:
+    """Finds values by their paths. What several paths have in common is looked up once.
+
+    Args:
+        paths: As of `path_of`.
+        names: The function's globals.
+    """
+
+    def __init__(self, paths: Sequence[Path], names: dict[str, Any]) -> None:
+        self._names = names
+        self._program: list[tuple[Callable[[Any], Any], int]] = []  # What to get, and out of which value.
+        known: dict[Path, int] = {(("frame", "L"),): 0, (("frame", "G"),): 1}
+        found = [self._place(path, known) for path in paths]
+        self._pick: Callable[[list[Any]], tuple[Any, ...]]
+        if len(found) > 1:
+            self._pick = operator.itemgetter(*found)
+        else:  # An itemgetter of one key returns no tuple.
+            self._pick = lambda values: tuple(values[i] for i in found)
+
+    def __call__(self, frame: Locals) -> tuple[Any, ...]:
+        """The values for a frame, one for each path.
+
+        Raises:
+            AttributeError, LookupError: A path leads nowhere.
+        """
+        values: list[Any] = [frame, self._names]
+        append = values.append
+        for get, at in self._program:
+            append(get(values[at]))
+        return self._pick(values)
+
+    def _place(self, path: Path, known: dict[Path, int]) -> int:
+        if path not in known:
+            kind, key = path[-1]
+            step = _GETTERS[kind](key), self._place(path[:-1], known)
+            known[path] = len(self._program) + 2
+            self._program.append(step)
+        return known[path]
+
+
+class Binder:
+    """Makes of a call's arguments the locals that the function's frame begins with.
+
+    Args:
+        function: A Python function. Its defaults are taken as they are now.
+
+    Raises:
+        ValueError: It has parameters that are positional only.
+    """
+
+    def __init__(self, function: types.FunctionType) -> None:
+        code = function.__code__
+        if code.co_posonlyargcount:
+            raise ValueError(f"{function.__qualname__} has parameters that are positional only")
+        count = code.co_argcount + code.co_kwonlyargcount
+        names, rest = code.co_varnames[:count], iter(code.co_varnames[count:])
+        self._positional = names[: code.co_argcount]
+        self._names = frozenset(names)
+        self._more = next(rest) if code.co_flags & inspect.CO_VARARGS else None
+        self._others = next(rest) if code.co_flags & inspect.CO_VARKEYWORDS else None
+        defaults = function.__defaults__ or ()
+        first = code.co_argcount - len(defaults)
+        self._defaults = {
+            **dict(zip(self._positional[first:], defaults, strict=True)),
+            **(function.__kwdefaults__ or {}),
+        }
+        self._cells = tuple(zip(code.co_freevars, function.__closure__ or (), strict=True))
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Locals | None:
+        """The locals; None where the function would raise a TypeError for its arguments."""
+        given = dict(zip(self._positional, args, strict=False))
+        others = None
+        if self._others is not None:
+            others = {name: value for name, value in kwargs.items() if name not in self._names}
+            kwargs = {name: value for name, value in kwargs.items() if name in self._names} if self._names else {}
+        if not kwargs.keys().isdisjoint(given) or (self._more is None and len(args) > len(self._positional)):
+            return None
+        frame = {**self._defaults, **given, **kwargs}
+        if frame.keys() != self._names:
+            return None
+        if self._more is not None:
+            frame[self._more] = args[len(self._positional) :]
+        if self._others is not None:
+            frame[self._others] = others
+        for name, cell in self._cells:
+            frame[name] = cell.cell_contents
+        return frame
