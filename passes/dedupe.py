@@ -22,7 +22,7 @@ from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from cachedit_fx.passes.dataflow import is_layout
-from cachedit_fx.passes.extract import extract, outputs_of
+from cachedit_fx.passes.extract import extract, generate_code, outputs_of
 from cachedit_fx.patterns.chain import is_tensor, size_key, value_of
 
 _VIEWS = (operator.getitem, torch.narrow, torch.select)
@@ -77,6 +77,7 @@ def split_pieces(segments: Sequence[fx.GraphModule], *, share_blocks: bool, free
     for segment in segments:
         segment.graph.lint()
         segment.recompile()
+        generate_code(segment)
     return list(groups.values())
 
 

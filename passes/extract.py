@@ -9,8 +9,26 @@ from dataclasses import dataclass
 import sympy
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule  # type: ignore[attr-defined]
 
 from cachedit_fx.patterns.chain import value_of
+
+
+def graph_module(root: torch.nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A GraphModule of class `name` that generates its code when it is first run or printed, as Dynamo's own do.
+
+    Most are rewritten before that. A `forward` that is kept has to be taken after `generate_code`.
+
+    Args:
+        root: Holds the attributes that `graph` reads.
+    """
+    module: fx.GraphModule = _LazyGraphModule(root, graph, class_name=name)
+    return module
+
+
+def generate_code(gm: fx.GraphModule) -> None:
+    """Generates the code of a GraphModule, if that was put off."""
+    _LazyGraphModule.force_recompile(gm)
 
 
 @dataclass(slots=True)
@@ -53,7 +71,7 @@ class Extract:
     def finish(self, root: fx.GraphModule, outputs: Sequence[fx.Node], name: str) -> fx.GraphModule:
         """The GraphModule that returns the tuple of `outputs` (nodes of this graph)."""
         self.graph.output(tuple(outputs))
-        return fx.GraphModule(root, self.graph, class_name=name)
+        return graph_module(root, self.graph, name)
 
 
 def extract(nodes: Sequence[fx.Node]) -> Extract:

@@ -22,7 +22,7 @@ from torch import fx
 
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.diff import append_clock, append_diff, seen_example
-from cachedit_fx.passes.extract import Extract, extract, outputs_of
+from cachedit_fx.passes.extract import Extract, extract, graph_module, outputs_of
 from cachedit_fx.passes.region import Carried, Region
 from cachedit_fx.patterns.chain import size_key, value_of
 
@@ -286,7 +286,7 @@ def _reuse(
         )
         outputs.append(_contiguous(out) if pair in uneven else out)
     graph.output((*outputs, *stored))
-    return fx.GraphModule(source, graph, class_name="Reuse")
+    return graph_module(source, graph, "Reuse")
 
 
 def stored_examples(region: Region) -> list[torch.Tensor]:
