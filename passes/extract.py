@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 from torch import fx
-from torch.fx._lazy_graph_module import _LazyGraphModule  # type: ignore[attr-defined]
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from cachedit_fx.patterns.chain import value_of
 
@@ -74,11 +74,17 @@ class Extract:
         return graph_module(root, self.graph, name)
 
 
-def extract(nodes: Sequence[fx.Node]) -> Extract:
-    """Copies `nodes` (in program order) into a new graph; what they read from outside becomes placeholders."""
+def extract(nodes: Sequence[fx.Node], sizes: Sequence[fx.Node] | None = None) -> Extract:
+    """Copies `nodes` (in program order) into a new graph; what they read from outside becomes placeholders.
+
+    Args:
+        sizes: The `free_sizes` of their graph, where they are known; finding them looks at all of its inputs.
+    """
     taken = Extract(fx.Graph(), [], {})
     inside = set(nodes)
-    for size in _free_sizes(nodes[0].graph) if nodes else ():
+    if sizes is None:
+        sizes = free_sizes(nodes[0].graph) if nodes else ()
+    for size in sizes:
         taken.take(size)  # A compiler wants every symbol in an input's shape or stride as an input of its own.
     for node in nodes:  # Placeholders first, in the order of first use: they must stand before all else.
         for arg in node.all_input_nodes:
@@ -89,7 +95,8 @@ def extract(nodes: Sequence[fx.Node]) -> Extract:
     return taken
 
 
-def _free_sizes(graph: fx.Graph) -> list[fx.Node]:
+def free_sizes(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's inputs that are a symbol each."""
     found = []
     for node in graph.nodes:
         if node.op != "placeholder":
