@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from cachedit_fx.passes.extract import graph_module
+
 # What stands in a source between the names that a user wrote.
 _HOLDERS = {"L", "G", "self", "args", "kwargs", "__dict__", "_modules", "_parameters", "_buffers", "__class__"}
 
@@ -39,7 +41,7 @@ def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
     graph.output(output)
-    copy = fx.GraphModule(gm, graph, class_name="Captured")
+    copy = graph_module(gm, graph, "Captured")
     names = _argument_names()
     before = [node for node in gm.graph.nodes if node.op == "placeholder"]
     after = [node for node in graph.nodes if node.op == "placeholder"]

@@ -10,6 +10,7 @@ from torch import fx
 
 from cachedit_fx.config import CacheConfig
 from cachedit_fx.passes.dedupe import Piece
+from cachedit_fx.passes.extract import generate_code
 
 # Backends that run the graph's own operations: nothing is compiled, and what they return is compared bit by bit.
 _RUNS_AS_IS = ("eager", "eager_noexcept", "eager_debug")
@@ -50,6 +51,7 @@ class InnerCompiler:
 
     def compile_piece(self, piece: Piece) -> None:
         """Compiles the piece and puts the result wherever it is called."""
+        generate_code(piece.gm)  # A backend may hand out its `forward`.
         compiled = self(piece.gm, piece.example_inputs)
         for segment, name in piece.calls:
             segment.delete_submodule(name)

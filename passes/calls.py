@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import fx
 
-from cachedit_fx.passes.dataflow import Program
+if TYPE_CHECKING:
+    from cachedit_fx.passes.dataflow import Program
 
 _TOKEN = re.compile(r"\['([^']+)'\]|\.?([A-Za-z_]\w*|\d+)|\[(\d+)\]")
 _ROOT = re.compile(r"^[LG]\['(?:args'\]\[\d+\]|\w+'\](?!\[))")  # A local, but not what a local list holds.
@@ -44,6 +46,9 @@ def module_lists(program: Program) -> dict[Path, list[Call]]:
     `layers.0.1`) is one of blocks that are never called themselves.
     """
     calls = _module_calls(program)
+    by_path: dict[Path, list[Call]] = defaultdict(list)
+    for (path, _), call in calls.items():
+        by_path[path].append(call)
     again = {path for path, number in calls if number > 0}
     lists: dict[Path, list[Call]] = defaultdict(list)
     for (path, _), call in calls.items():
@@ -52,7 +57,7 @@ def module_lists(program: Program) -> dict[Path, list[Call]]:
             lists[named].append(call)
     for path in again - set(lists):  # What holds a list may be called twice; its members tell more.
         if not path[-1].isdigit():
-            lists[path] = [call for (called, _), call in calls.items() if called == path]
+            lists[path] = by_path[path]
     return {path: found for path, found in lists.items() if _is_list(found)}
 
 
@@ -60,12 +65,15 @@ def _module_calls(program: Program) -> dict[tuple[Path, int], Call]:
     """Path and number of a call -> the call, in order of first appearance."""
     calls: dict[tuple[Path, int], Call] = {}
     holders: dict[tuple[Path, int], Call] = {}  # Modules with a number that hold others.
+    paths: dict[str, Path] = {}
     for position, node in enumerate(program.nodes):
         if node.op in ("placeholder", "get_attr", "output"):
             continue  # A placeholder carries the stack of its first user.
         outer = None
         for key, (raw, cls) in (node.meta.get("nn_module_stack") or {}).items():
-            path, number = module_path(raw), _call_number(key)
+            if raw not in paths:
+                paths[raw] = module_path(raw)
+            path, number = paths[raw], _call_number(key)
             if not path:
                 continue
             call = calls.setdefault((path, number), Call(path, cls if isinstance(cls, type) else None, number, []))

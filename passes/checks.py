@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 
 from torch import fx
 
-from cachedit_fx.passes.contexts import setter_at, within_contexts
+from cachedit_fx.passes.contexts import setter_at
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inplace import written_between, written_outside
 from cachedit_fx.passes.region import miss_of
@@ -18,7 +18,7 @@ from cachedit_fx.patterns.mismatch import Match, Mismatch
 
 def check_state(program: Program, match: Match, cuts: Iterable[int], hoisted: AbstractSet[fx.Node]) -> Mismatch | None:
     """Nothing may run in another state than in the model: neither what moves to the head, nor what follows a cut."""
-    moved = next(iter(hoisted & within_contexts(program.nodes)), None) if hoisted else None
+    moved = next(iter(hoisted & program.within_contexts), None) if hoisted else None
     if moved is not None:
         detail = f"expected {moved.name}, which does not depend on a stream, to be made outside a context as autocast"
         return miss_of(match, Cause.STATE, detail, moved)

@@ -96,7 +96,9 @@ def _narrow(enter: fx.Node, leave: fx.Node) -> None:
     for first, node in itertools.pairwise(computing):
         if _block_of(first) != _block_of(node):
             # An inner context ends before the boundary or begins behind it.
-            before = next(n for n in inside[inside.index(first) + 1 :] if _entered_by(n) is None)
+            before = first.next
+            while _entered_by(before) is not None:
+                before = before.next
             with enter.graph.inserting_before(before):
                 closing = enter.graph.node_copy(leave, lambda arg: opened[-1] if arg is enter else arg)
                 opening = enter.graph.node_copy(enter)

@@ -127,7 +127,7 @@ def _cut(program: Program, group: Group, first: int, last: int, look: Look) -> R
     return Region(
         name=region_name(group, first, last), first=group.number + first, last=group.number + last, nodes=tuple(nodes),
         own=group.own, looked_at=look.at, looked_from=look.since, carried=tuple(carried),
-        hoisted=tuple(n for n in program.nodes if n in hoisted), sample_dim=look.sample_dim,
+        hoisted=tuple(sorted(hoisted, key=program.position.__getitem__)), sample_dim=look.sample_dim,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cachedit_fx.passes.contexts import within_contexts
 from cachedit_fx.patterns.chain import base_name, is_tensor, shape_key, value_of
 
 # What keeps a value, up to where it lies: views, copies, casts. A stream that only passed through these is itself.
@@ -115,6 +116,11 @@ class Program:
             return operands
         taken_off = operands[1] in self.residual_spine(operands[0], start)
         return [] if taken_off else operands[:1]
+
+    @cached_property
+    def within_contexts(self) -> frozenset[fx.Node]:
+        """Nodes that do something different outside the context (as autocast) that they lie in."""
+        return within_contexts(self.nodes)
 
     @cached_property
     def _inputs_behind(self) -> dict[fx.Node, frozenset[fx.Node]]:

@@ -22,7 +22,7 @@ from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from cachedit_fx.passes.dataflow import is_layout
-from cachedit_fx.passes.extract import extract, outputs_of
+from cachedit_fx.passes.extract import extract, free_sizes, generate_code, outputs_of
 from cachedit_fx.patterns.chain import is_tensor, size_key, value_of
 
 _VIEWS = (operator.getitem, torch.narrow, torch.select)
@@ -61,9 +61,10 @@ def split_pieces(segments: Sequence[fx.GraphModule], *, share_blocks: bool, free
         runs = _merge_lonely(runs, strides=not free_strides)
     calls = []
     for segment in segments:
+        sizes = free_sizes(segment.graph)
         for i, run in enumerate(runs[segment]):
             blocks = _blocks_of(run) if share_blocks else ()
-            calls.append(_Call(segment, _outline(segment, run, f"piece_{i}"), blocks))
+            calls.append(_Call(segment, _outline(segment, run, f"piece_{i}", sizes), blocks))
     if free_strides:
         _free_strides([call for call in calls if call.blocks])
     groups: dict[Hashable, Piece] = {}
@@ -77,6 +78,7 @@ def split_pieces(segments: Sequence[fx.GraphModule], *, share_blocks: bool, free
     for segment in segments:
         segment.graph.lint()
         segment.recompile()
+        generate_code(segment)
     return list(groups.values())
 
 
@@ -99,7 +101,7 @@ def _free_strides(calls: list[_Call]) -> None:
     for call in calls:
         alike[structure_key(call.gm, strides=False)].append(call)
     for group in alike.values():
-        if len({structure_key(call.gm) for call in group}) > 1:
+        if len({_strides_key(call.gm) for call in group}) > 1:
             for call in group:
                 _make_contiguous(call.segment, call.node, call.gm)
 
@@ -107,15 +109,44 @@ def _free_strides(calls: list[_Call]) -> None:
 def structure_key(gm: fx.GraphModule, *, strides: bool = True) -> Hashable:
     """Equal for two graphs that one compiled piece can serve: operations, constants, shapes, dtypes, input strides."""
     number = {node: i for i, node in enumerate(gm.graph.nodes)}
+    return tuple(_node_key(node, gm, number, strides) for node in number)
+
+
+def _node_key(node: fx.Node, gm: fx.GraphModule, number: dict[fx.Node, int], strides: bool) -> Hashable:
+    target: Hashable = node.target
+    if node.op == "placeholder":
+        target = _value_key(value_of(node), strides)
+    elif node.op in ("get_attr", "call_module"):
+        target = id(operator.attrgetter(str(node.target))(gm))
+    return (node.op, target, _argument_key(node.args, number), _argument_key(node.kwargs, number))
+
+
+def _run_key(segment: fx.GraphModule, run: list[fx.Node], sizes: Sequence[fx.Node], strides: bool) -> Hashable:
+    """Equal for two runs whose pieces would be of equal structure; makes no piece."""
+    number: dict[fx.Node, int] = {}
     key: list[Hashable] = []
-    for node in gm.graph.nodes:
-        target: Hashable = node.target
-        if node.op == "placeholder":
-            target = _value_key(value_of(node), strides)
-        elif node.op in ("get_attr", "call_module"):
-            target = id(operator.attrgetter(str(node.target))(gm))
-        key.append((node.op, target, _argument_key(node.args, number), _argument_key(node.kwargs, number)))
-    return tuple(key)
+
+    def read(node: fx.Node) -> None:  # As `Extract.take` does.
+        if node in number:
+            return
+        is_copied = node.op == "get_attr" or node.target == "item"
+        for arg in node.all_input_nodes if is_copied else ():
+            read(arg)
+        number[node] = len(number)
+        key.append(_node_key(node, segment, number, strides) if is_copied else _value_key(value_of(node), strides))
+
+    inside = set(run)
+    outside = (arg for node in run for arg in node.all_input_nodes if arg not in inside)
+    for arg in (*sizes, *outside):
+        read(arg)
+    for node in run:
+        number[node] = len(number)
+        key.append(_node_key(node, segment, number, strides))
+    return (*key, *(number[node] for node in outputs_of(run)))
+
+
+def _strides_key(gm: fx.GraphModule) -> Hashable:
+    return tuple(_value_key(value_of(node), True) for node in gm.graph.nodes if node.op == "placeholder")
 
 
 def _value_key(value: Any, with_strides: bool) -> Hashable:
@@ -171,13 +202,10 @@ def _merge_lonely(
     runs: Mapping[fx.GraphModule, list[list[fx.Node]]], *, strides: bool
 ) -> dict[fx.GraphModule, list[list[fx.Node]]]:
     """Runs that follow each other and are equal to no other, as one; with what lies between them."""
-
-    def key(segment: fx.GraphModule, run: list[fx.Node]) -> Hashable:
-        taken = extract(run)
-        gm = taken.finish(segment, [taken.copies[node] for node in outputs_of(run)], "Run")
-        return structure_key(gm, strides=strides)
-
-    keys = {segment: [key(segment, run) for run in found] for segment, found in runs.items()}
+    keys = {}
+    for segment, found in runs.items():
+        sizes = free_sizes(segment.graph)
+        keys[segment] = [_run_key(segment, run, sizes, strides) for run in found]
     counts = Counter(itertools.chain.from_iterable(keys.values()))
     merged = {}
     for segment, found in runs.items():
@@ -214,9 +242,9 @@ def _without_final_views(run: list[fx.Node]) -> list[fx.Node]:
     return inside
 
 
-def _outline(segment: fx.GraphModule, run: list[fx.Node], name: str) -> fx.Node:
+def _outline(segment: fx.GraphModule, run: list[fx.Node], name: str, sizes: Sequence[fx.Node]) -> fx.Node:
     """Replaces `run` by a call of a submodule that holds it; returns the call."""
-    taken = extract(run)
+    taken = extract(run, sizes)
     outputs = outputs_of(run)
     segment.add_module(name, taken.finish(segment, [taken.copies[node] for node in outputs], name.title()))
     graph, inside = segment.graph, set(run)

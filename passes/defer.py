@@ -6,13 +6,15 @@ block 0:  image, text -> image', text'          only the region reads text'
 
 from __future__ import annotations
 
+import bisect
+import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from torch import fx
 
-from cachedit_fx.passes.contexts import is_context, within_contexts
+from cachedit_fx.passes.contexts import is_context
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inplace import is_in_place, storage_of, target_of
 from cachedit_fx.passes.region import Region
@@ -27,33 +29,51 @@ def defer_work(program: Program, regions: Sequence[Region]) -> tuple[Region, ...
     """
     taken = {node for region in regions for node in (*region.nodes, *region.hoisted)}
     read = {node for region in regions for node in _read_by_reuse(region)}
+    start = max((program.position[region.nodes[0]] for region in regions if not region.reaches_output), default=0)
+    writes = [position for position, node in enumerate(program.nodes[:start]) if is_in_place(node)]
+    stays = read | taken | program.within_contexts  # All that runs where it is.
     found = []
     for region in regions:
         if region.reaches_output:
             deferred = _all_before(program, region, taken, read)
         else:
-            deferred = _read_by_blocks(program, region, read | taken | within_contexts(program.nodes))
+            deferred = _read_by_blocks(program, region, stays, writes)
             # Moving about what is nearly free would cost a piece more than it saves.
             if not any(program.flops[program.position[node]] for node in deferred):
                 deferred = ()
         taken.update(deferred)
+        stays.update(deferred)
         found.append(replace(region, deferred=deferred))
     return tuple(found)
 
 
-def _read_by_blocks(program: Program, region: Region, kept: set[fx.Node]) -> tuple[fx.Node, ...]:
+def _read_by_blocks(
+    program: Program, region: Region, stays: set[fx.Node], writes: Sequence[int]
+) -> tuple[fx.Node, ...]:
+    """What only the region's blocks read. `writes` are the positions of nodes that write in place, ascending."""
     inside = set(region.nodes)
     deferred: list[fx.Node] = []
+    stop = program.position[region.nodes[0]]
+    before = bisect.bisect_left(writes, stop)
+    start = writes[before - 1] + 1 if before else 0
 
     def is_free(node: fx.Node) -> bool:
-        return _computes(node) and node not in kept and not is_context(node)
+        return _computes(node) and node not in stays and not is_context(node)
 
-    for node in reversed(program.nodes[: program.position[region.nodes[0]]]):
-        if is_in_place(node):
-            break
+    def read_by(node: fx.Node) -> set[int]:
+        return {position for arg in node.all_input_nodes if start <= (position := program.position[arg]) < stop}
+
+    seen = {position for node in region.nodes for position in read_by(node)}
+    todo = [-position for position in seen]  # The last one first: by then all that reads a node has been looked at.
+    heapq.heapify(todo)
+    while todo:
+        node = program.nodes[-heapq.heappop(todo)]
         if is_free(node) and all(user in inside for user in node.users) and _is_whole(node, inside, is_free):
             inside.add(node)
             deferred.append(node)
+            for position in read_by(node) - seen:
+                seen.add(position)
+                heapq.heappush(todo, -position)
     return tuple(reversed(deferred))
 
 
@@ -133,7 +153,7 @@ def _writes(program: Program) -> defaultdict[int | None, list[fx.Node]]:
 
 def _contexts(program: Program) -> dict[fx.Node, list[fx.Node]]:
     """Node -> the nodes of its context (as autocast), its enter and exit included; contexts that touch are one."""
-    within, run = within_contexts(program.nodes), list[fx.Node]()
+    within, run = program.within_contexts, list[fx.Node]()
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in program.nodes:
         if node in within or is_context(node):

@@ -9,8 +9,26 @@ from dataclasses import dataclass
 import sympy
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from cachedit_fx.patterns.chain import value_of
+
+
+def graph_module(root: torch.nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A GraphModule of class `name` that generates its code when it is first run or printed, as Dynamo's own do.
+
+    Most are rewritten before that. A `forward` that is kept has to be taken after `generate_code`.
+
+    Args:
+        root: Holds the attributes that `graph` reads.
+    """
+    module: fx.GraphModule = _LazyGraphModule(root, graph, class_name=name)
+    return module
+
+
+def generate_code(gm: fx.GraphModule) -> None:
+    """Generates the code of a GraphModule, if that was put off."""
+    _LazyGraphModule.force_recompile(gm)
 
 
 @dataclass(slots=True)
@@ -53,14 +71,20 @@ class Extract:
     def finish(self, root: fx.GraphModule, outputs: Sequence[fx.Node], name: str) -> fx.GraphModule:
         """The GraphModule that returns the tuple of `outputs` (nodes of this graph)."""
         self.graph.output(tuple(outputs))
-        return fx.GraphModule(root, self.graph, class_name=name)
+        return graph_module(root, self.graph, name)
 
 
-def extract(nodes: Sequence[fx.Node]) -> Extract:
-    """Copies `nodes` (in program order) into a new graph; what they read from outside becomes placeholders."""
+def extract(nodes: Sequence[fx.Node], sizes: Sequence[fx.Node] | None = None) -> Extract:
+    """Copies `nodes` (in program order) into a new graph; what they read from outside becomes placeholders.
+
+    Args:
+        sizes: The `free_sizes` of their graph, where they are known; finding them looks at all of its inputs.
+    """
     taken = Extract(fx.Graph(), [], {})
     inside = set(nodes)
-    for size in _free_sizes(nodes[0].graph) if nodes else ():
+    if sizes is None:
+        sizes = free_sizes(nodes[0].graph) if nodes else ()
+    for size in sizes:
         taken.take(size)  # A compiler wants every symbol in an input's shape or stride as an input of its own.
     for node in nodes:  # Placeholders first, in the order of first use: they must stand before all else.
         for arg in node.all_input_nodes:
@@ -71,7 +95,8 @@ def extract(nodes: Sequence[fx.Node]) -> Extract:
     return taken
 
 
-def _free_sizes(graph: fx.Graph) -> list[fx.Node]:
+def free_sizes(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's inputs that are a symbol each."""
     found = []
     for node in graph.nodes:
         if node.op != "placeholder":

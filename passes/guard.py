@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import operator
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from torch import fx
 
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.diff import NUM_CHECKSUMS, append_checksums, append_clock, append_diff, seen_example
-from cachedit_fx.passes.extract import Extract, extract, outputs_of
+from cachedit_fx.passes.extract import Extract, extract, graph_module, outputs_of
 from cachedit_fx.passes.region import Carried, Region
 from cachedit_fx.patterns.chain import size_key, value_of
 
@@ -212,12 +213,12 @@ def _segments(program: Program, regions: tuple[Region, ...]) -> list[list[fx.Nod
     """The nodes before, between and after the regions, hoisted ones in front of the region that they lay in."""
     inside = {node: i for i, region in enumerate(regions) for node in (*region.deferred, *region.nodes)}
     hoisted = {node: i for i, region in enumerate(regions) for node in region.hoisted}
-    starts = [program.position[region.nodes[0]] for region in regions]
+    starts = sorted(program.position[region.nodes[0]] for region in regions)
     segments: list[list[fx.Node]] = [[] for _ in range(len(regions) + 1)]
     for position, node in enumerate(program.nodes):
         if node in inside or node.op in ("placeholder", "get_attr", "output"):
             continue
-        number = hoisted[node] if node in hoisted else sum(position >= start for start in starts)
+        number = hoisted[node] if node in hoisted else bisect.bisect_right(starts, position)
         segments[number].append(node)
     return segments
 
@@ -293,7 +294,7 @@ def _reuse(
         )
         outputs.append(_contiguous(out) if pair in uneven else out)
     graph.output((*outputs, *stored))
-    return fx.GraphModule(source, graph, class_name="Reuse")
+    return graph_module(source, graph, "Reuse")
 
 
 def stored_examples(region: Region) -> list[torch.Tensor]:

@@ -122,18 +122,21 @@ def is_in_place(node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     name = getattr(node.target, "__name__", "")
     functional = name.endswith("_") and not name.endswith("__") and name not in ("is_", "not_", "and_", "or_")
-    by_keyword = node.kwargs.get("out") is not None or _argument(node, "inplace") is True
+    by_keyword = node.kwargs.get("out") is not None or _is_told_inplace(node)
     return node.target in _IN_PLACE_OPERATORS or functional or by_keyword
 
 
-def _argument(node: fx.Node, name: str) -> object:
-    """An argument by its name, passed by keyword or by position."""
-    if name in node.kwargs:
-        return node.kwargs[name]
+def _is_told_inplace(node: fx.Node) -> bool:
+    """Whether the node is called with `inplace=True`, by keyword or by position."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is True
+    if not any(arg is True for arg in node.args):  # Signatures are slow to find.
+        return False
     try:
-        return inspect.signature(node.target).bind_partial(*node.args).arguments.get(name)  # type: ignore[arg-type]
+        bound = inspect.signature(node.target).bind_partial(*node.args)  # type: ignore[arg-type]
     except (TypeError, ValueError):  # Built-in functions have no signature, nor such an argument.
-        return None
+        return False
+    return bound.arguments.get("inplace") is True
 
 
 def target_of(node: fx.Node) -> fx.Node | None:

@@ -8,6 +8,7 @@ the blocks hand on. Names only label what the dataflow found.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -340,9 +341,14 @@ def _contexts(
         if node in streams or not program.is_sequence(node):
             continue
         made_from = program.conditioning_behind(node) - latents
-        if made_from and all(program.used_in(node, block.start, block.end) for block in blocks[1:]):
+        if made_from and _is_read_by_all(program, node, blocks[1:]):
             found.append(node)
     return tuple(found)
+
+
+def _is_read_by_all(program: Program, node: fx.Node, blocks: Iterable[Block]) -> bool:
+    reads = sorted(program.position[user] for user in node.users)
+    return all(bisect.bisect_left(reads, block.start) < bisect.bisect_left(reads, block.end) for block in blocks)
 
 
 def _emitted(program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]]) -> tuple[fx.Node, ...]:

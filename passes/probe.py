@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from cachedit_fx.passes.contexts import within_contexts
 from cachedit_fx.passes.dataflow import Program, is_layout
 from cachedit_fx.passes.inplace import is_in_place
 from cachedit_fx.passes.pair import behind, with_parts
@@ -128,7 +127,7 @@ def _modulated(program: Program, group: Group, timestep: fx.Node | None) -> Look
     if written is not None:
         detail = f"expected a modulated input that is made without a write in place, found `{call_text(written)}`"
         return miss_of(match, Cause.IN_PLACE, detail, written)
-    if moved & within_contexts(program.nodes):
+    if moved & program.within_contexts:
         detail = f"expected {found.name}, the modulated input, to be made outside a context as autocast"
         return miss_of(match, Cause.STATE, detail, found)
     return Look(found, None, tuple(node for node in program.nodes[cut : block.end] if node in moved))

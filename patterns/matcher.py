@@ -22,11 +22,14 @@ log = logging.getLogger(__name__)
 def match_list(blocks: BlockList, template: BlockTemplate) -> Match | Mismatch:
     """Fits one template to one block list."""
     blocks = _named(blocks, template)
-    for check in (_check_restriction, _check_streams, _check_names, _check_context, _check_emitted, _check_order):
+    for check in (_check_restriction, _check_streams, _check_names, _check_context, _check_emitted):
         miss = check(blocks, template)
         if miss is not None:
             return miss
-    return Match(template, blocks, _label(blocks, template))
+    order = _order(blocks, template)
+    if order and order != template.returns:
+        return _order_miss(blocks, template)
+    return Match(template, blocks, _label(template, order))
 
 
 def match_any(blocks: BlockList, among: Iterable[BlockTemplate] | None = None) -> Match | tuple[Mismatch, ...]:
@@ -137,10 +140,7 @@ def _check_emitted(blocks: BlockList, template: BlockTemplate) -> Mismatch | Non
     return None
 
 
-def _check_order(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
-    order = _order(blocks, template)
-    if not order or order == template.returns:
-        return None
+def _order_miss(blocks: BlockList, template: BlockTemplate) -> Mismatch:
     names = return_names(blocks.blocks[0].cls)
     cls = blocks.blocks[0].cls
     detail = (
@@ -167,8 +167,8 @@ def _order(blocks: BlockList, template: BlockTemplate) -> tuple[str, ...]:
     return return_order(blocks.blocks[0].cls, {role: labels[role] for role in template.returns})
 
 
-def _label(blocks: BlockList, template: BlockTemplate) -> str:
-    if template.number in (0, 1, 4, 5) and not _order(blocks, template):
+def _label(template: BlockTemplate, order: tuple[str, ...]) -> str:
+    if template.number in (0, 1, 4, 5) and not order:
         first = 0 if template.number < 2 else 4
         return f"pattern {first} or {first + 1} ({template.name.split(',')[0]}; the return order is not known)"
     return str(template)
