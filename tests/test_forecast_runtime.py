@@ -22,7 +22,7 @@ from tests.hybrid import moving
 from tests.models import FAMILIES, denoise
 from tests.reference import ReferenceCache
 from tests.sessions import every_session
-from tests.test_pipelines import NUM_STEPS, Recorder, backend, settings
+from tests.generations import NUM_STEPS, Recorder, backend, settings
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
 MASK = (1, 1, 0, 0, 1, 0, 1, 0)
