@@ -31,12 +31,46 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "shares_graphs(name): tests of one name run one after the other in one process, and compiled graphs (though no "
+        "sessions) pass from one to the next",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Brings tests that share graphs together, in the place of the first of them."""
+    places: dict[str, int] = {}
+    for place, item in enumerate(items):
+        if (name := _graphs_of(item)) is not None:
+            places.setdefault(name, place)
+            if config.pluginmanager.hasplugin("xdist"):  # One worker runs all of a group, with `--dist loadgroup`.
+                item.add_marker(pytest.mark.xdist_group(name))
+    order = {item: places.get(_graphs_of(item) or "", place) for place, item in enumerate(items)}
+    items.sort(key=order.__getitem__)
+
+
+def _graphs_of(item: pytest.Item) -> str | None:
+    marker = item.get_closest_marker("shares_graphs")
+    return marker.args[0] if marker is not None else None
+
+
+_graphs: str | None = None
+"""Whose compiled graphs are there."""
+
+
 @pytest.fixture(autouse=True)
-def fresh_state(one_thread: None) -> Iterator[None]:
-    """Neither compiled graphs nor sessions pass from one test to the next."""
-    torch._dynamo.reset()
+def fresh_state(one_thread: None, request: pytest.FixtureRequest) -> Iterator[None]:
+    """No sessions pass from one test to the next, and compiled graphs only where both are marked `shares_graphs`."""
+    global _graphs
+    name = _graphs_of(request.node)
+    if name is None or name != _graphs:
+        torch._dynamo.reset()
+    _graphs = name
     cachedit_fx.reset()
     torch.manual_seed(0)
     yield
-    torch._dynamo.reset()
+    if name is None:
+        torch._dynamo.reset()
     cachedit_fx.reset()

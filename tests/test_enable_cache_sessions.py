@@ -7,6 +7,7 @@ that some steps after warm-up are reused and others are not.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import threading
 from collections.abc import Callable
@@ -16,14 +17,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxImg2ImgPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 import cachedit_fx
 from cachedit_fx.session import instances_in
-from tests.models import BATCH, FLUX, QWEN_IMAGE, SIDE, WAN, Prompt, denoise, denoise_steps, noise
-from tests.reference import ReferenceCache
-from tests.sessions import every_session
-from tests.test_pipelines import (
+from tests.generations import (
     NUM_STEPS,
     assert_bitwise,
     assert_newest_sessions,
@@ -32,12 +30,30 @@ from tests.test_pipelines import (
     reference_pipeline_run,
     settings,
 )
+from tests.models import BATCH, FLUX, QWEN_IMAGE, SIDE, WAN, Prompt, denoise, denoise_steps, noise
+from tests.reference import ReferenceCache
+from tests.sessions import every_session
+
+on_shared = pytest.mark.shares_graphs("sessions-wan")
 
 
 def enabled(family: Any = WAN, **fields: Any) -> DiffusionPipeline:
     pipe = family.pipeline(family.build())
     pipe.set_progress_bar_config(disable=True)
     return cachedit_fx.enable_cache(pipe, **settings(family) | fields, inner_backend="eager", fullgraph=True)
+
+
+@functools.cache
+def shared_transformer() -> nn.Module:
+    """Wan's with its cache, traced once for the tests that take `shared`."""
+    return enabled().transformer
+
+
+def shared() -> DiffusionPipeline:
+    """A new pipeline around `shared_transformer`."""
+    pipe = WAN.pipeline(shared_transformer())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def call(pipe: DiffusionPipeline, prompt: Prompt, seed: int = 1, guidance: float = 2.0, **others: Any) -> Tensor:
@@ -57,6 +73,7 @@ def call(pipe: DiffusionPipeline, prompt: Prompt, seed: int = 1, guidance: float
     )[0]
 
 
+@functools.cache
 def alone(seed: int = 1, guidance: float = 2.0, **fields: Any) -> tuple[ReferenceCache, Tensor]:
     """What the reference does and gives for such a call."""
     model = WAN.build()
@@ -111,8 +128,9 @@ def test_pipelines_of_one_class_with_their_own_configurations_run_as_if_alone():
         assert_alone(pipes[turn], call(pipes[turn], WAN.prompt(1)), expected[turn])
 
 
+@on_shared
 def test_guidance_may_be_switched_on_and_off_between_calls():
-    pipe, prompt = enabled(), WAN.prompt(1)
+    pipe, prompt = shared(), WAN.prompt(1)
     for guidance in (2.0, 1.0, 2.0, 1.0):
         expected = alone(guidance=guidance)
         assert_alone(pipe, call(pipe, prompt, guidance=guidance), expected)
@@ -150,8 +168,9 @@ def cut_short(pipe: DiffusionPipeline, prompt: Prompt, at: int, how: Callable[[D
     assert steps == [*range(at + 1)]
 
 
+@on_shared
 def test_a_call_that_was_cut_short_is_no_part_of_the_next_one():
-    pipe, prompt, expected = enabled(), WAN.prompt(1), alone()
+    pipe, prompt, expected = shared(), WAN.prompt(1), alone()
     for at, how in ((6, interrupt), (6, fail), (0, interrupt), (1, fail), (NUM_STEPS - 1, fail)):
         cut_short(pipe, prompt, at, how)  # With other latents, and the same prompt objects.
         assert_alone(pipe, call(pipe, prompt), expected)
@@ -219,9 +238,10 @@ def test_text_to_image_and_image_to_image_share_a_transformer_and_run_as_if_alon
 # At once.
 
 
+@on_shared
 def test_pipelines_in_two_threads_with_one_transformer_run_as_if_alone():
     expected = {seed: alone(seed) for seed in (1, 2)}
-    pipe = enabled()
+    pipe = shared()
     call(pipe, WAN.prompt(3), 3)  # Compiles, before the threads.
     cachedit_fx.reset()
     turns = threading.Barrier(2, timeout=60)  # Their steps take turns.

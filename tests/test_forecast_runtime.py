@@ -18,11 +18,11 @@ from cachedit_fx import CacheConfig, ConfigError, ParamsModifier, load_configs
 from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.forecasters import Forecaster, LinearForecaster, Times
 from tests import hybrid, tiny
+from tests.generations import NUM_STEPS, Recorder, backend, settings
 from tests.hybrid import moving
 from tests.models import FAMILIES, denoise
 from tests.reference import ReferenceCache
 from tests.sessions import every_session
-from tests.test_pipelines import NUM_STEPS, Recorder, backend, settings
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
 MASK = (1, 1, 0, 0, 1, 0, 1, 0)

@@ -5,9 +5,11 @@ Where cache-dit has a quirk that is not to be copied, the test shows both.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import defaultdict
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,15 +18,24 @@ from torch import Tensor, nn
 
 import cachedit_fx
 from cachedit_fx.config import STRUCTURAL
+from cachedit_fx.pipeline import Settings, settings_for
 from tests.models import FAMILIES
-from tests.peers.cases import CASES, Case, build, generate, recorded, subject
+from tests.peers.cases import CASES, Case, generate, recorded, subject
 from tests.reference import ReferenceCache
 from tests.sessions import every_session
+from tests.several import Several
 
 BRANCHES = ("cond", "uncond")
-POLICY_FIELDS = [name for name in cachedit_fx.config.FIELD_NAMES if name not in STRUCTURAL]
 # Those with a forecast of what a reused step adds: nothing here makes one yet.
 COMPARED = [case for case in CASES if not case.taylorseer_order]
+
+
+def shares_graphs(family: str) -> pytest.MarkDecorator:
+    return pytest.mark.shares_graphs(f"peers-{family}")
+
+
+def named(name: str) -> Case:
+    return next(case for case in CASES if str(case) == name)
 
 
 def settings(case: Case) -> dict[str, Any]:
@@ -53,10 +64,42 @@ def run(case: Case, transformer: nn.Module) -> tuple[dict[str, dict[str, list[ca
 
 
 def enabled(case: Case) -> nn.Module:
-    transformer = build(case)
-    modifiers = [cachedit_fx.ParamsModifier(**fields) for fields in case.modifiers] or None
-    cachedit_fx.enable_cache(transformer, params_modifiers=modifiers, **settings(case))
+    """The case's transformer with its cache. Cases of one structure share it, and its graph.
+
+    The structures that few cases have share one capture per family.
+    """
+    name = structure(case)
+    if name == structure(named(f"{case.family}-plain")) or case.dtype != "float32":
+        transformer = of_one_structure(case.family, case.dtype)
+        cachedit_fx.enable_cache(transformer, **arguments(case))
+        return transformer
+    transformer, several = of_several_structures(case.family)
+    several.choose(name)
+    with mock.patch.object(Settings, "backend", lambda _settings: several):
+        cachedit_fx.enable_cache(transformer, **arguments(case))
     return transformer
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    modifiers = [cachedit_fx.ParamsModifier(**fields) for fields in case.modifiers] or None
+    return {**settings(case), "params_modifiers": modifiers}
+
+
+@functools.cache
+def of_one_structure(family: str, dtype: str) -> nn.Module:
+    return FAMILIES[family].build().to(getattr(torch, dtype))
+
+
+@functools.cache
+def of_several_structures(family: str) -> tuple[nn.Module, Several]:
+    transformer = FAMILIES[family].build()
+    plain = structure(named(f"{family}-plain"))
+    backends = {}
+    for case in COMPARED:
+        if case.family == family and case.dtype == "float32" and structure(case) != plain:
+            [(_, given)] = settings_for(transformer, **arguments(case)).values()
+            backends[structure(case)] = given.backend()
+    return transformer, Several(backends)
 
 
 def over_generations(entries: list[cachedit_fx.CacheStats]) -> tuple[list[int], dict[int, float]]:
@@ -109,24 +152,30 @@ def block_number(region: str, case: Case) -> int:
     """`single_transformer_blocks[2]` -> 2, or with the lists merged its number in the chain."""
     path, _, number = region.removesuffix("]").partition("[")
     is_second = case.regions == "merged" and path == "single_transformer_blocks"
-    return int(number) + (len(build(case).transformer_blocks) if is_second else 0)
+    return int(number) + (len(of_one_structure(case.family, case.dtype).transformer_blocks) if is_second else 0)
+
+
+def by_name(*names: str) -> pytest.MarkDecorator:
+    marked = [pytest.param(name, marks=shares_graphs(named(name).family)) for name in names]
+    return pytest.mark.parametrize("name", marked)
 
 
 def by_structure(cases: list[Case]) -> list[Any]:
     groups: dict[tuple[object, ...], list[Case]] = defaultdict(list)
     for case in cases:
         groups[structure(case)].append(case)
-    return [pytest.param(group, id=str(group[0]) + ("" if len(group) == 1 else "-etc")) for group in groups.values()]
+    return [
+        pytest.param(
+            group, id=str(group[0]) + ("" if len(group) == 1 else "-etc"), marks=shares_graphs(group[0].family)
+        )
+        for group in groups.values()
+    ]
 
 
 @pytest.mark.parametrize("cases", by_structure([case for case in COMPARED if not case.quirk]))
 def test_decisions_and_outputs_are_those_of_cache_dit(cases):
-    transformer = enabled(cases[0])
     for case in cases:
-        if not case.modifiers:
-            policy = cachedit_fx.CacheConfig(**settings(case))
-            cachedit_fx.refresh_context(transformer, **{name: getattr(policy, name) for name in POLICY_FIELDS})
-        assert_same(case, *run(case, transformer))
+        assert_same(case, *run(case, enabled(case)))
 
 
 def reference(case: Case) -> list[list[int]]:
@@ -144,10 +193,6 @@ def reference(case: Case) -> list[list[int]]:
     return found
 
 
-def quirk(name: str) -> Case:
-    return next(case for case in CASES if str(case) == name)
-
-
 def cond_steps(case: Case) -> list[list[int]]:
     """Reused steps of the first branch: per generation where one graph has one region."""
     found, _ = run(case, enabled(case))
@@ -160,36 +205,38 @@ def recorded_steps(case: Case) -> list[int]:
     return region["cached_steps"]
 
 
-@pytest.mark.parametrize("name", ["flux-accumulated", "wan-accumulated"])
+@by_name("flux-accumulated", "wan-accumulated")
 def test_the_accumulated_limit_opens_again_after_a_computed_step(name):
-    case = quirk(name)
+    case = named(name)
     assert cond_steps(case) == reference(case)
     assert len(recorded_steps(case)) < len(reference(case)[0])
     assert recorded_steps(case) == reference(case)[0][: len(recorded_steps(case))]  # Then it never opens again.
 
 
-@pytest.mark.parametrize("name", ["flux-loop-twice", "wan-loop-twice"])
+@by_name("flux-loop-twice", "wan-loop-twice")
 def test_a_second_generation_without_a_pipeline_is_as_if_alone(name):
-    case = quirk(name)
+    case = named(name)
     mine = cond_steps(case)
     assert mine == reference(case)
     assert recorded_steps(case) != mine[0] + [step + case.num_steps for step in mine[1]]
 
 
-def test_a_refresh_counts_the_steps_of_a_branch():
-    for name, fresh_from in [("wan-refresh-once", 14), ("qwen_image-refresh-once", 7)]:
-        case = quirk(name)
-        [steps] = cond_steps(case)
-        plain = quirk(f"{case.family}-plain")
-        warm_up = range(fresh_from, fresh_from + 3)
-        assert [s for s in steps if s < fresh_from] == [s for s in recorded_steps(plain) if s < fresh_from]
-        assert not set(steps) & set(warm_up)
-        assert recorded_steps(case) != steps
+@by_name("wan-refresh-once", "qwen_image-refresh-once")
+def test_a_refresh_counts_the_steps_of_a_branch(name):
+    case = named(name)
+    [steps] = cond_steps(case)
+    plain = named(f"{case.family}-plain")
+    fresh_from = case.fields["force_refresh_step_hint"]
+    warm_up = range(fresh_from, fresh_from + 3)
+    assert [s for s in steps if s < fresh_from] == [s for s in recorded_steps(plain) if s < fresh_from]
+    assert not set(steps) & set(warm_up)
+    assert recorded_steps(case) != steps
 
 
+@shares_graphs("flux")
 def test_the_diff_is_computed_in_float32_whatever_the_dtype():
     """Their diffs are quotients in bfloat16; which steps that changes depends on the processor."""
-    found, _ = run(quirk("flux-bfloat16"), enabled(quirk("flux-bfloat16")))
+    found, _ = run(named("flux-bfloat16"), enabled(named("flux-bfloat16")))
     [[entry]] = found["cond"].values()
     diffs = torch.tensor([*entry.residual_diffs.values()])
     assert len(diffs) and not torch.equal(diffs.bfloat16().float(), diffs)
@@ -206,23 +253,26 @@ def pruned(case: Case, branch: str) -> tuple[dict[int, set[int]], dict[int, set[
     return mine, {int(step): set(blocks) for step, blocks in want["pruned_blocks"].items() if blocks}
 
 
+@shares_graphs("wan")
 def test_a_dynamic_threshold_is_the_mean_of_the_diffs_of_its_own_branch():
-    case = quirk("wan-prune-dynamic")
+    case = named("wan-prune-dynamic")
     mine, theirs = pruned(case, "cond")
     assert mine == theirs
     mine, theirs = pruned(case, "uncond")
     assert mine != theirs
 
 
+@shares_graphs("wan")
 def test_a_limit_of_reused_steps_holds_for_each_block():
-    mine, theirs = pruned(quirk("wan-prune-max-cached"), "cond")
+    mine, theirs = pruned(named("wan-prune-max-cached"), "cond")
     for block in set.union(*mine.values()):
         assert sum(block in blocks for blocks in mine.values()) <= 3
     assert max(map(len, mine.values())) > len(theirs[max(theirs)])  # There the third step stops at its first block.
 
 
+@shares_graphs("flux")
 def test_the_accumulated_limit_holds_for_pruned_blocks_too():
-    case = quirk("flux-prune-accumulated")
+    case = named("flux-prune-accumulated")
     mine, theirs = pruned(case, "cond")
     assert mine != theirs
     found, _ = run(case, enabled(case))

@@ -9,11 +9,8 @@ reused step adds the stored residual as the reference does. So everything is com
 
 from __future__ import annotations
 
-import itertools
 import threading
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
@@ -21,15 +18,30 @@ from diffusers import FirstBlockCacheConfig
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-import cachedit_fx
-from tests.models import FAMILIES, FLUX, QWEN_IMAGE, WAN, Family, denoise, denoise_steps
-from tests.reference import Record, ReferenceCache
+from tests.generations import (
+    LIMITS,
+    NUM_STEPS,
+    WARMUP_STEPS,
+    Recorder,
+    assert_bitwise,
+    assert_newest_sessions,
+    assert_same_decisions,
+    assert_worth_comparing,
+    backend,
+    compiled,
+    compiled_for_pipelines,
+    every_family,
+    limited,
+    on_every_family,
+    outputs_of,
+    reference_pipeline_run,
+    reference_run,
+    settings,
+    trace,
+)
+from tests.models import FLUX, QWEN_IMAGE, WAN, Family, denoise, denoise_steps
+from tests.reference import ReferenceCache
 from tests.sessions import every_session
-
-NUM_STEPS = 14
-WARMUP_STEPS = 3
-
-every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
 @pytest.fixture(autouse=True)
@@ -37,91 +49,6 @@ def no_grad():
     """As pipelines run; the cache stays out of the way of gradients."""
     with torch.no_grad():
         yield
-
-
-def settings(family: Family, Fn: int = 1, Bn: int = 0, **others: Any) -> dict[str, Any]:
-    return dict(
-        Fn_compute_blocks=Fn,
-        Bn_compute_blocks=Bn,
-        residual_diff_threshold=family.threshold,
-        max_warmup_steps=WARMUP_STEPS,
-        **others,
-    )
-
-
-def backend(inner: str = "eager", **fields: Any) -> cachedit_fx.Backend:
-    return cachedit_fx.Backend(cachedit_fx.CacheConfig(**fields, inner_backend=inner))
-
-
-class Recorder:
-    """Calls a compiled transformer in the place of the reference and keeps what it returned.
-
-    The tensors themselves are kept, not copies: one that a later call writes into would show.
-    """
-
-    def __init__(self, module: Callable[..., tuple[Tensor, ...]]) -> None:
-        self.module = module
-        self.outputs: list[Tensor] = []
-
-    def __call__(self, branch: str, **inputs: Any) -> Tensor:
-        output = self.module(**inputs)[0]
-        self.outputs.append(output)
-        return output
-
-
-def reference_run(family: Family, seed: int, **fields: Any) -> ReferenceCache:
-    """One generation by the reference, in the plain loop."""
-    model = family.build()
-    with ReferenceCache(model, family.chain(model), **fields) as reference:
-        denoise(reference, family, family.prompt(seed), family.latents(seed), NUM_STEPS)
-    for branch in family.branches:
-        assert_worth_comparing(reference.of(branch))
-    return reference
-
-
-def reference_pipeline_run(family: Family, seed: int, **fields: Any) -> tuple[ReferenceCache, list[Tensor]]:
-    """One generation by the reference, in the real pipeline, and the latents after every step."""
-    model = family.build()
-    branches = itertools.cycle(family.branches)
-    with ReferenceCache(model, family.chain(model), **fields) as reference:
-        model.forward = reference.stand_in_for_forward(lambda: next(branches))
-        latents = family.generate(family.pipeline(model), family.prompt(seed), family.latents(seed), NUM_STEPS)
-    for branch in family.branches:
-        assert_worth_comparing(reference.of(branch))
-    return reference, latents
-
-
-def assert_worth_comparing(records: list[Record]) -> None:
-    """Both answers occur after warm-up, so that always giving the same one would be noticed."""
-    after_warmup = [record.reused for record in records if record.reason != "warmup"]
-    assert any(after_warmup), "nothing was reused"
-    assert not all(after_warmup), "nothing was computed after warm-up"
-
-
-def assert_same_decisions(stats: cachedit_fx.CacheStats, records: list[Record]) -> None:
-    """Every step of a session was decided as in the reference, on the same diff."""
-    assert stats.decisions == [record.reason for record in records]
-    assert stats.num_steps == len(records)
-    assert list(stats.cached_steps) == [record.step for record in records if record.reused]
-    diffs = {record.step: record.diff for record in records if record.diff is not None}
-    # Float32 means over a few thousand elements, summed in another order by a compiled kernel.
-    assert dict(stats.residual_diffs) == pytest.approx(diffs, rel=1e-4)
-
-
-def assert_newest_sessions(module: nn.Module, family: Family, reference: ReferenceCache) -> None:
-    """The last sessions of `module`, one per branch, went as in the reference."""
-    newest = every_session(module)[-len(family.branches) :]
-    for branch, stats in zip(family.branches, newest, strict=True):
-        assert_same_decisions(stats, reference.of(branch))
-
-
-def assert_bitwise(outputs: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
-    for index, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
-        torch.testing.assert_close(output, wanted, rtol=0, atol=0, msg=lambda text, i=index: f"output {i}: {text}")
-
-
-def outputs_of(reference: ReferenceCache) -> list[Tensor]:
-    return [record.output for record in reference.records]
 
 
 # The reference itself.
@@ -161,44 +88,35 @@ def test_the_reference_without_warmup_is_first_block_cache_of_diffusers(family):
 
 
 @pytest.mark.parametrize(("Fn", "Bn"), [(1, 0), (2, 1)], ids=["F1B0", "F2B1"])
-@every_family
+@on_every_family
 def test_a_generation_is_bitwise_that_of_the_reference(family, Fn, Bn):
     fields = settings(family, Fn, Bn)
     reference = reference_run(family, seed=1, **fields)
-    module = torch.compile(family.build(), backend=backend(**fields), fullgraph=True)
+    module = compiled(family, fields)
     seen = Recorder(module)
     denoise(seen, family, family.prompt(1), family.latents(1), NUM_STEPS)
     assert_newest_sessions(module, family, reference)
     assert_bitwise(seen.outputs, outputs_of(reference))
 
 
-@pytest.mark.parametrize(
-    ("limit", "reason"),
-    [
-        pytest.param({"max_cached_steps": 3}, "max-cached", id="max-cached"),
-        pytest.param({"max_continuous_cached_steps": 1}, "max-continuous", id="max-continuous"),
-        pytest.param({"max_accumulated_residual_diff_threshold": 0.1}, "accumulated-diff", id="accumulated"),
-        pytest.param({"warmup_interval": 2}, "diff-below", id="warmup-interval"),
-        pytest.param({"residual_diff_threshold": 1.0}, "threshold-one", id="threshold-one"),
-    ],
-)
-def test_limits_decide_as_in_the_reference(limit, reason):
-    # Wide enough that the diff alone would rarely compute; `limit` comes on top.
-    fields = settings(WAN, max_continuous_cached_steps=4) | {"residual_diff_threshold": 0.2} | limit
+@pytest.mark.shares_graphs("pipelines-wan")
+@pytest.mark.parametrize("reason", LIMITS)
+def test_limits_decide_as_in_the_reference(reason):
+    fields = limited(LIMITS[reason])
     reference = reference_run(WAN, seed=1, **fields)
     assert any(record.reason == reason for record in reference.records)
-    module = torch.compile(WAN.build(), backend=backend(**fields), fullgraph=True)
+    module = compiled(WAN, fields)
     seen = Recorder(module)
     denoise(seen, WAN, WAN.prompt(1), WAN.latents(1), NUM_STEPS)
     assert_newest_sessions(module, WAN, reference)
     assert_bitwise(seen.outputs, outputs_of(reference))
 
 
-@every_family
+@on_every_family
 def test_a_second_generation_from_the_same_prompt_objects_starts_afresh(family):
     fields = settings(family)
     model = family.build()
-    module = torch.compile(family.build(), backend=backend(**fields), fullgraph=True)
+    module = compiled(family, fields)
     prompt = family.prompt(1)
     for seed in (1, 2):
         with ReferenceCache(model, family.chain(model), **fields) as reference:
@@ -223,16 +141,21 @@ def compile_with_object(pipe, fields):
     pipe.transformer = torch.compile(pipe.transformer, backend=backend(**fields), fullgraph=True)
 
 
-def compile_in_place(pipe, fields):
-    pipe.transformer.compile(backend=backend(**fields), fullgraph=True)
+def compiled_in_place(pipe, fields):
+    pipe.transformer = compiled_for_pipelines(QWEN_IMAGE)
 
 
 @pytest.mark.parametrize(
     ("family", "compile_transformer"),
     [
         pytest.param(FLUX, compile_by_name, id="flux-by-name"),
-        pytest.param(QWEN_IMAGE, compile_with_object, id="qwen_image"),
-        pytest.param(WAN, compile_in_place, id="wan-in-place"),
+        pytest.param(
+            QWEN_IMAGE,
+            compiled_in_place,
+            id="qwen_image-in-place",
+            marks=pytest.mark.shares_graphs("pipelines-qwen_image"),
+        ),
+        pytest.param(WAN, compile_with_object, id="wan"),
     ],
 )
 def test_every_generation_of_a_pipeline_is_bitwise_a_fresh_one(family, compile_transformer):
@@ -265,11 +188,11 @@ def assert_both_sessions_found(module: nn.Module, family: Family, references: li
         assert_same_decisions(stats, expected)
 
 
-@every_family
+@on_every_family
 def test_generations_that_take_turns_in_one_thread_run_as_if_alone(family):
     fields = settings(family)
     references = [reference_run(family, seed, **fields) for seed in (1, 2)]
-    module = torch.compile(family.build(), backend=backend(**fields), fullgraph=True)
+    module = compiled(family, fields)
     seen = [Recorder(module), Recorder(module)]
     running = [
         denoise_steps(recorder, family, family.prompt(seed), family.latents(seed), NUM_STEPS)
@@ -282,13 +205,12 @@ def test_generations_that_take_turns_in_one_thread_run_as_if_alone(family):
         assert_bitwise(recorder.outputs, outputs_of(reference))
 
 
-@every_family
+@on_every_family
 def test_generations_in_two_threads_run_as_if_alone(family):
     fields = settings(family)
     references = [reference_run(family, seed, **fields) for seed in (1, 2)]
-    module = torch.compile(family.build(), backend=backend(**fields), fullgraph=True)
-    # Compiled before the threads come: whether Dynamo can compile in two threads at once is not the question.
-    denoise(Recorder(module), family, family.prompt(3), family.latents(3), 2)
+    module = compiled(family, fields)
+    # It is compiled already: whether Dynamo can compile in two threads at once is not the question.
     turns = threading.Barrier(2, timeout=60)  # Both make their n-th call at the same time.
 
     def generate(seed: int) -> list[Tensor]:
@@ -313,13 +235,11 @@ def test_generations_in_two_threads_run_as_if_alone(family):
         assert_bitwise(generated, outputs_of(reference))
 
 
-@every_family
+@on_every_family
 def test_pipelines_in_two_threads_that_share_a_transformer_run_as_if_alone(family):
     fields = settings(family)
     expected = [reference_pipeline_run(family, seed, **fields) for seed in (1, 2)]
-    model = family.build()
-    model.compile(backend=backend(**fields), fullgraph=True)
-    family.generate(family.pipeline(model), family.prompt(3), family.latents(3), 2)  # Compiles, before the threads.
+    model = compiled_for_pipelines(family)  # Before the threads come, as above.
 
     def generate(seed: int) -> list[Tensor]:
         torch.set_num_threads(1)
@@ -336,25 +256,17 @@ def test_pipelines_in_two_threads_that_share_a_transformer_run_as_if_alone(famil
 # Graphs and compilers.
 
 
-@pytest.mark.parametrize(
-    ("family", "num_graphs"),
-    [
-        pytest.param(FLUX, 1, id="flux"),
-        pytest.param(QWEN_IMAGE, 2, id="qwen_image"),  # One more for another text length, for any length.
-        pytest.param(WAN, 1, id="wan"),
-    ],
-)
-def test_one_graph_without_breaks_serves_all_steps_and_generations(family, num_graphs):
-    fields = settings(family)
-    module = torch.compile(family.build(), backend=backend(**fields), fullgraph=True)
+@on_every_family
+def test_one_graph_without_breaks_serves_all_steps_and_generations(family):
+    module = compiled(family, settings(family))
+    # QwenImage's negative prompt has another length: one more graph, for any length.
+    assert trace(family).num_graphs == (2 if family is QWEN_IMAGE else 1)
+    assert not trace(family).graph_breaks
     counters.clear()
-    first_step = denoise_steps(Recorder(module), family, family.prompt(1), family.latents(1), NUM_STEPS)
-    next(first_step)
-    assert counters["stats"]["unique_graphs"] == num_graphs
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in (1, 2):
             denoise(Recorder(module), family, family.prompt(seed), family.latents(seed), NUM_STEPS)
-    assert counters["stats"]["unique_graphs"] == num_graphs
+    assert not counters["stats"]["unique_graphs"]
     assert not counters["graph_break"]
     for stats in every_session(module)[-2 * len(family.branches) :]:
         assert stats.num_steps == NUM_STEPS

@@ -1,0 +1,181 @@
+"""What the tests of whole generations share: transformers compiled once per family, and runs of the reference."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import cachedit_fx
+from tests.models import FAMILIES, WAN, Family, denoise, denoise_steps
+from tests.reference import Record, ReferenceCache
+from tests.sessions import every_session
+from tests.several import Several
+
+NUM_STEPS = 14
+WARMUP_STEPS = 3
+
+LIMITS = {
+    "max-cached": {"max_cached_steps": 3},
+    "max-continuous": {"max_continuous_cached_steps": 1},
+    "accumulated-diff": {"max_accumulated_residual_diff_threshold": 0.1},
+    "diff-below": {"warmup_interval": 2},
+    "threshold-one": {"residual_diff_threshold": 1.0},
+}
+"""By the reason for decisions that each leads to."""
+
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def on_shared_graphs(*families: Family) -> pytest.MarkDecorator:
+    """`family` is one of these, and `compiled(family)` is traced for the first of all these tests alone."""
+    marked = [pytest.param(f, id=f.name, marks=pytest.mark.shares_graphs(f"pipelines-{f.name}")) for f in families]
+    return pytest.mark.parametrize("family", marked)
+
+
+on_every_family = on_shared_graphs(*FAMILIES.values())
+
+
+def settings(family: Family, Fn: int = 1, Bn: int = 0, **others: Any) -> dict[str, Any]:
+    return dict(
+        Fn_compute_blocks=Fn,
+        Bn_compute_blocks=Bn,
+        residual_diff_threshold=family.threshold,
+        max_warmup_steps=WARMUP_STEPS,
+        **others,
+    )
+
+
+def limited(limit: dict[str, Any]) -> dict[str, Any]:
+    """Wide enough that the diff alone would rarely compute; `limit` comes on top."""
+    return settings(WAN, max_continuous_cached_steps=4) | {"residual_diff_threshold": 0.2} | limit
+
+
+def backend(inner: str = "eager", **fields: Any) -> cachedit_fx.Backend:
+    return cachedit_fx.Backend(cachedit_fx.CacheConfig(**fields, inner_backend=inner))
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A transformer, compiled in place by one trace for all configurations of this file.
+
+    Attributes:
+        num_graphs: What Dynamo made of its first step.
+        graph_breaks: Where it broke these.
+    """
+
+    model: nn.Module
+    several: Several
+    num_graphs: int
+    graph_breaks: dict[str, int]
+
+
+@functools.cache
+def trace(family: Family) -> Traced:
+    used = [settings(family), settings(family, 2, 1)]
+    used += [limited(limit) for limit in LIMITS.values()] if family is WAN else []
+    several = Several({frozenset(fields.items()): backend(**fields) for fields in used})
+    model = family.build()
+    model.compile(backend=several, fullgraph=True)
+    counters.clear()
+    next(denoise_steps(Recorder(model), family, family.prompt(3), family.latents(3), NUM_STEPS))
+    found = Traced(model, several, counters["stats"]["unique_graphs"], dict(counters["graph_break"]))
+    cachedit_fx.reset()
+    return found
+
+
+@functools.cache
+def compiled_for_pipelines(family: Family) -> nn.Module:
+    """The family's transformer, compiled in place: a pipeline calls it with other arguments than the plain loop."""
+    model = family.build()
+    model.compile(backend=backend(**settings(family)), fullgraph=True)
+    family.generate(family.pipeline(model), family.prompt(3), family.latents(3), 2)
+    cachedit_fx.reset()
+    return model
+
+
+def compiled(family: Family, fields: dict[str, Any]) -> nn.Module:
+    """The family's transformer for the plain loop, which runs with these fields from now on."""
+    traced = trace(family)
+    traced.several.choose(frozenset(fields.items()))
+    return traced.model
+
+
+class Recorder:
+    """Calls a compiled transformer in the place of the reference and keeps what it returned.
+
+    The tensors themselves are kept, not copies: one that a later call writes into would show.
+    """
+
+    def __init__(self, module: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.module = module
+        self.outputs: list[Tensor] = []
+
+    def __call__(self, branch: str, **inputs: Any) -> Tensor:
+        output = self.module(**inputs)[0]
+        self.outputs.append(output)
+        return output
+
+
+@functools.cache
+def reference_run(family: Family, seed: int, **fields: Any) -> ReferenceCache:
+    """One generation by the reference, in the plain loop."""
+    model = family.build()
+    with ReferenceCache(model, family.chain(model), **fields) as reference:
+        denoise(reference, family, family.prompt(seed), family.latents(seed), NUM_STEPS)
+    for branch in family.branches:
+        assert_worth_comparing(reference.of(branch))
+    return reference
+
+
+@functools.cache
+def reference_pipeline_run(family: Family, seed: int, **fields: Any) -> tuple[ReferenceCache, list[Tensor]]:
+    """One generation by the reference, in the real pipeline, and the latents after every step."""
+    model = family.build()
+    branches = itertools.cycle(family.branches)
+    with ReferenceCache(model, family.chain(model), **fields) as reference:
+        model.forward = reference.stand_in_for_forward(lambda: next(branches))
+        latents = family.generate(family.pipeline(model), family.prompt(seed), family.latents(seed), NUM_STEPS)
+    for branch in family.branches:
+        assert_worth_comparing(reference.of(branch))
+    return reference, latents
+
+
+def assert_worth_comparing(records: list[Record]) -> None:
+    """Both answers occur after warm-up, so that always giving the same one would be noticed."""
+    after_warmup = [record.reused for record in records if record.reason != "warmup"]
+    assert any(after_warmup), "nothing was reused"
+    assert not all(after_warmup), "nothing was computed after warm-up"
+
+
+def assert_same_decisions(stats: cachedit_fx.CacheStats, records: list[Record]) -> None:
+    """Every step of a session was decided as in the reference, on the same diff."""
+    assert stats.decisions == [record.reason for record in records]
+    assert stats.num_steps == len(records)
+    assert list(stats.cached_steps) == [record.step for record in records if record.reused]
+    diffs = {record.step: record.diff for record in records if record.diff is not None}
+    # Float32 means over a few thousand elements, summed in another order by a compiled kernel.
+    assert dict(stats.residual_diffs) == pytest.approx(diffs, rel=1e-4)
+
+
+def assert_newest_sessions(module: nn.Module, family: Family, reference: ReferenceCache) -> None:
+    """The last sessions of `module`, one per branch, went as in the reference."""
+    newest = every_session(module)[-len(family.branches) :]
+    for branch, stats in zip(family.branches, newest, strict=True):
+        assert_same_decisions(stats, reference.of(branch))
+
+
+def assert_bitwise(outputs: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    for index, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
+        torch.testing.assert_close(output, wanted, rtol=0, atol=0, msg=lambda text, i=index: f"output {i}: {text}")
+
+
+def outputs_of(reference: ReferenceCache) -> list[Tensor]:
+    return [record.output for record in reference.records]
