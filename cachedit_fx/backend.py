@@ -265,6 +265,7 @@ def compile_guarded(
         inner=compiler,
         sources=_and_effects(sources, plan),
         region_paths=_paths_of_regions(plan),
+        number=_number_of_regions(plan),
     )
 
 
@@ -272,6 +273,12 @@ def _and_effects(sources: Sources | None, plan: Plan) -> Sources | None:
     """The same, for Dynamo alone where the graph has effects."""
     effect = effect_of(plan.program) if sources is not None and not sources.reason else ""
     return Sources(reason=f"the forward {effect}") if effect else sources
+
+
+def _number_of_regions(plan: Plan) -> int:
+    """Equal for graphs whose regions run the same operations on values of the same names."""
+    nodes = (node for region in plan.regions for node in region.nodes)
+    return hash(tuple((node.op, str(node.target), str(node.args), str(node.kwargs)) for node in nodes))
 
 
 def _paths_of_regions(plan: Plan) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,6 @@ from cachedit_fx.session import current_call, instance_of_weights
 from cachedit_fx.shadow import ShadowedStep
 from cachedit_fx.step import Policy, RegionPlan, StepRun
 
-_numbers = itertools.count()
-
 
 class GuardedCall:
     """The function that Dynamo calls in place of its graph.
@@ -40,6 +37,7 @@ class GuardedCall:
         inner: The inner compiler, for forecasters; by default their graphs run as they are.
         sources: How Dynamo calls the graph.
         region_paths: Modules that run inside the regions alone.
+        number: Equal for graphs whose regions do the same: what one of them keeps is for the others, too.
 
     Attributes:
         asked: Positions of the arguments that are looked at before the graph runs.
@@ -61,13 +59,14 @@ class GuardedCall:
         inner: Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., Any]] = lambda gm, _inputs: gm,
         sources: Sources | None = None,
         region_paths: Sequence[str] = (),
+        number: int = 0,
     ) -> None:
         self.graph, self.forward = graph, graph.forward
         self.owner = owner
         self.config = config
         self.regions = tuple(regions)
         self._policies: dict[Changes | None, Policy] = {}
-        self.number = next(_numbers)
+        self.number = number
         self.weights = tuple(weights)
         self.conditioning = conditioning
         self.has_clock = has_clock
@@ -106,6 +105,7 @@ class GuardedCall:
             instance = call.instance
         else:
             instance = instance_of_weights([args[w] if isinstance(w, int) else w for w in self.weights])
+        instance.is_guarded = True
         timestep = None
         if call is not None and not self.has_clock:  # This is a part of the forward: what it gets was made on the way.
             conditioning, timestep = call.conditioning, call.timestep

@@ -23,7 +23,7 @@ from cachedit_fx.caller import Schedule
 from cachedit_fx.clock import Lap, Laps
 from cachedit_fx.conditioning import ConditioningTable
 from cachedit_fx.config import Changes
-from cachedit_fx.kept import Kept, Reused
+from cachedit_fx.kept import Kept, NotForecast, Reused, Unread
 from cachedit_fx.policies import Decision, History
 from cachedit_fx.request import current_owner, current_request
 from cachedit_fx.request import session as session
@@ -105,6 +105,8 @@ class RegionState:
         stored: One per value that leaves the region; none before the first computed step.
         reused: Positions of the steps reused since the last computed one, and of those between it and the computed one
             before it; for a forecaster alone.
+        is_outdated: Whether a gap or a jump has come since the last computed step.
+        verdicts: Of the reused steps that may not have used the forecaster.
     """
 
     seen: torch.Tensor | None = None
@@ -114,11 +116,12 @@ class RegionState:
     decisions: tuple[Decision, ...] = ()
     diffs: tuple[float, ...] = ()
     errors: tuple[StepError | None, ...] = ()
+    is_outdated: bool = False
+    verdicts: tuple[Unread, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        held = [tensor for kept in self.stored for tensor in kept.tensors]
-        return sum(tensor.nbytes for tensor in held) + (self.seen.nbytes if self.seen is not None else 0)
+        return sum(kept.num_bytes for kept in self.stored) + (self.seen.nbytes if self.seen is not None else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +267,7 @@ class Session:
                 step_seconds=Laps(self.snapshot.laps),
                 errors={i: error for i, error in enumerate(state.errors) if error is not None},
                 accumulated={i: d.accumulated for i, d in enumerate(state.decisions) if d.accumulated is not None},
+                not_forecast=NotForecast(state.verdicts),
             )
             for name, state in self.snapshot.regions.items()
         ]

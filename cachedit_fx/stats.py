@@ -49,8 +49,9 @@ class CacheStats:
         state_bytes: What the session holds now; 0 once it is finished.
         peak_state_bytes: What it held at its last step.
         module: The pipeline's name for the transformer; empty where a transformer was asked itself.
-        began: Why a session began: "new" (another request, guidance branch or prompt), "timestep-turned",
-            "timestep-repeated" or "length-reached".
+        began: Why a session began: "new" (another request, guidance branch or prompt, or another of a step's calls),
+            "new-schedule" (the pipeline was called anew), "timestep-turned", "conditioning-changed" (another prompt was
+            written into the same tensor) or "length-reached".
         timesteps: Per step; None where the model has none.
         thresholds: Step -> what its diff, or with decision_rule "budget" its accumulated diff, was held against; only
             steps whose decision looked at one.
@@ -58,6 +59,9 @@ class CacheStats:
         errors: Step -> how far off it would have been to reuse; shadow mode only, and only where something was kept.
         accumulated: Step -> the diffs since the last computed step, with this one's; only steps that added one. From
             `magnitude_ratios`, these are the errors that they foretell.
+        not_forecast: Numbers of the reused steps that repeated the last residual, for a stream or a sample at least,
+            though there is a forecaster: it did no better at the last computed step, there are too few values, or a
+            gap or a jump came after them. Read from the device when it is asked for.
     """
 
     region: str
@@ -75,6 +79,7 @@ class CacheStats:
     step_seconds: Sequence[float] = field(default_factory=list)
     errors: dict[int, StepError] = field(default_factory=dict)
     accumulated: dict[int, float] = field(default_factory=dict)
+    not_forecast: Sequence[int] = field(default_factory=list)
 
     @property
     def compared(self) -> dict[int, float]:
@@ -88,7 +93,8 @@ class CacheStats:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""
-        return dataclasses.asdict(dataclasses.replace(self, step_seconds=list(self.step_seconds)))
+        read = dataclasses.replace(self, step_seconds=list(self.step_seconds), not_forecast=list(self.not_forecast))
+        return dataclasses.asdict(read)
 
     def _repr_html_(self) -> str:
         return Summary([self])._repr_html_()
@@ -132,11 +138,11 @@ def _summary_row(entry: CacheStats) -> Row:
 
 
 def _step_rows(entry: CacheStats) -> list[Row]:
-    cached = set(entry.cached_steps)
+    cached, not_forecast = set(entry.cached_steps), set(entry.not_forecast)
     return [
         (
             str(step),
-            "reuse" if step in cached else "compute",
+            "reuse (last)" if step in not_forecast else "reuse" if step in cached else "compute",
             reason,
             f"{entry.residual_diffs[step]:.3f}" if step in entry.residual_diffs else "-",
             _place(entry),

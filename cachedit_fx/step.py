@@ -13,6 +13,7 @@ import torch
 from cachedit_fx.caller import Schedule
 from cachedit_fx.clock import Lap
 from cachedit_fx.config import CacheConfig, Changes
+from cachedit_fx.forecasters.verdict import is_gap, is_jump
 from cachedit_fx.kept import Forecast, Kept
 from cachedit_fx.policies import Decision, History, decide, needs_refresh
 from cachedit_fx.session import Instance, RegionState, Session, Snapshot, Turn
@@ -91,6 +92,7 @@ class RegionRun:
     sizes: PartialSizes
     fits: bool  # Whether what is kept fits this call's shapes: a session may change size.
     forecast: Forecast | None = None
+    is_outdated: bool = False  # Whether a gap or a jump lies between what is kept and this step: no forecast is made.
     decision: Decision | None = None
     history: History = field(default_factory=History)
     diff: float = math.nan
@@ -155,6 +157,8 @@ class StepRun:
         diff = values[0] if run.plan.looks and self._was_foreseen else math.nan
         shared = self._shared_diff(run)
         run.diff = diff if shared is None else shared
+        if run.forecast is not None:
+            run.is_outdated = run.state.is_outdated or self._has_gap() or is_jump(run.diff, run.state.diffs)
         run.history = replace(run.state.history, has_moved=self._snapshot.direction != 0)
         earlier = [r.diff for r in self._runs[:region] if r.decision is not None and r.decision.looked]
         run.decision = decide(
@@ -178,7 +182,7 @@ class StepRun:
         """What a reused step takes of what `state` keeps, in the layout of this call."""
         now, covered = self._position(run), _covered(run)
         values = [
-            kept.at(now, state.reused, run.forecast if is_covered else None)
+            kept.at(now, state.reused, run.forecast if is_covered else None, is_outdated=run.is_outdated)
             for kept, is_covered in zip(state.stored, covered, strict=True)
         ]
         sizes = run.sizes[run.plan.looks :]
@@ -197,15 +201,14 @@ class StepRun:
         if run.decision.compute:
             weights = self._instance.weights
             self._snapshot = replace(self._snapshot, graph=self._call.number, weights=weights)
-            between = run.state.reused[0] if run.fits else ()
+            between = run.state.reused[0] if run.fits and not run.is_outdated else ()
             taken = self._taken_in(run, stored)
-            run.state = replace(run.state, seen=self._own(seen), stored=taken, reused=((), between))
+            run.state = replace(run.state, seen=self._own(seen), stored=taken, reused=((), between), is_outdated=False)
         else:
             if run.config.decision_rule == "budget":
                 run.state = replace(run.state, seen=self._own(seen))
             if run.forecast is not None:
-                since, between = run.state.reused
-                run.state = replace(run.state, reused=((*since, self._position(run)), between))
+                run.state = self._noting_forecast(run)
         run.state = replace(
             run.state,
             history=run.history.after(run.decision),
@@ -213,14 +216,45 @@ class StepRun:
             diffs=(*run.state.diffs, run.diff),
         )
 
+    def _noting_forecast(self, run: RegionRun) -> RegionState:
+        """The state after a reused step of a region with a forecaster."""
+        assert run.forecast is not None
+        (since, between), state = run.state.reused, run.state
+        found = [
+            kept.verdict_at(run.forecast, is_outdated=run.is_outdated)
+            for kept, is_covered in zip(state.stored, _covered(run), strict=True)
+            if is_covered
+        ]
+        unread = state.verdicts
+        if not all(verdict is True for verdict in found):
+            told = tuple(verdict for verdict in found if isinstance(verdict, torch.Tensor))
+            is_read = any(verdict is False for verdict in found)  # The host knows that nothing was forecast.
+            unread = (*unread, (len(state.decisions), () if is_read else told))
+        reused = ((*since, self._position(run)), between)
+        return replace(state, reused=reused, is_outdated=run.is_outdated, verdicts=unread)
+
+    def _has_gap(self) -> bool:
+        """Whether the session was left out for some steps before this one."""
+        snapshot = self._snapshot
+        return is_gap((*snapshot.timesteps[-4:], snapshot.timestep))
+
     def _taken_in(self, run: RegionRun, values: tuple[torch.Tensor | None, ...]) -> tuple[Kept, ...]:
-        """What is kept now, with the values of this computed step; of what has another size nothing is left."""
-        before = run.state.stored if run.fits else (Kept(),) * len(values)
+        """What is kept now, with the values of this computed step. Of what has another size, or is behind a gap or a
+        jump, nothing is left."""
+        is_continued = run.fits and not run.is_outdated
+        before = run.state.stored if is_continued else (Kept(),) * len(values)
         now, found = self._position(run), []
         for old, value, is_covered in zip(before, values, _covered(run), strict=True):
-            kept = old.taking_in(value, now, run.forecast if is_covered else None)
+            kept = old.taking_in(
+                value,
+                now,
+                run.state.reused,
+                run.forecast if is_covered else None,
+                is_static=run.config.is_static,
+            )
             mine = (t if any(t is known for known in old.tensors) else self._own(t) for t in kept.tensors)
-            found.append(replace(kept, tensors=tuple(t for t in mine if t is not None)))
+            tensors = tuple(t for t in mine if t is not None)
+            found.append(replace(kept, tensors=tensors, verdict=self._own(kept.verdict)))
         return tuple(found)
 
     def _own(self, tensor: torch.Tensor | None) -> torch.Tensor | None:

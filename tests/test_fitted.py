@@ -53,9 +53,7 @@ def test_the_factors_are_those_of_least_squares(memory):
         expected, *_ = np.linalg.lstsq(values[known].T, values[step], rcond=None)
         found = forecaster.numbers(Times(tuple(map(float, known)), float(step)))
         np.testing.assert_allclose(values[known].T @ found, values[known].T @ expected, atol=1e-3)
-    assert [len(row) for row in forecaster.factors] == [
-        0 if step in COMPUTED else min(memory, len(before(step))) for step in range(NUM_STEPS)
-    ]
+    assert [len(row) for row in forecaster.factors] == [min(memory, len(before(step))) for step in range(NUM_STEPS)]
 
 
 def test_nothing_that_a_polynomial_does_is_missed_by_the_fit():
@@ -91,6 +89,14 @@ def test_after_other_steps_than_were_fitted_a_line_is_taken(computed):
     fits = list(computed) == before(6)[: len(computed)] and len(computed) == len(before(6))
     assert not fits
     np.testing.assert_allclose(forecaster.numbers(times), [*line, *[0.0] * (len(computed) - 2)])
+
+
+def test_where_a_computed_step_was_not_fitted_it_tells_nothing():
+    forecaster = fitted(outputs())
+    rows = [() if step in COMPUTED else row for step, row in enumerate(forecaster.factors)]
+    without = FittedCalibratorConfig(computed=COMPUTED, factors=rows)
+    assert without.numbers(Times((4.0, 3.0, 0.0), 8.0)) == [1.0, 0.0, 0.0]
+    assert without.numbers(Times((4.0, 3.0, 0.0), 6.0)) == forecaster.numbers(Times((4.0, 3.0, 0.0), 6.0))
 
 
 def test_beyond_the_end_a_line_is_taken():

@@ -28,7 +28,7 @@ from cachedit_fx.forecasters import (
     register_forecaster,
     unregister_forecaster,
 )
-from cachedit_fx.forecasters.compile import CompiledForecaster
+from cachedit_fx.forecasters.compile import CompiledForecaster, EagerForecaster
 
 PAGE = (Path(__file__).parent.parent / "docs" / "forecasters.md").read_text(encoding="utf-8")
 BUILT_IN = (
@@ -141,6 +141,24 @@ def test_inductor_compiles_sums_and_the_operator_of_dmd():
     found = CompiledForecaster(forecaster, compile_fx).predict(history, numbers)
     expected = forecaster.predict(history, torch.tensor(numbers))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # Fused sums round in another order.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inductor_compiles_what_judges_and_what_chooses(dtype: torch.dtype):
+    from torch._inductor.compile_fx import compile_fx
+
+    forecaster, noise = FoCaCalibratorConfig(), torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    turns = torch.tensor([0.0, 1.0]).view(2, 1, 1)  # One sample goes on in a line, the other turns back at each step.
+    values = [(noise * (1 + step * (1 - turns) + turns * (step % 2))).to(dtype) for step in range(4)]
+    history, value = tuple(reversed(values[:3])), values[3]
+    times, verdict = Times((2.0, 1.0, 0.0), 3.0), torch.ones(2, dtype=torch.bool)
+    for compiled in (CompiledForecaster(forecaster, compile_fx), EagerForecaster(forecaster)):
+        found = compiled.judge(history, value, verdict, times, is_static=False)
+        assert found.tolist() == [True, False]
+        chosen = compiled.predict(history, forecaster.numbers(times), found)
+        assert chosen.dtype == dtype and chosen[1].equal(history[0][1])
+        torch.testing.assert_close(chosen[0], value[0], rtol=0.02, atol=0.02)
 
 
 # Names and fields.

@@ -72,12 +72,15 @@ def test_a_model_that_counts_upwards_has_its_generations_told_apart():
     assert [stats.num_steps for stats in every_session(module)] == [8, 8]
 
 
-def test_equal_timesteps_in_the_middle_keep_the_session():
+def test_a_second_call_at_a_timestep_is_a_branch_of_its_own():
     module, text = compiled(build()), prompt(1)
     times = (TIMES[0], *itertools.chain.from_iterable((t, t) for t in TIMES[1:]))  # As Heun's method calls.
     for _ in range(2):
-        tiny.assert_bitwise(generate(module, text, latents(1), times), alone(1, times=times))
-    assert [stats.num_steps for stats in every_session(module)] == [15, 15]
+        outputs = generate(module, text, latents(1), times)
+        tiny.assert_bitwise([outputs[0], *outputs[1::2]], alone(1))
+        tiny.assert_bitwise(outputs[2::2], alone(1, times=TIMES[1:]))
+    assert [stats.num_steps for stats in every_session(module)] == [8, 7, 8, 7]
+    assert every_session(module)[1].session.endswith("call 2 of a step")
 
 
 def test_a_first_timestep_that_comes_again_is_another_generation():

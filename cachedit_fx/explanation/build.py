@@ -25,6 +25,8 @@ from cachedit_fx.explanation.data import (
 )
 from cachedit_fx.explanation.graphs import code_of, last_frame, statements
 from cachedit_fx.explanation.trace import Trace
+from cachedit_fx.forecasters.verdict import num_verdicts
+from cachedit_fx.kept import covered
 from cachedit_fx.passes.dataflow import Program, is_weight
 from cachedit_fx.passes.guard import stored_examples
 from cachedit_fx.passes.pipeline import group_lists
@@ -219,7 +221,6 @@ class _Builder:
         return looks if region.sample_dim is None else f"{looks}; each sample on its own"
 
     def _region(self, region: Region) -> RegionReport:
-        kept = stored_examples(region)
         return RegionReport(
             name=region.name,
             first=region.first,
@@ -235,11 +236,25 @@ class _Builder:
                 )
                 for pair in region.carried
             ),
-            state_bytes=sum(map(num_bytes, kept)),
+            state_bytes=self._state_bytes(region),
             cost=self.costs.of((*region.deferred, *region.nodes)),
             threshold=self.config.override(region.own).residual_diff_threshold,
             reaches_output=region.reaches_output,
         )
+
+    def _state_bytes(self, region: Region) -> int:
+        """What a session keeps of a region once a forecaster's history is full."""
+        kept, forecaster = stored_examples(region), self.config.override(region.own).forecaster
+        total = sum(map(num_bytes, kept))
+        if forecaster is None:
+            return total
+        values = kept[region.looked_at is not None :]
+        roles = tuple(pair.role for pair in region.carried)
+        for value, is_covered in zip(values, covered(forecaster, roles), strict=True):
+            if is_covered and value.is_floating_point():
+                total += (forecaster.depth - 1) * num_bytes(value)
+                total += num_verdicts(value) if forecaster.holds_values else 0
+        return total
 
     def _piece(self, number: int) -> PieceReport:
         piece = self.trace.piece_list[number]

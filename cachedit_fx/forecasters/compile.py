@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cachedit_fx.errors import ConfigError, cut, shown
-from cachedit_fx.forecasters.forecaster import Forecaster
+from cachedit_fx.forecasters.forecaster import Forecaster, Times
+from cachedit_fx.forecasters.verdict import choose, judge, terms
 
 Compile = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 Tensors = tuple[Tensor, ...]
@@ -43,19 +44,37 @@ class CompiledForecaster:
         self._lock = threading.Lock()
         self._takes_in = type(forecaster).update is not Forecaster.update
 
-    def predict(self, history: Tensors, numbers: Sequence[float]) -> Tensor:
+    def predict(self, history: Tensors, numbers: Sequence[float], verdict: Tensor | None = None) -> Tensor:
         """The value at a reused step: a tensor of its own, or `history[0]` itself where nothing is forecast.
 
         Args:
             numbers: What the forecaster's `numbers` returned.
+            verdict: For which samples the forecast is used (see `judge`), bool [B]; None for all.
 
         Raises:
             ConfigError: The forecaster cannot be traced or compiled, or returned what it must not.
         """
         if not self.forecaster.forecasts_from(len(history)):
             return history[0]
-        found: Tensor = self._run("predict", history, numbers)[0]
-        return found
+        if verdict is None:
+            return self._run("predict", history, numbers)[0]
+        return self._run("choose", (*history, verdict), numbers)[0]
+
+    def judge(self, history: Tensors, value: Tensor, verdict: Tensor, times: Times, *, is_static: bool) -> Tensor:
+        """Whether forecasts are used after a computed step (see `verdict.judge`).
+
+        Args:
+            verdict: The one before, bool [B], which stays where nothing is forecast.
+            times: Of this step.
+            is_static: Whether the steps that compute were chosen beforehand.
+
+        Raises:
+            ConfigError: The forecaster cannot be traced or compiled, or returned what it must not.
+        """
+        if not self.forecaster.forecasts_from(len(history)):
+            return verdict
+        numbers = (*self.forecaster.numbers(times), *terms(times, is_static=is_static))
+        return self._run("judge", (*history, value, verdict), numbers)[0]
 
     def update(self, history: Tensors, value: Tensor, numbers: Sequence[float]) -> Tensors:
         """The history that takes in a computed value; `value` and tensors of `history` may be in it as they are.
@@ -83,40 +102,71 @@ class CompiledForecaster:
 
     def _compiled(self, name: str, inputs: list[Tensor]) -> Callable[..., Any]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)  # Constants, as the 0 of `torch.where(..., 0)`.
+        asked = "update" if name == "update" else "predict"  # What of it runs.
         with torch.inference_mode(False), torch.no_grad():
             fakes: list[Tensor] = [mode.from_tensor(_like(x)) for x in inputs]
             try:
-                graph = make_fx(_pure(self.forecaster, name))(*fakes)
+                graph = make_fx(_FUNCTIONS[name](self.forecaster))(*fakes)
             except ConfigError:
                 raise
             except Exception as error:
                 raise ConfigError(
-                    f"cachedit_fx: `{name}` of forecaster {type(self.forecaster).__name__} cannot be traced"
+                    f"cachedit_fx: `{asked}` of forecaster {type(self.forecaster).__name__} cannot be traced"
                     f"{_place(self.forecaster, error)}: {type(error).__name__}: {cut(error)}\n{_CURE}"
                 ) from error
             try:
                 return self._compile(graph, fakes)
             except Exception as error:
                 raise ConfigError(
-                    f"cachedit_fx: the inner backend does not compile `{name}` of forecaster "
+                    f"cachedit_fx: the inner backend does not compile `{asked}` of forecaster "
                     f"{type(self.forecaster).__name__}: {type(error).__name__}: {cut(error)}\nWhat to do: put that "
                     "operation in other words, or set inner_backend='eager' to run it as it is."
                 ) from error
 
 
-def _pure(forecaster: Forecaster, name: str) -> Callable[..., Tensors]:
-    """`predict` or `update` as a function of tensors alone, which checks what they return."""
+class EagerForecaster(CompiledForecaster):
+    """The same, run as it is: where too few steps are made to compile anything for them."""
+
+    def __init__(self, forecaster: Forecaster) -> None:
+        super().__init__(forecaster, lambda graph, _inputs: graph.forward)
+
+    def _run(self, name: str, tensors: Tensors, numbers: Sequence[float]) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return _FUNCTIONS[name](self.forecaster)(*tensors, _on_device(numbers, tensors[0].device))
+
+
+def _predict(forecaster: Forecaster) -> Callable[..., Tensors]:
+    """`predict` as a function of tensors alone, which checks what it returns."""
 
     def predict(*inputs: Tensor) -> Tensors:
         *history, numbers = inputs
-        value = forecaster.predict(tuple(history), numbers)
-        if not _is_like(value, history[0]):
-            raise ConfigError(
-                f"cachedit_fx: `predict` of forecaster {type(forecaster).__name__} returned what is not like the "
-                f"history.\n  expected: {_described(history[0])}\n  found:    {_described(value)}"
-            )
+        value = _checked(forecaster, tuple(history), numbers)
         storages = {x.untyped_storage()._cdata for x in inputs}
         return (value.clone() if value.untyped_storage()._cdata in storages else value,)
+
+    return predict
+
+
+def _choose(forecaster: Forecaster) -> Callable[..., Tensors]:
+    def run(*inputs: Tensor) -> Tensors:
+        *history, verdict, numbers = inputs
+        last = history[0]
+        return (choose(last, _checked(forecaster, tuple(history), numbers), verdict),)
+
+    return run
+
+
+def _judge(forecaster: Forecaster) -> Callable[..., Tensors]:
+    def run(*inputs: Tensor) -> Tensors:
+        *history, value, verdict, numbers = inputs
+        forecast = _checked(forecaster, tuple(history), numbers[:-2])
+        return (judge(tuple(history), forecast, value, verdict, numbers[-2:]),)
+
+    return run
+
+
+def _update(forecaster: Forecaster) -> Callable[..., Tensors]:
+    """`update` as a function of tensors alone, which checks what it returns."""
 
     def update(*inputs: Tensor) -> Tensors:
         *history, value, numbers = inputs
@@ -131,7 +181,25 @@ def _pure(forecaster: Forecaster, name: str) -> Callable[..., Tensors]:
             )
         return found
 
-    return predict if name == "predict" else update
+    return update
+
+
+_FUNCTIONS = {"predict": _predict, "choose": _choose, "judge": _judge, "update": _update}
+
+
+def _checked(forecaster: Forecaster, history: Tensors, numbers: Tensor) -> Tensor:
+    """The forecast, if it is like the history.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    value = forecaster.predict(history, numbers)
+    if not _is_like(value, history[0]):
+        raise ConfigError(
+            f"cachedit_fx: `predict` of forecaster {type(forecaster).__name__} returned what is not like the "
+            f"history.\n  expected: {_described(history[0])}\n  found:    {_described(value)}"
+        )
+    return value
 
 
 def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:

@@ -27,7 +27,8 @@ class FittedCalibratorConfig(LinearForecaster):
         memory: How many computed values are summed at the most.
         computed: Numbers of the steps that the schedule computes, in order. Empty: nothing was fitted yet, which only
             `tune` can do.
-        factors: Per step, the factor of each value, newest first; nothing for a computed step.
+        factors: Per step, the factor of each value, newest first. Those of a computed step tell how good the forecast
+            of it would have been; without any, nothing is told there.
 
     Raises:
         ConfigError: A field has a value it cannot have, or positions are not told by the steps' numbers.
@@ -67,7 +68,10 @@ class FittedCalibratorConfig(LinearForecaster):
         count, step = len(times.computed), round(times.now)
         before = [number for number in self.computed if number < step][::-1][:count]
         row = self.factors[step] if step < len(self.factors) else ()
-        if not row or len(row) > count or [round(position) for position in times.computed] != before:
+        is_as_fitted = [round(position) for position in times.computed] == before
+        if is_as_fitted and not row and step in self.computed:
+            row = (1.0,)  # The last value, of which no forecaster is better or worse.
+        if not row or len(row) > count or not is_as_fitted:
             return [*_LINE.numbers(Times(times.computed[:2], times.now)), *[0.0] * (count - 2)]
         return [*row, *[0.0] * (count - len(row))]
 

@@ -39,6 +39,8 @@ class Times:
 class Forecaster:
     """Foretells what a stream's blocks add at a reused step. The base class repeats the last value.
 
+    Where that was clearly better at the newest computed step, it is done in place of a forecast (docs/forecasters.md).
+
     A subclass is a frozen dataclass, so that equal ones are equal, and overrides what it needs. `update` and `predict`
     are compiled by the inner backend, once per number of tensors in the history; they may use torch operations alone,
     and the history's length, but no value of `numbers` in Python.
@@ -78,6 +80,12 @@ class Forecaster:
         """How many computed steps are remembered: the length of `Times.computed` at the most."""
         return 1
 
+    @property
+    def holds_values(self) -> bool:
+        """Whether the history holds the computed values as they are, newest first. Forecasts are then compared with the
+        newest one, and not used while they do no better; a class that overrides `update` makes its own history."""
+        return type(self).update is Forecaster.update
+
     def forecasts_from(self, count: int) -> bool:
         """Whether `predict` does anything with so many values; where not, the last one is repeated without it."""
         return type(self).predict is not Forecaster.predict
@@ -101,7 +109,7 @@ class Forecaster:
         return (value, *history)[: self.depth]
 
     def predict(self, history: tuple[torch.Tensor, ...], numbers: torch.Tensor) -> torch.Tensor:
-        """The value at a reused step, in the history's shape and dtype.
+        """The value at a reused step, or what it would be at a computed one, in the history's shape and dtype.
 
         Args:
             numbers: What `numbers` returned, float32.

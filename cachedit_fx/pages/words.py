@@ -31,7 +31,8 @@ REASONS = {
 BEGINNINGS = {
     "new": "It began because another request, guidance branch or prompt came.",
     "timestep-turned": "It began because the timestep turned back: a new generation.",
-    "timestep-repeated": "It began because the first timestep came once more: a new generation.",
+    "new-schedule": "It began because the pipeline was called anew.",
+    "conditioning-changed": "It began because another prompt was written into the same tensor.",
     "length-reached": "It began because the generation before had all of its steps.",
 }
 

@@ -57,8 +57,7 @@ class Fitting(LinearForecaster):
         rows = []
         for step in range(schedule.num_steps):
             before = [number for number in schedule.computed if number < step][::-1][: self.memory]
-            is_reused = step not in schedule.computed
-            rows.append(tuple(self._solve(tuple(before), step)) if is_reused and before else ())
+            rows.append(tuple(self._solve(tuple(before), step)) if before else ())
         return FittedCalibratorConfig(memory=self.memory, computed=schedule.computed, factors=tuple(rows))
 
 

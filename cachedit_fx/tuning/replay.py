@@ -10,23 +10,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cachedit_fx.forecasters.forecaster import Times
+from cachedit_fx.forecasters.compile import EagerForecaster
+from cachedit_fx.forecasters.verdict import is_gap
+from cachedit_fx.kept import Forecast, Kept, Reused
 from cachedit_fx.tuning.record import Step, handled
 from cachedit_fx.tuning.schedule import Schedule
 
 
 @dataclass
 class _Branch:
-    """What a guidance branch keeps: per floating tensor of the output a history, newest first."""
+    """What a guidance branch keeps, as a region's state does: one entry per floating tensor of the output."""
 
-    histories: list[tuple[Tensor, ...]] = field(default_factory=list)
-    computed: tuple[float, ...] = ()
-    reused: tuple[float, ...] = ()
-    first: float | None = None
+    kept: list[Kept] = field(default_factory=list)
+    reused: Reused = ((), ())
+    timesteps: list[float | None] = field(default_factory=list)
+    is_outdated: bool = False  # Whether a gap came since the newest computed step.
     returned: Any = None  # At the newest computed step: what holds the tensors.
 
 
@@ -44,47 +45,45 @@ class Replay:
     num_calls: int = 0
     _branches: dict[int, _Branch] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._forecast = Forecast(self.schedule.forecaster, EagerForecaster(self.schedule.forecaster))
+
     @contextlib.contextmanager
     def replaying(self) -> Iterator[None]:
         with handled(self.module, self._call):
             yield
 
     def _call(self, step: Step, run: Callable[[], Any]) -> Any:
-        kept = self._branches.setdefault(step.branch, _Branch())
-        if kept.first is None:
-            kept.first = step.timestep
-        forecaster = self.schedule.forecaster
-        now = position(forecaster.by, step.number, step.timestep, kept.first)
-        times = Times(kept.computed, now, kept.reused)
+        branch = self._branches.setdefault(step.branch, _Branch())
+        branch.timesteps.append(step.timestep)
+        branch.is_outdated |= is_gap(branch.timesteps)
+        now = position(self.schedule.forecaster.by, step.number, step.timestep, branch.timesteps[0])
         self.num_calls += 1
-        if step.number in self.schedule.computed or step.number >= self.schedule.num_steps or not kept.computed:
+        if step.number in self.schedule.computed or step.number >= self.schedule.num_steps or not branch.kept:
             self.num_computed += 1
-            return self._compute(kept, times, run())
-        leaves, spec = pytree.tree_flatten(kept.returned)
-        histories = iter(kept.histories)
-        numbers = [*forecaster.numbers(times)]
-        made = [
-            forecaster.predict(next(histories), torch.tensor(numbers, dtype=torch.float32, device=leaf.device))
-            if _is_floating(leaf)
-            else leaf
-            for leaf in leaves
-        ]
-        kept.reused = (*kept.reused, now)
+            return self._compute(branch, now, run())
+        leaves, spec = pytree.tree_flatten(branch.returned)
+        kept = iter(branch.kept)
+        made = [self._value(next(kept), branch, now) if _is_floating(leaf) else leaf for leaf in leaves]
+        since, between = branch.reused
+        branch.reused = (*since, now), between
         return pytree.tree_unflatten(made, spec)
 
-    def _compute(self, kept: _Branch, times: Times, returned: Any) -> Any:
-        forecaster = self.schedule.forecaster
-        tensors = [leaf for leaf in pytree.tree_leaves(returned) if _is_floating(leaf)]
-        histories = kept.histories or [()] * len(tensors)
-        ages = [times.now - moment for moment in times.computed]
-        kept.histories = [
-            # A copy: a pipeline may write into what the model returned.
-            forecaster.update(history, tensor.clone(), torch.tensor(ages, dtype=torch.float32, device=tensor.device))
-            for history, tensor in zip(histories, tensors, strict=True)
+    def _value(self, kept: Kept, branch: _Branch, now: float) -> Tensor:
+        value = kept.at(now, branch.reused, self._forecast, is_outdated=branch.is_outdated)
+        assert value is not None
+        return value.clone() if value is kept.last else value  # A pipeline may write into what the model returned.
+
+    def _compute(self, branch: _Branch, now: float, returned: Any) -> Any:
+        tensors = [leaf.clone() for leaf in pytree.tree_leaves(returned) if _is_floating(leaf)]
+        is_continued = branch.kept and not branch.is_outdated
+        before = branch.kept if is_continued else [Kept()] * len(tensors)
+        branch.kept = [
+            old.taking_in(tensor, now, branch.reused, self._forecast, is_static=True)
+            for old, tensor in zip(before, tensors, strict=True)
         ]
-        kept.computed = (times.now, *times.computed)[: forecaster.depth]
-        kept.reused = ()
-        kept.returned = returned
+        branch.reused = (), branch.reused[0] if is_continued else ()
+        branch.is_outdated, branch.returned = False, returned
         return returned
 
 
