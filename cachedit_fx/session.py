@@ -220,9 +220,9 @@ class Turn:
             return 0
         return self.calls if timestep == self.timestep else 0
 
-    def after(self, ordinal: int, timestep: float | None, schedule: Schedule | None) -> Turn:
-        """With a call that was made."""
-        return Turn(schedule, timestep, ordinal + 1, self.expected if ordinal else self.calls)
+    def after(self, ordinal: int, timestep: float | None, schedule: Schedule | None, *, is_first: bool) -> Turn:
+        """With a call that was made; of a generation's first step nothing follows for its second."""
+        return Turn(schedule, timestep, ordinal + 1, self.expected if ordinal else 0 if is_first else self.calls)
 
 
 class Session:

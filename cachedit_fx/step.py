@@ -279,7 +279,8 @@ class StepRun:
             timesteps=(*before.timesteps, before.timestep),
             laps=(*before.laps, lap),
         )
-        turn = self._turn.after(self._session.key.ordinal, before.timestep, self._schedule)
+        is_first = before.num_steps == 0
+        turn = self._turn.after(self._session.key.ordinal, before.timestep, self._schedule, is_first=is_first)
         self._instance.commit(self._session, snapshot, turn, is_new_generation=self._is_new)
 
     def give_up(self) -> None:
