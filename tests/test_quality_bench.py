@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cachedit_fx
-from benchmarks import quality, quality_page
+from benchmarks import quality, quality_page, quality_shadow
 from benchmarks.quality_configs import FAMILIES, Config, even_mask
 from benchmarks.quality_flops import Flops
 from benchmarks.quality_frontier import frontier, least_time, reach, worth_timing
@@ -235,12 +235,18 @@ def test_a_run_writes_what_it_measured(monkeypatch, tmp_path, capsys):
         return {"images": 10, "flops": 1, "accuracy": None}, rows, ""
 
     monkeypatch.setattr(quality, "run", answers)
+    monkeypatch.setattr(
+        quality_shadow, "load_setup", lambda name, *_: load_setup(name, 2, 2)
+    )  # One call of two images.
     path = tmp_path / "out.json"
     monkeypatch.setattr("sys.argv", ["quality", "--only", quality.QUICK, "--json", str(path)])
     quality.main()
     printed = capsys.readouterr().out
     found = json.loads(path.read_text(encoding="utf-8"))
     assert {each["family"] for each in found["nearness"]} == set(FAMILIES)
+    assert len(found["shadow"]) == 4
+    for each in found["shadow"]:
+        assert 0 < each["steps"] < 28 and -1 <= each["correlation"] <= 1, each
     assert {each["name"] for each in found["times"]} >= {"euler 8", "euler 14"}
     assert "| 40 dB | FLOPs |" in printed and math.isfinite(found["nearness"][0]["share"])
     monkeypatch.setattr("sys.argv", ["quality", "--from", str(path), "--plot", str(tmp_path / "again.svg")])
