@@ -1,7 +1,8 @@
-"""What it costs to locate and match the blocks of a graph, and how that grows with the number of blocks.
+"""What the passes cost, from Dynamo's graph to the pieces to compile, and how that grows with the number of blocks.
 
-FLUX with few channels is captured once for every depth; nothing is compiled. The graphs are planned in turn, so that
-what else the machine does falls on all of them alike. Figures are medians of CPU time.
+FLUX with few channels is captured once for every depth; nothing is compiled. The graphs are rewritten in turn, so that
+what else the machine does falls on all of them alike. Figures are medians of CPU time; Python's garbage collector is
+part of it, but walks only what the passes make.
 
     python benchmarks/matching.py --rounds 7
 """
@@ -9,6 +10,7 @@ what else the machine does falls on all of them alike. Figures are medians of CP
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -24,16 +26,20 @@ from diffusers import FluxTransformer2DModel
 from torch import fx
 from tqdm import tqdm
 
-from cachedit_fx import CacheConfig
+from cachedit_fx import CacheConfig, CacheType
+from cachedit_fx.backend import Rewritten, rewrite
 from cachedit_fx.capture import copy_graph
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.join import join_lists
 from cachedit_fx.passes.locate import locate_blocks
 from cachedit_fx.passes.pipeline import Plan, plan_graph
 from cachedit_fx.passes.symbols import hoist_symbols
+from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.matcher import match_any
 
-DEPTHS = ((5, 10), (10, 19), (19, 38), (38, 76))  # (double, single); FLUX.1 has 19 and 38.
+DEPTHS = ((3, 5), (19, 38), (67, 133))  # (double, single); FLUX.1 has 19 and 38.
+CONFIG = CacheConfig(Fn_compute_blocks=1)
+PRUNED = CacheConfig(Fn_compute_blocks=1, cache_type=CacheType.DBPrune)
 WIDTH, HEADS, TEXT, IMAGE = 32, 2, 7, 16
 
 
@@ -70,7 +76,12 @@ def capture(double: int, single: int) -> tuple[fx.GraphModule, list[Any]]:
     return found[0]
 
 
-def locate_and_match(gm: fx.GraphModule) -> None:
+def copied(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
+    """The copy that all the others work on."""
+    copy_graph(gm, example_inputs)
+
+
+def locate_and_match(gm: fx.GraphModule, _example_inputs: list[Any]) -> None:
     """The first half of `plan_graph`."""
     hoist_symbols(gm)
     program = Program(gm.graph)
@@ -78,9 +89,46 @@ def locate_and_match(gm: fx.GraphModule) -> None:
         match_any(blocks)
 
 
-def whole_plan(gm: fx.GraphModule) -> None:
+def plan(gm: fx.GraphModule, _example_inputs: list[Any]) -> None:
     """All that happens before the graph is rewritten: tidied, located, matched, cut."""
-    assert isinstance(plan_graph(gm, CacheConfig()), Plan)
+    assert isinstance(plan_graph(gm, CONFIG), Plan)
+
+
+def one_region(gm: fx.GraphModule, _example_inputs: list[Any]) -> None:
+    """All that happens before the pieces are compiled: the plan, the guard and the pieces."""
+    assert isinstance(rewrite(gm, CONFIG, Declaration(), exact=False), Rewritten)
+
+
+def every_block(gm: fx.GraphModule, _example_inputs: list[Any]) -> None:
+    """The same with a region for every block."""
+    assert isinstance(rewrite(gm, PRUNED, Declaration(), exact=False), Rewritten)
+
+
+STEPS: dict[str, Callable[[fx.GraphModule, list[Any]], None]] = {
+    "copy": copied,
+    "locate_and_match": locate_and_match,
+    "plan": plan,
+    "rewrite": one_region,
+    "rewrite_pruned": every_block,
+}
+
+
+def measure(graphs: list[tuple[fx.GraphModule, list[Any]]], rounds: int) -> dict[tuple[str, int], list[float]]:
+    """CPU seconds of every step on every graph, one per round."""
+    times: dict[tuple[str, int], list[float]] = {(name, i): [] for name in STEPS for i in range(len(graphs))}
+    gc.collect()
+    gc.freeze()
+    for _ in tqdm(range(rounds), desc="rewrite", unit="round"):
+        for (name, i), found in times.items():
+            gm, example_inputs = graphs[i]
+            graph = copy_graph(gm, example_inputs)
+            gc.collect()
+            start = time.process_time()
+            with torch.no_grad():
+                STEPS[name](graph, example_inputs)
+            found.append(time.process_time() - start)
+    gc.unfreeze()
+    return times
 
 
 def main() -> None:
@@ -90,26 +138,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     graphs = [capture(*depth) for depth in tqdm(DEPTHS, desc="capture", unit="graph")]
-    steps = {"locate_and_match": locate_and_match, "whole_plan": whole_plan}
-    times: dict[tuple[str, int], list[float]] = {(name, i): [] for name in steps for i in range(len(graphs))}
-    for _ in tqdm(range(args.rounds), desc="plan", unit="round"):
-        for name, step in steps.items():
-            for i, (gm, example_inputs) in enumerate(graphs):
-                copied = copy_graph(gm, example_inputs)
-                start = time.process_time()
-                with torch.no_grad():
-                    step(copied)
-                times[name, i].append(time.process_time() - start)
+    times = measure(graphs, args.rounds)
     rows = [
         {
             "blocks": sum(depth),
             "nodes": len(gm.graph.nodes),
-            **{f"{name}_s": round(statistics.median(times[name, i]), 3) for name in steps},
+            **{f"{name}_s": round(statistics.median(times[name, i]), 3) for name in STEPS},
         }
         for i, (depth, (gm, _)) in enumerate(zip(DEPTHS, graphs, strict=True))
     ]
     for row in rows:
-        per_node = {name: round(1e6 * row[f"{name}_s"] / row["nodes"], 1) for name in steps}
+        per_node = {name: round(1e6 * row[f"{name}_s"] / row["nodes"], 1) for name in STEPS}
         print(row, "microseconds per node:", per_node)
     machine = {
         "torch": version("torch"),

@@ -82,9 +82,9 @@ def extract(nodes: Sequence[fx.Node], sizes: Sequence[fx.Node] | None = None) ->
     """
     taken = Extract(fx.Graph(), [], {})
     inside = set(nodes)
-    if sizes is None:
-        sizes = free_sizes(nodes[0].graph) if nodes else ()
-    for size in sizes:
+    if not nodes:
+        return taken
+    for size in free_sizes(nodes[0].graph) if sizes is None else sizes:
         taken.take(size)  # A compiler wants every symbol in an input's shape or stride as an input of its own.
     for node in nodes:  # Placeholders first, in the order of first use: they must stand before all else.
         for arg in node.all_input_nodes:

@@ -23,7 +23,7 @@ from torch import fx
 
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.diff import NUM_CHECKSUMS, append_checksums, append_clock, append_diff, seen_example
-from cachedit_fx.passes.extract import Extract, extract, graph_module, outputs_of
+from cachedit_fx.passes.extract import Extract, extract, free_sizes, graph_module, outputs_of
 from cachedit_fx.passes.region import Carried, Region
 from cachedit_fx.patterns.chain import size_key, value_of
 
@@ -125,6 +125,7 @@ class _Builder:
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.values: dict[fx.Node, fx.Node] = {}
+        self.sizes = free_sizes(source.graph)
 
     def build(self) -> fx.GraphModule:
         self.step = self.graph.placeholder("step")
@@ -134,7 +135,7 @@ class _Builder:
         segments = _segments(self.program, self.regions)
         for number, region in enumerate(self.regions):
             self._guard(number, region, *self._head(segments[number], number, region))
-        self._call(extract(segments[-1]), outputs_of(segments[-1]), "tail", [])
+        self._call(extract(segments[-1], self.sizes), outputs_of(segments[-1]), "tail", [])
         output = self.program.nodes[-1]
         self.graph.output(fx.map_arg(output.args[0], lambda node: self._value(node)))
         gm = fx.GraphModule(self.root, self.graph, class_name="Guarded")
@@ -149,7 +150,7 @@ class _Builder:
 
     def _head(self, nodes: list[fx.Node], number: int, region: Region) -> tuple[fx.Node | None, fx.Node | None]:
         """The segment before the region, with what the guard looks at. Returns the probe and what was looked at."""
-        head = extract(nodes)
+        head = extract(nodes, self.sizes)
         clock = self.timestep if number == 0 else None
         parts, extra, seen = [], [], None
         if region.looked_at is not None:
@@ -174,7 +175,7 @@ class _Builder:
         return called[0] if parts else None, called[-1] if seen is not None else None
 
     def _guard(self, number: int, region: Region, probe: fx.Node | None, seen: fx.Node | None) -> None:
-        compute, reuse, operands = _branches(self.source, region, self.same_strides)
+        compute, reuse, operands = _branches(self.source, region, self.sizes, self.same_strides)
         measured = tuple(self._value(pair.before) for pair in region.carried if pair.before and pair.is_measured)
         pred = self.graph.call_method("decide", (self.step, number, probe, *((measured,) if measured else ())))
         stored = self.graph.call_method("stored", (self.step, number))
@@ -224,11 +225,11 @@ def _segments(program: Program, regions: tuple[Region, ...]) -> list[list[fx.Nod
 
 
 def _branches(
-    source: fx.GraphModule, region: Region, same_strides: bool
+    source: fx.GraphModule, region: Region, sizes: Sequence[fx.Node], same_strides: bool
 ) -> tuple[fx.GraphModule, fx.GraphModule, list[fx.Node]]:
     """`compute` and `reuse`, both over the same operands (values at the cut, then what was stored), both returning
     the carried values and then what is to be stored."""
-    body = extract((*region.deferred, *region.nodes))
+    body = extract((*region.deferred, *region.nodes), sizes)
     starts = [_start(body, pair) for pair in region.carried]
     operands = list(body.inputs)
     outputs = [body.copies[pair.after] for pair in region.carried]
