@@ -8,6 +8,7 @@ Two live objects of equal content are two requests.
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -41,14 +42,15 @@ class ConditioningTable:
     Args:
         on_end: Called with a token that can't come back, from whichever thread lets the tensor die.
         lock: Held by every method and during `on_end`; its owner shares it, so that there is no order of locks.
-        is_let_go: Whether nobody but the model itself holds a tensor: such a one stands for a dead object.
+        is_let_go: Whether the model itself holds so many references to a tensor: one that nobody else holds is as good as
+            dead.
     """
 
     def __init__(
         self,
         on_end: Callable[[int], None],
         lock: threading.RLock,
-        is_let_go: Callable[[torch.Tensor], bool] = lambda _: False,
+        is_let_go: Callable[[torch.Tensor, int], bool] = lambda _tensor, _references: False,
     ) -> None:
         self._is_let_go = is_let_go
         self._on_end = on_end
@@ -92,9 +94,11 @@ class ConditioningTable:
 
     def _left_to_the_model(self, content: Hashable) -> _Entry | None:
         """A live object of this content that the model alone still holds, taken off the table."""
+        tensor: torch.Tensor | None = torch.empty(0)
+        own = sys.getrefcount(tensor)  # What this variable and the question itself count for.
         for key, entry in self._live.items():
             tensor = entry.ref() if entry.ref is not None and entry.fingerprint == content else None
-            if tensor is not None and self._is_let_go(tensor):
+            if tensor is not None and self._is_let_go(tensor, sys.getrefcount(tensor) - own):
                 del self._live[key]
                 return entry
         return None

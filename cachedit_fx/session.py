@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import numbers
-import sys
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -409,14 +408,12 @@ class Instance:
     def _record(session: Session, *, finished: bool) -> Record:
         return Record(session.key, session.first, session.last, session.stats(finished=finished))
 
-    def _is_let_go(self, tensor: torch.Tensor) -> bool:
-        """Whether only attributes of the module refer to `tensor`, as where a model stores its context on itself."""
+    def _is_let_go(self, tensor: torch.Tensor, references: int) -> bool:
+        """Whether all references to `tensor` are the module's own, as where a model stores its context on itself."""
         module = self._module() if self._module is not None else None
         if module is None:
             return False
-        held = sum(value is tensor for inner in module.modules() for value in vars(inner).values())
-        # Beside these: this frame's variable, the caller's, and the argument of `getrefcount`.
-        return 0 < held >= sys.getrefcount(tensor) - 3
+        return 0 < references == sum(value is tensor for inner in module.modules() for value in vars(inner).values())
 
     def _conditioning_ended(self, token: int) -> None:
         with self._lock:
