@@ -42,8 +42,8 @@ class ConditioningTable:
     Args:
         on_end: Called with a token that can't come back, from whichever thread lets the tensor die.
         lock: Held by every method and during `on_end`; its owner shares it, so that there is no order of locks.
-        is_let_go: Whether the model itself holds so many references to a tensor: one that nobody else holds is as good as
-            dead.
+        is_let_go: Whether the model itself holds so many references to a tensor: one that nobody else holds is as good
+            as dead.
     """
 
     def __init__(

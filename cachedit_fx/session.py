@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from cachedit_fx.caller import Schedule
+from cachedit_fx.caller import Schedule, find_schedule
 from cachedit_fx.clock import Lap, Laps
 from cachedit_fx.conditioning import ConditioningTable
 from cachedit_fx.config import Changes
@@ -374,11 +374,20 @@ class Instance:
             return [*self._finished, *(self._record(session, finished=False) for session in self._sessions.values())]
 
     def end(self, *, everyone: bool) -> None:
-        """Ends the sessions of the request (or the thread and async task) that asks, or all."""
+        """Ends the sessions of the request (or the thread and async task) that asks, or all.
+
+        A pipeline ends its own: another one may be in the middle of its loop, further up the stack.
+        """
+        schedule, who = find_schedule(), current_owner(current_request())
+
+        def is_asked(branch: BranchKey) -> bool:
+            turn = self._turns.get(branch, _FIRST)
+            is_other = schedule is not None and turn.schedule is not None and not turn.goes_on_in(schedule)
+            return branch.who == who and not is_other
+
         with self._lock:
             self._epoch += everyone  # So that steps that are running now leave nothing behind.
-            who = current_owner(current_request())
-            for session in [s for s in self._sessions.values() if everyone or s.key.branch.who == who]:
+            for session in [s for s in self._sessions.values() if everyone or is_asked(s.key.branch)]:
                 self._finish(session)
 
     def clear(self) -> None:

@@ -13,7 +13,7 @@ from cachedit_fx.errors import PatternError, cut
 from cachedit_fx.passes.checkpoints import inline_checkpoints
 from cachedit_fx.passes.contexts import narrow_contexts
 from cachedit_fx.passes.cut import cut_regions
-from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.passes.dataflow import Program, is_weight
 from cachedit_fx.passes.defer import defer_work
 from cachedit_fx.passes.inplace import replace_writes
 from cachedit_fx.passes.inputs import find_conditioning, find_timestep
@@ -90,6 +90,11 @@ def _plan(gm: fx.GraphModule, config: CacheConfig, declared: Declaration, watch:
     if torch.is_grad_enabled() and any(is_tensor(n) and value_of(n).requires_grad for n in program.nodes):
         detail = "expected a graph that needs no gradients, found weights that require them"
         return (Mismatch(None, Cause.GRADIENTS, detail),)
+    given = (n for n in program.nodes if n.op == "placeholder" and is_tensor(n) and not is_weight(n))
+    empty = next((n for n in given if any(isinstance(size, int) and not size for size in value_of(n).shape)), None)
+    if empty is not None:
+        detail = f"expected inputs with elements, found {empty.name} of shape {[*value_of(empty).shape]}"
+        return (Mismatch(None, Cause.EMPTY, detail),)
     matches = _match(program, declared, watch)
     if isinstance(matches, list):
         return tuple(matches)

@@ -24,5 +24,6 @@ class Cause(enum.Enum):
     IN_PLACE = "in-place"
     STATE = "state"
     DYNAMIC = "data-dependent"
+    EMPTY = "empty-batch"
     GRADIENTS = "gradients"
     TRAINING = "training"

@@ -33,6 +33,7 @@ CURES: Mapping[Cause, str] = {
         "choose another Fn_compute_blocks or Bn_compute_blocks: a size that depends on data is needed on both sides of "
         "a cut here"
     ),
+    Cause.EMPTY: "nothing: there is nothing to compute, and other batches of the same model are cached",
     Cause.GRADIENTS: "call the model under torch.no_grad() or torch.inference_mode(); the cache is for inference",
     Cause.TRAINING: "call .eval() on the model; the cache is for inference",
 }

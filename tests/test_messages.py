@@ -81,7 +81,7 @@ def test_every_row_has_a_name_of_its_own():
 
 @pytest.mark.parametrize("cause", Cause, ids=lambda cause: cause.value)
 def test_every_cause_of_a_fallback_is_told_with_its_cure(cause: Cause):
-    template = None if cause in (Cause.TRAINING, Cause.GRADIENTS, Cause.NO_CHAIN) else BUILT_IN[0]
+    template = None if cause in (Cause.TRAINING, Cause.GRADIENTS, Cause.EMPTY, Cause.NO_CHAIN) else BUILT_IN[0]
     miss = Mismatch(template, cause, "expected two streams, found one", "single_blocks_0", "transformer.py:214", 19, 57)
     text = _explain_fallback((miss,))
     is_readable(text)
