@@ -6,6 +6,8 @@ that was set, or weights that were loaded between two steps. The look is shallow
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,35 +28,29 @@ class RegionWatch:
 
     def __init__(self, module: nn.Module, paths: Sequence[str]) -> None:
         self.paths = tuple(paths)
-        self._children: list[tuple[dict[str, Any], tuple[Any, ...]]] = []  # Of every module that has any.
-        self._objects: list[tuple[dict[str, Any], str, Any]] = []  # Attention processors and the like.
-        self._weights: list[
-            tuple[dict[str, Any], str, torch.Tensor, int]
-        ] = []  # The first and the last of every block.
-        for holder in _holders(module, paths):
-            self._watch_children(holder)
-        for block in map(module.get_submodule, paths):
-            for inner in block.modules():
-                self._watch_children(inner)
-                self._objects += [(vars(inner), name, value) for name, value in _objects_of(inner)]
-            weights = [*_weights_of(block)]
-            ends = (weights[0], weights[-1]) if weights else ()
-            self._weights += [(holder, name, weight, _version(weight)) for holder, name, weight in ends]
+        blocks = [*map(module.get_submodule, paths)]
+        inner = [*_holders(module, paths), *itertools.chain.from_iterable(block.modules() for block in blocks)]
+        self._children = [one._modules for one in inner if one._modules]
+        # Attention processors and the like: objects that are no modules.
+        objects = [(vars(one), name) for block in blocks for one in block.modules() for name in _objects_of(one)]
+        ends = [(found[0], found[-1]) for found in map(_weights_of, blocks) if found]
+        slots = [*itertools.chain.from_iterable(ends)]
+        self._counted = [holder[name] for holder, name in slots if not holder[name].is_inference()]
+        self._places = [*objects, *slots]
+        self._alive = [holder.get(name) for holder, name in self._places]  # So that no other object gets their ids.
+        self._known = self._look()
 
     def has_changed(self) -> bool:
         """Whether anything is another object than it was, or was written in place."""
-        return not (
-            all(tuple(children.values()) == known for children, known in self._children)
-            and all(attributes.get(name) is known for attributes, name, known in self._objects)
-            and all(
-                weights.get(name) is known and _version(known) == version
-                for weights, name, known, version in self._weights
-            )
-        )
+        return self._look() != self._known
 
-    def _watch_children(self, module: nn.Module) -> None:
-        if module._modules:
-            self._children.append((module._modules, tuple(module._modules.values())))
+    def _look(self) -> tuple[Any, ...]:
+        children = [*itertools.chain.from_iterable(map(dict.values, self._children))]
+        others = [id(holder.get(name)) for holder, name in self._places]
+        return children, others, [*map(_version, self._counted)]
+
+
+_version = operator.attrgetter("_version")
 
 
 def _holders(module: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
@@ -63,17 +59,16 @@ def _holders(module: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
         yield module.get_submodule(above)
 
 
-def _objects_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(module).items():
-        if not name.startswith("_") and not isinstance(value, (*_PLAIN, *_PLAIN_OF_TORCH)):
-            yield name, value
+def _objects_of(module: nn.Module) -> list[str]:
+    plain = (*_PLAIN, *_PLAIN_OF_TORCH)
+    return [name for name, value in vars(module).items() if not name.startswith("_") and not isinstance(value, plain)]
 
 
-def _weights_of(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
-    for module in block.modules():
-        for holder in (module._parameters, module._buffers):
-            yield from ((holder, name, tensor) for name, tensor in holder.items() if tensor is not None)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _weights_of(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    return [
+        (holder, name)
+        for module in block.modules()
+        for holder in (module._parameters, module._buffers)
+        for name, tensor in holder.items()
+        if tensor is not None
+    ]
