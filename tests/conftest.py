@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -54,6 +55,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _graphs_of(item: pytest.Item) -> str | None:
     marker = item.get_closest_marker("shares_graphs")
     return marker.args[0] if marker is not None else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def seldom_collected() -> None:
+    """What was imported is left out of collections, and these are rarer: Dynamo makes many objects that live."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 _graphs: str | None = None

@@ -20,7 +20,7 @@ STEPS = 6
 def lora(tmp_path_factory) -> str:
     """A folder with LoRA weights, as `save_lora_weights` writes them."""
     folder = str(tmp_path_factory.mktemp("lora"))
-    pipe = FLUX.build()
+    pipe = FLUX.build(2)
     torch.manual_seed(3)
     pipe.transformer.add_adapter(
         LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_v"])
@@ -34,7 +34,7 @@ def run(pipe: FluxPipeline) -> Tensor:
 
 
 def test_lora_weights_load_scale_and_unload_as_without_the_cache(lora):
-    plain, pipe = FLUX.build(), FLUX.build()
+    plain, pipe = FLUX.build(2), FLUX.build(2)
     fields = dict(Fn_compute_blocks=1, residual_diff_threshold=0.0, inner_backend="eager")
     cachedit_fx.enable_cache(pipe, **fields)
     seen = {}
@@ -60,7 +60,7 @@ def test_lora_weights_load_scale_and_unload_as_without_the_cache(lora):
 
 
 def test_steps_are_reused_with_lora_weights_too(lora):
-    pipe = FLUX.build()
+    pipe = FLUX.build(2)
     cachedit_fx.enable_cache(
         pipe, Fn_compute_blocks=1, residual_diff_threshold=1.0, max_warmup_steps=3, inner_backend="eager"
     )
