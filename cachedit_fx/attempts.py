@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,8 @@ class Attempts:
         self._attempts = [way for way in ways if way.whole or not is_whole]
         self._file = inspect.getsourcefile(type(module))
         self._compiled: dict[Attempt, Callable[..., Any]] = {}
+        self._lock = threading.RLock()
+        self._works = False  # Whether the first of the attempts has worked.
         self.why_in_parts = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,8 +76,22 @@ class Attempts:
         Raises:
             TorchDynamoException: No way is left; what the first of them met.
         """
+        if self._works:
+            attempt, *_ = self._attempts
+            if self._before_each is not None:
+                self._before_each(attempt)
+            try:
+                return self._run(attempt, args, kwargs)
+            except BackendCompilerFailed:
+                raise
+            except (TorchDynamoException, FailOnRecompileLimitHit):
+                pass  # What worked for other sizes does not for these.
+        with self._lock:  # Other threads wait: they begin with the way that is found here.
+            return self._find_a_way(args, kwargs)
+
+    def _find_a_way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first: Exception | None = None
-        for number, attempt in enumerate(self._attempts):
+        for number, attempt in enumerate([*self._attempts]):
             if self._before_each is not None:
                 self._before_each(attempt)
             try:
@@ -87,6 +104,7 @@ class Attempts:
             if first is not None:  # Only what worked tells that the fault was not the caller's.
                 self.why_in_parts = self.why_in_parts or ("" if attempt.whole else self._describe(first))
                 del self._attempts[:number]
+            self._works = True
             return result
         assert first is not None
         raise first
@@ -96,10 +114,12 @@ class Attempts:
 
         A module that was captured whole is what it is; one in parts may fall into others.
         """
-        is_last = self._attempts[0].whole or len(self._attempts) == 1
-        if not is_last:
-            del self._attempts[0]
-        return not is_last
+        with self._lock:
+            is_last = self._attempts[0].whole or len(self._attempts) == 1
+            if not is_last:
+                del self._attempts[0]
+                self._works = False
+            return not is_last
 
     def _run(self, attempt: Attempt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if attempt not in self._compiled:

@@ -1,0 +1,48 @@
+"""Several threads that call one module with the cache, cold and warm, with calls of several sizes."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tests.lights import enabled
+from tests.tiny import build, generate, latents, prompt
+
+TOKENS = (6, 8, 10)  # Of the latents.
+
+
+def generation(module: torch.nn.Module, seed: int, tokens: int) -> list[Tensor]:
+    torch.set_num_threads(1)  # Dynamo guards on it; a new thread has its own, as it has its own grad mode.
+    with torch.no_grad():
+        return generate(module, prompt(seed), latents(seed, tokens=tokens))
+
+
+def alone(seed: int, tokens: int) -> list[Tensor]:
+    with torch.no_grad():
+        cache = tiny.reference(build(), prompt(seed), latents(seed, tokens=tokens))
+    return [record.output for record in cache.records]
+
+
+@pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
+def test_eight_threads_of_several_sizes_each_give_what_they_give_alone(is_warm: bool):
+    module = enabled(build())
+    if is_warm:
+        generation(module, 1, TOKENS[0])
+    jobs = [(seed, TOKENS[seed % len(TOKENS)]) for seed in range(8)]
+    start = threading.Barrier(len(jobs), timeout=60)
+
+    def run(job: tuple[int, int]) -> list[Tensor]:
+        start.wait()
+        return generation(module, *job)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        outputs = [*pool.map(run, jobs)]
+    for made, job in zip(outputs, jobs, strict=True):
+        computed = [i for i, output in enumerate(alone(*job)) if torch.equal(output, made[i])]
+        assert len(computed) >= 7, (job, computed)  # A second graph of a session computes at the step where it begins.
+    assert len(generation(module, 9, TOKENS[1])) == 8
