@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,9 @@ from cachedit_fx.kept import Forecast
 from cachedit_fx.session import current_call, instance_of_weights
 from cachedit_fx.shadow import ShadowedStep
 from cachedit_fx.step import Policy, RegionPlan, StepRun
+
+
+MAX_POLICIES = 64  # Configurations that are remembered: a server may set a mask or a decider for every request.
 
 
 class GuardedCall:
@@ -129,6 +134,8 @@ class GuardedCall:
     def policy(self, changes: Changes | None) -> Policy:
         """What decides at this call: the configuration that this was compiled with, but for `changes`."""
         if changes not in self._policies:
+            while len(self._policies) >= MAX_POLICIES:
+                del self._policies[next(iter(self._policies))]
             config = self.config.override(changes)
             regions = tuple(config.override(plan.own) for plan in self.regions)
             asks = any(region.decider is not None for region in regions)
@@ -152,9 +159,10 @@ class Run:
         self.step.give_up()
 
 
-_owners: dict[Hashable, int] = {}
+_numbers = itertools.count()
 
 
-def _number_of(owner: Hashable) -> int:
-    """A number for every distinct owner: cheap to compare at every call."""
-    return _owners.setdefault(owner, len(_owners))
+@functools.lru_cache(maxsize=MAX_POLICIES)
+def _number_of(_owner: Hashable) -> int:
+    """A number for every distinct owner: cheap to compare at every call. One that was forgotten gets another number."""
+    return next(_numbers)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch._dynamo.utils import counters
 
 import cachedit_fx
 from cachedit_fx import ConfigError
+from cachedit_fx.runtime import MAX_POLICIES
 from cachedit_fx.session import instances_in
 from tests import tiny
 from tests.sessions import every_session
@@ -287,3 +290,21 @@ def test_a_guard_filter_reaches_dynamo_and_inductor_gets_the_other_options():
     asked.clear()
     generate(model, prompt(), latents())
     assert not asked
+
+
+def test_what_only_finished_requests_were_configured_with_is_let_go_of():
+    class Decider:
+        def decide(self, _step: object) -> None:
+            return None
+
+    module, deciders = enabled(), []
+    for number in range(MAX_POLICIES + 8):
+        decider = Decider()
+        deciders.append(weakref.ref(decider))
+        cachedit_fx.refresh_context(module, decider=decider)
+        with torch.no_grad():
+            tiny.step(module, tiny.prompt(), 1.0 - number / 100, tiny.latents())
+        del decider
+    cachedit_fx.refresh_context(module, decider=None)
+    gc.collect()
+    assert sum(decider() is not None for decider in deciders) <= MAX_POLICIES
