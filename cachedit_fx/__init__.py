@@ -31,6 +31,7 @@ from cachedit_fx.forecasters import (
     unregister_forecaster,
 )
 from cachedit_fx.functor import PatchFunctor, block_nodes, give_to_block, rename_stream, split_stream
+from cachedit_fx.instances import is_cached, reset
 from cachedit_fx.load import load_configs
 from cachedit_fx.patterns import BlockTemplate, register_pattern, unregister_pattern
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
@@ -39,7 +40,7 @@ from cachedit_fx.policies import Decider, StepView
 from cachedit_fx.recommended import RECOMMENDED
 from cachedit_fx.registry import BlockAdapterRegistry
 from cachedit_fx.reports import RunReport, report, summary
-from cachedit_fx.session import is_cached, reset, session
+from cachedit_fx.request import session
 from cachedit_fx.stats import CacheStats
 from cachedit_fx.steps_mask import steps_mask
 from cachedit_fx.tuning import TuneResult, check_signature, load_tuned, tune

@@ -17,6 +17,7 @@ from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.config import CacheConfig, check_together, split_options
 from cachedit_fx.dumps import Dump
 from cachedit_fx.errors import NoMatchError, PassError, PatternError, cut
+from cachedit_fx.instances import instance_of_weights
 from cachedit_fx.passes.dataflow import is_weight
 from cachedit_fx.passes.dedupe import Piece, split_pieces
 from cachedit_fx.passes.effects import effect_of
@@ -30,7 +31,7 @@ from cachedit_fx.patterns.chain import call_text, is_tensor, source_line, value_
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch
 from cachedit_fx.runtime import GuardedCall
-from cachedit_fx.session import current_call, instance_of_weights
+from cachedit_fx.session import current_call
 from cachedit_fx.shapes import SizeRule, UnknownSizeError
 from cachedit_fx.step import RegionPlan
 

@@ -21,13 +21,14 @@ from cachedit_fx.cache_factory.patch_functors import functor_for
 from cachedit_fx.config import FIELD_NAMES, CacheConfig, unknown_option
 from cachedit_fx.errors import ConfigError, PassError, PatternError, shown
 from cachedit_fx.functor import PatchFunctor
+from cachedit_fx.instances import end_generation, instance_of
 from cachedit_fx.light import MISSED, LightCalls
 from cachedit_fx.passes.inputs import conditioning_names, timestep_name
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.recommended import base_for
 from cachedit_fx.region_watch import RegionWatch
 from cachedit_fx.registry import adapter_for, modules_of
-from cachedit_fx.session import ModelCall, end_generation, instance_of, set_label, within_call
+from cachedit_fx.session import ModelCall, set_label, within_call
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cachedit_fx.adapter import title_of
+from cachedit_fx.instances import records_of
 from cachedit_fx.registry import modules_of
-from cachedit_fx.session import records_of
 from cachedit_fx.stats import Summary
 
 

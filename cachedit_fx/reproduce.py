@@ -20,9 +20,10 @@ from cachedit_fx.explanation.recorder import Recorded
 from cachedit_fx.explanation.result import Explanation
 from cachedit_fx.explanation.trace import Trace
 from cachedit_fx.graph_json import from_json
+from cachedit_fx.instances import instance_of_weights
 from cachedit_fx.patterns.chain import value_of
 from cachedit_fx.patterns.declaration import Declaration
-from cachedit_fx.session import instance_of_weights, session
+from cachedit_fx.request import session
 from cachedit_fx.stats import CacheStats
 
 

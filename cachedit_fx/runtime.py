@@ -17,11 +17,11 @@ from cachedit_fx.clock import Stopwatch
 from cachedit_fx.config import CacheConfig, Changes
 from cachedit_fx.forecasters.compile import CompiledForecaster
 from cachedit_fx.forecasters.forecaster import Forecaster
+from cachedit_fx.instances import instance_of_weights
 from cachedit_fx.kept import Forecast
-from cachedit_fx.session import current_call, instance_of_weights
+from cachedit_fx.session import current_call
 from cachedit_fx.shadow import ShadowedStep
 from cachedit_fx.step import Policy, RegionPlan, StepRun
-
 
 MAX_POLICIES = 64  # Configurations that are remembered: a server may set a mask or a decider for every request.
 

@@ -8,7 +8,7 @@ import numbers
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
+from cachedit_fx.branch import FIRST_TURN, BranchKey, SessionKey, Turn
 from cachedit_fx.caller import Schedule, find_schedule
 from cachedit_fx.clock import Lap, Laps
 from cachedit_fx.conditioning import ConditioningTable
@@ -25,7 +25,6 @@ from cachedit_fx.config import Changes
 from cachedit_fx.kept import Kept, NotForecast, Reused, Unread
 from cachedit_fx.policies import Decision, History
 from cachedit_fx.request import current_owner, current_request
-from cachedit_fx.request import session as session
 from cachedit_fx.stats import CacheStats, StepError
 
 MAX_SESSIONS = 64  # Per module; beyond it the one that was used least recently ends.
@@ -150,80 +149,6 @@ class Snapshot:
     regions: Mapping[str, RegionState] = field(default_factory=lambda: MappingProxyType({}))
 
 
-@dataclass(frozen=True, slots=True)
-class BranchKey:
-    """What tells one guidance branch of one request from another.
-
-    Attributes:
-        owner: Whoever compiled the graph: two configurations share nothing.
-        who: The request's name, or the thread and async task.
-        label: What the pipeline calls this guidance branch.
-        token: Number of the conditioning.
-    """
-
-    owner: Hashable
-    who: Hashable
-    label: str | None
-    token: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class SessionKey:
-    """What tells one session of a module from another.
-
-    Attributes:
-        branch: The guidance branch.
-        ordinal: Which of the branch's calls of a step: windows, tiles and perturbed attention call the model several
-            times with one prompt.
-    """
-
-    branch: BranchKey
-    ordinal: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """Where a branch stands in its denoising loop: its last call.
-
-    Attributes:
-        schedule: Of the pipeline that made it.
-        timestep: That it was made at.
-        calls: Calls of the branch at this step so far.
-        expected: Calls at the step before.
-    """
-
-    schedule: Schedule | None = None
-    timestep: float | None = None
-    calls: int = 0
-    expected: int = 0
-
-    def goes_on_in(self, schedule: Schedule | None) -> bool:
-        """Whether a call from there belongs to the same generation, as far as the pipeline tells."""
-        if schedule is None or self.schedule is None:
-            return schedule is self.schedule
-        return schedule.is_same_run(self.schedule)
-
-    def is_next_step(self, schedule: Schedule | None) -> bool:
-        """Whether the pipeline's scheduler has taken a step since."""
-        return schedule is not None and self.schedule is not None and schedule.index != self.schedule.index
-
-    def foreseen(self, schedule: Schedule | None) -> int:
-        """The ordinal that a call has if a step has as many calls as the one before: its timestep is not known yet."""
-        if self.is_next_step(schedule) or not self.goes_on_in(schedule):
-            return 0
-        return self.calls if self.calls < self.expected else 0
-
-    def ordinal_at(self, timestep: float | None, schedule: Schedule | None) -> int:
-        """The ordinal of a call at `timestep`."""
-        if self.is_next_step(schedule) or not self.goes_on_in(schedule) or timestep is None:
-            return 0
-        return self.calls if timestep == self.timestep else 0
-
-    def after(self, ordinal: int, timestep: float | None, schedule: Schedule | None, *, is_first: bool) -> Turn:
-        """With a call that was made; of a generation's first step nothing follows for its second."""
-        return Turn(schedule, timestep, ordinal + 1, self.expected if ordinal else 0 if is_first else self.calls)
-
-
 class Session:
     """One generation's one guidance branch. `snapshot` is all that changes."""
 
@@ -282,9 +207,6 @@ class Record:
     stats: list[CacheStats]
 
 
-_FIRST = Turn()
-
-
 class Instance:
     """All sessions of one module instance.
 
@@ -318,7 +240,7 @@ class Instance:
         request = current_request()
         key = BranchKey(owner, current_owner(request), _label.get(), token)
         with self._lock:
-            turn = self._turns.get(key, _FIRST)
+            turn = self._turns.get(key, FIRST_TURN)
             known = self._sessions.get(SessionKey(key, turn.foreseen(schedule)))
         return known or Session(SessionKey(key, turn.foreseen(schedule)), request, self._epoch), turn
 
@@ -381,7 +303,7 @@ class Instance:
         schedule, who = find_schedule(), current_owner(current_request())
 
         def is_asked(branch: BranchKey) -> bool:
-            turn = self._turns.get(branch, _FIRST)
+            turn = self._turns.get(branch, FIRST_TURN)
             is_other = schedule is not None and turn.schedule is not None and not turn.goes_on_in(schedule)
             return branch.who == who and not is_other
 
@@ -428,98 +350,3 @@ class Instance:
         with self._lock:
             for session in [s for s in self._sessions.values() if s.key.branch.token == token]:
                 self._finish(session)
-
-
-@dataclass(slots=True)
-class _Holder:
-    """A module instance that only its weights tell: several may hold the first of them.
-
-    Attributes:
-        weights: One of every block; none of them is kept alive.
-        versions: How often they were written in place.
-    """
-
-    weights: list[weakref.ref[torch.Tensor]]
-    versions: int
-    instance: Instance
-
-    def holds(self, weights: Sequence[torch.Tensor]) -> bool:
-        return len(weights) == len(self.weights) and all(
-            ref() is weight for ref, weight in zip(self.weights, weights, strict=True)
-        )
-
-
-_instances: Any = WeakIdKeyDictionary()  # Of modules: those for which the cache is enabled.
-_holders: Any = WeakIdKeyDictionary()  # First weight -> holders: those of `torch.compile(model, backend="cachedit")`.
-_instances_lock = threading.Lock()
-
-
-def instance_of(module: torch.nn.Module) -> Instance:
-    """The sessions of a module for which the cache is enabled; they go when it goes."""
-    with _instances_lock:
-        found: Instance | None = _instances.get(module)
-        if found is None:
-            found = _instances[module] = Instance(module)
-        return found
-
-
-def instance_of_weights(weights: Sequence[torch.Tensor]) -> Instance:
-    """The sessions of the module that holds `weights`, one of every block; they go when the first of these goes.
-
-    Two instances of a class share one compiled graph, and two models may share some of their blocks.
-    """
-    for holder in _holders.get(weights[0], ()):
-        if holder.holds(weights):
-            versions = _versions(weights)
-            if versions != holder.versions:  # Loaded in place.
-                holder.versions = versions
-                holder.instance.weights += 1
-            return holder.instance  # type: ignore[no-any-return]
-    with _instances_lock:
-        holder = _Holder(list(map(weakref.ref, weights)), _versions(weights), Instance())
-        _holders[weights[0]] = [*_holders.get(weights[0], ()), holder]
-    return holder.instance
-
-
-def _versions(weights: Sequence[torch.Tensor]) -> int:
-    return sum(0 if weight.is_inference() else weight._version for weight in weights)
-
-
-def instances_in(module: torch.nn.Module) -> list[Instance]:
-    """The sessions of `module` and of the modules in it: one instance for each that has a chain of its own."""
-    enabled = [_instances[inner] for inner in module.modules() if inner in _instances]
-    held = [*itertools.chain(module.parameters(), module.buffers())]
-    known = set(map(id, held))
-    holders = [holder for tensor in held for holder in _holders.get(tensor, ())]
-    return enabled + [h.instance for h in holders if all(id(ref()) in known for ref in h.weights)]
-
-
-def is_cached(module: torch.nn.Module) -> bool:
-    """Whether a graph of `module` was compiled with a guard in it."""
-    return any(instance.is_guarded for instance in instances_in(module))
-
-
-def reset(module: torch.nn.Module | None = None) -> None:
-    """Ends every session of `module`, or of all modules, and forgets their statistics. Compiled graphs stay."""
-    everyone = [*_instances.values(), *(h.instance for holders in list(_holders.values()) for h in holders)]
-    for instance in everyone if module is None else instances_in(module):
-        instance.clear()
-
-
-def end_generation(module: torch.nn.Module, *, everyone: bool = False) -> None:
-    """Ends the sessions of `module` that the asking request (or thread and async task) has, or all; statistics stay."""
-    for instance in instances_in(module):
-        instance.end(everyone=everyone)
-
-
-def records_of(module: torch.nn.Module, *, every_generation: bool) -> list[Record]:
-    """Sessions of `module` in the order of their first steps: those of its last generation, or all that are known."""
-    found = [record for instance in instances_in(module) for record in instance.records()]
-    last = max(found, key=lambda record: record.last, default=None)
-    shown = [r for r in found if last is None or every_generation or _are_one_generation(r, last)]
-    return sorted(shown, key=lambda record: record.first)
-
-
-def _are_one_generation(one: Record, last: Record) -> bool:
-    """Guidance branches of a generation take turns, so the times at which they ran overlap."""
-    return one.key.branch.who == last.key.branch.who and one.last >= last.first

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cachedit_fx.branch import Turn
 from cachedit_fx.caller import Schedule
 from cachedit_fx.clock import Lap
 from cachedit_fx.config import CacheConfig, Changes
 from cachedit_fx.forecasters.verdict import is_gap, is_jump
 from cachedit_fx.kept import Forecast, Kept
 from cachedit_fx.policies import Decision, History, decide, needs_refresh
-from cachedit_fx.session import Instance, RegionState, Session, Snapshot, Turn
+from cachedit_fx.session import Instance, RegionState, Session, Snapshot
 from cachedit_fx.shapes import Size, SizeRule
 
 if TYPE_CHECKING:

@@ -18,12 +18,13 @@ from cachedit_fx.errors import ConfigError, PatternError, cut, shown
 from cachedit_fx.explanation.data import GraphReport
 from cachedit_fx.explanation.explain import explain
 from cachedit_fx.explanation.recorder import isolated
+from cachedit_fx.instances import records_of
 from cachedit_fx.patterns.chain import HIDDEN
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
 from cachedit_fx.patterns.template import BlockTemplate
 from cachedit_fx.reference import Call, Reference, UncheckableError, require, tensors_of
-from cachedit_fx.session import records_of, session
+from cachedit_fx.request import session
 from cachedit_fx.stats import CacheStats
 
 __all__ = ["PatternCheck", "UncheckableError", "check_pattern"]

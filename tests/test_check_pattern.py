@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import cachedit_fx
 import cachedit_fx.testing
 from cachedit_fx import BlockTemplate, ConfigError
+from cachedit_fx.instances import instances_in
 from cachedit_fx.patterns import BUILT_IN, templates
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN
 from cachedit_fx.patterns.declaration import Declaration
-from cachedit_fx.session import instances_in
 from cachedit_fx.testing import UncheckableError, check_pattern
 from examples.custom_pattern import Block, TwoScaleTransformer
 from tests import synthetic

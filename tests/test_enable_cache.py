@@ -18,7 +18,7 @@ from cachedit_fx import BlockAdapter, ConfigError
 from cachedit_fx import backend as backend_module
 from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor, HunyuanImagePatchFunctor
 from cachedit_fx.config import FIELD_NAMES
-from cachedit_fx.session import instances_in
+from cachedit_fx.instances import instances_in
 from tests import tiny as tiny_model
 from tests.sessions import every_session
 from tests.tiny_pipelines import PIPELINES, TinyPipeline
