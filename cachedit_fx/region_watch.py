@@ -28,7 +28,7 @@ class RegionWatch:
 
     def __init__(self, module: nn.Module, paths: Sequence[str]) -> None:
         self.paths = tuple(paths)
-        blocks = [*map(module.get_submodule, paths)]
+        blocks = [*_modules_at(module, paths)]
         inner = [*_holders(module, paths), *itertools.chain.from_iterable(block.modules() for block in blocks)]
         self._children = [one._modules for one in inner if one._modules]
         # Attention processors and the like: objects that are no modules.
@@ -55,8 +55,17 @@ _version = operator.attrgetter("_version")
 
 def _holders(module: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
     """The model and the lists that the blocks are in."""
-    for above in {".".join(path.split(".")[:i]) for path in paths for i in range(path.count(".") + 1)}:
-        yield module.get_submodule(above)
+    return _modules_at(module, {".".join(path.split(".")[:i]) for path in paths for i in range(path.count(".") + 1)})
+
+
+def _modules_at(module: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
+    """The modules at `paths`, which may lead through plain lists."""
+    for path in paths:
+        found: Any = module
+        for name in path.split(".") if path else ():
+            found = found[int(name)] if isinstance(found, list | tuple) else getattr(found, name, None)
+        if isinstance(found, nn.Module):
+            yield found
 
 
 def _objects_of(module: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@ Read off the operations: their schemas and tags where they have any, and else th
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -77,9 +78,13 @@ def _effect_of_overloads(node: fx.Node, target: OpOverload | OpOverloadPacket) -
 
 def _is_random(node: fx.Node, name: str) -> bool:
     """Whether a function or method of torch by this name draws random numbers, with these arguments."""
+    return (_is_tagged(name) or name in _RANDOM_FUNCTIONS) and not _is_switched_off(node, name)
+
+
+@functools.cache  # A graph has thousands of nodes and some dozens of functions.
+def _is_tagged(name: str) -> bool:
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and not name.startswith("__") else None
-    is_tagged = any(torch.Tag.nondeterministic_seeded in overload.tags for overload in _overloads(packet))
-    return (is_tagged or name in _RANDOM_FUNCTIONS) and not _is_switched_off(node, name)
+    return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in _overloads(packet))
 
 
 def _overloads(packet: Any) -> list[OpOverload]:

@@ -86,10 +86,10 @@ def _is_unseen(node: fx.Node, written: fx.Node, aliases: list[fx.Node], position
 
 def written_outside(program: Program, nodes: list[fx.Node]) -> fx.Node | None:
     """The first of `nodes` that writes in place into storage that was made by any other node."""
-    inside = set(nodes)
-    mine = {storage_of(n) for n in nodes} - {None}
     if not any(map(is_in_place, nodes)):
         return None
+    inside = set(nodes)
+    mine = {storage_of(n) for n in nodes} - {None}
     others = {storage_of(n) for n in program.nodes if n not in inside and n.op != "output"}
     for node in nodes:
         if is_in_place(node):

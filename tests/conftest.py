@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch._dynamo
+import torch._dynamo.guards
 from hypothesis import HealthCheck, settings
 
 import cachedit_fx
@@ -24,6 +25,11 @@ settings.load_profile("usual")
 # pytest listens to every logger that does not propagate, and torch prints each graph for its structured trace as soon
 # as anyone listens. One that propagates is left alone; it has no handler of its own unless TORCH_TRACE is set.
 logging.getLogger("torch.__trace").propagate = True
+
+
+# After every compilation Dynamo collects garbage, and flushes the caches of the processor to time its guards.
+torch._dynamo.config.run_gc_after_compile = False
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 
 @pytest.fixture(scope="session", autouse=True)

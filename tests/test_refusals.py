@@ -295,6 +295,14 @@ def test_a_graph_that_needs_gradients_is_refused():
     assert "under torch.no_grad()" in miss.cure
 
 
+def test_an_empty_batch_is_refused():
+    model = Transformer()
+    inputs = {name: value[:0] for name, value in make_inputs(model).items()}
+    found = plan(model.eval(), inputs)
+    assert isinstance(found, tuple) and found[0].cause is Cause.EMPTY
+    assert "of shape [0" in found[0].detail
+
+
 def test_a_module_in_training_mode_is_refused():
     config = CacheConfig(Fn_compute_blocks=1, inner_backend="eager", on_no_match="raise")
     model = Transformer().train()

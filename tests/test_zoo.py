@@ -19,4 +19,4 @@ def test_steps_are_those_of_the_model_or_of_blocks_skipped_by_hand(variant: Vari
         compiled = Compiled(variant, cuts_of(variant), FEW_SHAPES, dynamic=True)
     compiled.check(subtests)
     with subtests.test("no graph for every size, unless Dynamo breaks the model up"):
-        assert compiled.num_graphs <= 2 or variant.clock == "model"
+        assert compiled.num_graphs <= 3 or variant.clock == "model"
