@@ -221,7 +221,9 @@ class _Enabled:
         call = self._call(args, kwargs)
         if self._watch is not None and self._watch.has_changed():
             self.instance.weights += 1  # What is kept was made by other modules or weights.
-            self._watch = None
+            # Anew at once: the next calls may go without Dynamo, and would not come by the place below.
+            module = self.module()
+            self._watch = RegionWatch(module, self._watch.paths) if module is not None else None
         with within_call(call):
             result = self.light(args, kwargs)
             if result is not MISSED:
@@ -238,8 +240,6 @@ class _Enabled:
             paths = call.ran[0][0].region_paths
             if self._watch is None or self._watch.paths != paths:
                 self._watch = RegionWatch(module, paths)
-        if call.ran:
-            self.instance.is_guarded = True
         if not call.misses or module is None or self.instance.is_guarded:
             return result
         if not self.compiled.give_up():
