@@ -7,8 +7,8 @@ import torch
 
 from tests.zoo import VARIANTS
 from tests.zoo.by_hand import ByHand
-from tests.zoo.runs import Cut, cuts_of, every_variant
-from tests.zoo.variant import Variant
+from tests.zoo.runs import cuts_of, every_variant
+from tests.zoo.variant import Cut, Variant
 
 CASES = {f"{v.name}-F{cut[0]}B{cut[1]}": (v, cut) for v in VARIANTS.values() for cut in cuts_of(v)}
 

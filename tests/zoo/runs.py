@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 import cachedit_fx
-from cachedit_fx import Backend, CacheConfig, NoMatchError
+from cachedit_fx import Backend, BlockAdapter, CacheConfig
 from tests.sessions import every_session
 from tests.zoo import VARIANTS
 from tests.zoo.by_hand import ByHand, tensors_of
-from tests.zoo.variant import Inputs, Variant
+from tests.zoo.table import watched
+from tests.zoo.twins import Twins
+from tests.zoo.variant import Cut, Inputs, Variant
 
 SETTINGS = dict(
     max_warmup_steps=1,
@@ -29,7 +31,6 @@ SETTINGS = dict(
 DECISIONS = ["warmup", "threshold-one", "max-continuous"]  # Compute, reuse, compute.
 REUSED = 1  # Number of the reused step.
 
-Cut = tuple[int, int]  # Fn, Bn
 Shape = tuple[int, int]  # Image size, text length
 
 CUTS: tuple[Cut, ...] = ((1, 0), (2, 1), (4, 0))
@@ -69,35 +70,6 @@ def atol_of(variant: Variant) -> float:
     return 0.0 if variant.functor is None else 2e-6
 
 
-class Switch:
-    """A backend that compiles for several cuts at once. Which of them runs can be changed from call to call.
-
-    Attributes:
-        chosen: The cut; None for the graphs as Dynamo made them.
-        misses: Why graphs run uncached, for every cut.
-        num_graphs: Graphs that Dynamo handed over.
-    """
-
-    def __init__(self, cuts: Sequence[Cut]) -> None:
-        self.backends = {
-            (fn, bn): Backend(CacheConfig(Fn_compute_blocks=fn, Bn_compute_blocks=bn, **SETTINGS)) for fn, bn in cuts
-        }
-        self.chosen: Cut | None = None
-        self.misses: dict[Cut, list[str]] = {cut: [] for cut in cuts}
-        self.num_graphs = 0
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.num_graphs += 1
-        compiled: dict[Cut | None, Callable[..., Any]] = {None: gm.forward}
-        for cut, backend in self.backends.items():
-            try:
-                compiled[cut] = backend(gm, example_inputs)
-            except NoMatchError as miss:
-                compiled[cut] = gm.forward
-                self.misses[cut].append(str(miss))
-        return lambda *args: compiled[self.chosen](*args)
-
-
 @contextlib.contextmanager
 def one_collection() -> Iterator[None]:
     """Collects garbage once, at the end, and not that of before: it would take a quarter of the time to compile."""
@@ -127,57 +99,92 @@ def named(variant: Variant, *, has_clock: bool) -> Iterator[None]:
         yield
 
 
-class Compiled:
-    """A variant compiled for several cuts at once, and what it did.
+class Cached:
+    """A variant with `enable_cache`, captured once in bfloat16 and inference mode, until it is disabled.
+
+    What is captured is compiled once per cut.
+
+    Args:
+        dynamic: Whether it is captured for all sizes (else for the one of a single shape), as in `torch.compile`.
 
     Attributes:
         found: A generation for every cut and shape.
-        num_graphs: How many graphs Dynamo made.
-        misses: Why graphs run uncached, for every cut.
+        num_graphs: Graphs that Dynamo made of it.
+        row: Its line of docs/models.md.
     """
 
-    def __init__(
-        self,
-        variant: Variant,
-        cuts: Sequence[Cut],
-        shapes: Sequence[Shape] = SHAPES,
-        *,
-        dtype: torch.dtype = torch.float32,
-        dynamic: bool | None = None,
-    ) -> None:
-        torch._dynamo.reset()
-        self.variant = variant
+    def __init__(self, variant: Variant, cuts: Sequence[Cut], shapes: Sequence[Shape], *, dynamic: bool) -> None:
+        self._variant = variant
+        self._model, self._plain = variant.build(torch.bfloat16), variant.build(torch.bfloat16)
+        call_before(variant, self._model, torch.bfloat16)
+        before = dict(vars(self._model))
+        self._first, *others = cuts
+        self._twins = Twins({cut: config_of(cut) for cut in others})
+        target = enable(variant, self._model, config_of(self._first), dynamic=dynamic)
         self.found: dict[tuple[Cut, Shape], Generation] = {}
-        switch = Switch(cuts)
-        model, plain = variant.build(dtype), variant.build(dtype)
-        call_before(variant, model, dtype)
-        if variant.functor is not None:
-            variant.functor().prepare(model)
-        compiled = torch.compile(model, backend=switch, dynamic=dynamic)
+        with self._twins.compiled(), watched() as all_seen:
+            with watched() as seen, named(variant, has_clock=variant.clock != "none"):
+                self._model(**variant.inputs(dtype=torch.bfloat16))
+            for shape in shapes:
+                self._run(shape, cuts)
+        self.num_graphs, self.row = all_seen.num_graphs, seen.row(variant)
+        cachedit_fx.disable_cache(target)
+        assert dict(vars(self._model)) == before
+        call = variant.inputs(dtype=torch.bfloat16)
+        torch.testing.assert_close(tensors_of(self._model(**call)), tensors_of(self._plain(**call)), rtol=0, atol=0)
+
+    def _run(self, shape: Shape, cuts: Sequence[Cut]) -> None:
+        variant, model = self._variant, self._model
+        calls = variant.generation(size=shape[0], text=shape[1], dtype=torch.bfloat16)
+        plain = [tensors_of(self._plain(**call)) for call in calls]
+        for cut in cuts:
+            cachedit_fx.reset()
+            instead = contextlib.nullcontext() if cut == self._first else self._twins.instead(cut)
+            with named(variant, has_clock=variant.clock != "none"), instead:
+                outputs = [tensors_of(model(**call)) for call in calls]
+            by_hand = steps_by_hand(variant, self._plain, calls, cut)
+            self.found[cut, shape] = Generation(decisions_in(model), outputs, plain, by_hand, atol_of(variant))
+
+
+class Compiled:
+    """A variant compiled by the bare backend in float32, for one cut.
+
+    Attributes:
+        found: A generation for every shape.
+        num_graphs: How many graphs Dynamo made.
+    """
+
+    def __init__(self, variant: Variant, cut: Cut, shapes: Sequence[Shape] = SHAPES) -> None:
+        torch._dynamo.reset()
+        self.found: dict[Shape, Generation] = {}
+        self.num_graphs, backend = 0, Backend(config_of(cut))
+        model, plain = variant.build(), variant.build()
+
+        def counted(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+            self.num_graphs += 1
+            return backend(gm, example_inputs)
+
+        compiled = torch.compile(model, backend=counted)
         for shape in shapes:
-            calls = variant.generation(size=shape[0], text=shape[1], dtype=dtype)
+            calls = variant.generation(size=shape[0], text=shape[1])
             expected = [tensors_of(plain(**call)) for call in calls]
-            if variant.clock == "model":  # Parts are captured anew at a second call.
-                with capturing(variant):
-                    for call in calls:
-                        compiled(**call)
-            for cut in cuts:
-                switch.chosen = cut
-                cachedit_fx.reset()
-                with capturing(variant), named(variant, has_clock=variant.clock == "graph"):
-                    outputs = [tensors_of(compiled(**call)) for call in calls]
-                by_hand = steps_by_hand(variant, plain, calls, cut)
-                self.found[cut, shape] = Generation(decisions_in(model), outputs, expected, by_hand, atol_of(variant))
-        self.num_graphs, self.misses = switch.num_graphs, switch.misses
+            cachedit_fx.reset()
+            with capturing(variant), named(variant, has_clock=variant.clock == "graph"):
+                outputs = [tensors_of(compiled(**call)) for call in calls]
+            by_hand = steps_by_hand(variant, plain, calls, cut)
+            self.found[shape] = Generation(decisions_in(model), outputs, expected, by_hand, atol_of(variant))
         torch._dynamo.reset()
 
-    def check(self, subtests: pytest.Subtests) -> None:
-        """Every generation on its own; and that no graph runs uncached, unless Dynamo made several of the model."""
-        for (cut, shape), generation in self.found.items():
-            with subtests.test("Fn, Bn; image size, text length", cut=cut, shape=shape):
-                if self.variant.clock != "model":
-                    assert not self.misses[cut], self.misses[cut][0]
-                generation.check()
+
+def config_of(cut: Cut) -> CacheConfig:
+    return CacheConfig(Fn_compute_blocks=cut[0], Bn_compute_blocks=cut[1], **SETTINGS)
+
+
+def enable(variant: Variant, model: nn.Module, config: CacheConfig, *, dynamic: bool) -> Any:
+    """Enables the cache, with the functor that the variant needs. Returns what it was enabled for."""
+    functor = variant.functor() if variant.functor is not None else None
+    target = model if functor is None else BlockAdapter(transformer=model, patch_functor=functor)
+    return cachedit_fx.enable_cache(target, config, dynamic=dynamic or None)
 
 
 def call_before(variant: Variant, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:

@@ -1,8 +1,8 @@
-"""A captured graph compiled once more with another cut, to run it in the place of the first: Dynamo captures once."""
+"""Captured graphs compiled once more with other cuts, to run these in the place of the first: Dynamo captures once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -12,40 +12,42 @@ from torch import fx
 from cachedit_fx import Backend, CacheConfig
 from cachedit_fx.light import MISSED, LightCalls
 from cachedit_fx.runtime import GuardedCall
+from tests.zoo.variant import Cut
 
 
 class Twins:
-    """The guarded graphs of a module, each with a second one that was made of the same capture.
+    """The guarded graphs of a module, each with others that were made of the same capture.
 
     Args:
-        config: What the second one is built by.
+        configs: What the others are built by.
     """
 
-    def __init__(self, config: CacheConfig) -> None:
-        self._backend = Backend(config, policy_per_call=True)
-        self._twins: dict[GuardedCall, GuardedCall] = {}
+    def __init__(self, configs: Mapping[Cut, CacheConfig]) -> None:
+        self._backends = {cut: Backend(config, policy_per_call=True) for cut, config in configs.items()}
+        self._twins: dict[tuple[GuardedCall, Cut], GuardedCall] = {}
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
-        """Compiles the second one of every graph that is captured inside and matches."""
+        """Compiles the others of every graph that is captured inside and matches."""
         compile_graph = Backend.__call__
 
-        def compile_both(backend: Backend, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        def compile_all(backend: Backend, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
             compiled = compile_graph(backend, gm, example_inputs, **kwargs)
             if isinstance(compiled, GuardedCall):
-                self._twins[compiled] = compile_graph(self._backend, gm, example_inputs, **kwargs)
+                for cut, other in self._backends.items():
+                    self._twins[compiled, cut] = compile_graph(other, gm, example_inputs, **kwargs)
             return compiled
 
-        with mock.patch.object(Backend, "__call__", compile_both):
+        with mock.patch.object(Backend, "__call__", compile_all):
             yield
 
     @contextmanager
-    def instead(self) -> Iterator[None]:
-        """Runs the second graphs, with the inputs that Dynamo finds for the first."""
+    def instead(self, cut: Cut) -> Iterator[None]:
+        """Runs the graphs that are cut so, with the inputs that Dynamo finds for the first."""
         call, twins = GuardedCall.__call__, self._twins
 
         def call_twin(first: GuardedCall, *args: Any) -> Any:
-            return call(twins[first], *args)
+            return call(twins[first, cut], *args)
 
         by_dynamo = mock.patch.object(LightCalls, "__call__", lambda *_: MISSED)
         with mock.patch.object(GuardedCall, "__call__", call_twin), by_dynamo:

@@ -25,6 +25,7 @@ IMAGE_FIRST = ("hidden_states", "encoder_hidden_states")
 SINGLE = ("hidden_states",)
 
 Inputs = dict[str, Any]
+Cut = tuple[int, int]  # Fn_compute_blocks, Bn_compute_blocks
 Block = tuple[tuple[nn.Module, ...], tuple[str, ...]]
 
 
@@ -152,7 +153,7 @@ class Variant:
         calls = []
         for number, time in enumerate(times):
             own = self.inputs(time, **settings)
-            latents = {name: pytree.tree_map(lambda x, n=number: _another(x, n), own[name]) for name in self.latents}
+            latents = {name: pytree.tree_map(lambda x, n=number: another(x, n), own[name]) for name in self.latents}
             calls.append(common | {name: own[name] for name in self.times} | latents)
         return calls
 
@@ -162,7 +163,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def _another(latents: Tensor, seed: int) -> Tensor:
+def another(latents: Tensor, seed: int) -> Tensor:
     """Latents of the same shape and dtype; tokens below 16 for tokens."""
     if latents.is_floating_point():
         return noise(*latents.shape, seed=seed).to(latents.dtype)
