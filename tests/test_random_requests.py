@@ -1,0 +1,32 @@
+"""Random servers find no request that gets another's residual, a stale one, or fewer reused steps than alone.
+
+`python -m tests.random_requests --minutes 120` goes on for longer, through every transformer of the zoo.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from tests.random_requests import EVERY_OTHER, LOOKING, Pair, Plan, Server, plans
+from tests.zoo import VARIANTS
+
+NAMES = ("Flux", "QwenImage", "Wan")
+
+
+@functools.cache
+def pair(name: str) -> Pair:
+    return Pair.build(VARIANTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.shares_graphs(f"requests-{n}")) for n in NAMES])
+@pytest.mark.parametrize("rule", [EVERY_OTHER, LOOKING], ids=["every other", "looking"])
+@settings(max_examples=20)
+@given(plan=plans())
+def test_every_request_gets_what_it_gets_alone(name: str, rule: dict[str, object], plan: Plan):
+    with torch.no_grad():
+        Server(pair(name), plan).run_and_check(**rule)
