@@ -356,7 +356,7 @@ def test_shadow_measures_the_error_of_the_forecast() -> None:
 
 
 def test_each_list_may_have_a_forecaster_of_its_own() -> None:
-    base = hybrid.config(**STATIC)
+    base = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=1, inner_backend="eager", **STATIC)
     found = []
     for first, second in ((Line(), None), (None, Line()), (Line(), Line())):
         modifiers = [ParamsModifier(calibrator_config=first), ParamsModifier(forecaster=second)]
@@ -381,7 +381,7 @@ def test_real_transformers_and_guidance_branches_go_as_the_reference(name: str) 
             denoise(reference, family, family.prompt(1), family.latents(1), NUM_STEPS)
         references.append(reference)
     model = family.build()
-    recorder = Recorder(torch.compile(model, backend=backend(**fields, forecaster="taylorseer"), fullgraph=True))
+    recorder = Recorder(torch.compile(model, backend=backend(**fields | {"forecaster": "taylorseer"}), fullgraph=True))
     denoise(recorder, family, family.prompt(1), family.latents(1), NUM_STEPS)
     for branch, stats in zip(family.branches, every_session(model), strict=True):
         assert stats.cached_steps == [r.step for r in references[0].of(branch) if r.reused]
