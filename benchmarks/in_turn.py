@@ -31,6 +31,7 @@ def measure(name: str, rounds: int) -> dict[tuple[str, str], float]:
         Fn_compute_blocks=1,
         residual_diff_threshold=THRESHOLD,
         max_warmup_steps=work.warmup,
+        forecaster=None,
         steps_computation_mask=work.mask,
         fullgraph=True,
     )

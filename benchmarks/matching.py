@@ -38,8 +38,8 @@ from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.matcher import match_any
 
 DEPTHS = ((3, 5), (19, 38), (67, 133))  # (double, single); FLUX.1 has 19 and 38.
-CONFIG = CacheConfig(Fn_compute_blocks=1)
-PRUNED = CacheConfig(Fn_compute_blocks=1, cache_type=CacheType.DBPrune)
+CONFIG = CacheConfig()
+PRUNED = CacheConfig(cache_type=CacheType.DBPrune)
 WIDTH, HEADS, TEXT, IMAGE = 32, 2, 7, 16
 
 

@@ -37,8 +37,8 @@ class Config:
         family: Key in `FAMILIES`.
         group: What a frontier of its own is drawn for within the family: the forecaster, or the solver.
         name: Unique in the family.
-        fields: For "ours" arguments of `enable_cache`, for "cache-dit" fields of its `DBCacheConfig`, for "fewer
-            steps" `solver` and `num_steps`.
+        fields: For "ours" arguments of `enable_cache` on top of cache-dit's defaults, for "cache-dit" fields of its
+            `DBCacheConfig`, for "fewer steps" `solver` and `num_steps`.
         forecaster: Class and fields; None for none.
     """
 

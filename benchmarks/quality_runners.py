@@ -77,12 +77,13 @@ class Ours(Runner):
     def configure(self, config: Config) -> None:
         try:
             fields = dict(config.fields)
+            base = cachedit_fx.CacheConfig.cache_dit_defaults()
             if "load" in fields:
-                fields = cachedit_fx.load_configs(fields["load"])
-                fields = dict(fields["cache_config"].changes) if "cache_config" in fields else fields
+                base = cachedit_fx.load_configs(fields.pop("load"))["cache_config"]
             if config.forecaster is not None:
                 fields["forecaster"] = _made("cachedit_fx.forecasters", config)
-            cachedit_fx.enable_cache(self.pipe, **fields | {"inner_backend": self.inner, "on_no_match": "raise"})
+            fields |= {"inner_backend": self.inner, "on_no_match": "raise"}
+            cachedit_fx.enable_cache(self.pipe, base, **fields)
         except cachedit_fx.ConfigError as error:
             raise UnavailableError(str(error)) from error
 

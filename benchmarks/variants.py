@@ -171,6 +171,7 @@ class Ours(Variant):
             Bn_compute_blocks=settings.back,
             residual_diff_threshold=THRESHOLD if self.caches else 0.0,
             max_warmup_steps=self.work.warmup,
+            forecaster=None,
             on_no_match="raise",
             inner_backend=settings.inner,
         )

@@ -14,7 +14,7 @@ Words, one meaning each:
 
 from cachedit_fx.adapter import BlockAdapter, ParamsModifier
 from cachedit_fx.backend import Backend
-from cachedit_fx.config import CacheConfig, CacheType, DBPruneConfig
+from cachedit_fx.config import RECOMMENDED, CacheConfig, CacheType, DBCacheConfig, DBPruneConfig
 from cachedit_fx.errors import ConfigError, NoMatchError, PassError, PatternError
 from cachedit_fx.explanation.explain import explain
 from cachedit_fx.explanation.result import Explanation
@@ -37,7 +37,6 @@ from cachedit_fx.patterns import BlockTemplate, register_pattern, unregister_pat
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
 from cachedit_fx.pipeline import disable_cache, enable_cache, refresh_context
 from cachedit_fx.policies import Decider, StepView
-from cachedit_fx.recommended import RECOMMENDED
 from cachedit_fx.registry import BlockAdapterRegistry
 from cachedit_fx.reports import RunReport, report, summary
 from cachedit_fx.request import session
@@ -45,7 +44,7 @@ from cachedit_fx.stats import CacheStats
 from cachedit_fx.steps_mask import steps_mask
 from cachedit_fx.tuning import TuneResult, check_signature, load_tuned, tune
 
-BasicCacheConfig = DBCacheConfig = CacheConfig  # Under cache-dit's names.
+BasicCacheConfig = DBCacheConfig  # cache-dit has both names.
 
 __version__ = "0.1.0"
 

@@ -7,11 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from cachedit_fx.config_checks import as_forecaster, check_fields
 from cachedit_fx.config_checks import check_together as check_together
 from cachedit_fx.errors import ConfigError, did_you_mean, listed, shown
+from cachedit_fx.forecasters.foca import FoCaCalibratorConfig
 from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.forecasters.registry import as_mapping, forecasters
 
@@ -29,10 +30,15 @@ class CacheType(StrEnum):
 Changes = tuple[tuple[str, Any], ...]  # Names and values of some fields, by name.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CacheConfig:
-    """When a step may reuse, and how the pieces are compiled. Names, defaults and meaning are cache-dit's up to the
-    fields for pruning; those after them are ours. Also called `DBCacheConfig` and `BasicCacheConfig`.
+    """When a step may reuse, and how the pieces are compiled. Names and meaning are cache-dit's up to the fields for
+    pruning; those after them are ours.
+
+    The defaults are what this package recommends. `enable_cache`, `torch.compile(backend="cachedit")`, `explain` and
+    `tune` all start from them, and a field that is set changes nothing but itself. cache-dit's defaults are those of
+    `DBCacheConfig`, which `cache_dit_defaults` makes. Two configurations are equal if all their fields are, whichever
+    class made them.
 
     Attributes:
         Fn_compute_blocks: Blocks at the front that always run; the residual over them is what the guard looks at. 0
@@ -101,10 +107,12 @@ class CacheConfig:
         ConfigError: (a ValueError) a field has a value it cannot have.
     """
 
-    Fn_compute_blocks: int = 8
+    # Chosen on the digits (docs/quality.md): of what needs nothing known of a model, FoCa is best at every threshold
+    # (0.12: 61.9 dB; TaylorSeer of order 1: 58.7; the last residual: 47.2), and 0.12 hardly changes the images.
+    Fn_compute_blocks: int = 1
     Bn_compute_blocks: int = 0
-    residual_diff_threshold: float = 0.08
-    max_warmup_steps: int = 8
+    residual_diff_threshold: float = 0.12
+    max_warmup_steps: int = 4
     warmup_interval: int = 1
     max_cached_steps: int = -1
     max_continuous_cached_steps: int = -1
@@ -127,7 +135,7 @@ class CacheConfig:
     regions: str = "merged"
     compile_blocks: str = "once"
     mode: str | None = None
-    forecaster: Forecaster | None = None
+    forecaster: Forecaster | None = FoCaCalibratorConfig()  # noqa: RUF009 It cannot be changed.
     reach: str = "blocks"
     probe: str = "fn_residual"
     batch_decision: str = "mean"
@@ -139,13 +147,14 @@ class CacheConfig:
     shadow: bool = False
     debug_dir: str | os.PathLike[str] | None = None
 
+    _given_by_class: ClassVar[tuple[str, ...]] = ()
+
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         for name, value in fields.items():
             if name not in cls.__dataclass_fields__:
                 raise ConfigError(unknown_option(name, value))
         config = super().__new__(cls)
-        kind = () if cls is CacheConfig else ("cache_type",)
-        object.__setattr__(config, "_given", frozenset((*FIELD_NAMES[: len(args)], *fields, *kind)))
+        object.__setattr__(config, "_given", frozenset((*FIELD_NAMES[: len(args)], *fields, *cls._given_by_class)))
         return config
 
     def __post_init__(self) -> None:
@@ -156,6 +165,25 @@ class CacheConfig:
         if isinstance(self.debug_dir, os.PathLike):
             object.__setattr__(self, "debug_dir", os.fspath(self.debug_dir))
         check_fields(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CacheConfig) and self._values == other._values
+
+    def __hash__(self) -> int:
+        return hash(self._values)
+
+    @property
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in FIELD_NAMES)
+
+    @staticmethod
+    def cache_dit_defaults(**fields: Any) -> DBCacheConfig:
+        """cache-dit's defaults, with other values for `fields`: the same as `DBCacheConfig(**fields)`.
+
+        Raises:
+            ConfigError: A field is unknown or has a value it cannot have.
+        """
+        return DBCacheConfig(**fields)
 
     @property
     def given(self) -> frozenset[str]:
@@ -195,10 +223,14 @@ class CacheConfig:
 
     @property
     def plain_changes(self) -> list[tuple[str, Any]]:
-        """`changes` for a file: a forecaster as its mapping, and without what is code, as a decider."""
-        found = [(name, value) for name, value in self.changes if name != "decider"]
-        named = [(n, v) for n, v in found if not isinstance(v, Forecaster) or type(v) in forecasters().values()]
-        return [(name, as_mapping(v) if isinstance(v, Forecaster) else v) for name, v in named]
+        """For a file: what `CacheConfig` must be given to make this configuration.
+
+        These are the given fields, and those whose default in another class differs. A forecaster is written as its
+        mapping. What is code is left out: a decider; of a forecaster without a name None is written.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(CacheConfig)}
+        named = [n for n in sorted(FIELD_NAMES) if n in self.given or getattr(self, n) != defaults[n]]
+        return [(name, _plain(getattr(self, name))) for name in named if name != "decider"]
 
     @property
     def is_static(self) -> bool:
@@ -215,11 +247,36 @@ STRUCTURAL = {
 FIELD_NAMES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(CacheConfig))
 
 
-@dataclass(frozen=True)
-class DBPruneConfig(CacheConfig):
-    """`CacheConfig` with `cache_type="DBPrune"`."""
+RECOMMENDED = CacheConfig()  # What every way in starts from, by name.
+
+
+@dataclass(frozen=True, eq=False)
+class DBCacheConfig(CacheConfig):
+    """`CacheConfig` with cache-dit's defaults, under cache-dit's name; also called `BasicCacheConfig`.
+
+    Where it overrides another configuration (`override`, `ParamsModifier`, `refresh_context`), its given fields do and
+    its defaults do not, as with `CacheConfig`.
+    """
+
+    Fn_compute_blocks: int = 8
+    residual_diff_threshold: float = 0.08
+    max_warmup_steps: int = 8
+    forecaster: Forecaster | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DBPruneConfig(DBCacheConfig):
+    """`DBCacheConfig` with `cache_type="DBPrune"`, which counts as given."""
 
     cache_type: str = CacheType.DBPrune
+
+    _given_by_class: ClassVar[tuple[str, ...]] = ("cache_type",)
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Forecaster):
+        return value
+    return as_mapping(value) if type(value) in forecasters().values() else None
 
 
 def split_options(options: Mapping[str, Any], base: CacheConfig | None = None) -> tuple[CacheConfig, dict[str, Any]]:

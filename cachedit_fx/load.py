@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cachedit_fx.adapter import with_calibrator
-from cachedit_fx.config import CacheConfig, CacheType, DBPruneConfig
+from cachedit_fx.config import CacheConfig, CacheType, DBCacheConfig, DBPruneConfig
 from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.steps_mask import steps_mask
 
@@ -25,8 +25,9 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
           type: taylorseer
           taylorseer_order: 2
 
-    The fields may also stand without `cache_config` above them. Of a file that `tune` saved, what it was tuned on comes
-    along as `tuned_on`.
+    The fields may also stand without `cache_config` above them. The format is cache-dit's, and so are the defaults of
+    the fields that are left out: the result is a `DBCacheConfig`, or a `DBPruneConfig` where `cache_type` says so. A
+    file that `tune` saved holds a `CacheConfig` instead, and what it was tuned on comes along as `tuned_on`.
 
     Raises:
         ConfigError: The file is missing or says something else, or a field is unknown or has a value it cannot have.
@@ -54,7 +55,8 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
                 f"steps_computation_mask={fields['steps_computation_mask']!r}, got None"
             )
         fields["steps_computation_mask"] = steps_mask(mask_policy=fields["steps_computation_mask"], total_steps=total)
-    base = DBPruneConfig() if fields.get("cache_type") == CacheType.DBPrune else CacheConfig()
+    kind = DBPruneConfig if fields.get("cache_type") == CacheType.DBPrune else DBCacheConfig
+    base = kind() if tuned is None else CacheConfig()
     found: dict[str, Any] = {"cache_config": with_calibrator(base.override(**fields), calibrator)}
     if isinstance(tuned, Mapping) and isinstance(tuned.get("signature"), Mapping):
         found["tuned_on"] = tuned["signature"]

@@ -25,7 +25,6 @@ from cachedit_fx.instances import end_generation, instance_of
 from cachedit_fx.light import MISSED, LightCalls
 from cachedit_fx.passes.inputs import conditioning_names, timestep_name
 from cachedit_fx.patterns.declaration import Declaration
-from cachedit_fx.recommended import base_for
 from cachedit_fx.region_watch import RegionWatch
 from cachedit_fx.registry import adapter_for, modules_of
 from cachedit_fx.session import ModelCall, set_label, within_call
@@ -54,13 +53,12 @@ def enable_cache(
     Args:
         pipe_or_adapter: A pipeline, a transformer, or a `BlockAdapter`. For a pipeline whose class has a registered
             adapter that one is taken.
-        cache_config: When to reuse; by default `CacheConfig()`, or where a pipeline or transformer is all that is given
-            (beside what says nothing of reuse, as `mode`), `cachedit_fx.RECOMMENDED`.
+        cache_config: When to reuse; by default `CacheConfig()`.
         calibrator_config: The same as `CacheConfig.forecaster`, by cache-dit's name: what a reused step adds.
         params_modifiers: What the region of each block list does differently, in the order in which the lists run.
         tuned_on: The signature of a tuned configuration, as `load_configs` reads it: warns where something else runs.
         kwargs: `fullgraph`, `dynamic`, `mode` and `options` of `torch.compile` (of these Inductor's, and
-            `guard_filter_fn`); fields of `CacheConfig`.
+            `guard_filter_fn`); fields of `CacheConfig`, each of which replaces that of `cache_config`.
 
     Raises:
         ConfigError: An argument is unknown or has a value that it cannot have, or there is no transformer.
@@ -169,9 +167,7 @@ def settings_for(
     fields |= {name: options.pop(name) for name in [*options] if name in FIELD_NAMES}
     if options:
         kwargs["options"] = options
-    is_bare = calibrator_config is None and params_modifiers is None and not isinstance(pipe_or_adapter, BlockAdapter)
-    base = cache_config or (base_for(fields) if is_bare else CacheConfig())
-    config = with_calibrator(base.override(**fields), calibrator_config)
+    config = with_calibrator((cache_config or CacheConfig()).override(**fields), calibrator_config)
     adapter = adapter_for(pipe_or_adapter)
     if adapter is not None:
         if params_modifiers is not None:

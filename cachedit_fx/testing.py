@@ -124,6 +124,7 @@ def check_pattern(
         Bn_compute_blocks=Bn_compute_blocks,
         max_warmup_steps=1,
         max_cached_steps=1,
+        forecaster=None,
         inner_backend="eager",
         steps_computation_mask=None if Fn_compute_blocks else (1, 0, 1),
         steps_computation_policy="dynamic" if Fn_compute_blocks else "static",

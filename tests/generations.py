@@ -49,6 +49,7 @@ def settings(family: Family, Fn: int = 1, Bn: int = 0, **others: Any) -> dict[st
         Bn_compute_blocks=Bn,
         residual_diff_threshold=family.threshold,
         max_warmup_steps=WARMUP_STEPS,
+        forecaster=None,
         **others,
     )
 

@@ -92,8 +92,9 @@ def pipe_of(**components: Any) -> Any:
 
 
 def config(**fields: Any) -> cachedit_fx.CacheConfig:
-    """One step to warm up, then whatever is allowed is reused."""
-    base = dict(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=1.0, inner_backend="eager")
+    """One step to warm up, then whatever is allowed is reused, with the last residual."""
+    base = dict(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=1.0, forecaster=None)
+    base |= dict(inner_backend="eager")
     return cachedit_fx.CacheConfig(**base | fields)
 
 

@@ -64,6 +64,7 @@ class ReferenceCache:
         blocks: All blocks in execution order, each with the names of what it returns, in order. A
             name is one of the block's parameters; `hidden_states` must be among them.
         Fn_compute_blocks ... max_accumulated_residual_diff_threshold: As in `CacheConfig`.
+        forecaster: Must be None, so that the fields of a configuration without one may be given as they are.
         foretell: What a reused step adds, from the steps and residuals of all computed ones and its own number.
     """
 
@@ -80,6 +81,7 @@ class ReferenceCache:
         max_cached_steps: int = -1,
         max_continuous_cached_steps: int = -1,
         max_accumulated_residual_diff_threshold: float | None = None,
+        forecaster: None = None,
         foretell: Foretell = lambda history, step: history[-1][1],
     ) -> None:
         self.transformer = transformer

@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import cachedit_fx
-from cachedit_fx import Backend, CacheConfig, ConfigError
+from cachedit_fx import Backend, CacheConfig, ConfigError, FoCaCalibratorConfig
 from cachedit_fx.config import FIELD_NAMES, split_options
 from cachedit_fx.errors import listed
 from tests import tiny
@@ -24,13 +24,13 @@ from tests.sessions import every_session
 # CacheConfig.
 
 
-def test_defaults_are_those_of_cache_dit():
+def test_defaults_of_every_field():
     config = CacheConfig()
-    assert dataclasses.asdict(config) == dict(
-        Fn_compute_blocks=8,
+    assert {name: getattr(config, name) for name in FIELD_NAMES} == dict(
+        Fn_compute_blocks=1,
         Bn_compute_blocks=0,
-        residual_diff_threshold=0.08,
-        max_warmup_steps=8,
+        residual_diff_threshold=0.12,
+        max_warmup_steps=4,
         warmup_interval=1,
         max_cached_steps=-1,
         max_continuous_cached_steps=-1,
@@ -53,7 +53,7 @@ def test_defaults_are_those_of_cache_dit():
         regions="merged",
         compile_blocks="once",
         mode=None,
-        forecaster=None,
+        forecaster=FoCaCalibratorConfig(),
         reach="blocks",
         probe="fn_residual",
         batch_decision="mean",
@@ -375,5 +375,5 @@ def test_the_backend_needs_no_options():
             atol=1e-4,
         )
     (stats,) = every_session(module)
-    assert stats.region == "blocks[8:10]"
+    assert stats.region == "blocks[1:10]"
     assert stats.decisions == ["warmup", "warmup"]

@@ -27,7 +27,8 @@ from tests.traces import traces_of
 NUM_BLOCKS = 2  # In every list.
 NUM_STEPS = 8  # Four for each transformer of Wan 2.2, and four of FLUX's img2img.
 WARMUP_STEPS = 3
-FIELDS = dict(Fn_compute_blocks=1, max_warmup_steps=WARMUP_STEPS, residual_diff_threshold=0.0, inner_backend="eager")
+FIELDS = dict(Fn_compute_blocks=1, max_warmup_steps=WARMUP_STEPS, residual_diff_threshold=0.0, forecaster=None)
+FIELDS |= dict(inner_backend="eager")
 UNCACHED = {"hidream": "HiDreamPatchFunctor", "hunyuan_image": "HunyuanImagePatchFunctor"}  # What each waits for.
 
 

@@ -26,7 +26,8 @@ from tests.tiny_pipelines import PIPELINES
 
 WAN = PIPELINES["wan"]
 NUM_STEPS = 6
-EAGER = dict(Fn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=1.0, inner_backend="eager")
+EAGER = dict(Fn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=1.0, forecaster=None)
+EAGER |= dict(inner_backend="eager")
 REASONS = ["warmup"] * 3 + ["threshold-one"] * 3
 
 

@@ -22,7 +22,7 @@ from tests.tiny_pipelines import PIPELINES
 from tests.traces import traces_of
 from tests.zoo import VARIANTS
 
-F1B1 = CacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=1, inner_backend="eager")
+F1B1 = CacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=1, forecaster=None, inner_backend="eager")
 
 
 def flux() -> tuple[nn.Module, dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import cachedit_fx
-from cachedit_fx import CacheConfig, ConfigError, ParamsModifier, load_configs
+from cachedit_fx import CacheConfig, ConfigError, DBCacheConfig, ParamsModifier, load_configs
 from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.forecasters import Forecaster, LinearForecaster, Times
 from tests import hybrid, tiny
@@ -133,7 +133,7 @@ def by_hand(
 
 
 def enabled(model: Any = None, **fields: Any) -> Any:
-    base = dict(Fn_compute_blocks=1, max_warmup_steps=1, inner_backend="eager") | STATIC
+    base = dict(Fn_compute_blocks=1, max_warmup_steps=1, forecaster=None, inner_backend="eager") | STATIC
     return cachedit_fx.enable_cache(model if model is not None else tiny.build(), CacheConfig(**base | fields))
 
 
@@ -356,7 +356,7 @@ def test_shadow_measures_the_error_of_the_forecast() -> None:
 
 
 def test_each_list_may_have_a_forecaster_of_its_own() -> None:
-    base = hybrid.config(**STATIC)
+    base = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=1, inner_backend="eager", **STATIC)
     found = []
     for first, second in ((Line(), None), (None, Line()), (Line(), Line())):
         modifiers = [ParamsModifier(calibrator_config=first), ParamsModifier(forecaster=second)]
@@ -381,7 +381,7 @@ def test_real_transformers_and_guidance_branches_go_as_the_reference(name: str) 
             denoise(reference, family, family.prompt(1), family.latents(1), NUM_STEPS)
         references.append(reference)
     model = family.build()
-    recorder = Recorder(torch.compile(model, backend=backend(**fields, forecaster="taylorseer"), fullgraph=True))
+    recorder = Recorder(torch.compile(model, backend=backend(**fields | {"forecaster": "taylorseer"}), fullgraph=True))
     denoise(recorder, family, family.prompt(1), family.latents(1), NUM_STEPS)
     for branch, stats in zip(family.branches, every_session(model), strict=True):
         assert stats.cached_steps == [r.step for r in references[0].of(branch) if r.reused]
@@ -404,7 +404,7 @@ def test_a_calibrator_is_the_forecaster_by_another_name() -> None:
         {"max_warmup_steps": 4, "forecaster": given},
         {"max_warmup_steps": 4, "calibrator_config": given},
     ):
-        assert load_configs(content) == {"cache_config": CacheConfig(max_warmup_steps=4, forecaster=given)}
+        assert load_configs(content) == {"cache_config": DBCacheConfig(max_warmup_steps=4, forecaster=given)}
 
 
 def test_a_configuration_for_a_file_names_its_forecaster() -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import cachedit_fx
-from cachedit_fx import CacheConfig, ConfigError, DBPruneConfig, load_configs, steps_mask
+from cachedit_fx import ConfigError, DBCacheConfig, DBPruneConfig, load_configs, steps_mask
 from tests import hybrid
 from tests.hybrid import generate
 from tests.sessions import every_session
@@ -47,14 +47,14 @@ def config_of(loaded):
 @pytest.mark.parametrize("level", [True, False])
 def test_fields_are_those_of_the_file_and_no_others_are_given(loaded, level):
     config = config_of(loaded({"cache_config": FIELDS} if level else FIELDS))
-    assert config == CacheConfig(**FIELDS)
+    assert config == DBCacheConfig(**FIELDS)
     assert config.given == set(FIELDS)
 
 
 @pytest.mark.parametrize("content", [{}, {"cache_config": {}}, {"cache_config": None}])
-def test_without_fields_the_defaults_hold(loaded, content):
+def test_without_fields_the_defaults_of_cache_dit_hold(loaded, content):
     config = config_of(loaded(content))
-    assert config == CacheConfig()
+    assert config == DBCacheConfig()
     assert not config.given
 
 
@@ -181,4 +181,4 @@ def test_yaml_without_its_package_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ImportError, match=r"cachedit_fx: reading YAML needs PyYAML; install it, or write JSON"):
         load_configs(written(tmp_path, "cache.yaml", "{}"))
-    assert config_of(load_configs(written(tmp_path, "cache.json", "{}"))) == CacheConfig()
+    assert config_of(load_configs(written(tmp_path, "cache.json", "{}"))) == DBCacheConfig()

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx.config import STRUCTURAL
 from cachedit_fx.pipeline import Settings, settings_for
 from tests.models import FAMILIES
 from tests.peers.cases import CASES, Case, generate, recorded, subject
@@ -38,15 +37,15 @@ def named(name: str) -> Case:
     return next(case for case in CASES if str(case) == name)
 
 
-def settings(case: Case) -> dict[str, Any]:
-    kind = {"cache_type": "DBPrune"} if case.prune else {}
-    return dict(case.fields) | kind | {"inner_backend": "eager", "regions": case.regions}
+def config(case: Case) -> cachedit_fx.CacheConfig:
+    """What the fields that the case leaves out are, the names say."""
+    kind = cachedit_fx.DBPruneConfig if case.prune else cachedit_fx.DBCacheConfig
+    return kind(**case.fields, inner_backend="eager", regions=case.regions)
 
 
 def structure(case: Case) -> tuple[object, ...]:
     """Equal for cases that one compiled graph serves."""
-    built = {name: value for name, value in settings(case).items() if name in STRUCTURAL}
-    return (case.family, case.dtype, str(built), str(case.modifiers))
+    return (case.family, case.dtype, config(case).structure, str(case.modifiers))
 
 
 def run(case: Case, transformer: nn.Module) -> tuple[dict[str, dict[str, list[cachedit_fx.CacheStats]]], Tensor]:
@@ -82,7 +81,7 @@ def enabled(case: Case) -> nn.Module:
 
 def arguments(case: Case) -> dict[str, Any]:
     modifiers = [cachedit_fx.ParamsModifier(**fields) for fields in case.modifiers] or None
-    return {**settings(case), "params_modifiers": modifiers}
+    return {"cache_config": config(case), "params_modifiers": modifiers}
 
 
 @functools.cache

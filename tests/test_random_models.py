@@ -52,6 +52,7 @@ class Case:
             max_warmup_steps=1,
             residual_diff_threshold=1.0,
             max_continuous_cached_steps=1,
+            forecaster=None,
             inner_backend="eager",
             **fields,
         )

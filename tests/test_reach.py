@@ -22,7 +22,7 @@ from tests.models import FLUX, WAN, Family
 from tests.synthetic import PATTERNS, WIDTH, Captured, DualStream, Transformer, capture, make_inputs, plan
 
 OUTPUT: dict[str, Any] = dict(Fn_compute_blocks=0, probe="none", reach="output")
-MASK = dict(steps_computation_mask=[1, 0, 0, 1, 0], steps_computation_policy="static")
+MASK = dict(steps_computation_mask=[1, 0, 0, 1, 0], steps_computation_policy="static", forecaster=None)
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,17 @@ def test_every_option_is_in_the_table_with_its_default():
     listed = {name: row[1] for row in rows("Options") for name in re.findall(r"`(\w+)`", row[0])}
     assert set(listed) == set(cachedit_fx.config.FIELD_NAMES)
     for name in cachedit_fx.config.FIELD_NAMES:
-        assert str(getattr(cachedit_fx.CacheConfig(), name)) in listed[name].replace('"', "")
+        default = getattr(cachedit_fx.CacheConfig(), name)
+        shown = f"{type(default).__name__}()" if isinstance(default, cachedit_fx.Forecaster) else str(default)
+        assert shown in listed[name].replace('"', "")
+
+
+def test_the_defaults_of_cache_dit_are_shown():
+    (shown,) = re.findall(r"cache-dit's own defaults are (.*?)\. ", README, re.DOTALL)
+    fields = dict(field.split("=") for field in re.findall(r"`(.*?)`", shown))
+    theirs = cachedit_fx.DBCacheConfig()
+    differ = [n for n in cachedit_fx.config.FIELD_NAMES if getattr(theirs, n) != getattr(cachedit_fx.CacheConfig(), n)]
+    assert fields == {name: str(getattr(theirs, name)) for name in differ}
 
 
 def plan_of(family: Family) -> Plan:

@@ -29,6 +29,7 @@ SETTINGS = dict(
     max_warmup_steps=1,
     residual_diff_threshold=1.0,
     max_continuous_cached_steps=1,
+    forecaster=None,
     inner_backend="eager",
 )
 COUNTS = {"f1b0": (1, 0), "f2b1": (2, 1)}

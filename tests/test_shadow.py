@@ -22,7 +22,8 @@ from tests.test_pruning import STREAMS, drifting
 from tests.tiny import assert_bitwise
 from tests.tiny_pipelines import PIPELINES
 
-FIELDS = dict(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.3, inner_backend="eager")
+FIELDS = dict(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.3, forecaster=None)
+FIELDS |= dict(inner_backend="eager")
 
 
 @pytest.fixture(autouse=True)

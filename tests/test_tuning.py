@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx import CacheConfig, load_configs
+from cachedit_fx import CacheConfig, Forecaster, load_configs
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.forecasters.forecaster import Times
 from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
@@ -24,6 +25,7 @@ from cachedit_fx.tuning.calls import as_tensor, calls_of
 from cachedit_fx.tuning.measure import Measured, Meter
 from cachedit_fx.tuning.record import Recorder, Steps, handled
 from cachedit_fx.tuning.replay import Replay
+from cachedit_fx.tuning.saved import config_to
 from cachedit_fx.tuning.schedule import Schedule
 from cachedit_fx.tuning.search import Pace
 from cachedit_fx.tuning.targets import Budget, Target
@@ -282,6 +284,16 @@ def test_what_is_saved_is_loaded(result, tmp_path, name):
 def test_a_saved_file_is_one_for_load_configs(result, tmp_path):
     known = load_configs(result.save(tmp_path / "tuned.json"))
     assert known == {"cache_config": result.config, "tuned_on": result.signature}
+
+
+def test_a_forecaster_without_a_name_is_not_left_out_of_a_file():
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(Forecaster):
+        pass
+
+    with pytest.raises(ConfigError, match="must have a name, got a Mine"):
+        config_to(CacheConfig(forecaster=Mine()))
+    assert config_to(CacheConfig(forecaster=None)) == {"forecaster": None}
 
 
 def test_enable_cache_warns_of_another_size_than_was_tuned_on_once(caplog):

@@ -18,6 +18,7 @@ from tests.tiny_pipelines import PIPELINES, TinyPipeline
 
 MASK = (1, 1, 0, 1, 0, 0, 1, 0)
 STATIC = dict(Fn_compute_blocks=1, steps_computation_mask=MASK, steps_computation_policy="static", max_warmup_steps=8)
+STATIC |= dict(forecaster=None)
 REUSED = [step for step, computes in enumerate(MASK) if not computes]
 
 pytestmark = pytest.mark.shares_graphs("whose-step-pipelines")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from cachedit_fx.config import CacheConfig
 from cachedit_fx.errors import ConfigError
+from cachedit_fx.forecasters.registry import as_mapping
 from cachedit_fx.tuning.signature import Signature
 
 
@@ -60,12 +61,13 @@ def save(path: str | PathLike[str], config: CacheConfig, tuned: Mapping[str, Any
 
 
 def config_to(config: CacheConfig) -> dict[str, Any]:
-    """The given fields, of what JSON holds.
+    """What differs from the defaults of `CacheConfig` or was given, of what JSON holds.
 
     Raises:
         ConfigError: The forecaster's class has no name.
     """
-    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in config.plain_changes}
+    named = dict(config.plain_changes) | {"forecaster": as_mapping(config.forecaster)}
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}
     # A member of an enum is a str to JSON, but nothing that YAML knows.
     return {name: str(value) if isinstance(value, str) else value for name, value in fields.items()}
 

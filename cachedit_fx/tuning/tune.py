@@ -63,6 +63,7 @@ def tune(
 
     The calls run uncached once, and from what the model returned the best schedule is reckoned for every number of
     computed steps; the candidates among them are then measured. Last, thresholds are measured while the budget lasts.
+    Every candidate is a `CacheConfig`, so the fields that are not searched keep its defaults.
 
     Args:
         pipe: A pipeline, or anything with a `transformer` that can be called; no cache is enabled. Left as it was.

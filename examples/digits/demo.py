@@ -34,12 +34,13 @@ def build_uncached() -> FluxPipeline:
 
 
 def build_cached(threshold: float, warmup_steps: int) -> FluxPipeline:
-    """The pipeline with a transformer that is compiled and reuses the residual of all blocks but the first."""
+    """The pipeline with a transformer that is compiled and reuses the last residual of all blocks but the first."""
     options = {
         "Fn_compute_blocks": 1,
         "Bn_compute_blocks": 0,
         "residual_diff_threshold": threshold,
         "max_warmup_steps": warmup_steps,
+        "forecaster": None,
         "inner_backend": "inductor",
     }
     return build_pipeline(torch.compile(load_transformer(), backend="cachedit", fullgraph=True, options=options))
