@@ -15,7 +15,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +30,10 @@ from tests.zoo.variant import Inputs, Variant, another
 
 STEPS = 6  # Of a request, at the most.
 KINDS = ("pipeline", "named", "bare")
+PROMPTS = ("own", "shared", "overwritten")
 EVERY_OTHER = dict(max_warmup_steps=1, residual_diff_threshold=1.0, max_continuous_cached_steps=1)
 LOOKING = dict(max_warmup_steps=2, residual_diff_threshold=0.6, max_continuous_cached_steps=3)
-EVENTS = ("weight", "block", "reset", "refresh", "nothing", "nothing", "nothing", "nothing")
+EVENTS = ("weight", "block", "reset", "refresh", *["nothing"] * 12)
 
 
 class Interrupted(Exception):
@@ -49,7 +50,8 @@ class Request:
         windows: Calls of the model per step, all with one prompt object.
         stop: The step before which it is abandoned, or at which it fails.
         fails: Whether the first call of that step fails inside the model.
-        shares_prompt: Whether its prompt object is the server's, which every such request writes over in place.
+        prompt: Its prompt object: "own" is a new one, "shared" is the server's as it is, and "overwritten" the server's
+            with other content, which ends whoever used it.
         size: Number of the image size, and of the text length.
     """
 
@@ -58,7 +60,7 @@ class Request:
     windows: int = 1
     stop: int = STEPS
     fails: bool = False
-    shares_prompt: bool = False
+    prompt: str = "own"
     size: int = 0
 
     @property
@@ -86,8 +88,9 @@ class Plan:
 @st.composite
 def schedules(draw: st.DrawFn, kind: str) -> tuple[float, ...]:
     """Falling, as almost all are; in a pipeline also rising ones, and ones that repeat, as those of Heun's method."""
-    times = tuple(900.0 - 100 * i for i in range(draw(st.integers(2, STEPS))))
-    shape = draw(st.sampled_from(("falling", "rising", "twice", "equal"))) if kind != "bare" else "falling"
+    start = draw(st.sampled_from((900.0, 900.0, 450.0)))  # The latter as image-to-image begins.
+    times = tuple(start - 70 * i for i in range(draw(st.integers(2, STEPS))))
+    shape = draw(st.sampled_from(("falling", "falling", "rising", "twice", "equal"))) if kind != "bare" else "falling"
     if shape == "rising":
         return times[::-1]
     if shape == "twice":
@@ -101,22 +104,16 @@ def requests(draw: st.DrawFn) -> Request:
     times = draw(schedules(kind))
     windows = 1 if len({*times}) < len(times) else draw(st.integers(1, 3))
     is_whole = draw(st.booleans())
-    return Request(
-        kind,
-        times,
-        windows,
-        STEPS if is_whole else draw(st.integers(1, STEPS - 1)),
-        False if is_whole else draw(st.booleans()),
-        kind != "bare" and draw(st.booleans()),
-        draw(st.integers(0, 1)),
-    )
+    stop = STEPS if is_whole else draw(st.integers(1, STEPS - 1))
+    fails = not is_whole and draw(st.booleans())
+    return Request(kind, times, windows, stop, fails, draw(st.sampled_from(PROMPTS)), draw(st.sampled_from((0, 0, 1))))
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    found = tuple(draw(st.lists(requests(), min_size=1, max_size=4)))
+    found = tuple(draw(st.lists(requests(), min_size=2, max_size=4)))
     if draw(st.integers(0, 5)) == 0:
-        return Plan(tuple(Request(r.kind, r.times, r.windows, size=r.size) for r in found), in_threads=True)
+        return Plan(tuple(replace(r, stop=STEPS, fails=False, prompt="own") for r in found), in_threads=True)
     number = st.integers(0, len(found) - 1)
     order = tuple(draw(st.lists(number, max_size=12)))
     events = draw(st.lists(st.sampled_from(EVENTS), min_size=len(order), max_size=len(order)))
@@ -188,33 +185,29 @@ class Loop:
 
     Args:
         number: Its place among the requests; what it is called with depends on it.
-        prompt: What the server keeps for prompts, by size; overwritten in place if the request shares it.
+        common: What all its calls are given beside latents and timesteps; the prompt among it.
+
+    Attributes:
+        given: A copy of `common`, which others may write over.
+        outputs: The tensors of every call.
+        reused: Whether the blocks were skipped, for every call.
+        is_ended: Whether it failed, or its prompt was written over.
+        is_disturbed: Whether another one without a name ran with the same prompt object between its steps. What it
+            returns must be its own then, too, but it may have to compute more often.
     """
 
-    def __init__(self, pair: Pair, request: Request, number: int, prompts: dict[int, Inputs]) -> None:
-        self.pair, self.request, self.number = pair, request, number
+    def __init__(self, pair: Pair, request: Request, number: int, common: Inputs) -> None:
+        self.pair, self.request, self.number, self.common = pair, request, number, common
+        self.given = {name: copy.deepcopy(value) for name, value in common.items()}
         self.scheduler = SimpleNamespace(timesteps=torch.tensor(request.times), _step_index=None)
-        self.common = self._prompt(prompts)
         self.step = 0
         self.outputs: list[list[Tensor]] = []
-        self.has_failed = False
+        self.reused: list[bool] = []
+        self.is_ended = self.is_disturbed = False
         self._references: dict[tuple[int, bool], ByHand] = {}
 
-    def _prompt(self, prompts: dict[int, Inputs]) -> Inputs:
-        request, variant = self.request, self.pair.variant
-        own = variant.inputs(request.times[0], size=request.size, text=request.size)
-        moved = {"encoder_hidden_states", "pooled_projections"} & own.keys()
-        for name in moved:
-            own[name] = own[name] * (1 + 0.5 * self.number)
-        if not request.shares_prompt:
-            return own
-        kept = prompts.setdefault(request.size, own)
-        for name in moved:
-            kept[name].copy_(own[name])  # The object stays: nothing but its content tells.
-        return kept
-
     def is_over(self) -> bool:
-        return self.has_failed or self.step >= self.request.num_steps
+        return self.is_ended or self.step >= self.request.num_steps
 
     def forget(self) -> None:
         """Nothing that was computed so far may be reused."""
@@ -232,13 +225,13 @@ class Loop:
                 try:
                     output = tensors_of(self(call) if request.kind == "pipeline" else self.pair.cached(**call))
                 except Interrupted:
-                    self.has_failed = True
+                    self.is_ended = True
                     return
                 finally:
                     FUSE.left = None
                 self.outputs.append(output)
                 if check:
-                    self._check(window, call, output)
+                    self.reused.append(self._is_reused(window, call, output))
         self.step += 1
 
     def __call__(self, call: Inputs) -> Any:
@@ -255,8 +248,10 @@ class Loop:
         latents = {name: another(own[name], seed) for name in variant.latents}
         return self.common | {name: own[name] for name in variant.times} | latents
 
-    def _check(self, window: int, call: Inputs, output: list[Tensor]) -> None:
-        """The output is the model's; or else that without the blocks, with what this window's last computed call added.
+    def _is_reused(self, window: int, call: Inputs, output: list[Tensor]) -> bool:
+        """Whether the output is that without the blocks, with what this window's last computed call added.
+
+        It has to be the model's own otherwise.
 
         Outside of a pipeline the second calls at a timestep are a branch of their own, unless the first was forgotten.
         """
@@ -265,15 +260,75 @@ class Loop:
         for place in ((window, False), (window, True)):
             known = self._references.get(place)
             if known is not None and _equal(known(skip=True, **call), output):
-                return
+                return True
         computing = ByHand(self.pair.variant, self.pair.plain, 1, 0)
         expected = computing(skip=False, **call)
         assert _equal(expected, output), f"step {self.step}, window {window}: neither computed nor its own residual"
         self._references[window, is_second and self.request.kind != "pipeline"] = computing
+        return False
 
 
 def _equal(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Prompts:
+    """What a server keeps for prompts: one buffer per size, and who used it last."""
+
+    def __init__(self, variant: Variant) -> None:
+        self._variant = variant
+        self._kept: dict[int, Inputs] = {}
+        self._users: dict[int, list[Loop]] = {}
+
+    def of(self, request: Request, number: int) -> Inputs:
+        """What the calls of a new request are given, but for latents and timesteps."""
+        users = [loop for loop in self._users.get(request.size, ()) if loop.request.kind != "named"]
+        if request.prompt == "own" or (request.prompt == "shared" and not _is_told_from(users, request)):
+            return inputs_of(self._variant, request, number)
+        if request.size not in self._kept:
+            self._kept[request.size] = inputs_of(self._variant, request, number)
+        elif request.prompt == "overwritten":
+            for loop in self._users.pop(request.size, ()):
+                loop.is_ended = True
+            for name, tensor in inputs_of(self._variant, request, number).items():
+                if name in PROMPT_NAMES:
+                    self._kept[request.size][name].copy_(tensor)  # The object stays: nothing but its content tells.
+        return self._kept[request.size]
+
+    def note(self, loop: Loop) -> None:
+        """That the loop is about to make its next step."""
+        if loop.common is not self._kept.get(loop.request.size):
+            return
+        users = self._users.setdefault(loop.request.size, [])
+        users[:] = [loop, *(other for other in users if other is not loop)]
+        if loop.request.kind == "named":
+            return
+        for other in users[1:]:
+            if other.request.kind == "bare":
+                other.is_ended = True  # Without a name or a pipeline it cannot be told from this one.
+            other.is_disturbed |= other.request.kind == "pipeline" and not other.is_over()
+            loop.is_disturbed |= other.is_disturbed
+
+
+PROMPT_NAMES = ("encoder_hidden_states", "pooled_projections")
+
+
+def inputs_of(variant: Variant, request: Request, number: int) -> Inputs:
+    """New inputs with a prompt that no other number has."""
+    inputs = variant.inputs(request.times[0], size=request.size, text=request.size)
+    return inputs | {name: inputs[name] * (1 + 0.5 * number) for name in PROMPT_NAMES if name in inputs}
+
+
+def _is_told_from(users: list[Loop], request: Request) -> bool:
+    """Whether a request with the prompt object of others can be told from them: in a bare loop by time that turns back.
+
+    It is not where the other one was abandoned at a higher timestep, nor after its first step.
+    """
+    if request.kind != "bare" or not users:
+        return True
+    last, *_ = users
+    times = last.request.times
+    return last.request.kind == "bare" and last.step >= 2 and request.times[0] > times[last.step - 1]
 
 
 @dataclass
@@ -294,42 +349,38 @@ class Server:
         cachedit_fx.reset()
         before = [copy.deepcopy(model.state_dict()) for model in (self.pair.cached, self.pair.plain)]
         try:
-            self.run()
+            if self.plan.in_threads:
+                self._run_threads()
+            else:
+                self._run_in_turn()
         finally:
             for model, weights in zip((self.pair.cached, self.pair.plain), before, strict=True):
                 model.load_state_dict(weights)
-        self.check_against_each_alone()
+        if not {*self.plan.events} & {"weight", "block", "reset", "refresh"}:  # These are to show.
+            for loop in self.loops:
+                self._check_against_itself_alone(loop, is_every_other=rule == EVERY_OTHER)
 
-    def run(self) -> None:
-        prompts: dict[int, Inputs] = {}
-        if self.plan.in_threads:
-            self.loops = [Loop(self.pair, r, n, prompts) for n, r in enumerate(self.plan.requests)]
-            return self._run_threads()
-        started: dict[int, Loop] = {}
+    def _run_in_turn(self) -> None:
+        prompts, started = Prompts(self.pair.variant), dict[int, Loop]()
         for number, event in self._turns():
             self.pair.change(event)
-            for known in started.values():
-                if event != "nothing":
-                    known.forget()
-                if number not in started and self._share(known.number, number):
-                    known.has_failed = True  # Who writes over a prompt ends whoever used it.
+            for known in started.values() if event != "nothing" else ():
+                known.forget()
             if number not in started:
-                started[number] = Loop(self.pair, self.plan.requests[number], number, prompts)
+                request = self.plan.requests[number]
+                started[number] = Loop(self.pair, request, number, prompts.of(request, number))
             if not started[number].is_over():
+                prompts.note(started[number])
                 started[number].run_step()
-        self.loops = [started[number] for number in sorted(started)]
-        return None
+        self.loops = [*started.values()]
 
     def _turns(self) -> Iterator[tuple[int, str]]:
         yield from zip(self.plan.order, self.plan.events, strict=True)
         for number, request in enumerate(self.plan.requests):
             yield from ((number, "nothing") for _ in range(request.num_steps))
 
-    def _share(self, one: int, other: int) -> bool:
-        first, second = self.plan.requests[one], self.plan.requests[other]
-        return first.shares_prompt and second.shares_prompt and first.size == second.size
-
     def _run_threads(self) -> None:
+        self.loops = [self._alone(number, request) for number, request in enumerate(self.plan.requests)]
         errors: list[BaseException] = []
 
         def run(loop: Loop) -> None:
@@ -348,17 +399,23 @@ class Server:
         if errors:
             raise errors[0]
 
-    def check_against_each_alone(self) -> None:
+    def _alone(self, number: int, request: Request) -> Loop:
+        return Loop(self.pair, request, number, inputs_of(self.pair.variant, request, number))
+
+    def _check_against_itself_alone(self, loop: Loop, *, is_every_other: bool) -> None:
         """Nothing that happened elsewhere may show in what a request returned, nor keep it from being cached."""
-        if {*self.plan.events} & {"weight", "block", "reset", "refresh"}:
-            return  # These are to show.
-        for loop in self.loops:
-            cachedit_fx.reset()
-            alone = Loop(self.pair, loop.request, loop.number, {})
-            while not alone.is_over():
-                alone.run_step()
-            for step, (found, expected) in enumerate(zip(loop.outputs, alone.outputs, strict=False)):
-                assert _equal(found, expected), f"request {loop.number}, call {step}: not as alone"
+        cachedit_fx.reset()
+        request = loop.request
+        alone = Loop(self.pair, request, loop.number, loop.given)
+        while not alone.is_over():
+            alone.run_step()
+        is_plain_loop = request.kind == "pipeline" or len({*request.times}) == len(request.times)
+        if is_every_other and request.windows == 1 and is_plain_loop:
+            assert alone.reused == [step % 2 == 1 for step in range(len(alone.reused))], "alone it is not cached"
+        if loop.is_disturbed:
+            return
+        for number, (found, expected) in enumerate(zip(loop.outputs, alone.outputs, strict=False)):
+            assert _equal(found, expected), f"request {loop.number}, call {number}: not as alone"
 
 
 def main() -> None:
