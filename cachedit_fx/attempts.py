@@ -25,7 +25,7 @@ MAX_GRAPHS = 64  # Of one class of modules: past them Dynamo compiles no more, h
 PAID_OFF = 3  # Calls that a graph has to serve before it makes room for another one.
 
 # What Dynamo says where a function is past its limit: as an error, with `fullgraph=True`, and as a statistic.
-_NO_GRAPH = "fullgraph=True found no compiled frames"
+_NO_GRAPH = "Compilation was not attempted"
 _LIMIT = "Dynamo recompile limit exceeded"
 
 
@@ -165,7 +165,7 @@ class Attempts:
                 return self._compiled_for(attempt)(*args, **kwargs)
             except FailOnRecompileLimitHit:
                 self.full_at = limit
-            except RuntimeError as error:  # Someone else's calls of the class were past the limit before.
+            except RuntimeError as error:  # Other calls of the class were past the limit before: its code is marked.
                 if _NO_GRAPH not in str(error):
                     raise
                 self.full_at = limit

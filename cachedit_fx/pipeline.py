@@ -295,9 +295,9 @@ def _why_past_limit(module: nn.Module, limit: int) -> str:
         (
             f"cachedit_fx: {type(module).__name__} runs without caching where a call needs another graph.",
             f"  expected: at most {limit} graph{'s' * (limit != 1)} of one function (Dynamo's recompile_limit)",
-            "  found:    a call that none of them fits",
-            "What to do: see what differs from call to call (TORCH_LOGS=recompiles) and keep it the same, for example by",
-            "hooks that stay registered; or raise torch._dynamo.config.recompile_limit.",
+            "  found:    a call that none of them fits, where Dynamo compiles no more",
+            "What to do: see what differs from call to call (TORCH_LOGS=recompiles) and keep it the same, for example",
+            "by hooks that stay registered; or raise torch._dynamo.config.recompile_limit before the first call.",
         )
     )
 
