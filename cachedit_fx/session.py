@@ -8,15 +8,17 @@ import numbers
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
+from cachedit_fx.bounds import MAX_SESSIONS as MAX_SESSIONS
+from cachedit_fx.bounds import OVER, Bounds
 from cachedit_fx.branch import FIRST_TURN, BranchKey, SessionKey, Turn
 from cachedit_fx.caller import Schedule, find_schedule
 from cachedit_fx.clock import Lap, Laps
@@ -27,7 +29,6 @@ from cachedit_fx.policies import Decision, History
 from cachedit_fx.request import current_owner, current_request
 from cachedit_fx.stats import CacheStats, StepError
 
-MAX_SESSIONS = 64  # Per module; beyond it the one that was used least recently ends.
 MAX_FINISHED = 64  # Sessions per module whose statistics are kept.
 
 _label: ContextVar[str | None] = ContextVar("cachedit_fx_label", default=None)
@@ -150,15 +151,22 @@ class Snapshot:
 
 
 class Session:
-    """One generation's one guidance branch. `snapshot` is all that changes."""
+    """One generation's one guidance branch. `snapshot` is all that changes, and what is counted of it.
 
-    __slots__ = ("epoch", "first", "key", "last", "request", "snapshot")
+    Attributes:
+        first, last: Numbers of its first and its last step among those of all sessions; 0 before.
+        num_bytes: What it keeps.
+        bound: What the bounds on that did to it (`CacheStats.bound`).
+    """
+
+    __slots__ = ("bound", "epoch", "first", "key", "last", "num_bytes", "request", "snapshot")
 
     def __init__(self, key: SessionKey, request: Hashable | None, epoch: int) -> None:
         self.epoch = epoch
         self.key = key
         self.request = request
-        self.first = self.last = 0  # Numbers of its first and its last step among those of all sessions.
+        self.first = self.last = 0
+        self.num_bytes, self.bound = 0, ""
         self.snapshot = Snapshot()
 
     @property
@@ -174,7 +182,7 @@ class Session:
         further = f"call {self.key.ordinal + 1} of a step" if self.key.ordinal else ""
         return ", ".join(filter(None, (named, branch, further))) or "unnamed"
 
-    def stats(self, *, finished: bool) -> list[CacheStats]:
+    def stats(self, *, finished: bool, num_dropped: int = 0) -> list[CacheStats]:
         return [
             CacheStats(
                 region=name,
@@ -192,6 +200,8 @@ class Session:
                 errors={i: error for i, error in enumerate(state.errors) if error is not None},
                 accumulated={i: d.accumulated for i, d in enumerate(state.decisions) if d.accumulated is not None},
                 not_forecast=NotForecast(state.verdicts),
+                bound=self.bound,
+                num_dropped=num_dropped,
             )
             for name, state in self.snapshot.regions.items()
         ]
@@ -214,6 +224,7 @@ class Instance:
         module: The module, where it is known.
 
     Attributes:
+        bounds: How much the sessions may keep, and what was dropped.
         weights: Counts the times that modules or weights of the module were seen to be others.
         is_guarded: Whether a graph of the module has a guard.
     """
@@ -224,8 +235,9 @@ class Instance:
         self._module = weakref.ref(module) if module is not None else None
         self.conditioning = ConditioningTable(self._conditioning_ended, self._lock, self._is_let_go)
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()  # The one used last stands last.
-        self._turns: dict[BranchKey, Turn] = {}  # Of the branches that have sessions.
+        self._turns: dict[BranchKey, Turn] = {}  # Of the branches that have sessions, or whose sessions were dropped.
         self._finished: deque[Record] = deque(maxlen=MAX_FINISHED)
+        self.bounds = Bounds()
         self.weights = 0
         self.is_guarded = False
 
@@ -269,11 +281,20 @@ class Instance:
         with self._lock:
             return next((s for key, s in reversed(self._sessions.items()) if is_partner(key)), None)
 
-    def commit(self, session: Session, snapshot: Snapshot, turn: Turn, *, is_new_generation: bool) -> None:
+    def commit(
+        self,
+        session: Session,
+        snapshot: Snapshot,
+        turn: Turn,
+        *,
+        is_new_generation: bool,
+        max_bytes: int | None = None,
+    ) -> None:
         """Takes a finished step. A new generation under an old key ends the old session first.
 
         Args:
             turn: Where the branch stands now.
+            max_bytes: That all sessions may keep; None for any number.
         """
         with self._lock:
             if session.epoch != self._epoch:
@@ -281,14 +302,20 @@ class Instance:
             if is_new_generation:
                 self._end_generation_of(session)
                 session = Session(session.key, session.request, session.epoch)
+            is_going_on = self.bounds.is_going_on(session.key, snapshot.timestep, turn) and not is_new_generation
+            if is_going_on and not session.first:
+                self.bounds.warn()
+                snapshot = replace(snapshot, began="state-dropped")
             self._turns[session.key.branch] = turn
             session.last = next(_clock)
             session.first = session.first or session.last
             session.snapshot = snapshot
+            session.num_bytes = sum(region.num_bytes for region in snapshot.regions.values())
             self._sessions[session.key] = session
             self._sessions.move_to_end(session.key)
-            while len(self._sessions) > MAX_SESSIONS:
-                self._finish(next(iter(self._sessions.values())))
+            for old, why in self.bounds.too_much([*self._sessions.values()], self._turns, session, max_bytes):
+                self._drop(old, why)
+            session.bound = OVER if self.bounds.over else ""
 
     def records(self) -> list[Record]:
         """All sessions that are running, and the latest of those that are finished."""
@@ -311,6 +338,7 @@ class Instance:
             self._epoch += everyone  # So that steps that are running now leave nothing behind.
             for session in [s for s in self._sessions.values() if everyone or is_asked(s.key.branch)]:
                 self._finish(session)
+            self._forget_turns(lambda branch: everyone or is_asked(branch))
 
     def clear(self) -> None:
         with self._lock:
@@ -318,6 +346,7 @@ class Instance:
             self._sessions.clear()
             self._turns.clear()
             self._finished.clear()
+            self.bounds = Bounds()
             self.conditioning.clear()
 
     def _end_generation_of(self, session: Session) -> None:
@@ -327,17 +356,35 @@ class Instance:
         for old in ended:
             self._finish(old)
 
+    def _drop(self, session: Session, why: str) -> None:
+        """Lets go of a session whose generation may go on: its branch keeps its turn, for it may be within a step."""
+        branch, turn = session.key.branch, self._turns[session.key.branch]
+        session.bound, snapshot = why, session.snapshot
+        self._finish(session)
+        self.bounds.drop(session.key, snapshot.timestep, snapshot.direction, why)
+        self._turns.pop(branch, None)
+        self._turns[branch] = turn
+        idle = [known for known in self._turns if known not in {key.branch for key in self._sessions}]
+        for known in idle[:-MAX_SESSIONS]:
+            del self._turns[known]
+
     def _finish(self, session: Session) -> None:
         self._finished.append(self._record(session, finished=True))
         self._sessions.pop(session.key, None)
-        branch = session.key.branch
-        if not any(key.branch == branch for key in self._sessions):
-            self._turns.pop(branch, None)
-        session.snapshot = Snapshot()
+        self._forget_turns(lambda branch: branch == session.key.branch)
+        session.snapshot, session.num_bytes = Snapshot(), 0
 
-    @staticmethod
-    def _record(session: Session, *, finished: bool) -> Record:
-        return Record(session.key, session.first, session.last, session.stats(finished=finished))
+    def _forget_turns(self, is_meant: Callable[[BranchKey], bool]) -> None:
+        """Those of branches without sessions."""
+        have_sessions = {key.branch for key in self._sessions}
+        for branch in [b for b in self._turns if is_meant(b) and b not in have_sessions]:
+            del self._turns[branch]
+
+    def _record(self, session: Session, *, finished: bool) -> Record:
+        num_dropped = self.bounds.dropped.total()
+        return Record(
+            session.key, session.first, session.last, session.stats(finished=finished, num_dropped=num_dropped)
+        )
 
     def _is_let_go(self, tensor: torch.Tensor, references: int) -> bool:
         """Whether all references to `tensor` are the module's own, as where a model stores its context on itself."""
@@ -350,3 +397,4 @@ class Instance:
         with self._lock:
             for session in [s for s in self._sessions.values() if s.key.branch.token == token]:
                 self._finish(session)
+            self._forget_turns(lambda branch: branch.token == token)

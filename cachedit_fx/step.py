@@ -282,7 +282,8 @@ class StepRun:
         )
         is_first = before.num_steps == 0
         turn = self._turn.after(self._session.key.ordinal, before.timestep, self._schedule, is_first=is_first)
-        self._instance.commit(self._session, snapshot, turn, is_new_generation=self._is_new)
+        limit = self._policy.config.max_state_bytes
+        self._instance.commit(self._session, snapshot, turn, is_new_generation=self._is_new, max_bytes=limit)
 
     def give_up(self) -> None:
         """Undoes what finding the session did: this step will be made anew."""
