@@ -88,6 +88,9 @@ class Attempts:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output. An attempt that fails has run nothing of the module.
 
+        One is an exception: where calls of others brought the class past Dynamo's limit, Dynamo says so after the first
+        call has run plain; that is made again.
+
         Raises:
             TorchDynamoException: No way is left; what the first of them met.
         """

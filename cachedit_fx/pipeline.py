@@ -240,6 +240,8 @@ class _Enabled:
             paths = call.ran[0][0].region_paths
             if self._watch is None or self._watch.paths != paths:
                 self._watch = RegionWatch(module, paths)
+        if not call.ran and (self.compiled.full_at or self.instance.is_guarded):
+            self.instance.pass_by(call)
         if module is not None and self.compiled.full_at and not call.ran:
             report_uncached(_why_past_limit(module, self.compiled.full_at), self.settings.config)
         if not call.misses or module is None or self.instance.is_guarded:

@@ -8,10 +8,9 @@ import numbers
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,13 @@ from cachedit_fx.bounds import MAX_SESSIONS as MAX_SESSIONS
 from cachedit_fx.bounds import OVER, Bounds
 from cachedit_fx.branch import FIRST_TURN, BranchKey, SessionKey, Turn
 from cachedit_fx.caller import Schedule, find_schedule
-from cachedit_fx.clock import Lap, Laps
+from cachedit_fx.clock import Laps
 from cachedit_fx.conditioning import ConditioningTable
 from cachedit_fx.config import Changes
-from cachedit_fx.kept import Kept, NotForecast, Reused, Unread
-from cachedit_fx.policies import Decision, History
+from cachedit_fx.kept import NotForecast
 from cachedit_fx.request import current_owner, current_request
-from cachedit_fx.stats import CacheStats, StepError
+from cachedit_fx.snapshot import Snapshot
+from cachedit_fx.stats import CacheStats
 
 MAX_FINISHED = 64  # Sessions per module whose statistics are kept.
 
@@ -92,62 +91,6 @@ def within_call(call: ModelCall) -> Iterator[None]:
 def set_label(label: str | None) -> None:
     """Names the guidance branch that this thread and async task calls the model for from now on; None for no name."""
     _label.set(label)
-
-
-@dataclass(frozen=True, slots=True)
-class RegionState:
-    """What one region keeps from its last computed steps, and the record of its decisions.
-
-    Attributes:
-        seen: What the guard looked at, at the last computed step or, where a budget decides, at the last step; None
-            before the first, or where it looks at nothing.
-        stored: One per value that leaves the region; none before the first computed step.
-        reused: Positions of the steps reused since the last computed one, and of those between it and the computed one
-            before it; for a forecaster alone.
-        is_outdated: Whether a gap or a jump has come since the last computed step.
-        verdicts: Of the reused steps that may not have used the forecaster.
-    """
-
-    seen: torch.Tensor | None = None
-    stored: tuple[Kept, ...] = ()
-    reused: Reused = ((), ())
-    history: History = field(default_factory=History)
-    decisions: tuple[Decision, ...] = ()
-    diffs: tuple[float, ...] = ()
-    errors: tuple[StepError | None, ...] = ()
-    is_outdated: bool = False
-    verdicts: tuple[Unread, ...] = ()
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(kept.num_bytes for kept in self.stored) + (self.seen.nbytes if self.seen is not None else 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A session between two steps. Replaced as a whole, so that a step that raises leaves nothing behind.
-
-    Attributes:
-        timestep: Of the last step; None before the first, or where the graph has no such input.
-        direction: Sign in which the timestep moves; 0 while it has not.
-        num_steps: Steps so far.
-        began: Why the generation began (see `CacheStats.began`).
-        timesteps, laps: Of every step.
-        graph: Number of the guarded graph that made the last computed step.
-        weights: What the instance's weights were at the last computed step (see `Instance.weights`).
-        checksum: Of the conditioning's values; empty where the graph takes none.
-    """
-
-    timestep: float | None = None
-    direction: int = 0
-    num_steps: int = 0
-    graph: int = -1
-    weights: int = 0
-    checksum: tuple[float, ...] = ()
-    began: str = "new"
-    timesteps: tuple[float | None, ...] = ()
-    laps: tuple[Lap, ...] = ()
-    regions: Mapping[str, RegionState] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class Session:
@@ -235,7 +178,7 @@ class Instance:
         self._module = weakref.ref(module) if module is not None else None
         self.conditioning = ConditioningTable(self._conditioning_ended, self._lock, self._is_let_go)
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()  # The one used last stands last.
-        self._turns: dict[BranchKey, Turn] = {}  # Of the branches that have sessions, or whose sessions were dropped.
+        self._turns: dict[BranchKey, Turn] = {}  # Of the branches that have sessions, or had.
         self._finished: deque[Record] = deque(maxlen=MAX_FINISHED)
         self.bounds = Bounds()
         self.weights = 0
@@ -252,7 +195,7 @@ class Instance:
         request = current_request()
         key = BranchKey(owner, current_owner(request), _label.get(), token)
         with self._lock:
-            turn = self._turns.get(key, FIRST_TURN)
+            turn = self._turns.get(key) or self._turns.get(replace(key, owner=None), FIRST_TURN)
             known = self._sessions.get(SessionKey(key, turn.foreseen(schedule)))
         return known or Session(SessionKey(key, turn.foreseen(schedule)), request, self._epoch), turn
 
@@ -262,6 +205,19 @@ class Instance:
         with self._lock:
             known = self._sessions.get(key)
         return known or Session(key, session.request, session.epoch)
+
+    def pass_by(self, call: ModelCall) -> None:
+        """Counts a call that none of the graphs served: what follows at the same step is not taken for it."""
+        token = self.conditioning.token(call.conditioning) if call.conditioning is not None else None
+        schedule, timestep = find_schedule(), call.timestep
+        mine = BranchKey(None, current_owner(current_request()), _label.get(), token)
+        with self._lock:
+            for key in [mine, *(key for key in self._turns if replace(key, owner=None) == mine)]:
+                turn = self._turns.get(key, FIRST_TURN)
+                ordinal = turn.ordinal_at(timestep, schedule)
+                self._turns.pop(key, None)
+                self._turns[key] = turn.after(ordinal, timestep, schedule, is_first=turn is FIRST_TURN)
+            self._bound_turns()
 
     def take_back(self, session: Session) -> None:
         """Undoes `open` for a call that was given up and will be made anew: its prompt has not served it."""
@@ -364,9 +320,13 @@ class Instance:
         self.bounds.drop(session.key, snapshot.timestep, snapshot.direction, why)
         self._turns.pop(branch, None)
         self._turns[branch] = turn
-        idle = [known for known in self._turns if known not in {key.branch for key in self._sessions}]
-        for known in idle[:-MAX_SESSIONS]:
-            del self._turns[known]
+        self._bound_turns()
+
+    def _bound_turns(self) -> None:
+        """Lets go of those that were used least recently, of branches without sessions."""
+        have_sessions = {key.branch for key in self._sessions}
+        for branch in [b for b in self._turns if b not in have_sessions][:-MAX_SESSIONS]:
+            del self._turns[branch]
 
     def _finish(self, session: Session) -> None:
         self._finished.append(self._record(session, finished=True))

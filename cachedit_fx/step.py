@@ -17,8 +17,9 @@ from cachedit_fx.config import CacheConfig, Changes
 from cachedit_fx.forecasters.verdict import is_gap, is_jump
 from cachedit_fx.kept import Forecast, Kept
 from cachedit_fx.policies import Decision, History, decide, needs_refresh
-from cachedit_fx.session import Instance, RegionState, Session, Snapshot
+from cachedit_fx.session import Instance, Session
 from cachedit_fx.shapes import Size, SizeRule
+from cachedit_fx.snapshot import RegionState, Snapshot
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime import GuardedCall

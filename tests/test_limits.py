@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ REUSED = [1, 3, 5, 7]
 @pytest.fixture(autouse=True)
 def few_compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(backend_module, "_warned", set())
+    monkeypatch.setattr(attempts, "_graphs", weakref.WeakKeyDictionary())  # Those of other tests may be alive.
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=LIMIT):
         yield
 
@@ -154,3 +156,24 @@ def test_a_limit_that_is_given_stands(caplog: pytest.LogCaptureFixture):
     assert [stats.cached_steps for stats in every_session(module)] == [REUSED]
     (warning,) = warnings_in(caplog)
     assert "at most 1 graph of" in warning
+
+
+def test_a_plain_call_is_one_of_its_step():
+    """The call after it does not take its place, nor reuse what it kept while it was compiled."""
+
+    def generation(module: nn.Module, *, has_another: bool) -> list[Tensor]:
+        outputs = []
+        for number, timestep in enumerate(TIMES):
+            times = torch.full((tiny.BATCH,), timestep)
+            if has_another:  # Of other latents, and of a kind of its own.
+                module(latents(2), text, times, "x" * (number + 1))
+            outputs.append(module(latents(1), text, times, "")[0])
+        return outputs
+
+    text = prompt()
+    model = frozen(Named())
+    module = enabled(model, residual_diff_threshold=1.0)
+    expected = generation(module, has_another=False)
+    cachedit_fx.reset()
+    tiny.assert_bitwise(generation(module, has_another=True), expected)
+    assert [stats.num_steps for stats in every_session(module)] == [2, len(TIMES)]
