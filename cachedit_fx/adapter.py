@@ -40,7 +40,7 @@ class ParamsModifier:
         self.cache_config = with_calibrator((cache_config or CacheConfig()).override(**fields), calibrator_config)
         whole = self.cache_config.given & {
             *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode", "shadow", "debug_dir"),
-            *("reach", "probe", "batch_decision", "fast_dispatch"),
+            *("reach", "probe", "batch_decision", "fast_dispatch", "max_state_bytes"),
         }
         if whole:
             name = sorted(whole)[0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -14,8 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.utils import counters
 
 from cachedit_fx.backend import Backend
+from cachedit_fx.runtime import GuardedCall
+from cachedit_fx.session import current_call
+
+MAX_GRAPHS = 64  # Of one class of modules: past them Dynamo compiles no more, however often the graphs are used.
+PAID_OFF = 3  # Calls that a graph has to serve before it makes room for another one.
+
+# What Dynamo says where a function is past its limit: as an error, with `fullgraph=True`, and as a statistic.
+_NO_GRAPH = "Compilation was not attempted"
+_LIMIT = "Dynamo recompile limit exceeded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,8 @@ class Attempts:
 
     Attributes:
         why_in_parts: What Dynamo said where the module could not be captured whole; empty if it could.
+        full_at: As many graphs as Dynamo may compile, once it would need one more; 0 before. From then on it runs the
+            graphs that there are, and plain code where none of them fits.
     """
 
     def __init__(
@@ -63,15 +76,20 @@ class Attempts:
         self._backend = backend
         self._kwargs = dict(compile_kwargs)
         is_whole = self._kwargs.pop("fullgraph", False)
+        self._graphs = _graphs_of(type(module))
         self._attempts = [way for way in ways if way.whole or not is_whole]
         self._file = inspect.getsourcefile(type(module))
         self._compiled: dict[Attempt, Callable[..., Any]] = {}
         self._lock = threading.RLock()
         self._works = False  # Whether the first of the attempts has worked.
         self.why_in_parts = ""
+        self.full_at = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output. An attempt that fails has run nothing of the module.
+
+        One is an exception: where calls of others brought the class past Dynamo's limit, Dynamo says so after the first
+        call has run plain; that is made again.
 
         Raises:
             TorchDynamoException: No way is left; what the first of them met.
@@ -84,7 +102,7 @@ class Attempts:
                 return self._run(attempt, args, kwargs)
             except BackendCompilerFailed:
                 raise
-            except (TorchDynamoException, FailOnRecompileLimitHit):
+            except TorchDynamoException:
                 pass  # What worked for other sizes does not for these.
         with self._lock:  # Other threads wait: they begin with the way that is found here.
             return self._find_a_way(args, kwargs)
@@ -96,7 +114,7 @@ class Attempts:
                 self._before_each(attempt)
             try:
                 result = self._run(attempt, args, kwargs)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            except TorchDynamoException as error:
                 if isinstance(error, BackendCompilerFailed):
                     raise
                 first = first or error
@@ -122,6 +140,46 @@ class Attempts:
             return not is_last
 
     def _run(self, attempt: Attempt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call, limit = current_call(), self._limit()
+        try:
+            with _settings(attempt, limit):
+                return self._run_within(limit, attempt, args, kwargs)
+        finally:
+            if call is not None:
+                with _graphs_lock:
+                    self._graphs.update(guarded for guarded, *_ in call.ran)
+
+    def _limit(self) -> int:
+        """Graphs that Dynamo may compile of one function: its own limit, and one more for each that paid off.
+
+        A graph per step would cost more than it saves, as where hooks are made anew for every step; a graph per length
+        of the prompt serves a generation, or many.
+        """
+        given, own = self._kwargs.get("recompile_limit"), torch._dynamo.config.recompile_limit
+        if given is not None:
+            return int(given)
+        with _graphs_lock:
+            paid_off = sum(graph.num_calls >= PAID_OFF for graph in self._graphs)
+        return max(own, min(MAX_GRAPHS, own + paid_off))
+
+    def _run_within(self, limit: int, attempt: Attempt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if attempt.whole and not self.full_at:
+            try:
+                return self._compiled_for(attempt)(*args, **kwargs)
+            except FailOnRecompileLimitHit:
+                self.full_at = limit
+            except RuntimeError as error:  # Other calls of the class were past the limit before: its code is marked.
+                if _NO_GRAPH not in str(error):
+                    raise
+                self.full_at = limit
+        # No error past the limit: Dynamo marks the function, and looks for one of its graphs without compiling more.
+        hits = _limits_hit()
+        result = self._compiled_for(replace(attempt, whole=False))(*args, **kwargs)
+        if _limits_hit() > hits and not self.full_at:
+            self.full_at = limit
+        return result
+
+    def _compiled_for(self, attempt: Attempt) -> Callable[..., Any]:
         if attempt not in self._compiled:
             options = self._kwargs.get("options")  # torch.compile takes out what is its own.
             given = {**self._kwargs, "options": dict(options)} if options else self._kwargs
@@ -131,8 +189,7 @@ class Attempts:
                 fullgraph=attempt.whole,
                 **given,
             )
-        with _data_captured() if attempt.captures_data else contextlib.nullcontext():
-            return self._compiled[attempt](*args, **kwargs)
+        return self._compiled[attempt]
 
     def _describe(self, error: Exception) -> str:
         """`model.py:12, "Data-dependent branching"`: the error itself would keep the call's tensors alive."""
@@ -142,8 +199,28 @@ class Attempts:
         return f'{place}"{shorten(str(error).strip().splitlines()[0], 120)}"'
 
 
-def _data_captured() -> contextlib.AbstractContextManager[None]:
-    patch: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(
-        capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
-    )
-    return patch
+@contextlib.contextmanager
+def _settings(attempt: Attempt, limit: int) -> Iterator[None]:
+    """Dynamo's, for one call. The limit is among them, for not every version of `torch.compile` takes it."""
+    changed: dict[str, Any] = {}
+    if attempt.captures_data:
+        changed |= dict(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+    if limit != torch._dynamo.config.recompile_limit:
+        changed |= dict(recompile_limit=limit)
+    with torch._dynamo.config.patch(**changed) if changed else contextlib.nullcontext():
+        yield
+
+
+_graphs: weakref.WeakKeyDictionary[type[nn.Module], weakref.WeakSet[GuardedCall]] = weakref.WeakKeyDictionary()
+_graphs_lock = threading.Lock()
+
+
+def _graphs_of(cls: type[nn.Module]) -> weakref.WeakSet[GuardedCall]:
+    """The guarded graphs that modules of a class have run: Dynamo counts by code, whichever module it compiles for."""
+    with _graphs_lock:
+        return _graphs.setdefault(cls, weakref.WeakSet())
+
+
+def _limits_hit() -> int:
+    """How often Dynamo found a function past its limit, in this process."""
+    return sum(count for text, count in counters["unimplemented"].items() if text.startswith(_LIMIT))

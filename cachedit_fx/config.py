@@ -102,6 +102,10 @@ class CacheConfig:
             been (`CacheStats.errors`). A step costs up to two, and one more host read.
         debug_dir: A folder that gets the graph before and after every pass, the match report as JSON and a script that
             repeats it; one subfolder per graph.
+        max_state_bytes: What all sessions of a transformer may keep together, in bytes: residuals, what the guard
+            looked at, and what a forecaster remembers. Beyond it the generation that was used least recently is
+            dropped, and computes anew where it comes back. The one that runs is never dropped, however much it keeps.
+            None: any number of bytes.
 
     Raises:
         ConfigError: (a ValueError) a field has a value it cannot have.
@@ -146,6 +150,7 @@ class CacheConfig:
     fast_dispatch: bool = True
     shadow: bool = False
     debug_dir: str | os.PathLike[str] | None = None
+    max_state_bytes: int | None = 4 * 2**30
 
     _given_by_class: ClassVar[tuple[str, ...]] = ()
 

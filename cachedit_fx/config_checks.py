@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CACHE_TYPES = ("DBCache", "DBPrune")
 _COUNTS = {"Fn_compute_blocks": 0, "Bn_compute_blocks": 0, "max_warmup_steps": 0, "warmup_interval": 1}
 _LIMITS = {"max_cached_steps": -1, "max_continuous_cached_steps": -1}
-_OPTIONAL_COUNTS = {"num_inference_steps": 1, "force_refresh_step_hint": 1}
+_OPTIONAL_COUNTS = {"num_inference_steps": 1, "force_refresh_step_hint": 1, "max_state_bytes": 0}
 _NUMBERS = ("residual_diff_threshold", "dynamic_prune_threshold_relax_ratio")
 _OPTIONAL_NUMBERS = ("max_accumulated_residual_diff_threshold", "max_dynamic_prune_threshold")
 _SWITCHES = (

@@ -105,6 +105,11 @@ def records_of(module: torch.nn.Module, *, every_generation: bool) -> list[Recor
     return sorted(shown, key=lambda record: record.first)
 
 
+def notes_of(module: torch.nn.Module) -> list[str]:
+    """What was dropped of what the sessions of `module` kept, a sentence each."""
+    return [note for instance in instances_in(module) for note in instance.bounds.notes]
+
+
 def _are_one_generation(one: Record, last: Record) -> bool:
     """Guidance branches of a generation take turns, so the times at which they ran overlap."""
     return one.key.branch.who == last.key.branch.who and one.last >= last.first

@@ -236,6 +236,10 @@ class _Enabled:
             paths = call.ran[0][0].region_paths
             if self._watch is None or self._watch.paths != paths:
                 self._watch = RegionWatch(module, paths)
+        if not call.ran and (self.compiled.full_at or self.instance.is_guarded):
+            self.instance.pass_by(call)
+        if module is not None and self.compiled.full_at and not call.ran:
+            report_uncached(_why_past_limit(module, self.compiled.full_at), self.settings.config)
         if not call.misses or module is None or self.instance.is_guarded:
             return result
         if not self.compiled.give_up():
@@ -279,6 +283,19 @@ def _why_uncached(module: nn.Module, call: ModelCall, in_parts: str) -> str:
             f"  found:    Dynamo captures it only in {len(call.misses)} graphs (it stops at {in_parts})",
             f"What to do: {cure_of_parts(name)}.",
             "See every verdict: cachedit_fx.explain(model, *inputs)",
+        )
+    )
+
+
+def _why_past_limit(module: nn.Module, limit: int) -> str:
+    """What keeps a call from being cached that no graph fits, where Dynamo compiles no more of them."""
+    return "\n".join(
+        (
+            f"cachedit_fx: {type(module).__name__} runs without caching where a call needs another graph.",
+            f"  expected: at most {limit} graph{'s' * (limit != 1)} of one function (Dynamo's recompile_limit)",
+            "  found:    a call that none of them fits, where Dynamo compiles no more",
+            "What to do: see what differs from call to call (TORCH_LOGS=recompiles) and keep it the same, for example",
+            "by hooks that stay registered; or raise torch._dynamo.config.recompile_limit before the first call.",
         )
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cachedit_fx.adapter import title_of
-from cachedit_fx.instances import records_of
+from cachedit_fx.instances import notes_of, records_of
 from cachedit_fx.registry import modules_of
 from cachedit_fx.stats import Summary
 
@@ -51,7 +51,7 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
-        return {"title": self.title, "stats": [entry.to_dict() for entry in self.stats]}
+        return {"title": self.title, "stats": [entry.to_dict() for entry in self.stats], "notes": self.stats.notes}
 
     def to_html(self, path: str | Path) -> Path:
         """Writes the page as one file that needs no network; returns its path.
@@ -113,7 +113,8 @@ def _stats_of(target: Any, *, details: bool, every_generation: bool) -> Summary:
         for record in records_of(module, every_generation=every_generation)
         for entry in record.stats
     ]
-    return Summary(stats, title=title_of(target), details=details)
+    notes = [note if is_bare else f"{name}: {note}" for name, module in modules.items() for note in notes_of(module)]
+    return Summary(stats, title=title_of(target), details=details, notes=notes)
 
 
 def _show(found: Summary) -> None:
@@ -130,3 +131,5 @@ def _show(found: Summary) -> None:
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
+    for note in found.notes:
+        console.print(note, markup=False)

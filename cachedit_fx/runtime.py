@@ -46,6 +46,7 @@ class GuardedCall:
 
     Attributes:
         asked: Positions of the arguments that are looked at before the graph runs.
+        num_calls: Calls that it has begun to serve.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class GuardedCall:
         sizes = [i for plan in self.regions for i in plan.sizes.arguments]
         # A module that tells of its calls is known by itself.
         found = () if policy_per_call else tuple(weight for weight in self.weights if isinstance(weight, int))
+        self.num_calls = 0
         self.asked = tuple(sorted({i for i in (*found, conditioning, *sizes) if i is not None}))
 
     def __call__(self, *args: Any) -> Any:
@@ -104,6 +106,7 @@ class GuardedCall:
         Args:
             args: The graph's, or at least those `asked` for, by position.
         """
+        self.num_calls += 1
         conditioning = args[self.conditioning] if self.conditioning is not None else None
         call = current_call() if self.policy_per_call else None
         if call is not None and call.instance is not None:

@@ -8,26 +8,26 @@ import numbers
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from cachedit_fx.bounds import MAX_SESSIONS as MAX_SESSIONS
+from cachedit_fx.bounds import OVER, Bounds
 from cachedit_fx.branch import FIRST_TURN, BranchKey, SessionKey, Turn
 from cachedit_fx.caller import Schedule, find_schedule
-from cachedit_fx.clock import Lap, Laps
+from cachedit_fx.clock import Laps
 from cachedit_fx.conditioning import ConditioningTable
 from cachedit_fx.config import Changes
-from cachedit_fx.kept import Kept, NotForecast, Reused, Unread
-from cachedit_fx.policies import Decision, History
+from cachedit_fx.kept import NotForecast
 from cachedit_fx.request import current_owner, current_request
-from cachedit_fx.stats import CacheStats, StepError
+from cachedit_fx.snapshot import Snapshot
+from cachedit_fx.stats import CacheStats
 
-MAX_SESSIONS = 64  # Per module; beyond it the one that was used least recently ends.
 MAX_FINISHED = 64  # Sessions per module whose statistics are kept.
 
 _label: ContextVar[str | None] = ContextVar("cachedit_fx_label", default=None)
@@ -93,72 +93,23 @@ def set_label(label: str | None) -> None:
     _label.set(label)
 
 
-@dataclass(frozen=True, slots=True)
-class RegionState:
-    """What one region keeps from its last computed steps, and the record of its decisions.
-
-    Attributes:
-        seen: What the guard looked at, at the last computed step or, where a budget decides, at the last step; None
-            before the first, or where it looks at nothing.
-        stored: One per value that leaves the region; none before the first computed step.
-        reused: Positions of the steps reused since the last computed one, and of those between it and the computed one
-            before it; for a forecaster alone.
-        is_outdated: Whether a gap or a jump has come since the last computed step.
-        verdicts: Of the reused steps that may not have used the forecaster.
-    """
-
-    seen: torch.Tensor | None = None
-    stored: tuple[Kept, ...] = ()
-    reused: Reused = ((), ())
-    history: History = field(default_factory=History)
-    decisions: tuple[Decision, ...] = ()
-    diffs: tuple[float, ...] = ()
-    errors: tuple[StepError | None, ...] = ()
-    is_outdated: bool = False
-    verdicts: tuple[Unread, ...] = ()
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(kept.num_bytes for kept in self.stored) + (self.seen.nbytes if self.seen is not None else 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A session between two steps. Replaced as a whole, so that a step that raises leaves nothing behind.
-
-    Attributes:
-        timestep: Of the last step; None before the first, or where the graph has no such input.
-        direction: Sign in which the timestep moves; 0 while it has not.
-        num_steps: Steps so far.
-        began: Why the generation began (see `CacheStats.began`).
-        timesteps, laps: Of every step.
-        graph: Number of the guarded graph that made the last computed step.
-        weights: What the instance's weights were at the last computed step (see `Instance.weights`).
-        checksum: Of the conditioning's values; empty where the graph takes none.
-    """
-
-    timestep: float | None = None
-    direction: int = 0
-    num_steps: int = 0
-    graph: int = -1
-    weights: int = 0
-    checksum: tuple[float, ...] = ()
-    began: str = "new"
-    timesteps: tuple[float | None, ...] = ()
-    laps: tuple[Lap, ...] = ()
-    regions: Mapping[str, RegionState] = field(default_factory=lambda: MappingProxyType({}))
-
-
 class Session:
-    """One generation's one guidance branch. `snapshot` is all that changes."""
+    """One generation's one guidance branch. `snapshot` is all that changes, and what is counted of it.
 
-    __slots__ = ("epoch", "first", "key", "last", "request", "snapshot")
+    Attributes:
+        first, last: Numbers of its first and its last step among those of all sessions; 0 before.
+        num_bytes: What it keeps.
+        bound: What the bounds on that did to it (`CacheStats.bound`).
+    """
+
+    __slots__ = ("bound", "epoch", "first", "key", "last", "num_bytes", "request", "snapshot")
 
     def __init__(self, key: SessionKey, request: Hashable | None, epoch: int) -> None:
         self.epoch = epoch
         self.key = key
         self.request = request
-        self.first = self.last = 0  # Numbers of its first and its last step among those of all sessions.
+        self.first = self.last = 0
+        self.num_bytes, self.bound = 0, ""
         self.snapshot = Snapshot()
 
     @property
@@ -174,7 +125,7 @@ class Session:
         further = f"call {self.key.ordinal + 1} of a step" if self.key.ordinal else ""
         return ", ".join(filter(None, (named, branch, further))) or "unnamed"
 
-    def stats(self, *, finished: bool) -> list[CacheStats]:
+    def stats(self, *, finished: bool, num_dropped: int = 0) -> list[CacheStats]:
         return [
             CacheStats(
                 region=name,
@@ -192,6 +143,8 @@ class Session:
                 errors={i: error for i, error in enumerate(state.errors) if error is not None},
                 accumulated={i: d.accumulated for i, d in enumerate(state.decisions) if d.accumulated is not None},
                 not_forecast=NotForecast(state.verdicts),
+                bound=self.bound,
+                num_dropped=num_dropped,
             )
             for name, state in self.snapshot.regions.items()
         ]
@@ -214,6 +167,7 @@ class Instance:
         module: The module, where it is known.
 
     Attributes:
+        bounds: How much the sessions may keep, and what was dropped.
         weights: Counts the times that modules or weights of the module were seen to be others.
         is_guarded: Whether a graph of the module has a guard.
     """
@@ -224,8 +178,9 @@ class Instance:
         self._module = weakref.ref(module) if module is not None else None
         self.conditioning = ConditioningTable(self._conditioning_ended, self._lock, self._is_let_go)
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()  # The one used last stands last.
-        self._turns: dict[BranchKey, Turn] = {}  # Of the branches that have sessions.
+        self._turns: dict[BranchKey, Turn] = {}  # Of the branches that have sessions, or had.
         self._finished: deque[Record] = deque(maxlen=MAX_FINISHED)
+        self.bounds = Bounds()
         self.weights = 0
         self.is_guarded = False
 
@@ -240,7 +195,7 @@ class Instance:
         request = current_request()
         key = BranchKey(owner, current_owner(request), _label.get(), token)
         with self._lock:
-            turn = self._turns.get(key, FIRST_TURN)
+            turn = self._turns.get(key) or self._turns.get(replace(key, owner=None), FIRST_TURN)
             known = self._sessions.get(SessionKey(key, turn.foreseen(schedule)))
         return known or Session(SessionKey(key, turn.foreseen(schedule)), request, self._epoch), turn
 
@@ -250,6 +205,19 @@ class Instance:
         with self._lock:
             known = self._sessions.get(key)
         return known or Session(key, session.request, session.epoch)
+
+    def pass_by(self, call: ModelCall) -> None:
+        """Counts a call that none of the graphs served: what follows at the same step is not taken for it."""
+        token = self.conditioning.token(call.conditioning) if call.conditioning is not None else None
+        schedule, timestep = find_schedule(), call.timestep
+        mine = BranchKey(None, current_owner(current_request()), _label.get(), token)
+        with self._lock:
+            for key in [mine, *(key for key in self._turns if replace(key, owner=None) == mine)]:
+                turn = self._turns.get(key, FIRST_TURN)
+                ordinal = turn.ordinal_at(timestep, schedule)
+                self._turns.pop(key, None)
+                self._turns[key] = turn.after(ordinal, timestep, schedule, is_first=turn is FIRST_TURN)
+            self._bound_turns()
 
     def take_back(self, session: Session) -> None:
         """Undoes `open` for a call that was given up and will be made anew: its prompt has not served it."""
@@ -269,11 +237,20 @@ class Instance:
         with self._lock:
             return next((s for key, s in reversed(self._sessions.items()) if is_partner(key)), None)
 
-    def commit(self, session: Session, snapshot: Snapshot, turn: Turn, *, is_new_generation: bool) -> None:
+    def commit(
+        self,
+        session: Session,
+        snapshot: Snapshot,
+        turn: Turn,
+        *,
+        is_new_generation: bool,
+        max_bytes: int | None = None,
+    ) -> None:
         """Takes a finished step. A new generation under an old key ends the old session first.
 
         Args:
             turn: Where the branch stands now.
+            max_bytes: That all sessions may keep; None for any number.
         """
         with self._lock:
             if session.epoch != self._epoch:
@@ -281,14 +258,20 @@ class Instance:
             if is_new_generation:
                 self._end_generation_of(session)
                 session = Session(session.key, session.request, session.epoch)
+            is_going_on = self.bounds.is_going_on(session.key, snapshot.timestep, turn) and not is_new_generation
+            if is_going_on and not session.first:
+                self.bounds.warn()
+                snapshot = replace(snapshot, began="state-dropped")
             self._turns[session.key.branch] = turn
             session.last = next(_clock)
             session.first = session.first or session.last
             session.snapshot = snapshot
+            session.num_bytes = sum(region.num_bytes for region in snapshot.regions.values())
             self._sessions[session.key] = session
             self._sessions.move_to_end(session.key)
-            while len(self._sessions) > MAX_SESSIONS:
-                self._finish(next(iter(self._sessions.values())))
+            for old, why in self.bounds.too_much([*self._sessions.values()], self._turns, session, max_bytes):
+                self._drop(old, why)
+            session.bound = OVER if self.bounds.over else ""
 
     def records(self) -> list[Record]:
         """All sessions that are running, and the latest of those that are finished."""
@@ -311,6 +294,7 @@ class Instance:
             self._epoch += everyone  # So that steps that are running now leave nothing behind.
             for session in [s for s in self._sessions.values() if everyone or is_asked(s.key.branch)]:
                 self._finish(session)
+            self._forget_turns(lambda branch: everyone or is_asked(branch))
 
     def clear(self) -> None:
         with self._lock:
@@ -318,6 +302,7 @@ class Instance:
             self._sessions.clear()
             self._turns.clear()
             self._finished.clear()
+            self.bounds = Bounds()
             self.conditioning.clear()
 
     def _end_generation_of(self, session: Session) -> None:
@@ -327,17 +312,39 @@ class Instance:
         for old in ended:
             self._finish(old)
 
+    def _drop(self, session: Session, why: str) -> None:
+        """Lets go of a session whose generation may go on: its branch keeps its turn, for it may be within a step."""
+        branch, turn = session.key.branch, self._turns[session.key.branch]
+        session.bound, snapshot = why, session.snapshot
+        self._finish(session)
+        self.bounds.drop(session.key, snapshot.timestep, snapshot.direction, why)
+        self._turns.pop(branch, None)
+        self._turns[branch] = turn
+        self._bound_turns()
+
+    def _bound_turns(self) -> None:
+        """Lets go of those that were used least recently, of branches without sessions."""
+        have_sessions = {key.branch for key in self._sessions}
+        for branch in [b for b in self._turns if b not in have_sessions][:-MAX_SESSIONS]:
+            del self._turns[branch]
+
     def _finish(self, session: Session) -> None:
         self._finished.append(self._record(session, finished=True))
         self._sessions.pop(session.key, None)
-        branch = session.key.branch
-        if not any(key.branch == branch for key in self._sessions):
-            self._turns.pop(branch, None)
-        session.snapshot = Snapshot()
+        self._forget_turns(lambda branch: branch == session.key.branch)
+        session.snapshot, session.num_bytes = Snapshot(), 0
 
-    @staticmethod
-    def _record(session: Session, *, finished: bool) -> Record:
-        return Record(session.key, session.first, session.last, session.stats(finished=finished))
+    def _forget_turns(self, is_meant: Callable[[BranchKey], bool]) -> None:
+        """Those of branches without sessions."""
+        have_sessions = {key.branch for key in self._sessions}
+        for branch in [b for b in self._turns if is_meant(b) and b not in have_sessions]:
+            del self._turns[branch]
+
+    def _record(self, session: Session, *, finished: bool) -> Record:
+        num_dropped = self.bounds.dropped.total()
+        return Record(
+            session.key, session.first, session.last, session.stats(finished=finished, num_dropped=num_dropped)
+        )
 
     def _is_let_go(self, tensor: torch.Tensor, references: int) -> bool:
         """Whether all references to `tensor` are the module's own, as where a model stores its context on itself."""
@@ -350,3 +357,4 @@ class Instance:
         with self._lock:
             for session in [s for s in self._sessions.values() if s.key.branch.token == token]:
                 self._finish(session)
+            self._forget_turns(lambda branch: branch.token == token)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from cachedit_fx.session import RegionState
+from cachedit_fx.snapshot import RegionState
 from cachedit_fx.stats import StepError
 from cachedit_fx.step import StepRun
 

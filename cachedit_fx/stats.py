@@ -51,7 +51,8 @@ class CacheStats:
         module: The pipeline's name for the transformer; empty where a transformer was asked itself.
         began: Why a session began: "new" (another request, guidance branch or prompt, or another of a step's calls),
             "new-schedule" (the pipeline was called anew), "timestep-turned", "conditioning-changed" (another prompt was
-            written into the same tensor) or "length-reached".
+            written into the same tensor), "length-reached", or "state-dropped" (the generation goes on, but what it had
+            kept was dropped: see `bound`).
         timesteps: Per step; None where the model has none.
         thresholds: Step -> what its diff, or with decision_rule "budget" its accumulated diff, was held against; only
             steps whose decision looked at one.
@@ -62,6 +63,10 @@ class CacheStats:
         not_forecast: Numbers of the reused steps that repeated the last residual, for a stream or a sample at least,
             though there is a forecaster: it did no better at the last computed step, there are too few values, or a
             gap or a jump came after them. Read from the device when it is asked for.
+        bound: What the bounds on all that is kept did to the session: "dropped-bytes" (`max_state_bytes`) or
+            "dropped-number" (64 sessions) if it was dropped, "kept-over" if its generation alone keeps more than
+            `max_state_bytes` and runs; else empty.
+        num_dropped: Sessions of the module that were dropped before, for either reason.
     """
 
     region: str
@@ -80,6 +85,8 @@ class CacheStats:
     errors: dict[int, StepError] = field(default_factory=dict)
     accumulated: dict[int, float] = field(default_factory=dict)
     not_forecast: Sequence[int] = field(default_factory=list)
+    bound: str = ""
+    num_dropped: int = 0
 
     @property
     def compared(self) -> dict[int, float]:
@@ -104,12 +111,19 @@ class CacheStats:
 
 
 class Summary(list[CacheStats]):
-    """A list of statistics that prints as one table, a line each; with `details` a second one, a line per step."""
+    """A list of statistics that prints as one table, a line each; with `details` a second one, a line per step.
 
-    def __init__(self, stats: Iterable[CacheStats] = (), *, title: str = "", details: bool = False) -> None:
+    Attributes:
+        notes: What there is to say besides: what was dropped of what was kept. A sentence each.
+    """
+
+    def __init__(
+        self, stats: Iterable[CacheStats] = (), *, title: str = "", details: bool = False, notes: Sequence[str] = ()
+    ) -> None:
         super().__init__(stats)
         self.title = title
         self.details = details
+        self.notes = list(notes)
 
     @property
     def tables(self) -> list[list[Row]]:
@@ -128,7 +142,7 @@ class Summary(list[CacheStats]):
         if not self:
             return "no session has run yet"
         head = [f"Cache Steps and Residual Diffs Statistics: {self.title}"] if self.title else []
-        return "\n\n".join([*head, *map(_markdown, self.tables)])
+        return "\n\n".join([*head, *map(_markdown, self.tables), *(["\n".join(self.notes)] if self.notes else [])])
 
 
 def _summary_row(entry: CacheStats) -> Row:

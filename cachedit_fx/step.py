@@ -17,8 +17,9 @@ from cachedit_fx.config import CacheConfig, Changes
 from cachedit_fx.forecasters.verdict import is_gap, is_jump
 from cachedit_fx.kept import Forecast, Kept
 from cachedit_fx.policies import Decision, History, decide, needs_refresh
-from cachedit_fx.session import Instance, RegionState, Session, Snapshot
+from cachedit_fx.session import Instance, Session
 from cachedit_fx.shapes import Size, SizeRule
+from cachedit_fx.snapshot import RegionState, Snapshot
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime import GuardedCall
@@ -282,7 +283,8 @@ class StepRun:
         )
         is_first = before.num_steps == 0
         turn = self._turn.after(self._session.key.ordinal, before.timestep, self._schedule, is_first=is_first)
-        self._instance.commit(self._session, snapshot, turn, is_new_generation=self._is_new)
+        limit = self._policy.config.max_state_bytes
+        self._instance.commit(self._session, snapshot, turn, is_new_generation=self._is_new, max_bytes=limit)
 
     def give_up(self) -> None:
         """Undoes what finding the session did: this step will be made anew."""

@@ -80,6 +80,15 @@ def run_where_dynamo_has_no_guards() -> None:
         hybrid_step(cachedit_fx.enable_cache(model, hybrid.config()))
 
 
+def run_two_that_do_not_fit() -> None:
+    model = cachedit_fx.enable_cache(tiny.build(), tiny.config(max_state_bytes=0))
+    with torch.no_grad():
+        for timestep in (1.0, 0.9):
+            for key in "ab":
+                with cachedit_fx.session(key):
+                    tiny.step(model, tiny.prompt(), timestep, tiny.latents())
+
+
 # Pipelines and adapters.
 
 
@@ -195,6 +204,7 @@ RUNS = [
     Row("bug-raised", lambda _: run_with_a_bug(on_no_match="raise"), "KeyError", "options={\"debug_dir\": "),
     Row("taken-folder", dump_into_a_file, "taken'", "debug_dir must be a folder that can be written to"),
     Row("unknown-torch", lambda _: run_where_dynamo_has_no_guards(), "no guards", "What to do: use torch 2.13.x"),
+    Row("state-dropped", lambda _: run_two_that_do_not_fit(), "max_state_bytes=0", "What to do: raise max_state_bytes"),
     Row("saved-uncached", run_saved_uncached, "stream-count", "See every verdict: the script without --run"),
 ]  # fmt: skip
 

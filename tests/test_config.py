@@ -64,6 +64,7 @@ def test_defaults_of_every_field():
         fast_dispatch=True,
         shadow=False,
         debug_dir=None,
+        max_state_bytes=4 * 1024**3,
     )
 
 

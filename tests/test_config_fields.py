@@ -63,6 +63,7 @@ def no_grad():
         ("enable_dynamic_prune_threshold", 1, "True, False"),
         ("fast_dispatch", "yes", "True, False"),
         ("fast_dispatch", 1, "True, False"),
+        *(("max_state_bytes", value, "an int >= 0") for value in (-1, 1e9, True, "4GB")),
         ("max_dynamic_prune_threshold", math.nan, "a finite number"),
         ("max_dynamic_prune_threshold", "0.2", "a finite number"),
         ("dynamic_prune_threshold_relax_ratio", None, "a finite number"),
@@ -105,6 +106,8 @@ def test_a_bad_value_is_told_with_its_field_and_what_is_allowed(field, value, al
         ("non_prune_block_ids", (0, 7)),
         ("max_accumulated_residual_diff_threshold", 0),
         ("fast_dispatch", False),
+        ("max_state_bytes", 0),
+        ("max_state_bytes", None),
     ],
 )
 def test_values_at_the_edge_are_allowed(field, value):

@@ -12,7 +12,7 @@ from cachedit_fx.backend import _explain_fallback
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.mismatch import Mismatch
-from cachedit_fx.pipeline import _why_uncached
+from cachedit_fx.pipeline import _why_past_limit, _why_uncached
 from cachedit_fx.session import ModelCall
 from tests import hybrid
 from tests.messages import Told, sites, told_by
@@ -105,4 +105,11 @@ def test_a_model_in_parts_is_told_where_it_stops():
         '  found:    Dynamo captures it only in 2 graphs (it stops at model.py:12, "Data-dependent branching")\n',
         "What to do: a patch functor that replaces what stands there helps (docs/functors.md).\n",
     ):
+        assert part in text
+
+
+def test_a_call_past_the_recompile_limit_is_told_what_helps():
+    text = _why_past_limit(hybrid.build(), 10)
+    is_readable(text)
+    for part in ("Hybrid runs without caching where a call needs another graph.", "at most 10 graphs", "TORCH_LOGS="):
         assert part in text

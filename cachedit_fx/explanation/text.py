@@ -168,7 +168,7 @@ def _pieces(graph: GraphReport) -> Iterator[str]:
 def _risks(graph: GraphReport) -> Iterator[str]:
     if not graph.risks:
         return
-    yield f"compiles once more (at most {torch._dynamo.config.recompile_limit} times) if one of these changes:"
+    yield f"compiles once more if one of these changes (recompile_limit: {torch._dynamo.config.recompile_limit}):"
     by_consequence: dict[str, list[str]] = {}
     for risk in graph.risks:
         by_consequence.setdefault(risk.consequence, []).append(f"{risk.what} = {risk.found}")

@@ -34,6 +34,7 @@ BEGINNINGS = {
     "new-schedule": "It began because the pipeline was called anew.",
     "conditioning-changed": "It began because another prompt was written into the same tensor.",
     "length-reached": "It began because the generation before had all of its steps.",
+    "state-dropped": "It goes on with a generation, but what that had kept was dropped (max_state_bytes).",
 }
 
 
