@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from cachedit_fx.adapter import title_of
-from cachedit_fx.instances import records_of
+from cachedit_fx.idle import why_none_reused
+from cachedit_fx.instances import calls_of, records_of
 from cachedit_fx.registry import modules_of
 from cachedit_fx.stats import Summary
+from cachedit_fx.uncached import reasons_of_bare
 
 
 def summary(target: Any, details: bool = False, *, every_generation: bool = False, logging: bool = True) -> Summary:
     """Statistics of the last generation, one entry per transformer, region and guidance branch.
 
-    They outlive the generation and its sessions (64 per transformer are kept).
+    They outlive the generation and its sessions (64 per transformer are kept). Below the tables stands how all calls
+    since `enable_cache` were served: computed, reused, without the cache and why. Where the generation reused nothing,
+    a line says why.
 
     Args:
         target: A pipeline, a transformer, or a `BlockAdapter`.
@@ -26,7 +30,8 @@ def summary(target: Any, details: bool = False, *, every_generation: bool = Fals
         logging: Print the tables; in a terminal with rich, if that is installed.
 
     Returns:
-        A list of `CacheStats`; as a string, the tables in markdown.
+        A list of `CacheStats`, with `calls` (a `CallCounts` per transformer) and `notes`; as a string, the tables in
+        markdown and what stands below them.
 
     Raises:
         ConfigError: `target` has no diffusion transformer.
@@ -51,7 +56,9 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
-        return {"title": self.title, "stats": [entry.to_dict() for entry in self.stats]}
+        calls = {name: counts.to_dict() for name, counts in self.stats.calls.items()}
+        stats = [entry.to_dict() for entry in self.stats]
+        return {"title": self.title, "stats": stats, "calls": calls, "notes": self.stats.notes}
 
     def to_html(self, path: str | Path) -> Path:
         """Writes the page as one file that needs no network; returns its path.
@@ -113,7 +120,15 @@ def _stats_of(target: Any, *, details: bool, every_generation: bool) -> Summary:
         for record in records_of(module, every_generation=every_generation)
         for entry in record.stats
     ]
-    return Summary(stats, title=title_of(target), details=details)
+    calls = {
+        ".".join(filter(None, ("" if is_bare else name, path))): counts
+        for name, module in modules.items()
+        for path, counts in calls_of(module).items()
+    }
+    notes = [note for name in modules if (note := why_none_reused("" if is_bare else name, stats))]
+    if not calls and not stats:
+        notes += [f"{name} runs without the cache: {why}" for name, m in modules.items() for why in reasons_of_bare(m)]
+    return Summary(stats, title=title_of(target), details=details, calls=calls, notes=notes)
 
 
 def _show(found: Summary) -> None:
@@ -130,3 +145,5 @@ def _show(found: Summary) -> None:
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
+    for line in found.lines:
+        console.print(line, markup=False)

@@ -8,12 +8,10 @@ from collections import Counter
 
 import pytest
 
-from cachedit_fx.backend import _explain_fallback
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.mismatch import Mismatch
-from cachedit_fx.pipeline import _why_uncached
-from cachedit_fx.session import ModelCall
+from cachedit_fx.uncached import WhyUncached, why_call_uncached, why_of
 from tests import hybrid
 from tests.messages import Told, sites, told_by
 from tests.messages_of_runs import ROWS
@@ -83,7 +81,7 @@ def test_every_row_has_a_name_of_its_own():
 def test_every_cause_of_a_fallback_is_told_with_its_cure(cause: Cause):
     template = None if cause in (Cause.TRAINING, Cause.GRADIENTS, Cause.EMPTY, Cause.NO_CHAIN) else BUILT_IN[0]
     miss = Mismatch(template, cause, "expected two streams, found one", "single_blocks_0", "transformer.py:214", 19, 57)
-    text = _explain_fallback((miss,))
+    text = why_of((miss,), None).text
     is_readable(text)
     for part in (
         "this graph runs without caching.",
@@ -96,9 +94,8 @@ def test_every_cause_of_a_fallback_is_told_with_its_cure(cause: Cause):
 
 
 def test_a_model_in_parts_is_told_where_it_stops():
-    call = ModelCall(None, None)
-    call.misses += [(3, "one"), (4, "another")]
-    text = _why_uncached(hybrid.build(), call, 'model.py:12, "Data-dependent branching"')
+    misses = [(3, WhyUncached("one", "one", "one")), (4, WhyUncached("another", "another", "another"))]
+    text = why_call_uncached(hybrid.build(), misses, 'model.py:12, "Data-dependent branching"').text
     is_readable(text)
     for part in (
         "cachedit_fx: Hybrid runs without caching.\n  expected: its loop over the blocks whole in one graph\n",
