@@ -212,18 +212,20 @@ class Enabled:
     def _carried(self, copied: Callable[[Settings], Settings]) -> tuple[Settings | None, str, bool, tuple[int, ...]]:
         """What a copy of the module is enabled with; no settings, with a warning, where they cannot be copied."""
         settings: Settings | None = None
+        why = (
+            "a patch functor, which holds what it replaced in this module" if self.settings.functor is not None else ""
+        )
         try:
-            if self.settings.functor is not None:
-                raise TypeError("a patch functor cannot be copied, for it holds what it replaced in this module")
-            settings = copied(self.settings)
+            settings = None if why else copied(self.settings)
         except Exception as error:  # A user's own objects are in there.
+            why = f"{type(error).__name__}: {cut(error, 160)}"
+        if why:
             log.warning(
-                "cachedit_fx: a copy of this %s has no cache, because what it was enabled with cannot be copied.\n"
-                "  found: %s: %s\n"
+                "cachedit_fx: a copy of this %s has no cache, for the settings of the cache cannot be copied.\n"
+                "  found: %s\n"
                 "What to do: call enable_cache for the copy.",
                 type(self.module()).__name__,
-                type(error).__name__,
-                cut(error, 160),
+                why,
             )
         return settings, self.place, self.had_registry, self.tuned_size
 

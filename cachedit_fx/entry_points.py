@@ -9,7 +9,6 @@ from __future__ import annotations
 import dis
 import functools
 import types
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,17 +26,14 @@ class WatchedMethod:
 
     def __init__(self, module: nn.Module, name: str, told: Callable[[nn.Module, str, Callable[[], Any]], Any]) -> None:
         functools.update_wrapper(self, getattr(type(module), name))
-        self._module, self._name, self._told = weakref.ref(module), name, told
+        self._module, self._name, self._told = module, name, told
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self._module()
-        if module is None:
-            raise ReferenceError(f"the module of {self._name} is gone")
-        call = functools.partial(getattr(type(module), self._name), module, *args, **kwargs)
-        return self._told(module, self._name, call) if has_tensor((args, kwargs)) else call()
+        call = functools.partial(getattr(type(self._module), self._name), self._module, *args, **kwargs)
+        return self._told(self._module, self._name, call) if has_tensor((args, kwargs)) else call()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WatchedMethod, (self._module(), self._name, self._told)  # In a copy of the module, of the copy.
+        return WatchedMethod, (self._module, self._name, self._told)  # In a copy of the module, of the copy.
 
 
 def watch_methods(module: nn.Module, told: Callable[[nn.Module, str, Callable[[], Any]], Any]) -> None:

@@ -194,10 +194,10 @@ def _require_plain(name: str, module: nn.Module) -> None:
 def _require_method(module: nn.Module, method: str | None) -> None:
     if method is None or (isinstance(method, str) and callable(getattr(type(module), method, None))):
         return
-    public = [name for name in dir(type(module)) if name[0] != "_" and not hasattr(nn.Module, name)]
+    own = {*dir(type(module))} - {*dir(nn.Module)} | {"forward"}
     raise ConfigError(
         f"cachedit_fx: method must be the name of a method of {type(module).__name__}, got {shown(method)}."
-        f"{did_you_mean(method, public)}"
+        f"{did_you_mean(method, own)}"
     )
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from cachedit_fx.adapter import title_of
 from cachedit_fx.idle import why_none_reused
 from cachedit_fx.instances import calls_of, records_of
 from cachedit_fx.registry import modules_of
-from cachedit_fx.stats import Summary
+from cachedit_fx.stats import CacheStats, Summary
 from cachedit_fx.uncached import reasons_of_bare
 
 
@@ -114,21 +117,29 @@ def report(target: Any, path: str | Path | None = None, *, every_generation: boo
 def _stats_of(target: Any, *, details: bool, every_generation: bool) -> Summary:
     modules = modules_of(target)
     is_bare = len(modules) == 1 and next(iter(modules.values())) is target
-    stats = [
-        dataclasses.replace(entry, module="" if is_bare else name)
-        for name, module in modules.items()
-        for record in records_of(module, every_generation=every_generation)
-        for entry in record.stats
-    ]
+    named = {"" if is_bare else name: module for name, module in modules.items()}
+    stats = [e for name, module in named.items() for e in _entries(name, module, every_generation=every_generation)]
     calls = {
-        ".".join(filter(None, ("" if is_bare else name, path))): counts
-        for name, module in modules.items()
+        ".".join(filter(None, (name, path))): counts
+        for name, module in named.items()
         for path, counts in calls_of(module).items()
     }
-    notes = [note for name in modules if (note := why_none_reused("" if is_bare else name, stats))]
+    notes = [note for name, module in named.items() if (note := _why_none_reused(name, module, stats))]
     if not calls and not stats:
         notes += [f"{name} runs without the cache: {why}" for name, m in modules.items() for why in reasons_of_bare(m)]
     return Summary(stats, title=title_of(target), details=details, calls=calls, notes=notes)
+
+
+def _entries(name: str, module: nn.Module, *, every_generation: bool) -> list[CacheStats]:
+    records = records_of(module, every_generation=every_generation)
+    return [dataclasses.replace(entry, module=name) for record in records for entry in record.stats]
+
+
+def _why_none_reused(name: str, module: nn.Module, stats: Sequence[CacheStats]) -> str:
+    mine = [entry for entry in stats if entry.module == name]
+    if all(entry.num_steps == 1 for entry in mine):  # What looks like many generations is one, as its user sees it.
+        mine = _entries(name, module, every_generation=True)
+    return why_none_reused(name, mine)
 
 
 def _show(found: Summary) -> None:

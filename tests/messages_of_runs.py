@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable
@@ -121,6 +122,19 @@ def cached_by_diffusers() -> None:
     cachedit_fx.enable_cache(model)
 
 
+def copied_with_a_lock() -> None:
+    """A decider that cannot be copied."""
+    copy.deepcopy(cachedit_fx.enable_cache(hybrid.build(), hybrid.config(decider=Locked())))
+
+
+class Locked:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def decide(self, _step: Any) -> None:
+        return None
+
+
 class Idle:
     """A pipeline that calls no transformer."""
 
@@ -232,6 +246,13 @@ PIPELINES = [
         lambda _: cachedit_fx.enable_cache(pipe_of_compiled()),
         "transformer is compiled already",
         "pass the module that torch.compile was given",
+    ),
+    Row("not-copied-settings", lambda _: copied_with_a_lock(), "_thread.lock", "What to do: call enable_cache for the"),
+    Row(
+        "unknown-method",
+        lambda _: cachedit_fx.enable_cache(hybrid.build(), method="foward"),
+        "got 'foward'",
+        "Did you mean 'forward'?",
     ),
     Row("cached-by-diffusers", lambda _: cached_by_diffusers(), "Hybrid", "call its disable_cache() first"),
     Row("calls-none", lambda _: cachedit_fx.explain(Idle()), "got Idle", "must be a transformer or a pipeline"),
