@@ -22,7 +22,7 @@ from cachedit_fx.config import CacheConfig
 from cachedit_fx.entry_points import has_tensor
 from cachedit_fx.errors import PassError, PatternError, cut
 from cachedit_fx.functor import PatchFunctor
-from cachedit_fx.instances import instance_of
+from cachedit_fx.instances import instance_of, standing_in
 from cachedit_fx.light import MISSED, LightCalls
 from cachedit_fx.passes.inputs import conditioning_names, timestep_name
 from cachedit_fx.patterns.declaration import Declaration
@@ -32,7 +32,6 @@ from cachedit_fx.uncached import WhyUncached, report_uncached, why_another_cache
 
 log = logging.getLogger(__name__)
 
-KEY = "_cachedit_fx"  # The module's attribute that holds its `Enabled`, and goes with copies of the module.
 CALL = "_compiled_call_impl"  # Where torch looks for what a call of the module runs.
 MISSING = object()
 
@@ -245,8 +244,8 @@ def _copied(
 
 def enabled_of(module: nn.Module) -> Enabled | None:
     """What `enable_cache` put into a module, if it still stands in its place."""
-    found = module.__dict__.get(KEY)
-    return found if isinstance(found, Enabled) and module.__dict__.get(found.place) is found else None
+    found: Enabled | None = standing_in(module)
+    return found
 
 
 def call_unseen(module: nn.Module, method: str, call: Callable[[], Any]) -> Any:

@@ -35,6 +35,7 @@ class _Holder:
         )
 
 
+KEY = "_cachedit_fx"  # The attribute of a module that holds what `enable_cache` put into it, and goes with its copies.
 _instances: Any = WeakIdKeyDictionary()  # Of modules: those for which the cache is enabled.
 _holders: Any = WeakIdKeyDictionary()  # First weight -> holders: those of `torch.compile(model, backend="cachedit")`.
 _instances_lock = threading.Lock()
@@ -88,7 +89,14 @@ def is_cached(module: torch.nn.Module) -> bool:
     """
     found = instances_in(module)
     enabled = [instance for instance in found if instance.is_enabled]
-    return any(instance.is_guarded for instance in enabled or found)
+    standing = [_instances.get(inner) for inner in module.modules() if standing_in(inner) is not None]
+    return any(instance.is_guarded for instance in (standing if enabled else found) if instance is not None)
+
+
+def standing_in(module: torch.nn.Module) -> Any:
+    """What `enable_cache` put into a module; None where nothing is, or where something else has taken its place."""
+    held: Any = vars(module).get(KEY)
+    return held if held is not None and vars(module).get(getattr(held, "place", "")) is held else None
 
 
 def calls_of(module: torch.nn.Module) -> dict[str, CallCounts]:

@@ -12,10 +12,10 @@ from torch import nn
 from cachedit_fx.adapter import BlockAdapter, Nested, transformers_of, with_calibrator
 from cachedit_fx.backend import Backend
 from cachedit_fx.config import FIELD_NAMES, CacheConfig, unknown_option
-from cachedit_fx.enabled import KEY, MISSING, Enabled, Settings, call_unseen, enabled_of
+from cachedit_fx.enabled import MISSING, Enabled, Settings, call_unseen, enabled_of
 from cachedit_fx.entry_points import unwatch_methods, watch_methods
 from cachedit_fx.errors import ConfigError, did_you_mean, shown
-from cachedit_fx.instances import end_generation
+from cachedit_fx.instances import KEY, end_generation
 from cachedit_fx.recommended import base_for
 from cachedit_fx.registry import adapter_for, modules_of
 from cachedit_fx.session_hook import register_hook, remove_hook
@@ -204,7 +204,7 @@ def _require_method(module: nn.Module, method: str | None) -> None:
 def _disable(module: nn.Module) -> None:
     unwatch_methods(module)
     enabled: Any = module.__dict__.pop(KEY, None)
-    if not isinstance(enabled, Enabled):
+    if not isinstance(enabled, Enabled) or enabled.module() is not module:  # A shallow copy has what another holds.
         return
     end_generation(module, everyone=True)
     enabled.instance.is_enabled = enabled.instance.is_guarded = False

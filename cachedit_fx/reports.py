@@ -13,10 +13,15 @@ from torch import nn
 
 from cachedit_fx.adapter import title_of
 from cachedit_fx.idle import why_none_reused
-from cachedit_fx.instances import calls_of, records_of
+from cachedit_fx.instances import KEY, calls_of, records_of, standing_in
 from cachedit_fx.registry import modules_of
 from cachedit_fx.stats import CacheStats, Summary
 from cachedit_fx.uncached import reasons_of_bare
+
+_DISPLACED = (
+    "{}: what enable_cache put there was replaced, as module.compile() does, or it was left behind by a copy, as "
+    "copy.copy does. So its calls run without the cache; call enable_cache again"
+)
 
 
 def summary(target: Any, details: bool = False, *, every_generation: bool = False, logging: bool = True) -> Summary:
@@ -125,6 +130,7 @@ def _stats_of(target: Any, *, details: bool, every_generation: bool) -> Summary:
         for path, counts in calls_of(module).items()
     }
     notes = [note for name, module in named.items() if (note := _why_none_reused(name, module, stats))]
+    notes += [_DISPLACED.format(name) for name, m in modules.items() if KEY in vars(m) and standing_in(m) is None]
     if not calls and not stats:
         notes += [f"{name} runs without the cache: {why}" for name, m in modules.items() for why in reasons_of_bare(m)]
     return Summary(stats, title=title_of(target), details=details, calls=calls, notes=notes)

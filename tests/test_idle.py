@@ -466,6 +466,38 @@ def test_is_cached_ends_with_the_cache():
     assert not cachedit_fx.is_cached(model)
 
 
+def compiled_again(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("displace", [compiled_again, copy.copy])
+def test_a_cache_that_something_else_took_the_place_of_is_told(displace):
+    model = enabled()
+    run(model)
+    other = displace(model)
+    run(other)
+    assert not cachedit_fx.is_cached(other)
+    (note,) = cachedit_fx.summary(other, logging=False).notes
+    assert "its calls run without the cache; call enable_cache again" in note
+    enabled(other)
+    run(other, seed=2)
+    assert cachedit_fx.is_cached(other) and cachedit_fx.summary(other, logging=False).notes == []
+    cachedit_fx.disable_cache(other)
+    assert cachedit_fx.is_cached(model) == (model is not other)
+
+
+def test_a_pipeline_made_of_the_parts_of_another_counts_with_it():
+    flux = PIPELINES["flux"]
+    pipe = cachedit_fx.enable_cache(flux.build(2), config(**ALL_REUSED))
+    other = type(pipe).from_pipe(pipe)
+    flux.run(other, num_steps=4)
+    assert counts(pipe) == counts(other) == CallCounts(computed=1, reused=3)
+    copied = copy.deepcopy(pipe)
+    flux.run(copied, num_steps=4)
+    assert counts(copied) == CallCounts(computed=1, reused=3) == counts(pipe)
+
+
 # Why nothing was reused.
 
 
