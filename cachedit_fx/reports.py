@@ -27,7 +27,7 @@ _DISPLACED = (
 def summary(target: Any, details: bool = False, *, every_generation: bool = False, logging: bool = True) -> Summary:
     """Statistics of the last generation, one entry per transformer, region and guidance branch.
 
-    They outlive the generation and its sessions (64 per transformer are kept). Below the tables stands how all calls
+    They outlive the generation and its sessions (64 per transformer are kept). Below the first table stands how all calls
     since `enable_cache` were served: computed, reused, without the cache and why. Where the generation reused nothing,
     a line says why.
 
@@ -39,7 +39,7 @@ def summary(target: Any, details: bool = False, *, every_generation: bool = Fals
 
     Returns:
         A list of `CacheStats`, with `calls` (a `CallCounts` per transformer) and `notes`; as a string, the tables in
-        markdown and what stands below them.
+        markdown and what stands below the first.
 
     Raises:
         ConfigError: `target` has no diffusion transformer.
@@ -162,5 +162,5 @@ def _show(found: Summary) -> None:
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
-    for line in found.lines:
-        console.print(line, markup=False)
+        for line in found.lines if i == 0 else ():
+            console.print(line, markup=False)

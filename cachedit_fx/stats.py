@@ -132,7 +132,7 @@ class Summary(list[CacheStats]):
 
     @property
     def lines(self) -> list[str]:
-        """What stands below the tables: how the calls were served, then the notes."""
+        """What stands below the first table: how the calls were served, then the notes."""
         served = [f"{name or self.title}: {counts}" for name, counts in self.calls.items()]
         return [*served, *self.notes]
 
@@ -153,8 +153,8 @@ class Summary(list[CacheStats]):
         if not self and not self.lines:
             return "no session has run yet"
         head = [f"Cache Steps and Residual Diffs Statistics: {self.title}"] if self.title and self else []
-        tables = map(_markdown, self.tables if self else [])
-        return "\n\n".join([*head, *tables, *(["\n".join(self.lines)] if self.lines else [])])
+        first, *others = map(_markdown, self.tables) if self else [""]
+        return "\n\n".join(filter(None, [*head, first, "\n".join(self.lines), *others]))
 
 
 def _summary_row(entry: CacheStats) -> Row:
