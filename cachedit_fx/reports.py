@@ -27,9 +27,9 @@ _DISPLACED = (
 def summary(target: Any, details: bool = False, *, every_generation: bool = False, logging: bool = True) -> Summary:
     """Statistics of the last generation, one entry per transformer, region and guidance branch.
 
-    They outlive the generation and its sessions (64 per transformer are kept). Below the first table stands how all calls
-    since `enable_cache` were served: computed, reused, without the cache and why. Where the generation reused nothing,
-    a line says why.
+    They outlive the generation and its sessions (64 per transformer are kept). Below the first table stands how all
+    calls since `enable_cache` were served: computed, reused, without the cache and why. Where the generation reused
+    nothing, a line says why.
 
     Args:
         target: A pipeline, a transformer, or a `BlockAdapter`.

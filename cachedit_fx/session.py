@@ -43,7 +43,7 @@ class ModelCall:
         conditioning: The tensor whose identity tells requests and guidance branches apart.
         policy: When to reuse, whatever the graphs were compiled with; None for that.
         ran: Guarded graphs that Dynamo ran during this call, each with its arguments and outputs.
-        misses: Of graphs that ran uncached during this call, the number of nodes and the reason (`WhyUncached`).
+        misses: Graphs that ran without the cache during this call (`UncachedGraph`), each as often as it ran.
         num_served: Guarded graphs that ran during this call, whoever ran them.
         has_reused: Whether one of these reused what was kept.
         instance: The sessions of the model; None where its weights tell.
@@ -63,7 +63,7 @@ class ModelCall:
         self.conditioning = conditioning
         self.policy = policy
         self.ran: list[tuple[Any, tuple[Any, ...], Any]] = []
-        self.misses: list[tuple[int, Any]] = []
+        self.misses: list[Any] = []
         self.num_served, self.has_reused = 0, False
 
     @property

@@ -43,7 +43,12 @@ class WhyUncached:
 
 
 class UncachedGraph:
-    """A graph that runs without the cache, and tells the call of the model that it does."""
+    """A graph that runs without the cache, and tells the call of the model that it does.
+
+    Args:
+        run: What it was compiled to.
+        num_nodes: Its size: the largest graph of a call speaks for the call.
+    """
 
     def __init__(self, run: Callable[..., Any], num_nodes: int, why: WhyUncached) -> None:
         self.run, self.num_nodes, self.why = run, num_nodes, why
@@ -51,7 +56,7 @@ class UncachedGraph:
     def __call__(self, *args: Any) -> Any:
         call = current_call()
         if call is not None:
-            call.misses.append((self.num_nodes, self.why))
+            call.misses.append(self)
         return self.run(*args)
 
 
@@ -152,18 +157,20 @@ def why_of(reasons: Sequence[Mismatch], model: nn.Module | None) -> WhyUncached:
     return WhyUncached(nearest.cause.value, f"{nearest.cause.value}: {nearest.detail}", text)
 
 
-def why_call_uncached(module: nn.Module, misses: Sequence[tuple[int, WhyUncached]], why_in_parts: str) -> WhyUncached:
+def why_call_uncached(module: nn.Module, misses: Sequence[UncachedGraph], why_in_parts: str) -> WhyUncached:
     """Why a call of an enabled module ran none of its graphs with the cache.
 
     Args:
-        misses: Of the graphs that ran, the number of nodes and why they are not cached.
+        misses: The graphs that ran; one may have run several times.
         why_in_parts: What Dynamo said where it could not capture the module whole; empty where it could.
     """
     if misses and not why_in_parts:
-        return max(misses, key=lambda miss: miss[0])[1]  # That of the largest graph.
+        return max(misses, key=lambda miss: miss.num_nodes).why
     name, hooks = type(module).__name__, hooks_of(module)
     stops = f" (it stops at {why_in_parts})" if why_in_parts else ""
-    found = f"Dynamo captures it only in {len(misses)} graphs{stops}" if misses else f"Dynamo ran no graph of it{stops}"
+    count = len({*misses})
+    found = f"Dynamo captures it only in {count} graphs{stops}" if misses else f"Dynamo ran no graph of it{stops}"
+    reason = found.replace(f"{count} graphs", "parts")  # Their number may change from call to call.
     around = f"; there are hooks around its layers: {', '.join(hooks)}" if hooks else ""
     text = "\n".join(
         (
@@ -175,7 +182,7 @@ def why_call_uncached(module: nn.Module, misses: Sequence[tuple[int, WhyUncached
             _SEE,
         )
     )
-    return WhyUncached("in-parts" if misses else "no-graph", f"{found}{around}", text)
+    return WhyUncached("in-parts" if misses else "no-graph", f"{reason}{around}", text)
 
 
 def _cure(cls: str, hooks: Sequence[str], why_in_parts: str) -> str:

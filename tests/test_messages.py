@@ -11,7 +11,7 @@ import pytest
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.mismatch import Mismatch
-from cachedit_fx.uncached import WhyUncached, why_call_uncached, why_of
+from cachedit_fx.uncached import UncachedGraph, WhyUncached, why_call_uncached, why_of
 from tests import hybrid
 from tests.messages import Told, sites, told_by
 from tests.messages_of_runs import ROWS
@@ -94,7 +94,8 @@ def test_every_cause_of_a_fallback_is_told_with_its_cure(cause: Cause):
 
 
 def test_a_model_in_parts_is_told_where_it_stops():
-    misses = [(3, WhyUncached("one", "one", "one")), (4, WhyUncached("another", "another", "another"))]
+    why = WhyUncached("no-chain", "no chain", "no chain")
+    misses = [UncachedGraph(lambda: None, 3, why), UncachedGraph(lambda: None, 4, why)] * 2
     text = why_call_uncached(hybrid.build(), misses, 'model.py:12, "Data-dependent branching"').text
     is_readable(text)
     for part in (
