@@ -42,9 +42,9 @@ class CallCounts:
         """One line, and another for every reason."""
         if not self.total:
             return (
-                "no call has been seen since the cache was enabled. Only calls as `model(...)` are seen: "
-                "`model.forward(...)` runs without the cache, and so does every other method, unless "
-                "enable_cache(model, method=...) names it"
+                "no call has been seen since the cache was enabled. Calls of the model itself are seen, or of the "
+                "method that enable_cache(model, method=...) named; model.forward(...) and other methods run without "
+                "the cache"
             )
         names = ("computed", "reused", "uncached", "unseen")
         parts = [f"{getattr(self, name)} {name}" for name in names if getattr(self, name) or name in names[:2]]

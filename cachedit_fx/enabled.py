@@ -97,10 +97,8 @@ class Enabled:
         self.conditioning = conditioning_names(self.names)
         self.module = weakref.ref(module)
         self.instance = instance_of(module)
-        self.instance.is_guarded, self.instance.is_enabled = (
-            False,
-            True,
-        )  # Nothing is known of an earlier configuration.
+        self.instance.is_enabled = True
+        self.instance.is_guarded = False  # Of what was compiled for an earlier configuration nothing is known here.
         self._watch: RegionWatch | None = None
         self.light = LightCalls(module, is_on=settings.config.fast_dispatch and settings.method is None)
         self.compiled = Attempts(module, backend, settings.of_dynamo, call=called if settings.method else None)
@@ -156,7 +154,7 @@ class Enabled:
         """Counts a call that ran without the cache, and says why.
 
         Args:
-            is_certain: Whether the next call may not be cached after all.
+            is_certain: Whether there is no other way to capture the module, which the next call would try.
         """
         self.instance.is_guarded = False
         self.instance.calls.missed(why.reason)
@@ -201,19 +199,18 @@ class Enabled:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         module = self.module()
         made = memo.get(id(module))  # Where a module is copied, its copy is there before its attributes are.
-        return (
-            _copied(made, *self._carried(lambda settings: copy.deepcopy(settings, memo))) if made is not None else None
-        )
+        if made is None:
+            return None
+        return _copied(made, *self._carried(lambda settings: copy.deepcopy(settings, memo)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _copied, (self.module(), *self._carried(lambda settings: pickle.loads(pickle.dumps(settings))))
 
     def _carried(self, copied: Callable[[Settings], Settings]) -> tuple[Settings | None, str, bool, tuple[int, ...]]:
         """What a copy of the module is enabled with; no settings, with a warning, where they cannot be copied."""
-        settings: Settings | None = None
-        why = (
-            "a patch functor, which holds what it replaced in this module" if self.settings.functor is not None else ""
-        )
+        settings, why = None, ""
+        if self.settings.functor is not None:
+            why = "a patch functor, which holds what it replaced in this module"
         try:
             settings = None if why else copied(self.settings)
         except Exception as error:  # A user's own objects are in there.

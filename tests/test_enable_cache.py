@@ -113,7 +113,7 @@ def test_with_their_functor_only_reused_steps_differ_and_disabling_leaves_no_tra
 
 
 @each_uncached
-def test_a_pipeline_that_needs_a_functor_runs_uncached_and_says_so(tiny, caplog, monkeypatch):
+def test_a_pipeline_that_needs_a_functor_runs_uncached_and_says_so(tiny, caplog):
     pipe = tiny.build(NUM_BLOCKS)
     plain = tiny.run(pipe, num_steps=NUM_STEPS)
     before = traces(pipe)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from collections.abc import Callable
 
+import accelerate
 import pytest
+import torch
+from torch import nn
 
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.mismatch import Mismatch
-from cachedit_fx.uncached import UncachedGraph, WhyUncached, why_call_uncached, why_of
+from cachedit_fx.uncached import UncachedGraph, WhyUncached, why_another_cache, why_call_uncached, why_of, why_unseen
 from tests import hybrid
 from tests.messages import Told, sites, told_by
 from tests.messages_of_runs import ROWS
@@ -104,3 +108,28 @@ def test_a_model_in_parts_is_told_where_it_stops():
         "What to do: a patch functor that replaces what stands there helps (docs/functors.md).\n",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            lambda model: why_call_uncached(model, [], ""),
+            "found:    Dynamo ran no graph of it\nWhat to do: see",
+        ),
+        (lambda model: why_call_uncached(hooked(model), [], ""), "hooks:    AlignDevicesHook around its layers\n"),
+        (why_another_cache, "found:    a cache of diffusers is enabled for it as well\n"),
+        (lambda model: why_unseen(model, "decode"), 'enable_cache(model, method="decode") caches this method'),
+    ],
+    ids=["no-graph", "hooks", "another-cache", "method"],
+)
+def test_what_keeps_a_call_from_the_cache_is_told_with_its_cure(text: Callable[[nn.Module], WhyUncached], says: str):
+    why = text(hybrid.build())
+    is_readable(why.text)
+    assert says in why.text and "Hybrid" in why.text
+    assert why.reason and "\n" not in why.reason
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    return model

@@ -43,7 +43,7 @@ UNCACHED = [
 
 
 @pytest.mark.parametrize(("make", "fields", "said"), UNCACHED)
-def test_what_cannot_be_cached_runs_as_it_is_with_one_warning(make, fields, said, caplog, monkeypatch):
+def test_what_cannot_be_cached_runs_as_it_is_with_one_warning(make, fields, said, caplog):
     model, text, noise = make(), prompt(), latents()
     module = compiled(model, dynamic=False, **fields)
     with caplog.at_level(logging.WARNING, logger="cachedit_fx"):
