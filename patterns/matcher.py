@@ -94,8 +94,7 @@ def _check_streams(blocks: BlockList, template: BlockTemplate) -> Mismatch | Non
         node = next(iter((found or known).values()), None)
         lost = [before for name, before in blocks.boundaries[i - 1].items() if found and name not in found]
         if lost:  # As where tokens are dropped between two blocks.
-            node = lost[0]
-            what += f"; nothing continues {describe(node)} in its shape"
+            what += f"; nothing continues {describe(lost[0])} in its shape"
         detail = (
             f"expected {want} stream{'s' * (want != 1)} ({', '.join(template.carried)}) from block {i - 1} into "
             f"block {i} of {blocks.path}, found {len(found)} ({what})"
