@@ -107,6 +107,11 @@ def test_a_pipeline_counts_the_calls_of_each_of_its_transformers():
     assert "transformer: no call has been seen since the cache was enabled" in str(found)
 
 
+def test_a_model_that_was_not_called_is_reported_as_such(tmp_path):
+    cachedit_fx.report(enabled(), tmp_path / "run.html")
+    assert "No call has been seen yet." in (tmp_path / "run.html").read_text(encoding="utf-8")
+
+
 # Uncached.
 
 
@@ -176,6 +181,18 @@ def test_what_begins_later_raises_if_asked_to(change, why):
         generate(model, prompt(), latents())
 
 
+def test_an_empty_batch_is_counted_and_told_of_once(said):
+    model = enabled()
+    run(model)
+    with torch.no_grad():
+        for timestep in TIMES[:2]:
+            step(model, prompt(batch=0), timestep, latents(batch=0))
+    (warning,) = said()
+    assert "empty" in warning and counts(model).uncached == 2
+    run(model, seed=2)
+    assert counts(model).reused == 8 and said() == []
+
+
 def test_a_second_model_of_the_class_is_told_of_too(said):
     for model in (build(), build(1)):
         run(enabled(model, Fn_compute_blocks=4))
@@ -215,7 +232,7 @@ HOOKS = pytest.mark.parametrize(
 
 
 @HOOKS
-@pytest.mark.parametrize("when", ["before", "after enabling", "after a run"])
+@pytest.mark.parametrize("when", ["before", "after a run"])
 def test_hooks_that_keep_dynamo_out_are_named(add_hooks, hook, when, said):
     model = build()
     if when == "before":
@@ -224,7 +241,7 @@ def test_hooks_that_keep_dynamo_out_are_named(add_hooks, hook, when, said):
     if when == "after a run":
         run(model)
         assert cachedit_fx.is_cached(model)
-    if when != "before":
+        cachedit_fx.reset(model)
         add_hooks(model)
     for _ in range(2):
         run(model)
@@ -587,9 +604,11 @@ def bare(model: nn.Module, **others: Any) -> Any:
     return torch.compile(model, backend=cachedit_fx.Backend(config(**others)))
 
 
-def test_the_bare_backend_warns_once_per_model(said):
+def test_the_bare_backend_warns_once_per_model(said, tmp_path):
     for model in (frozen(Broken()), frozen(tiny.TwoLists(broken=True))):
         run(bare(model))
+        cachedit_fx.report(model, tmp_path / "run.html")
+        assert "The model runs without the cache." in (tmp_path / "run.html").read_text(encoding="utf-8")
         (warning,) = said()
         assert f"this graph of {type(model).__name__} runs without caching" in warning
         assert f"{type(model).__name__} runs without the cache: " in str(cachedit_fx.summary(model, logging=False))

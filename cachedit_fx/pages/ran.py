@@ -125,8 +125,7 @@ def run_fragment(stats: Summary) -> str:
 def verdict_line(stats: Sequence[CacheStats]) -> str:
     """What a run did, in a sentence."""
     if not stats:
-        uncached = sum(counts.uncached + counts.unseen for counts in getattr(stats, "calls", {}).values())
-        return f"All {uncached} calls ran without the cache." if uncached else "No session has run yet."
+        return _without_sessions(stats)
     reused, total = sum(len(entry.cached_steps) for entry in stats), sum(entry.num_steps for entry in stats)
     sessions = num_sessions(stats)
     where = f"{sessions} session{'s' * (sessions != 1)}"
@@ -140,6 +139,15 @@ def verdict_line(stats: Sequence[CacheStats]) -> str:
     return (
         f"{said}; a computed step took {times.computed}, a reused one {times.reused}: {times.ratio:.2f} times as fast."
     )
+
+
+def _without_sessions(stats: Sequence[CacheStats]) -> str:
+    if not isinstance(stats, Summary) or not stats.lines:
+        return "No session has run yet."
+    if not stats.calls:
+        return "The model runs without the cache."
+    uncached = sum(counts.uncached + counts.unseen for counts in stats.calls.values())
+    return f"All {uncached} calls ran without the cache." if uncached else "No call has been seen yet."
 
 
 def is_shadow(stats: Sequence[CacheStats]) -> bool:
