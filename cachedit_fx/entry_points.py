@@ -30,7 +30,9 @@ class WatchedMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(getattr(type(self._module), self._name), self._module, *args, **kwargs)
-        return self._told(self._module, self._name, call) if has_tensor((args, kwargs)) else call()
+        if torch.compiler.is_compiling() or not has_tensor((args, kwargs)):
+            return call()
+        return self._told(self._module, self._name, call)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WatchedMethod, (self._module, self._name, self._told)  # In a copy of the module, of the copy.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,45 +17,18 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 
 import cachedit_fx
 from cachedit_fx import CallCounts, NoMatchError
-from cachedit_fx.entry_points import entry_points
-from cachedit_fx.idle import why_none_reused
-from cachedit_fx.stats import CacheStats
 from tests import tiny
+from tests.idle import ALL_REUSED, CALLS, counts, enabled, run, warnings_in
 from tests.sessions import every_session
 from tests.tiny import TIMES, build, config, frozen, generate, latents, prompt, step
 from tests.tiny_pipelines import PIPELINES
 
 CPU = torch.device("cpu")
-CALLS = len(TIMES)
-ALL_REUSED = dict(residual_diff_threshold=1.0)
-
-
-def enabled(model: Any = None, **others: Any) -> Any:
-    return cachedit_fx.enable_cache(build() if model is None else model, config(**others))
-
-
-def run(model: Any, seed: int = 1) -> list[Tensor]:
-    with torch.no_grad():
-        return generate(model, prompt(seed), latents(seed))
-
-
-def counts(model: Any) -> CallCounts:
-    """Of the one module that the cache is enabled for."""
-    (found,) = cachedit_fx.summary(model, logging=False).calls.values()
-    return found
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
-    """The warnings of the package since this was called last."""
-
-    def read() -> list[str]:
-        records = [r for r in caplog.records if r.name.startswith("cachedit_fx") and r.levelno >= logging.WARNING]
-        caplog.clear()
-        return [record.getMessage() for record in records]
-
-    with caplog.at_level(logging.WARNING, logger="cachedit_fx"):
-        yield read
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    return lambda: warnings_in(caplog)
 
 
 # Calls are counted.
@@ -260,105 +231,6 @@ def test_hooks_that_keep_dynamo_out_raise_if_asked_to(add_hooks, hook):
         run(model)
 
 
-# Other methods of the model.
-
-
-class Guided(tiny.Transformer):
-    """Samplers call `forward_with_cfg`, or `decode`, which runs the blocks without the forward."""
-
-    def forward_with_cfg(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor
-    ) -> tuple[Tensor, ...]:
-        half = hidden_states[: len(hidden_states) // 2]
-        return self.forward(torch.cat((half, half)), encoder_hidden_states, timestep)
-
-    def decode(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
-        scale = (1 + timestep)[:, None, None]
-        hidden_states, text = self.proj_in(hidden_states), self.proj_text(encoder_hidden_states)
-        for block in self.blocks:
-            hidden_states, text = block(hidden_states, text, scale)
-        return (self.proj_out(hidden_states),)
-
-    def by_call(self, hidden_states: Tensor, **others: Tensor) -> tuple[Tensor, ...]:
-        return (self(hidden_states, **others)[0], self.blocks[0].image.weight)
-
-    def num_weights(self, of: Tensor) -> int:
-        return sum(of.numel() for _ in self.blocks)
-
-
-METHODS = pytest.mark.parametrize("method", ["forward_with_cfg", "decode"])
-
-
-def called(model: Any, method: str) -> list[Tensor]:
-    with torch.no_grad():
-        return generate(getattr(model, method), prompt(), latents())
-
-
-@METHODS
-def test_a_method_that_passes_the_cache_by_is_told_once_and_counted(method, said):
-    model = enabled(frozen(Guided()))
-    for _ in range(2):
-        outputs = called(model, method)
-    (warning,) = said()
-    assert f"Guided.{method} runs without caching" in warning and f'enable_cache(model, method="{method}")' in warning
-    assert (counts(model).unseen, counts(model).total) == (2 * CALLS, 2 * CALLS)
-    cachedit_fx.disable_cache(model)
-    assert method not in vars(model)
-    tiny.assert_bitwise(called(model, method), outputs)
-
-
-@METHODS
-def test_a_method_that_passes_the_cache_by_raises_if_asked_to(method):
-    model = enabled(frozen(Guided()), on_no_match="raise")
-    with pytest.raises(NoMatchError, match=f"Guided.{method} runs without caching"):
-        called(model, method)
-
-
-def test_methods_that_do_not_run_the_blocks_past_the_cache_are_left_in_peace(said):
-    model = enabled(frozen(Guided()))
-    called(model, "by_call")
-    assert model.num_weights(torch.ones(2)) == 8
-    assert said() == []
-    assert counts(model) == CallCounts(computed=4, reused=4)
-
-
-def test_entry_points_are_methods_that_the_forward_does_not_reach():
-    class Split(tiny.Transformer):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.features(*args, **kwargs)
-
-        def features(self, *args: Any, **kwargs: Any) -> Any:
-            return tiny.Transformer.forward(self, *args, **kwargs)
-
-    assert entry_points(build()) == entry_points(Split()) == []
-    assert entry_points(Guided()) == ["forward_with_cfg", "decode", "by_call", "num_weights"]
-
-
-@METHODS
-def test_a_method_is_cached_by_its_name(method, said):
-    plain, model = frozen(Guided()), frozen(Guided())
-    model.load_state_dict(plain.state_dict())
-    before = dict(vars(model))
-    cachedit_fx.enable_cache(model, config(residual_diff_threshold=0.0), method=method)
-    tiny.assert_bitwise(called(model, method), called(plain, method))
-    cachedit_fx.enable_cache(model, config(), method=method)
-    called(model, method)
-    assert every_session(model)[-1].cached_steps == [1, 3, 5, 7]
-    assert cachedit_fx.is_cached(model) and said() == []
-    assert counts(model) == CallCounts(computed=CALLS + 4, reused=4)
-    cachedit_fx.disable_cache(model)
-    assert vars(model) == before
-
-
-def test_the_forward_can_be_cached_as_a_method_for_samplers_that_call_it():
-    model = cachedit_fx.enable_cache(build(), config(), method="forward")
-    with torch.no_grad():
-        outputs = generate(model.forward, prompt(), latents())
-    expected = tiny.reference(build(), prompt(), latents())
-    tiny.assert_bitwise(outputs, [record.output for record in expected.records])
-    assert counts(model) == CallCounts(computed=4, reused=4)
-
-
 # A cache of diffusers.
 
 
@@ -382,83 +254,6 @@ def test_a_cache_of_diffusers_that_is_enabled_afterwards_is_told(on_no_match, sa
     pipe.transformer.disable_cache()
     flux.run(pipe, num_steps=steps)
     assert cachedit_fx.is_cached(pipe.transformer)
-
-
-# Copies.
-
-
-def pickled(model: Any) -> Any:
-    return pickle.loads(pickle.dumps(model))
-
-
-COPIES = pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled])
-
-
-@COPIES
-def test_a_copy_is_enabled_with_the_same_settings_and_shares_nothing(make_copy, said):
-    model = enabled()
-    run(model)
-    copied = make_copy(model)
-    assert counts(copied) == CallCounts() and not cachedit_fx.is_cached(copied)
-    expected = tiny.reference(build(), prompt(2), latents(2))
-    tiny.assert_bitwise(run(copied, seed=2), [record.output for record in expected.records])
-    assert counts(copied) == counts(model) == CallCounts(computed=4, reused=4)
-    cachedit_fx.refresh_context(copied, **ALL_REUSED)
-    run(copied)
-    assert counts(copied) == CallCounts(computed=5, reused=11)
-    run(model)
-    assert counts(model) == CallCounts(computed=8, reused=8)
-    cachedit_fx.disable_cache(copied)
-    assert vars(copied).keys() == vars(build()).keys()
-    assert cachedit_fx.is_cached(model) and not cachedit_fx.is_cached(copied)
-    assert said() == []
-
-
-@COPIES
-def test_a_copy_of_a_module_with_hooks_of_diffusers_is_disabled_without_a_trace(make_copy):
-    flux = PIPELINES["flux"]
-    pipe, other = flux.build(2), flux.build(2)
-    keys = {*vars(pipe.transformer)}
-    cachedit_fx.enable_cache(pipe, **tiny.fields(**ALL_REUSED, inner_backend="eager"))
-    other.transformer = make_copy(pipe.transformer)
-    tiny.assert_bitwise([flux.run(other, num_steps=4)], [flux.run(pipe, num_steps=4)])
-    (stats,) = cachedit_fx.summary(other, logging=False)
-    assert (stats.session, stats.cached_steps, stats.state_bytes) == ("cond", [1, 2, 3], 0)
-    cachedit_fx.disable_cache(other)
-    assert {*vars(other.transformer)} == keys
-
-
-@COPIES
-def test_a_copy_of_a_cached_method_is_cached(make_copy):
-    model = cachedit_fx.enable_cache(frozen(Guided()), config(), method="decode")
-    copied = make_copy(model)
-    called(copied, "decode")
-    assert counts(copied) == CallCounts(computed=4, reused=4)
-    assert counts(model) == CallCounts()
-
-
-class Locked:
-    """A decider that can neither be copied nor pickled."""
-
-    def __init__(self) -> None:
-        self.made = (number for number in range(3))
-
-    def decide(self, _step: object) -> None:
-        return None
-
-
-@COPIES
-@pytest.mark.parametrize("method", [None, "decode"])
-def test_a_copy_without_its_settings_runs_plain_and_is_told_of(make_copy, method, said):
-    model = cachedit_fx.enable_cache(frozen(Guided()), config(decider=Locked()), method=method)
-    copied = make_copy(model)
-    (warning,) = said()
-    assert "a copy of this Guided has no cache" in warning and "call enable_cache for the copy" in warning
-    tiny.assert_bitwise(called(copied, "decode"), called(model if method is None else copied, "decode"))
-    assert not cachedit_fx.is_cached(copied) and cachedit_fx.summary(copied, logging=False).calls == {}
-    enabled(copied)
-    run(copied)
-    assert counts(copied) == CallCounts(computed=4, reused=4)
 
 
 # `is_cached`.
@@ -513,69 +308,6 @@ def test_a_pipeline_made_of_the_parts_of_another_counts_with_it():
     copied = copy.deepcopy(pipe)
     flux.run(copied, num_steps=4)
     assert counts(copied) == CallCounts(computed=1, reused=3) == counts(pipe)
-
-
-# Why nothing was reused.
-
-
-def stepping(model: Any, times: Any = TIMES, make_prompt: Callable[[int], Tensor] | None = None) -> None:
-    text = prompt()
-    with torch.no_grad():
-        for number, timestep in enumerate(times):
-            step(model, make_prompt(number) if make_prompt is not None else text, timestep, latents())
-
-
-@pytest.mark.parametrize(
-    ("fields", "how", "line"),
-    [
-        pytest.param(
-            dict(residual_diff_threshold=0.04),
-            {},
-            "0 of 8 steps were reused: no diff was below the threshold of 0.04; the smallest was 0.05, at step 1",
-            id="diff",
-        ),
-        pytest.param(
-            dict(max_warmup_steps=8),
-            {},
-            "0 of 8 steps were reused: all of them are warm-up steps (max_warmup_steps); 8 steps are too few",
-            id="few-steps",
-        ),
-        pytest.param({}, dict(times=[0.5]), "0 of 1 steps were reused: the first step of a session", id="one-step"),
-        pytest.param(
-            {},
-            dict(times=[0.5] * 4),
-            "0 of 4 steps were reused: each of 4 sessions had a single step",
-            id="a-shared-prompt",
-        ),
-        pytest.param(dict(residual_diff_threshold=0.0), {}, "residual_diff_threshold is 0 or less", id="threshold"),
-        pytest.param(dict(max_cached_steps=0), {}, "max_cached_steps allows no reused step", id="limit"),
-        pytest.param(
-            dict(decision_rule="budget", residual_diff_threshold=0.01),
-            {},
-            "no sum of diffs was below the threshold of 0.01; the smallest was 0.05",
-            id="budget",
-        ),
-    ],
-)
-def test_a_summary_says_why_nothing_was_reused(fields, how, line):
-    model = enabled(**fields)
-    stepping(model, **how)
-    found = cachedit_fx.summary(model, logging=False)
-    (note,) = found.notes
-    assert note.startswith("0 of ") and line in note
-    assert note in str(found) and cachedit_fx.report(model).to_dict()["notes"] == [note]
-
-
-def test_windows_that_cannot_be_told_apart_are_named():
-    entry = CacheStats("blocks[1:]", "cond", 3, decisions=["warmup", "nan", "nan"])
-    assert "windows or tiles share a prompt" in why_none_reused("", [entry])
-    assert why_none_reused("transformer", [entry]) == ""
-
-
-def test_a_summary_of_a_run_that_reused_says_nothing_of_the_kind():
-    model = enabled()
-    run(model)
-    assert cachedit_fx.summary(model, logging=False).notes == []
 
 
 # The bare backend.
