@@ -14,6 +14,7 @@ Words, one meaning each:
 
 from cachedit_fx.adapter import BlockAdapter, ParamsModifier
 from cachedit_fx.backend import Backend
+from cachedit_fx.calls import CallCounts
 from cachedit_fx.config import RECOMMENDED, CacheConfig, CacheType, DBCacheConfig, DBPruneConfig
 from cachedit_fx.errors import ConfigError, NoMatchError, PassError, PatternError
 from cachedit_fx.explanation.explain import explain
@@ -58,6 +59,7 @@ __all__ = [
     "CacheConfig",
     "CacheStats",
     "CacheType",
+    "CallCounts",
     "ConfigError",
     "DBCacheConfig",
     "DBPruneConfig",

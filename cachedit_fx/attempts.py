@@ -56,8 +56,10 @@ class Attempts:
         compile_kwargs: The rest of `torch.compile`'s; with `fullgraph=True` parts are no way.
         before_each: Told of every attempt before it is made.
         ways: What is tried, in turn.
+        call: What is compiled in place of the module's own call: a method of it.
 
     Attributes:
+        plain: What is compiled.
         why_in_parts: What Dynamo said where the module could not be captured whole; empty if it could.
         full_at: As many graphs as Dynamo may compile, once it would need one more; 0 before. From then on it runs the
             graphs that there are, and plain code where none of them fits.
@@ -70,8 +72,9 @@ class Attempts:
         compile_kwargs: Mapping[str, Any],
         before_each: Callable[[Attempt], None] | None = None,
         ways: Sequence[Attempt] = ATTEMPTS,
+        call: Callable[..., Any] | None = None,
     ) -> None:
-        self._call = module._call_impl
+        self.plain = call or module._call_impl
         self._before_each = before_each
         self._backend = backend
         self._kwargs = dict(compile_kwargs)
@@ -126,6 +129,11 @@ class Attempts:
             return result
         assert first is not None
         raise first
+
+    @property
+    def way(self) -> Attempt:
+        """The way that works, or the first that will be tried."""
+        return self._attempts[0]
 
     def give_up(self) -> bool:
         """Leaves the way that was taken, because none of its graphs is worth caching. Returns whether there is another.
@@ -184,7 +192,7 @@ class Attempts:
             options = self._kwargs.get("options")  # torch.compile takes out what is its own.
             given = {**self._kwargs, "options": dict(options)} if options else self._kwargs
             self._compiled[attempt] = torch.compile(
-                self._call,
+                self.plain,
                 backend=self._backend.capturing(data=attempt.captures_data),
                 fullgraph=attempt.whole,
                 **given,

@@ -16,7 +16,7 @@ from cachedit_fx.capture import Sources, captured_module, copy_graph, forget_exa
 from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.config import CacheConfig, check_together, split_options
 from cachedit_fx.dumps import Dump
-from cachedit_fx.errors import NoMatchError, PassError, PatternError, cut
+from cachedit_fx.errors import PassError, PatternError, cut
 from cachedit_fx.instances import instance_of_weights
 from cachedit_fx.passes.dataflow import is_weight
 from cachedit_fx.passes.dedupe import Piece, split_pieces
@@ -34,6 +34,7 @@ from cachedit_fx.runtime import GuardedCall
 from cachedit_fx.session import current_call
 from cachedit_fx.shapes import SizeRule, UnknownSizeError
 from cachedit_fx.step import RegionPlan
+from cachedit_fx.uncached import BUG, UncachedGraph, WhyUncached, report_bare, why_of
 
 log = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
@@ -120,8 +121,8 @@ class Backend:
         except Exception as error:
             if dump is not None:
                 dump.fail()
-            _report_bug(error, config)
-            return compiler(gm, list(example_inputs))
+            why = _report_bug(error, config)
+            return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)
         _trace_artifacts(planned)
         if isinstance(planned, Rewritten):
             owner = self.owner if self.policy_per_call else (config, self.declared)
@@ -129,8 +130,8 @@ class Backend:
                 per_call = self.policy_per_call
                 return compile_guarded(planned, config, compiler, owner, sources_of(gm), policy_per_call=per_call)
             except Exception as error:  # Of the whole graph the inner compiler may make more than of a part.
-                _report_bug(error, config, "the inner backend failed on a part of the graph")
-                return compiler(gm, list(example_inputs))
+                why = _report_bug(error, config, "the inner backend failed on a part of the graph")
+                return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)
         forget_examples(copied)
         return _compile_uncached(gm, example_inputs, planned, config, compiler)
 
@@ -351,44 +352,15 @@ def _compile_uncached(
     config: CacheConfig,
     compiler: InnerCompiler,
 ) -> Compiled:
-    message = _explain_fallback(reasons)
-    call = current_call()
-    if call is not None:  # Where Dynamo breaks a model up, one of its graphs may still match: the call's end tells.
-        call.misses.append((len(gm.graph.nodes), message))
-    else:
-        report_uncached(message, config)
-    return compiler(gm, list(example_inputs))
+    if current_call() is None:
+        report_bare(reasons, config)
+        return compiler(gm, list(example_inputs))
+    # Where Dynamo breaks a model up, one of its graphs may still match: the end of the model's call tells.
+    why = why_of(reasons, captured_module())
+    return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)
 
 
-def report_uncached(message: str, config: CacheConfig) -> None:
-    """Warns once, or raises if that is asked for.
-
-    Raises:
-        NoMatchError: `on_no_match` is "raise".
-    """
-    if config.on_no_match == "raise":
-        raise NoMatchError(message)
-    _warn_once(f'{message}\nMake this an error: options={{"on_no_match": "raise"}}')
-
-
-def _explain_fallback(reasons: tuple[Mismatch, ...]) -> str:
-    nearest = reasons[0]
-    fitted = f", {nearest.progress} of {nearest.total} blocks fit" if nearest.total else ""
-    verdict = f"Nearest miss: {nearest.template}{fitted};" if nearest.template else "Reason:"
-    module = captured_module()
-    what = f"this graph of {type(module).__name__}" if module is not None else "this graph"
-    return "\n".join(
-        (
-            f"cachedit_fx: {what} runs without caching.",
-            f"{verdict} {nearest.cause.value}:",
-            *nearest.lines,
-            f"What to do: {nearest.cure}.",
-            "See every verdict: cachedit_fx.explain(model, *inputs)",
-        )
-    )
-
-
-def _report_bug(error: Exception, config: CacheConfig, what: str = "a pass failed") -> None:
+def _report_bug(error: Exception, config: CacheConfig, what: str = "a pass failed") -> WhyUncached:
     message = "\n".join(
         (
             "cachedit_fx: this graph runs without caching, because of a bug in cachedit_fx.",
@@ -400,14 +372,5 @@ def _report_bug(error: Exception, config: CacheConfig, what: str = "a pass faile
     if config.on_no_match == "raise":
         raise PassError(message) from error
     log.warning("%s", message, exc_info=error)
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        log.warning("%s", message)
-    else:
-        log.info("%s", message)
+    reason = f"because of a bug in cachedit_fx ({what}: {type(error).__name__})"
+    return WhyUncached(BUG, reason, message)

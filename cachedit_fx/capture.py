@@ -134,6 +134,12 @@ def captured_module() -> torch.nn.Module | None:
     return modules[0] if len(modules) == 1 else None
 
 
+def is_resumed() -> bool:
+    """Whether Dynamo is tracing what follows on a graph break in a function."""
+    translator = _translator()
+    return translator is not None and str(translator.f_code.co_name).startswith("torch_dynamo_resume_in")
+
+
 def _traced_locals() -> dict[str, Any]:
     translator = _translator()
     return dict(translator.f_locals) if translator is not None else {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from cachedit_fx.calls import CallCounts
 from cachedit_fx.session import Instance, Record
 
 
@@ -34,6 +35,7 @@ class _Holder:
         )
 
 
+KEY = "_cachedit_fx"  # The attribute of a module that holds what `enable_cache` put into it, and goes with its copies.
 _instances: Any = WeakIdKeyDictionary()  # Of modules: those for which the cache is enabled.
 _holders: Any = WeakIdKeyDictionary()  # First weight -> holders: those of `torch.compile(model, backend="cachedit")`.
 _instances_lock = threading.Lock()
@@ -80,8 +82,32 @@ def instances_in(module: torch.nn.Module) -> list[Instance]:
 
 
 def is_cached(module: torch.nn.Module) -> bool:
-    """Whether a graph of `module` was compiled with a guard in it."""
-    return any(instance.is_guarded for instance in instances_in(module))
+    """Whether the cache serves `module`.
+
+    Where `enable_cache` was called: whether the last call went through the cache. Behind the bare backend: whether a
+    graph was compiled with a guard in it, and none without one since that is the whole forward.
+    """
+    found = instances_in(module)
+    enabled = [instance for instance in found if instance.is_enabled]
+    standing = [_instances.get(inner) for inner in module.modules() if standing_in(inner) is not None]
+    return any(instance.is_guarded for instance in (standing if enabled else found) if instance is not None)
+
+
+def standing_in(module: torch.nn.Module) -> Any:
+    """What `enable_cache` put into a module; None where nothing is, or where something else has taken its place."""
+    held: Any = vars(module).get(KEY)
+    return held if held is not None and vars(module).get(getattr(held, "place", "")) is held else None
+
+
+def calls_of(module: torch.nn.Module) -> dict[str, CallCounts]:
+    """How the calls of `module`, and of modules in it, were served: of those for which the cache is or was enabled.
+
+    Returns:
+        Counts by the path in `module`; its own is the empty one.
+    """
+    known = ((path, _instances.get(inner)) for path, inner in module.named_modules())
+    found = {path: (instance.is_enabled, instance.calls.counts) for path, instance in known if instance is not None}
+    return {path: counts for path, (is_enabled, counts) in found.items() if is_enabled or counts.total}
 
 
 def reset(module: torch.nn.Module | None = None) -> None:

@@ -5,19 +5,31 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cachedit_fx.adapter import title_of
-from cachedit_fx.instances import notes_of, records_of
+from cachedit_fx.idle import why_none_reused
+from cachedit_fx.instances import KEY, calls_of, notes_of, records_of, standing_in
 from cachedit_fx.registry import modules_of
-from cachedit_fx.stats import Summary
+from cachedit_fx.stats import CacheStats, Summary
+from cachedit_fx.uncached import reasons_of_bare
+
+_DISPLACED = (
+    "{}: what enable_cache put there was replaced, as module.compile() does, or it was left behind by a copy, as "
+    "copy.copy does. So its calls run without the cache; call enable_cache again"
+)
 
 
 def summary(target: Any, details: bool = False, *, every_generation: bool = False, logging: bool = True) -> Summary:
     """Statistics of the last generation, one entry per transformer, region and guidance branch.
 
-    They outlive the generation and its sessions (64 per transformer are kept).
+    They outlive the generation and its sessions (64 per transformer are kept). Below the first table stands how all
+    calls since `enable_cache` were served: computed, reused, without the cache and why. Where the generation reused
+    nothing, a line says why.
 
     Args:
         target: A pipeline, a transformer, or a `BlockAdapter`.
@@ -26,7 +38,8 @@ def summary(target: Any, details: bool = False, *, every_generation: bool = Fals
         logging: Print the tables; in a terminal with rich, if that is installed.
 
     Returns:
-        A list of `CacheStats`; as a string, the tables in markdown.
+        A list of `CacheStats`, with `calls` (a `CallCounts` per transformer) and `notes`; as a string, the tables in
+        markdown and what stands below the first.
 
     Raises:
         ConfigError: `target` has no diffusion transformer.
@@ -51,7 +64,9 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
-        return {"title": self.title, "stats": [entry.to_dict() for entry in self.stats], "notes": self.stats.notes}
+        calls = {name: counts.to_dict() for name, counts in self.stats.calls.items()}
+        stats = [entry.to_dict() for entry in self.stats]
+        return {"title": self.title, "stats": stats, "calls": calls, "notes": self.stats.notes}
 
     def to_html(self, path: str | Path) -> Path:
         """Writes the page as one file that needs no network; returns its path.
@@ -107,14 +122,31 @@ def report(target: Any, path: str | Path | None = None, *, every_generation: boo
 def _stats_of(target: Any, *, details: bool, every_generation: bool) -> Summary:
     modules = modules_of(target)
     is_bare = len(modules) == 1 and next(iter(modules.values())) is target
-    stats = [
-        dataclasses.replace(entry, module="" if is_bare else name)
-        for name, module in modules.items()
-        for record in records_of(module, every_generation=every_generation)
-        for entry in record.stats
-    ]
-    notes = [note if is_bare else f"{name}: {note}" for name, module in modules.items() for note in notes_of(module)]
-    return Summary(stats, title=title_of(target), details=details, notes=notes)
+    named = {"" if is_bare else name: module for name, module in modules.items()}
+    stats = [e for name, module in named.items() for e in _entries(name, module, every_generation=every_generation)]
+    calls = {
+        ".".join(filter(None, (name, path))): counts
+        for name, module in named.items()
+        for path, counts in calls_of(module).items()
+    }
+    notes = [note for name, module in named.items() if (note := _why_none_reused(name, module, stats))]
+    notes += [_DISPLACED.format(name) for name, m in modules.items() if KEY in vars(m) and standing_in(m) is None]
+    notes += [f"{name}: {note}" if name else note for name, module in named.items() for note in notes_of(module)]
+    if not calls and not stats:
+        notes += [f"{name} runs without the cache: {why}" for name, m in modules.items() for why in reasons_of_bare(m)]
+    return Summary(stats, title=title_of(target), details=details, calls=calls, notes=notes)
+
+
+def _entries(name: str, module: nn.Module, *, every_generation: bool) -> list[CacheStats]:
+    records = records_of(module, every_generation=every_generation)
+    return [dataclasses.replace(entry, module=name) for record in records for entry in record.stats]
+
+
+def _why_none_reused(name: str, module: nn.Module, stats: Sequence[CacheStats]) -> str:
+    mine = [entry for entry in stats if entry.module == name]
+    if all(entry.num_steps == 1 for entry in mine):  # What looks like many generations is one, as its user sees it.
+        mine = _entries(name, module, every_generation=True)
+    return why_none_reused(name, mine)
 
 
 def _show(found: Summary) -> None:
@@ -131,5 +163,5 @@ def _show(found: Summary) -> None:
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
-    for note in found.notes:
-        console.print(note, markup=False)
+        for line in found.lines if i == 0 else ():
+            console.print(line, markup=False)

@@ -19,7 +19,7 @@ from cachedit_fx.forecasters.compile import CompiledForecaster
 from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.instances import instance_of_weights
 from cachedit_fx.kept import Forecast
-from cachedit_fx.session import current_call
+from cachedit_fx.session import ModelCall, current_call
 from cachedit_fx.shadow import ShadowedStep
 from cachedit_fx.step import Policy, RegionPlan, StepRun
 
@@ -124,7 +124,7 @@ class GuardedCall:
         step = (ShadowedStep if policy.config.shadow else StepRun)(self, policy, instance, opened, schedule, args)
         if timestep is not None:
             step.tick(timestep)
-        return Run(step, watch)
+        return Run(step, watch, call)
 
     def forecast(self, forecaster: Forecaster | None) -> Forecast | None:
         """The forecaster with its functions, which are compiled when they are first needed."""
@@ -152,10 +152,14 @@ class Run:
 
     step: StepRun
     watch: Stopwatch
+    call: ModelCall | None = None
 
     def commit(self) -> None:
         """The step is over: it becomes part of its session."""
         self.step.commit(self.watch.stop())
+        if self.call is not None:
+            self.call.num_served += 1
+            self.call.has_reused |= self.step.has_reused
 
     def give_up(self) -> None:
         """The call is made in another way: nothing of this step is left behind."""

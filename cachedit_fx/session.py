@@ -20,6 +20,7 @@ from cachedit_fx.bounds import MAX_SESSIONS as MAX_SESSIONS
 from cachedit_fx.bounds import OVER, Bounds
 from cachedit_fx.branch import FIRST_TURN, BranchKey, SessionKey, Turn
 from cachedit_fx.caller import Schedule, find_schedule
+from cachedit_fx.calls import CallTally
 from cachedit_fx.clock import Laps
 from cachedit_fx.conditioning import ConditioningTable
 from cachedit_fx.config import Changes
@@ -42,11 +43,13 @@ class ModelCall:
         conditioning: The tensor whose identity tells requests and guidance branches apart.
         policy: When to reuse, whatever the graphs were compiled with; None for that.
         ran: Guarded graphs that Dynamo ran during this call, each with its arguments and outputs.
-        misses: Of graphs that were compiled during this call and run uncached, the number of nodes and the reason.
+        misses: Graphs that ran without the cache during this call (`UncachedGraph`), each as often as it ran.
+        num_served: Guarded graphs that ran during this call, whoever ran them.
+        has_reused: Whether one of these reused what was kept.
         instance: The sessions of the model; None where its weights tell.
     """
 
-    __slots__ = ("_timestep", "conditioning", "instance", "misses", "policy", "ran")
+    __slots__ = ("_timestep", "conditioning", "has_reused", "instance", "misses", "num_served", "policy", "ran")
 
     def __init__(
         self,
@@ -60,7 +63,8 @@ class ModelCall:
         self.conditioning = conditioning
         self.policy = policy
         self.ran: list[tuple[Any, tuple[Any, ...], Any]] = []
-        self.misses: list[tuple[int, str]] = []
+        self.misses: list[Any] = []
+        self.num_served, self.has_reused = 0, False
 
     @property
     def timestep(self) -> float | None:
@@ -169,7 +173,11 @@ class Instance:
     Attributes:
         bounds: How much the sessions may keep, and what was dropped.
         weights: Counts the times that modules or weights of the module were seen to be others.
-        is_guarded: Whether a graph of the module has a guard.
+        is_guarded: Whether a graph of the module has a guard; where the cache is enabled, whether the last call ran
+            such a graph.
+        is_enabled: Whether `enable_cache` was called for the module, and `disable_cache` was not since.
+        calls: How the calls of an enabled module were served.
+        told: Kinds of reasons for running uncached that the user was told of.
     """
 
     def __init__(self, module: torch.nn.Module | None = None) -> None:
@@ -182,7 +190,9 @@ class Instance:
         self._finished: deque[Record] = deque(maxlen=MAX_FINISHED)
         self.bounds = Bounds()
         self.weights = 0
-        self.is_guarded = False
+        self.is_guarded = self.is_enabled = False
+        self.calls = CallTally()
+        self.told: set[str] = set()
 
     def open(
         self, owner: Hashable, conditioning: torch.Tensor | None, schedule: Schedule | None = None
@@ -304,6 +314,7 @@ class Instance:
             self._finished.clear()
             self.bounds = Bounds()
             self.conditioning.clear()
+        self.calls.clear()
 
     def _end_generation_of(self, session: Session) -> None:
         """Ends what the session did before, and with the first of a step's calls what the further ones did."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from cachedit_fx.calls import CallCounts
 
 _PERCENTILES = {"Min": 0, "P25": 25, "P50": 50, "P75": 75, "P95": 95, "Max": 100}
 _HEADER = ("Cache Steps", *(f"Diffs {name}" for name in _PERCENTILES), "Steps", "Region", "Session")
@@ -114,16 +116,32 @@ class Summary(list[CacheStats]):
     """A list of statistics that prints as one table, a line each; with `details` a second one, a line per step.
 
     Attributes:
-        notes: What there is to say besides: what was dropped of what was kept. A sentence each.
+        calls: How the calls of every transformer that the cache is enabled for were served, by its name; empty for one
+            that was asked itself.
+        notes: What there is to say besides: why nothing was reused, what was dropped, or why a model that
+            `torch.compile` was given runs without the cache. A sentence each.
     """
 
     def __init__(
-        self, stats: Iterable[CacheStats] = (), *, title: str = "", details: bool = False, notes: Sequence[str] = ()
+        self,
+        stats: Iterable[CacheStats] = (),
+        *,
+        title: str = "",
+        details: bool = False,
+        calls: Mapping[str, CallCounts] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__(stats)
         self.title = title
         self.details = details
+        self.calls = dict(calls or {})
         self.notes = list(notes)
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands below the first table: how the calls were served, then the notes."""
+        served = [f"{name or self.title}: {counts}" for name, counts in self.calls.items()]
+        return [*served, *self.notes]
 
     @property
     def tables(self) -> list[list[Row]]:
@@ -139,10 +157,11 @@ class Summary(list[CacheStats]):
         return run_fragment(self)
 
     def __str__(self) -> str:
-        if not self:
+        if not self and not self.lines:
             return "no session has run yet"
-        head = [f"Cache Steps and Residual Diffs Statistics: {self.title}"] if self.title else []
-        return "\n\n".join([*head, *map(_markdown, self.tables), *(["\n".join(self.notes)] if self.notes else [])])
+        head = [f"Cache Steps and Residual Diffs Statistics: {self.title}"] if self.title and self else []
+        first, *others = map(_markdown, self.tables) if self else [""]
+        return "\n\n".join(filter(None, [*head, first, "\n".join(self.lines), *others]))
 
 
 def _summary_row(entry: CacheStats) -> Row:

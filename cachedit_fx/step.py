@@ -291,6 +291,12 @@ class StepRun:
         self._instance.take_back(self._session)
 
     @property
+    def has_reused(self) -> bool:
+        """Whether any region added what was kept instead of running."""
+        reuses = any(run.decision is not None and not run.decision.compute for run in self._runs)
+        return reuses and not self._policy.config.shadow
+
+    @property
     def asks_decider(self) -> bool:
         """Whether a user's own object decides: it is to be asked once per step."""
         return self._policy.asks_decider

@@ -77,7 +77,8 @@ def _check_restriction(blocks: BlockList, template: BlockTemplate) -> Mismatch |
 
 def _check_streams(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
     want, total = len(template.carried), len(blocks.blocks)
-    if len(blocks.boundaries) == total:  # All are there but the one after the last block.
+    is_lost_before = any(len(found) < len(blocks.boundaries[0]) for found in blocks.boundaries)
+    if len(blocks.boundaries) == total and not is_lost_before:  # All are there but the one after the last block.
         last = next(iter(blocks.boundaries[-1].values()))
         detail = (
             f"expected {template.carried[0]} out of block {total - 1}, the last of {blocks.path}, found that "
@@ -91,6 +92,9 @@ def _check_streams(blocks: BlockList, template: BlockTemplate) -> Mismatch | Non
         what = ", ".join(describe(node) for node in found.values()) or (blocks.broken or "none")
         known = blocks.boundaries[min(i, len(blocks.boundaries) - 1)] if blocks.boundaries else {}
         node = next(iter((found or known).values()), None)
+        lost = [before for name, before in blocks.boundaries[i - 1].items() if found and name not in found]
+        if lost:  # As where tokens are dropped between two blocks.
+            what += f"; nothing continues {describe(lost[0])} in its shape"
         detail = (
             f"expected {want} stream{'s' * (want != 1)} ({', '.join(template.carried)}) from block {i - 1} into "
             f"block {i} of {blocks.path}, found {len(found)} ({what})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable
@@ -62,8 +63,7 @@ def run_saved_uncached(folder: Path) -> None:
     hybrid_step(
         torch.compile(hybrid.build(hybrid.LosesText), backend=cachedit_fx.Backend(hybrid.config(debug_dir=folder)))
     )
-    with patch.object(backend, "_warned", set()):
-        run_saved(next(folder.iterdir()))
+    run_saved(next(folder.iterdir()))
 
 
 def dump_into_a_file(folder: Path) -> None:
@@ -129,6 +129,19 @@ def cached_by_diffusers() -> None:
     model = hybrid.build()
     model.is_cache_enabled = True
     cachedit_fx.enable_cache(model)
+
+
+def copied_with_a_lock() -> None:
+    """A decider that cannot be copied."""
+    copy.deepcopy(cachedit_fx.enable_cache(hybrid.build(), hybrid.config(decider=Locked())))
+
+
+class Locked:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def decide(self, _step: Any) -> None:
+        return None
 
 
 class Idle:
@@ -243,6 +256,13 @@ PIPELINES = [
         lambda _: cachedit_fx.enable_cache(pipe_of_compiled()),
         "transformer is compiled already",
         "pass the module that torch.compile was given",
+    ),
+    Row("not-copied-settings", lambda _: copied_with_a_lock(), "_thread.lock", "What to do: call enable_cache for the"),
+    Row(
+        "unknown-method",
+        lambda _: cachedit_fx.enable_cache(hybrid.build(), method="foward"),
+        "got 'foward'",
+        "Did you mean 'forward'?",
     ),
     Row("cached-by-diffusers", lambda _: cached_by_diffusers(), "Hybrid", "call its disable_cache() first"),
     Row("calls-none", lambda _: cachedit_fx.explain(Idle()), "got Idle", "must be a transformer or a pipeline"),

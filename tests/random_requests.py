@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -99,19 +99,23 @@ def schedules(draw: st.DrawFn, kind: str) -> tuple[float, ...]:
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> Request:
-    kind = draw(st.sampled_from(KINDS))
+def requests(draw: st.DrawFn, kinds: Sequence[str] = KINDS, prompts: Sequence[str] = PROMPTS) -> Request:
+    kind = draw(st.sampled_from(kinds))
     times = draw(schedules(kind))
     windows = 1 if len({*times}) < len(times) else draw(st.integers(1, 3))
     is_whole = draw(st.booleans())
     stop = STEPS if is_whole else draw(st.integers(1, STEPS - 1))
     fails = not is_whole and draw(st.booleans())
-    return Request(kind, times, windows, stop, fails, draw(st.sampled_from(PROMPTS)), draw(st.sampled_from((0, 0, 1))))
+    prompt, size = draw(st.sampled_from(prompts)), draw(st.sampled_from((0, 0, 0, 1)))
+    return Request(kind, times, windows, stop, fails, prompt, size)
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    found = tuple(draw(st.lists(requests(), min_size=2, max_size=4)))
+    # Often all are of one kind, or have one prompt object: what tells them apart is then one thing alone.
+    kinds = draw(st.sampled_from((KINDS, *((kind,) for kind in KINDS))))
+    prompts = draw(st.sampled_from((PROMPTS, *((prompt,) for prompt in PROMPTS))))
+    found = tuple(draw(st.lists(requests(kinds, prompts), min_size=2, max_size=4)))
     if draw(st.integers(0, 5)) == 0:
         return Plan(tuple(replace(r, stop=STEPS, fails=False, prompt="own") for r in found), in_threads=True)
     number = st.integers(0, len(found) - 1)

@@ -267,6 +267,23 @@ class DropsText(TextTransformer):
         return self.unembed(hidden_states, temb)
 
 
+class DropsTokens(TextTransformer):
+    """All but pattern 0 or 1: between the second block and the third every other token of the image is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__(DualBlock)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        temb = self.embed_time(timestep)
+        hidden_states = self.x_embedder(hidden_states)
+        encoder_hidden_states = self.context_embedder(encoder_hidden_states)
+        for i, block in enumerate(self.blocks):
+            hidden_states, encoder_hidden_states = block(hidden_states, encoder_hidden_states, temb)
+            if i == 1:
+                hidden_states = hidden_states[:, ::2]
+        return self.unembed(hidden_states, temb)
+
+
 class SkipsText(TextTransformer):
     """All but pattern 2: every second block reads no text."""
 

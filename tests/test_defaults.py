@@ -75,6 +75,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "fast_dispatch": dict(fast_dispatch=False),
     "shadow": dict(shadow=True),
     "debug_dir": dict(debug_dir="dumps"),
+    "max_state_bytes": dict(max_state_bytes=1 << 20),
 }
 
 

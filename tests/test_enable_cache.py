@@ -15,7 +15,6 @@ from torch._dynamo.utils import counters
 
 import cachedit_fx
 from cachedit_fx import BlockAdapter, ConfigError
-from cachedit_fx import backend as backend_module
 from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor, HunyuanImagePatchFunctor
 from cachedit_fx.config import FIELD_NAMES
 from cachedit_fx.instances import instances_in
@@ -115,8 +114,7 @@ def test_with_their_functor_only_reused_steps_differ_and_disabling_leaves_no_tra
 
 
 @each_uncached
-def test_a_pipeline_that_needs_a_functor_runs_uncached_and_says_so(tiny, caplog, monkeypatch):
-    monkeypatch.setattr(backend_module, "_warned", set())
+def test_a_pipeline_that_needs_a_functor_runs_uncached_and_says_so(tiny, caplog):
     pipe = tiny.build(NUM_BLOCKS)
     plain = tiny.run(pipe, num_steps=NUM_STEPS)
     before = traces(pipe)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import cachedit_fx
 from cachedit_fx import attempts
-from cachedit_fx import backend as backend_module
 from tests import tiny
 from tests.lights import enabled
 from tests.sessions import every_session
@@ -25,7 +24,6 @@ REUSED = [1, 3, 5, 7]
 
 @pytest.fixture(autouse=True)
 def few_compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backend_module, "_warned", set())
     monkeypatch.setattr(attempts, "_graphs", weakref.WeakKeyDictionary())  # Those of other tests may be alive.
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=LIMIT):
         yield

@@ -5,15 +5,25 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from collections.abc import Callable
 
+import accelerate
 import pytest
+import torch
+from torch import nn
 
-from cachedit_fx.backend import _explain_fallback
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.mismatch import Mismatch
-from cachedit_fx.pipeline import _why_past_limit, _why_uncached
-from cachedit_fx.session import ModelCall
+from cachedit_fx.uncached import (
+    UncachedGraph,
+    WhyUncached,
+    why_another_cache,
+    why_call_uncached,
+    why_of,
+    why_past_limit,
+    why_unseen,
+)
 from tests import hybrid
 from tests.messages import Told, sites, told_by
 from tests.messages_of_runs import ROWS
@@ -83,7 +93,7 @@ def test_every_row_has_a_name_of_its_own():
 def test_every_cause_of_a_fallback_is_told_with_its_cure(cause: Cause):
     template = None if cause in (Cause.TRAINING, Cause.GRADIENTS, Cause.EMPTY, Cause.NO_CHAIN) else BUILT_IN[0]
     miss = Mismatch(template, cause, "expected two streams, found one", "single_blocks_0", "transformer.py:214", 19, 57)
-    text = _explain_fallback((miss,))
+    text = why_of((miss,), None).text
     is_readable(text)
     for part in (
         "this graph runs without caching.",
@@ -96,9 +106,9 @@ def test_every_cause_of_a_fallback_is_told_with_its_cure(cause: Cause):
 
 
 def test_a_model_in_parts_is_told_where_it_stops():
-    call = ModelCall(None, None)
-    call.misses += [(3, "one"), (4, "another")]
-    text = _why_uncached(hybrid.build(), call, 'model.py:12, "Data-dependent branching"')
+    why = WhyUncached("no-chain", "no chain", "no chain")
+    misses = [UncachedGraph(lambda: None, 3, why), UncachedGraph(lambda: None, 4, why)] * 2
+    text = why_call_uncached(hybrid.build(), misses, 'model.py:12, "Data-dependent branching"').text
     is_readable(text)
     for part in (
         "cachedit_fx: Hybrid runs without caching.\n  expected: its loop over the blocks whole in one graph\n",
@@ -108,8 +118,27 @@ def test_a_model_in_parts_is_told_where_it_stops():
         assert part in text
 
 
-def test_a_call_past_the_recompile_limit_is_told_what_helps():
-    text = _why_past_limit(hybrid.build(), 10)
-    is_readable(text)
-    for part in ("Hybrid runs without caching where a call needs another graph.", "at most 10 graphs", "TORCH_LOGS="):
-        assert part in text
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            lambda model: why_call_uncached(model, [], ""),
+            "found:    Dynamo ran no graph of it\nWhat to do: see",
+        ),
+        (lambda model: why_call_uncached(hooked(model), [], ""), "hooks:    AlignDevicesHook around its layers\n"),
+        (why_another_cache, "found:    a cache of diffusers is enabled for it as well\n"),
+        (lambda model: why_past_limit(model, 10), "expected: at most 10 graphs of one function"),
+        (lambda model: why_unseen(model, "decode"), 'enable_cache(model, method="decode") caches this method'),
+    ],
+    ids=["no-graph", "hooks", "another-cache", "limit", "method"],
+)
+def test_what_keeps_a_call_from_the_cache_is_told_with_its_cure(text: Callable[[nn.Module], WhyUncached], says: str):
+    why = text(hybrid.build())
+    is_readable(why.text)
+    assert says in why.text and "Hybrid" in why.text
+    assert why.reason and "\n" not in why.reason
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    return model

@@ -22,6 +22,7 @@ from tests.sessions import every_session
 from tests.synthetic import (
     PATTERNS,
     DropsText,
+    DropsTokens,
     DualStream,
     DualStreamEncoderFirst,
     EmitsForNobody,
@@ -157,6 +158,9 @@ NEAR_MISSES = [
                  r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 1, id="0-text-dropped"),
     pytest.param(DropsText, 1, Cause.STREAM_COUNT, r"expected 2 streams .* from block 1 into block 2 .* found 1",
                  r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 1, id="1-text-dropped"),
+    pytest.param(DropsTokens, 0, Cause.STREAM_COUNT, r"from block 1 into block 2 .* found 1 .* nothing continues "
+                 r"hidden_states_\d+ float32\[2, 6, 16\] in its shape", r"encoder_hidden_states_\d+",
+                 "+ self.mlp_context(encoder_hidden_states)", 1, id="0-tokens-dropped"),
     pytest.param(DropsText, 3, Cause.STREAM_COUNT, r"expected 1 stream \(hidden_states\) .* found 2 \(hidden_states_2",
                  r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 0, id="3-text-at-first"),
     pytest.param(DualStreamEncoderFirst, 0, Cause.RETURN_ORDER, r"`return encoder_hidden_states, hidden_states` in "

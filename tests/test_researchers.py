@@ -146,9 +146,8 @@ def test_pieces_that_are_compiled_apart_keep_their_context(name: str):
 
 @cases(Refused)
 def test_a_model_that_cannot_be_cached_runs_as_it_is_and_says_why(
-    case: Case, surface: str, counts: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    case: Case, surface: str, counts: str, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(backend, "_warned", set())
     model = SURFACES[surface](build(case.model), config(counts))
     with caplog.at_level(logging.WARNING, logger="cachedit_fx"):
         outputs = run(case, lambda _, call: call(model))

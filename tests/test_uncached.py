@@ -10,7 +10,6 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import cachedit_fx
-from cachedit_fx import backend as backend_module
 from cachedit_fx.compiler import InnerCompiler
 from tests import tiny
 from tests.messages import flat
@@ -44,8 +43,7 @@ UNCACHED = [
 
 
 @pytest.mark.parametrize(("make", "fields", "said"), UNCACHED)
-def test_what_cannot_be_cached_runs_as_it_is_with_one_warning(make, fields, said, caplog, monkeypatch):
-    monkeypatch.setattr(backend_module, "_warned", set())
+def test_what_cannot_be_cached_runs_as_it_is_with_one_warning(make, fields, said, caplog):
     model, text, noise = make(), prompt(), latents()
     module = compiled(model, dynamic=False, **fields)
     with caplog.at_level(logging.WARNING, logger="cachedit_fx"):

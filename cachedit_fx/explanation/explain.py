@@ -16,11 +16,13 @@ from cachedit_fx.adapter import BlockAdapter, title_of
 from cachedit_fx.attempts import ATTEMPTS, Attempt, Attempts
 from cachedit_fx.backend import Backend
 from cachedit_fx.config import CacheConfig
+from cachedit_fx.enabled import Settings
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.explanation.data import Captured
 from cachedit_fx.explanation.recorder import Recorded, Recorder, Stop, forgotten_sizes, isolated
 from cachedit_fx.explanation.result import Explanation
-from cachedit_fx.pipeline import Settings, cure_of_parts, enabled_settings, settings_for
+from cachedit_fx.pipeline import enabled_settings, settings_for
+from cachedit_fx.uncached import cure_of_parts
 
 _HOW = {
     Attempt(True, False): "whole",

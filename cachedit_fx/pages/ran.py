@@ -104,8 +104,9 @@ def run_page(report: RunReport) -> str:
 
 def run_fragment(stats: Summary) -> str:
     """What a notebook shows: a line with a small chart for every entry. Needs neither scripts nor jinja2."""
+    below = "".join(f"<div>{escape(line)}</div>" for text in stats.lines for line in text.splitlines())
     if not stats:
-        return "<div>no session has run yet</div>"
+        return f"<div>{below or 'no session has run yet'}</div>"
     heads = ("Session", "Region", "Steps reused", "Diff per step", "Computed (median)", "Reused (median)", "Kept")
     lines = ["".join(f'<th style="text-align:left">{head}</th>' for head in heads)]
     for entry in stats:
@@ -118,13 +119,13 @@ def run_fragment(stats: Summary) -> str:
     head = f"<strong>{escape(stats.title)}</strong> {escape(verdict_line(stats))}"
     marks = f"{_legend_mark(False)} computed {_legend_mark(True)} reused"
     style = f"<style>{asset('chart.css')}</style>"
-    return f'<div class="cachedit-fx">{style}<div>{head}</div><table>{rows}</table><div>{marks}</div></div>'
+    return f'<div class="cachedit-fx">{style}<div>{head}</div><table>{rows}</table><div>{marks}</div>{below}</div>'
 
 
 def verdict_line(stats: Sequence[CacheStats]) -> str:
     """What a run did, in a sentence."""
     if not stats:
-        return "No session has run yet."
+        return _without_sessions(stats)
     reused, total = sum(len(entry.cached_steps) for entry in stats), sum(entry.num_steps for entry in stats)
     sessions = num_sessions(stats)
     where = f"{sessions} session{'s' * (sessions != 1)}"
@@ -138,6 +139,15 @@ def verdict_line(stats: Sequence[CacheStats]) -> str:
     return (
         f"{said}; a computed step took {times.computed}, a reused one {times.reused}: {times.ratio:.2f} times as fast."
     )
+
+
+def _without_sessions(stats: Sequence[CacheStats]) -> str:
+    if not isinstance(stats, Summary) or not stats.lines:
+        return "No session has run yet."
+    if not stats.calls:
+        return "The model runs without the cache."
+    uncached = sum(counts.uncached + counts.unseen for counts in stats.calls.values())
+    return f"All {uncached} calls ran without the cache." if uncached else "No call has been seen yet."
 
 
 def is_shadow(stats: Sequence[CacheStats]) -> bool:

@@ -1,0 +1,95 @@
+"""How often a module was called since the cache was enabled for it, and how its calls were served."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_REASONS = 16  # Of one module that are told apart; the calls beyond them are counted with the last.
+
+
+@dataclass(frozen=True, slots=True)
+class CallCounts:
+    """Calls of one module that returned, since `enable_cache` or `reset`.
+
+    Attributes:
+        computed: Calls that ran every block; what they made may be reused later.
+        reused: Calls that reused what an earlier one made, in one region at least.
+        uncached: Calls that ran without the cache, as if it was not enabled.
+        unseen: Calls of another method of the module, which runs its blocks where the cache does not see it.
+        reasons: Why calls were uncached or unseen, a sentence each, with the number of these calls.
+    """
+
+    computed: int = 0
+    reused: int = 0
+    uncached: int = 0
+    unseen: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """All calls, in whatever way they were served."""
+        return self.computed + self.reused + self.uncached + self.unseen
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON takes them."""
+        return dataclasses.asdict(dataclasses.replace(self, reasons=dict(self.reasons)))
+
+    def __str__(self) -> str:
+        """One line, and another for every reason."""
+        if not self.total:
+            return (
+                "no call has been seen since the cache was enabled. Calls of the model itself are seen, or of the "
+                "method that enable_cache(model, method=...) named; model.forward(...) and other methods run without "
+                "the cache"
+            )
+        names = ("computed", "reused", "uncached", "unseen")
+        parts = [f"{getattr(self, name)} {name}" for name in names if getattr(self, name) or name in names[:2]]
+        calls = f"{self.total} call{'s' * (self.total != 1)} since the cache was enabled"
+        why = (f"\n  {count} without the cache: {reason}" for reason, count in self.reasons.items())
+        return f"{calls}: {', '.join(parts)}{''.join(why)}"
+
+
+class CallTally:
+    """Counts the calls of one module; several threads may call it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        """Begins at zero."""
+        with self._lock:
+            self._computed = self._reused = self._uncached = self._unseen = 0
+            self._reasons: dict[str, int] = {}
+
+    def served(self, *, is_reused: bool) -> None:
+        """Counts a call that the cache served."""
+        with self._lock:
+            if is_reused:
+                self._reused += 1
+            else:
+                self._computed += 1
+
+    def missed(self, reason: str, *, is_seen: bool = True) -> None:
+        """Counts a call that the cache did not serve.
+
+        Args:
+            reason: Why, in a sentence.
+            is_seen: Whether the call came by the cache.
+        """
+        with self._lock:
+            self._uncached += is_seen
+            self._unseen += not is_seen
+            if reason not in self._reasons and len(self._reasons) >= MAX_REASONS:
+                reason = next(reversed(self._reasons))
+            self._reasons[reason] = self._reasons.get(reason, 0) + 1
+
+    @property
+    def counts(self) -> CallCounts:
+        with self._lock:
+            counted = self._computed, self._reused, self._uncached, self._unseen
+            return CallCounts(*counted, dict(self._reasons))
