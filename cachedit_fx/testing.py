@@ -14,6 +14,7 @@ from cachedit_fx.adapter import BlockAdapter
 from cachedit_fx.attempts import Attempts
 from cachedit_fx.backend import Backend
 from cachedit_fx.config import CacheConfig
+from cachedit_fx.enabled import enabled_of
 from cachedit_fx.errors import ConfigError, PatternError, cut, shown
 from cachedit_fx.explanation.data import GraphReport
 from cachedit_fx.explanation.explain import explain
@@ -282,15 +283,23 @@ def _matched_graph(template: BlockTemplate, model: nn.Module, call: Call, config
 def _copy(module: nn.Module) -> nn.Module:
     """The module with all that it holds, but for the memory of its weights; neither compiled nor in training mode."""
     module = getattr(module, "_orig_mod", module)
-    memo = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in module.parameters()}
+    memo: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in module.parameters()
+    }
+    enabled = enabled_of(module)
+    if enabled is not None:
+        memo[id(enabled)] = None  # The copy would be enabled as well.
     try:
-        return copy.deepcopy(module, memo).eval()
+        copied = copy.deepcopy(module, memo).eval()
     except Exception as error:
         raise UncheckableError(
             f"cachedit_fx: check_pattern cannot tell: it works on a copy, and this {type(module).__name__} cannot be "
             f"copied ({type(error).__name__}: {cut(error)}).\n"
             "What to do: take out of it what copy.deepcopy does not copy."
         ) from error
+    if enabled is not None:
+        copied.__dict__.pop(enabled.place, None)
+    return copied
 
 
 def _later_calls(first: Call, graph: GraphReport) -> list[Call]:

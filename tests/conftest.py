@@ -39,6 +39,7 @@ def one_thread() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): as pytest-xdist has it; unknown where that is turned off")
     config.addinivalue_line(
         "markers",
         "shares_graphs(name): tests of one name run one after the other in one process, and compiled graphs (though no "
@@ -46,14 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # Before xdist reads the groups.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Brings tests that share graphs together, in the place of the first of them."""
     places: dict[str, int] = {}
     for place, item in enumerate(items):
         if (name := _graphs_of(item)) is not None:
             places.setdefault(name, place)
-            if config.pluginmanager.hasplugin("xdist"):  # One worker runs all of a group, with `--dist loadgroup`.
-                item.add_marker(pytest.mark.xdist_group(name))
+            item.add_marker(pytest.mark.xdist_group(name))  # One worker runs all of a group, with `--dist loadgroup`.
     order = {item: places.get(_graphs_of(item) or "", place) for place, item in enumerate(items)}
     items.sort(key=order.__getitem__)
 

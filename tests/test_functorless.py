@@ -43,7 +43,11 @@ PATCHED = (
     "ZImageControlNet",
 )
 
-every_model = pytest.mark.parametrize("variant", [VARIANTS[name] for name in PATCHED], ids=PATCHED)
+# The tests of one model look at one run of it.
+every_model = pytest.mark.parametrize(
+    "variant",
+    [pytest.param(VARIANTS[n], id=n, marks=pytest.mark.shares_graphs(f"functorless-{n}")) for n in PATCHED],
+)
 
 
 @pytest.fixture(autouse=True)

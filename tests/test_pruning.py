@@ -215,7 +215,7 @@ def test_where_no_block_may_be_pruned_the_model_runs_uncached_and_says_so():
 def test_the_type_may_be_a_field_like_others():
     _, found = pruned(tiny.build())
     model = cachedit_fx.enable_cache(
-        tiny.build(), CacheConfig(0, 0, LIMIT, 1, inner_backend="eager"), cache_type="DBPrune"
+        tiny.build(), CacheConfig(0, 0, LIMIT, 1, forecaster=None, inner_backend="eager"), cache_type="DBPrune"
     )
     for call in drifting():
         model(**call)

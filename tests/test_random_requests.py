@@ -1,6 +1,6 @@
 """Random servers find no request that gets another's residual, a stale one, or fewer reused steps than alone.
 
-`python -m tests.random_requests --minutes 120` goes on for longer, through every transformer of the zoo.
+`python -m tests.random_server --minutes 120` goes on for longer, through every transformer of the zoo.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.random_requests import EVERY_OTHER, LOOKING, Pair, Plan, Server, plans
+from tests.random_requests import Plan, plans
+from tests.random_server import EVERY_OTHER, LOOKING, Pair, Server
 from tests.zoo import VARIANTS
 
 NAMES = ("Flux", "QwenImage", "Wan")

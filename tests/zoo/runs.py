@@ -36,7 +36,6 @@ Shape = tuple[int, int]  # Image size, text length
 
 CUTS: tuple[Cut, ...] = ((1, 0), (2, 1), (4, 0))
 SHAPES: tuple[Shape, ...] = ((0, 0), (1, 0), (2, 0), (0, 1))  # Of the calls, in turn.
-FEW_SHAPES: tuple[Shape, ...] = ((0, 0), (1, 1))  # Enough where one graph serves all sizes.
 
 
 @dataclass(frozen=True)

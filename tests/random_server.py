@@ -1,0 +1,370 @@
+"""Random servers: requests of every kind that share one transformer, run in any order, and what must come out.
+
+What must hold is told without looking into the package: an output is that of the model, or that of the model whose
+blocks were skipped by hand, with what they added at the last computed call of the same request at the same place in the
+latents. And each request gives what it gives alone, with as many reused steps.
+
+    python -m tests.random_server --minutes 120
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor, fx, nn
+
+import cachedit_fx
+from tests.random_requests import Plan, Request, plans
+from tests.zoo import VARIANTS
+from tests.zoo.by_hand import ByHand, tensors_of
+from tests.zoo.runs import call_before, enable
+from tests.zoo.variant import Inputs, Variant, another
+
+EVERY_OTHER = dict(max_warmup_steps=1, residual_diff_threshold=1.0, max_continuous_cached_steps=1)
+LOOKING = dict(max_warmup_steps=2, residual_diff_threshold=0.6, max_continuous_cached_steps=3)
+
+
+class Interrupted(Exception):
+    """Raised inside the compiled model, as a user's interrupt would be."""
+
+
+class Fuse:
+    """The inner backend: runs graphs as they are, and fails in one of them when it is lit.
+
+    Attributes:
+        left: Pieces that still run before one fails; None for no failure.
+    """
+
+    def __init__(self) -> None:
+        self.left: int | None = None
+
+    def __call__(self, gm: fx.GraphModule, _example_inputs: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if self.left is not None:
+                self.left -= 1
+                if self.left < 0:
+                    self.left = None
+                    raise Interrupted
+            return gm(*args)
+
+        return run
+
+
+FUSE = Fuse()
+torch._dynamo.register_backend(FUSE, name="fails_on_demand")
+
+
+@dataclass
+class Pair:
+    """A model with the cache, and one without that goes through the same."""
+
+    variant: Variant
+    cached: nn.Module
+    plain: nn.Module
+
+    @staticmethod
+    def build(variant: Variant) -> Pair:
+        cached, plain = variant.build(), variant.build()
+        call_before(variant, cached)
+        fields = dict(EVERY_OTHER, Fn_compute_blocks=1, inner_backend="fails_on_demand", on_no_match="raise")
+        enable(variant, cached, cachedit_fx.CacheConfig(**fields, forecaster=None), dynamic=True)
+        return Pair(variant, cached, plain)
+
+    def change(self, event: str) -> None:
+        """What happens to the server between two steps."""
+        if event == "reset":
+            cachedit_fx.reset(self.cached)
+        elif event == "refresh":
+            cachedit_fx.refresh_context(self.cached)
+        elif event == "weight":
+            for model in (self.cached, self.plain):
+                (block, *_), _ = self.variant.chain(model)[-1]
+                for parameter in block.parameters():
+                    parameter.mul_(1.25)
+        elif event == "block":
+            path = [*self.variant.lists][-1]
+            for model in (self.cached, self.plain):
+                blocks = model.get_submodule(path)
+                blocks[len(blocks) - 1] = copy.deepcopy(blocks[len(blocks) - 1])
+
+
+class Loop:
+    """A request as it runs.
+
+    Args:
+        number: Its place among the requests; what it is called with depends on it.
+        common: What all its calls are given beside latents and timesteps; the prompt among it.
+
+    Attributes:
+        given: A copy of `common`, which others may write over.
+        outputs: The tensors of every call.
+        reused: Whether the blocks were skipped, for every call.
+        is_ended: Whether it failed, or its prompt was written over.
+        is_disturbed: Whether another one without a name ran with the same prompt object between its steps. What it
+            returns must be its own then, too, but it may have to compute more often.
+    """
+
+    def __init__(self, pair: Pair, request: Request, number: int, common: Inputs) -> None:
+        self.pair, self.request, self.number, self.common = pair, request, number, common
+        self.given = {name: copy.deepcopy(value) for name, value in common.items()}
+        self.scheduler = SimpleNamespace(timesteps=torch.tensor(request.times), _step_index=None)
+        self.step = 0
+        self.outputs: list[list[Tensor]] = []
+        self.reused: list[bool] = []
+        self.is_ended = self.is_disturbed = False
+        self._references: dict[tuple[int, bool], ByHand] = {}
+
+    def is_over(self) -> bool:
+        return self.is_ended or self.step >= self.request.num_steps
+
+    def forget(self) -> None:
+        """Nothing that was computed so far may be reused."""
+        self._references.clear()
+
+    def run_step(self, *, check: bool = True) -> None:
+        """All calls of the next step, as the kind of loop makes them."""
+        request = self.request
+        self.scheduler._step_index = self.step
+        fails = request.fails and self.step == request.stop
+        with self._name():
+            for window in range(request.windows):
+                call = self._call(window)
+                FUSE.left = 2 + self.number if fails else None
+                try:
+                    output = tensors_of(self(call) if request.kind == "pipeline" else self.pair.cached(**call))
+                except Interrupted:
+                    self.is_ended = True
+                    return
+                finally:
+                    FUSE.left = None
+                self.outputs.append(output)
+                if check:
+                    self.reused.append(self._is_reused(window, call, output))
+        self.step += 1
+
+    def __call__(self, call: Inputs) -> Any:
+        """The frame in which a pipeline is found: `self.scheduler` is there, as in a pipeline of diffusers."""
+        return self.pair.cached(**call)
+
+    def _name(self) -> AbstractContextManager[Any]:
+        return cachedit_fx.session(f"request {self.number}") if self.request.kind == "named" else nullcontext()
+
+    def _call(self, window: int) -> Inputs:
+        variant, request = self.pair.variant, self.request
+        own = variant.inputs(request.times[self.step], size=request.size, text=request.size)
+        seed = 100 * self.number + 10 * self.step + window
+        latents = {name: another(own[name], seed) for name in variant.latents}
+        return self.common | {name: own[name] for name in variant.times} | latents
+
+    def _is_reused(self, window: int, call: Inputs, output: list[Tensor]) -> bool:
+        """Whether the output is that without the blocks, with what this window's last computed call added.
+
+        It has to be the model's own otherwise.
+
+        Outside of a pipeline the second calls at a timestep are a branch of their own, unless the first was forgotten.
+        """
+        times = self.request.times
+        is_second = self.step > 0 and times[self.step] == times[self.step - 1]
+        for place in ((window, False), (window, True)):
+            known = self._references.get(place)
+            if known is not None and _equal(known(skip=True, **call), output):
+                return True
+        computing = ByHand(self.pair.variant, self.pair.plain, 1, 0)
+        expected = computing(skip=False, **call)
+        assert _equal(expected, output), f"step {self.step}, window {window}: neither computed nor its own residual"
+        self._references[window, is_second and self.request.kind != "pipeline"] = computing
+        return False
+
+
+def _equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Prompts:
+    """What a server keeps for prompts: one buffer per size, and who used it last."""
+
+    def __init__(self, variant: Variant) -> None:
+        self._variant = variant
+        self._kept: dict[int, Inputs] = {}
+        self._users: dict[int, list[Loop]] = {}
+
+    def of(self, request: Request, number: int) -> Inputs:
+        """What the calls of a new request are given, but for latents and timesteps."""
+        users = [loop for loop in self._users.get(request.size, ()) if loop.request.kind != "named"]
+        if request.prompt == "own" or (request.prompt == "shared" and not _is_told_from(users, request)):
+            return inputs_of(self._variant, request, number)
+        if request.size not in self._kept:
+            self._kept[request.size] = inputs_of(self._variant, request, number)
+        elif request.prompt == "overwritten":
+            for loop in self._users.pop(request.size, ()):
+                loop.is_ended = True
+            for name, tensor in inputs_of(self._variant, request, number).items():
+                if name in PROMPT_NAMES:
+                    self._kept[request.size][name].copy_(tensor)  # The object stays: nothing but its content tells.
+        return self._kept[request.size]
+
+    def note(self, loop: Loop) -> None:
+        """That the loop is about to make its next step."""
+        if loop.common is not self._kept.get(loop.request.size):
+            return
+        users = self._users.setdefault(loop.request.size, [])
+        users[:] = [loop, *(other for other in users if other is not loop)]
+        if loop.request.kind == "named":
+            return
+        for other in users[1:]:
+            if other.request.kind == "bare":
+                other.is_ended = True  # Without a name or a pipeline it cannot be told from this one.
+            other.is_disturbed |= other.request.kind == "pipeline" and not other.is_over()
+            loop.is_disturbed |= other.is_disturbed
+
+
+PROMPT_NAMES = ("encoder_hidden_states", "pooled_projections")
+
+
+def inputs_of(variant: Variant, request: Request, number: int) -> Inputs:
+    """New inputs with a prompt that no other number has."""
+    inputs = variant.inputs(request.times[0], size=request.size, text=request.size)
+    return inputs | {name: inputs[name] * (1 + 0.5 * number) for name in PROMPT_NAMES if name in inputs}
+
+
+def _is_told_from(users: list[Loop], request: Request) -> bool:
+    """Whether a request with the prompt object of others can be told from them: in a bare loop by time that turns back.
+
+    It is not where the other one was abandoned at a higher timestep, nor after its first step.
+    """
+    if request.kind != "bare" or not users:
+        return True
+    last, *_ = users
+    times = last.request.times
+    return last.request.kind == "bare" and last.step >= 2 and request.times[0] > times[last.step - 1]
+
+
+@dataclass
+class Server:
+    """One plan, run on one pair of models."""
+
+    pair: Pair
+    plan: Plan
+    loops: list[Loop] = field(default_factory=list)
+
+    def run_and_check(self, **rule: Any) -> None:
+        """Raises `AssertionError` where an output is none that may come out.
+
+        Args:
+            rule: Fields of `CacheConfig` that say when to reuse.
+        """
+        cachedit_fx.refresh_context(self.pair.cached, **rule)
+        cachedit_fx.reset()
+        before = [copy.deepcopy(model.state_dict()) for model in (self.pair.cached, self.pair.plain)]
+        try:
+            if self.plan.in_threads:
+                self._run_threads()
+            else:
+                self._run_in_turn()
+        finally:
+            for model, weights in zip((self.pair.cached, self.pair.plain), before, strict=True):
+                model.load_state_dict(weights)
+        if not {*self.plan.events} & {"weight", "block", "reset", "refresh"}:  # These are to show.
+            for loop in self.loops:
+                self._check_against_itself_alone(loop, is_every_other=rule == EVERY_OTHER)
+
+    def _run_in_turn(self) -> None:
+        prompts, started = Prompts(self.pair.variant), dict[int, Loop]()
+        for number, event in self._turns():
+            self.pair.change(event)
+            for known in started.values() if event != "nothing" else ():
+                known.forget()
+            if number not in started:
+                request = self.plan.requests[number]
+                started[number] = Loop(self.pair, request, number, prompts.of(request, number))
+            if not started[number].is_over():
+                prompts.note(started[number])
+                started[number].run_step()
+        self.loops = [*started.values()]
+
+    def _turns(self) -> Iterator[tuple[int, str]]:
+        yield from zip(self.plan.order, self.plan.events, strict=True)
+        for number, request in enumerate(self.plan.requests):
+            yield from ((number, "nothing") for _ in range(request.num_steps))
+
+    def _run_threads(self) -> None:
+        self.loops = [self._alone(number, request) for number, request in enumerate(self.plan.requests)]
+        errors: list[BaseException] = []
+
+        def run(loop: Loop) -> None:
+            try:
+                with torch.no_grad():
+                    while not loop.is_over():
+                        loop.run_step(check=False)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(loop,)) for loop in self.loops]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def _alone(self, number: int, request: Request) -> Loop:
+        return Loop(self.pair, request, number, inputs_of(self.pair.variant, request, number))
+
+    def _check_against_itself_alone(self, loop: Loop, *, is_every_other: bool) -> None:
+        """Nothing that happened elsewhere may show in what a request returned, nor keep it from being cached."""
+        cachedit_fx.reset()
+        request = loop.request
+        alone = Loop(self.pair, request, loop.number, loop.given)
+        while not alone.is_over():
+            alone.run_step()
+        is_plain_loop = request.kind == "pipeline" or len({*request.times}) == len(request.times)
+        if is_every_other and request.windows == 1 and is_plain_loop:
+            assert alone.reused == [step % 2 == 1 for step in range(len(alone.reused))], "alone it is not cached"
+        if loop.is_disturbed:
+            return
+        for number, (found, expected) in enumerate(zip(loop.outputs, alone.outputs, strict=False)):
+            assert _equal(found, expected), f"request {loop.number}, call {number}: not as alone"
+
+
+def main() -> None:
+    """Runs random plans on every transformer of the zoo, in turn, until the time is over."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--examples", type=int, default=25, help="per model and rule, before the next one has its turn")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    end, count = time.monotonic() + 60 * arguments.minutes, 0
+    while time.monotonic() < end:
+        for name, variant in VARIANTS.items():
+            if variant.clock != "graph" or time.monotonic() > end:
+                continue
+            torch._dynamo.reset()
+            pair = Pair.build(variant)
+            for rule in (EVERY_OTHER, LOOKING):
+
+                @settings(max_examples=arguments.examples, deadline=None, database=None, print_blob=True,
+                          suppress_health_check=[*HealthCheck])  # fmt: skip
+                @given(plan=plans())
+                def every_request_gets_what_it_gets_alone(plan: Plan, pair: Pair = pair, rule: Any = rule) -> None:
+                    nonlocal count
+                    if time.monotonic() < end:
+                        with torch.no_grad():
+                            Server(pair, plan).run_and_check(**rule)
+                        count += 1
+
+                every_request_gets_what_it_gets_alone()
+            print(f"{name}: {count} plans so far", flush=True)
+
+
+if __name__ == "__main__":
+    main()
