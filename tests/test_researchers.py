@@ -49,12 +49,16 @@ ALL_PAIRS = [(surface, counts) for surface in SURFACES for counts in COUNTS]
 
 
 def pairs(number: int, name: str) -> list[tuple[str, str]]:
-    """The surfaces and counts that a case goes through: both, one with each, and the first case all."""
+    """The surfaces and counts that a case goes through: the first case all of them.
+
+    Of the others every third goes through both surfaces, and those whose outcome depends on it; the rest take turns.
+    """
     if number == 0:
         return ALL_PAIRS
     if name in BARE_ONLY:
         return PAIRS[:1]
-    return [PAIRS[number % 2]] if name in TAKE_TURNS and CASES[name].bare is None else PAIRS
+    is_both = CASES[name].bare is not None or (number % 3 == 0 and name not in TAKE_TURNS)
+    return PAIRS if is_both else [PAIRS[number % 2]]
 
 
 def cases(outcome: type) -> pytest.MarkDecorator:

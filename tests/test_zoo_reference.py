@@ -10,7 +10,8 @@ from tests.zoo.by_hand import ByHand
 from tests.zoo.runs import cuts_of, every_variant
 from tests.zoo.variant import Cut, Variant
 
-CASES = {f"{v.name}-F{cut[0]}B{cut[1]}": (v, cut) for v in VARIANTS.values() for cut in cuts_of(v)}
+# The cut that is farthest in: what is skipped before it is skipped by the others, too.
+CASES = {f"{v.name}-F{cut[0]}B{cut[1]}": (v, cut) for v in VARIANTS.values() for cut in cuts_of(v)[-1:]}
 
 
 @pytest.mark.parametrize(("variant", "cut"), CASES.values(), ids=CASES)
