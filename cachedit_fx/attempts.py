@@ -13,9 +13,11 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils import _pytree as pytree
 
 from cachedit_fx.backend import Backend
 from cachedit_fx.runtime import GuardedCall
@@ -27,6 +29,10 @@ PAID_OFF = 3  # Calls that a graph has to serve before it makes room for another
 # What Dynamo says where a function is past its limit: as an error, with `fullgraph=True`, and as a statistic.
 _NO_GRAPH = "Compilation was not attempted"
 _LIMIT = "Dynamo recompile limit exceeded"
+
+# What Dynamo says, before it runs anything, while torch.fx traces. There is one flag for all threads: another thread
+# that compiles a piece or a forecaster sets it.
+_TRACED = "you are using FX to symbolically trace a dynamo-optimized function"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +157,13 @@ class Attempts:
         call, limit = current_call(), self._limit()
         try:
             with _settings(attempt, limit):
-                return self._run_within(limit, attempt, args, kwargs)
+                try:
+                    return self._run_within(limit, attempt, args, kwargs)
+                except RuntimeError as error:
+                    if _TRACED not in str(error) or _is_traced_here(args, kwargs):
+                        raise
+                with _tracing_elsewhere():
+                    return self._run_within(limit, attempt, args, kwargs)
         finally:
             if call is not None:
                 with _graphs_lock:
@@ -217,6 +229,20 @@ def _settings(attempt: Attempt, limit: int) -> Iterator[None]:
         changed |= dict(recompile_limit=limit)
     with torch._dynamo.config.patch(**changed) if changed else contextlib.nullcontext():
         yield
+
+
+def _is_traced_here(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether it is this thread that traces the call, by `torch.fx.symbolic_trace` or `make_fx`."""
+    return get_proxy_mode() is not None or any(isinstance(x, fx.Proxy) for x in pytree.tree_leaves((args, kwargs)))
+
+
+def _tracing_elsewhere() -> contextlib.AbstractContextManager[None]:
+    """Lets Dynamo work while another thread traces. The setting is this thread's own; older versions lack it."""
+    name = "force_compile_during_fx_trace"
+    if not hasattr(torch._dynamo.config, name):
+        return contextlib.nullcontext()
+    changed: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(name, True)
+    return changed
 
 
 _graphs: weakref.WeakKeyDictionary[type[nn.Module], weakref.WeakSet[GuardedCall]] = weakref.WeakKeyDictionary()

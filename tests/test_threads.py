@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cachedit_fx import PolynomialCalibratorConfig
 from tests import tiny
 from tests.lights import enabled
 from tests.tiny import build, generate, latents, prompt
@@ -46,3 +47,21 @@ def test_eight_threads_of_several_sizes_each_give_what_they_give_alone(is_warm: 
         computed = [i for i, output in enumerate(alone(*job)) if torch.equal(output, made[i])]
         assert len(computed) >= 7, (job, computed)  # A second graph of a session computes at the step where it begins.
     assert len(generation(module, 9, TOKENS[1])) == 8
+
+
+def test_forecasters_are_traced_while_other_threads_are_traced_and_called():
+    """`make_fx` patches `torch.nn.Module` for all threads, and sets a flag at which Dynamo refuses every call."""
+    module, plain = enabled(build(), forecaster=PolynomialCalibratorConfig()), build()
+    jobs = [(seed, tokens) for seed, tokens in enumerate((6, 8, 10, 12))]
+    start = threading.Barrier(len(jobs), timeout=60)
+
+    def run(job: tuple[int, int]) -> list[Tensor]:
+        start.wait()
+        return [generation(module, *job)[0] for _ in range(3)]
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        outputs = [*pool.map(run, jobs)]
+    for made, (seed, tokens) in zip(outputs, jobs, strict=True):
+        with torch.no_grad():
+            first = tiny.step(plain, prompt(seed), tiny.TIMES[0], latents(seed, tokens=tokens))
+        tiny.assert_bitwise(made, [first] * 3)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -41,7 +41,6 @@ class CompiledForecaster:
         self.forecaster = forecaster
         self._compile = compile
         self._pieces: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._lock = threading.Lock()
         self._takes_in = type(forecaster).update is not Forecaster.update
 
     def predict(self, history: Tensors, numbers: Sequence[float], verdict: Tensor | None = None) -> Tensor:
@@ -94,7 +93,7 @@ class CompiledForecaster:
         inputs = [*tensors, _on_device(numbers, tensors[0].device)]
         with torch.no_grad():
             if key not in self._pieces:
-                with self._lock:
+                with compile_lock:  # make_fx patches torch.nn.Module while it traces, for all threads.
                     if key not in self._pieces:
                         self._pieces[key] = self._compiled(name, inputs)
             found: Sequence[Tensor] = self._pieces[key](*inputs)
