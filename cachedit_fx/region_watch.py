@@ -36,18 +36,25 @@ class RegionWatch:
         ends = [(found[0], found[-1]) for found in map(_weights_of, blocks) if found]
         slots = [*itertools.chain.from_iterable(ends)]
         self._counted = [holder[name] for holder, name in slots if not holder[name].is_inference()]
-        self._places = [*objects, *slots]
-        self._alive = [holder.get(name) for holder, name in self._places]  # So that no other object gets their ids.
-        self._known = self._look()
+        places = [*objects, *slots]
+        self._holders = [holder for holder, _ in places]
+        self._names = [name for _, name in places]
+        self._known = [*map(dict.get, self._holders, self._names)]
+        self._known_children, self._versions = self._look_at_children(), self._look_at_versions()
 
     def has_changed(self) -> bool:
         """Whether anything is another object than it was, or was written in place."""
-        return self._look() != self._known
+        # Loops in C, for hundreds of objects at every call. Tensors are compared by what they are, not by their values.
+        is_same = all(map(operator.is_, map(dict.get, self._holders, self._names), self._known))
+        return not (
+            is_same and self._look_at_children() == self._known_children and self._look_at_versions() == self._versions
+        )
 
-    def _look(self) -> tuple[Any, ...]:
-        children = [*itertools.chain.from_iterable(map(dict.values, self._children))]
-        others = [id(holder.get(name)) for holder, name in self._places]
-        return children, others, [*map(_version, self._counted)]
+    def _look_at_children(self) -> list[Any]:
+        return [*itertools.chain.from_iterable(map(dict.values, self._children))]
+
+    def _look_at_versions(self) -> list[int]:
+        return [*map(_version, self._counted)]
 
 
 _version = operator.attrgetter("_version")
