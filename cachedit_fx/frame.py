@@ -17,11 +17,6 @@ Locals = dict[str, Any]
 Step = tuple[str, Any]  # "item" and its key, "attribute" and its name, or "call" and the name of a tensor's method.
 Path = tuple[Step, ...]
 
-_GETTERS: dict[str, Callable[[Any], Callable[[Any], Any]]] = {
-    "item": operator.itemgetter,
-    "attribute": operator.attrgetter,
-    "call": operator.methodcaller,
-}
 _METHODS = ("size", "stride", "storage_offset")  # What Dynamo calls: a size that may change is an input of its own.
 
 
@@ -53,7 +48,8 @@ def path_of(source: str) -> Path:
 
 
 class Fetch:
-    """Finds values by their paths. What several paths have in common is looked up once.
+    """Finds values by their paths. What several paths have in common is looked up once, and what lies side by side in
+    one go: a model has hundreds of weights, and they are looked up at every call.
 
     Args:
         paths: As of `path_of`.
@@ -62,14 +58,27 @@ class Fetch:
 
     def __init__(self, paths: Sequence[Path], names: dict[str, Any]) -> None:
         self._names = names
-        self._program: list[tuple[Callable[[Any], Any], int]] = []  # What to get, and out of which value.
-        known: dict[Path, int] = {(("frame", "L"),): 0, (("frame", "G"),): 1}
-        found = [self._place(path, known) for path in paths]
+        # What to get, out of which value, and whether that is a tuple of several.
+        self._program: list[tuple[Callable[[Any], Any], int, bool]] = []
+        below: dict[Path, dict[str, dict[Any, None]]] = {}  # Path -> kind of step -> keys that are asked for there.
+        for path in paths:
+            for i in range(1, len(path)):
+                below.setdefault(path[:i], {}).setdefault(path[i][0], {})[path[i][1]] = None
+        places: dict[Path, int] = {(("frame", "L"),): 0, (("frame", "G"),): 1}
+        count, waiting = 2, [*places]
+        for path in waiting:
+            for kind, keys in below.get(path, {}).items():
+                for get in _getters(kind, [*keys]):
+                    self._program.append((get, places[path], kind != "call" and len(keys) > 1))
+                places |= {(*path, (kind, key)): count + i for i, key in enumerate(keys)}
+                count += len(keys)
+                waiting += [(*path, (kind, key)) for key in keys]
+        picked = [places[path] for path in paths]
         self._pick: Callable[[list[Any]], tuple[Any, ...]]
-        if len(found) > 1:
-            self._pick = operator.itemgetter(*found)
+        if len(picked) > 1:
+            self._pick = operator.itemgetter(*picked)
         else:  # An itemgetter of one key returns no tuple.
-            self._pick = lambda values: tuple(values[i] for i in found)
+            self._pick = lambda values: tuple(values[i] for i in picked)
 
     def __call__(self, frame: Locals) -> tuple[Any, ...]:
         """The values for a frame, one for each path.
@@ -79,17 +88,19 @@ class Fetch:
         """
         values: list[Any] = [frame, self._names]
         append = values.append
-        for get, at in self._program:
-            append(get(values[at]))
+        for get, at, is_many in self._program:
+            if is_many:
+                values += get(values[at])
+            else:
+                append(get(values[at]))
         return self._pick(values)
 
-    def _place(self, path: Path, known: dict[Path, int]) -> int:
-        if path not in known:
-            kind, key = path[-1]
-            step = _GETTERS[kind](key), self._place(path[:-1], known)
-            known[path] = len(self._program) + 2
-            self._program.append(step)
-        return known[path]
+
+def _getters(kind: str, keys: list[Any]) -> list[Callable[[Any], Any]]:
+    """What gets these of a value, in their order: all at once, as a tuple if they are several, but for methods."""
+    if kind == "call":
+        return [operator.methodcaller(key) for key in keys]
+    return [operator.itemgetter(*keys) if kind == "item" else operator.attrgetter(*keys)]
 
 
 class Binder:
