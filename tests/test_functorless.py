@@ -1,13 +1,11 @@
 """Models whose code cache-dit patches are cached here as they are, and docs/functors.md says how.
 
-A generation of three steps: the first is computed, the second reused, the third computed.
+That they are, and in which lists, is tested in `tests/test_zoo.py`, which also holds the rows of docs/models.md.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx import backend
 from cachedit_fx.cache_factory import patch_functors
-from cachedit_fx.passes.pipeline import Plan, plan_graph
 from tests.models import noise
 from tests.zoo import VARIANTS
-from tests.zoo.by_hand import tensors_of
-from tests.zoo.runs import DECISIONS, SETTINGS, Generation, steps_by_hand
+from tests.zoo.runs import DECISIONS, SETTINGS
+from tests.zoo.table import PAGE as MODELS
 from tests.zoo.variant import Variant
 
 PAGE = (Path(__file__).parent.parent / "docs" / "functors.md").read_text(encoding="utf-8")
@@ -43,70 +39,13 @@ PATCHED = (
     "ZImageControlNet",
 )
 
-# The tests of one model look at one run of it.
-every_model = pytest.mark.parametrize(
-    "variant",
-    [pytest.param(VARIANTS[n], id=n, marks=pytest.mark.shares_graphs(f"functorless-{n}")) for n in PATCHED],
-)
+every_model = pytest.mark.parametrize("variant", [VARIANTS[name] for name in PATCHED], ids=PATCHED)
 
 
 @pytest.fixture(autouse=True)
 def no_grad():
     with torch.no_grad():
         yield
-
-
-@dataclass(frozen=True)
-class Found:
-    """What became of the three steps of a model.
-
-    Attributes:
-        lists: Path of every block list in execution order, with the label of what it matched.
-        region: From the statistics of the one session.
-    """
-
-    lists: dict[str, str]
-    region: str
-    generation: Generation
-
-
-@functools.cache
-def found(name: str) -> Found:
-    """The three steps without a functor, with the cache in one graph."""
-    variant, plans = VARIANTS[name], []
-    transformer, calls = variant.build(), variant.generation()
-    # Called once before it is compiled, ZImage has its rotary tables; Dynamo does not capture how they are made.
-    plain = [tensors_of(transformer(**call)) for call in calls]
-    by_hand = steps_by_hand(variant, transformer, calls, (FN, 0))
-
-    def noted(*args: Any) -> Any:
-        plans.append(plan_graph(*args))
-        return plans[-1]
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(backend, "plan_graph", noted)
-        cachedit_fx.enable_cache(transformer, Fn_compute_blocks=FN, fullgraph=True, **SETTINGS)
-        outputs = [tensors_of(transformer(**call)) for call in calls]
-    (plan,), (stats,) = plans, cachedit_fx.summary(transformer, logging=False)
-    assert isinstance(plan, Plan)
-    lists = {match.blocks.path: match.label for match in plan.chain}
-    return Found(lists, stats.region, Generation([stats.decisions], outputs, plain, by_hand))
-
-
-@every_model
-def test_all_blocks_are_found_without_a_functor(variant: Variant):
-    assert [*found(variant.name).lists] == [*variant.lists]
-    first, *others = variant.lists
-    count = len(variant.build().get_submodule(first))
-    assert found(variant.name).region == "+".join([f"{first}[{FN}:{count}]", *others])
-
-
-@every_model
-def test_steps_are_the_uncached_ones_or_those_of_blocks_skipped_by_hand(variant: Variant):
-    found(variant.name).generation.check()
-
-
-# docs/functors.md
 
 
 def rows() -> dict[str, list[str]]:
@@ -125,8 +64,10 @@ def test_the_page_lists_these_models_and_those_with_a_functor():
 @every_model
 def test_the_page_says_which_lists_are_found_and_what_they_match(variant: Variant):
     said = re.findall(r"`(\w+)` (\d(?: or \d)?)", rows()[variant.kind.__name__][-1])
-    labels = found(variant.name).lists
-    assert said == [(path, label.removeprefix("pattern ").split(" (")[0]) for path, label in labels.items()]
+    (row,) = re.findall(rf"^\| {variant.name} \(.*$", MODELS.read_text(encoding="utf-8"), re.MULTILINE)
+    lists = re.findall(r"`(\w+)` \(\d+\): pattern (\d(?: or \d)?) ", row)
+    assert said == lists and [path for path, _ in lists] == [*variant.lists]
+    assert "Functor" not in row
 
 
 class LatticeBlock(nn.Module):

@@ -26,7 +26,7 @@ def pair(name: str) -> Pair:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.shares_graphs(f"requests-{n}")) for n in NAMES])
 @pytest.mark.parametrize("rule", [EVERY_OTHER, LOOKING], ids=["every other", "looking"])
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(plan=plans())
 def test_every_request_gets_what_it_gets_alone(name: str, rule: dict[str, object], plan: Plan):
     with torch.no_grad():

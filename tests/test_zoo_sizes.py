@@ -1,7 +1,7 @@
 """New sizes as Dynamo meets them by itself: a graph for the first one, one for all, one for another text length.
 
 The sessions of a model then run through several graphs. The models are three where Dynamo makes these three graphs, and
-two where it makes more or fewer.
+one where it makes fewer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ NUM_GRAPHS = {
     "QwenImage": 3,
     "Wan": 3,
     "CogVideoX": 2,
-    "JoyImageEdit": 4,
 }  # Of the uncached model.
 
 
