@@ -302,6 +302,7 @@ class Server:
         errors: list[BaseException] = []
 
         def run(loop: Loop) -> None:
+            torch.set_num_threads(1)  # A new thread has its own number, and sums in another order with another one.
             try:
                 with torch.no_grad():
                     while not loop.is_over():
@@ -336,6 +337,29 @@ class Server:
             assert _equal(found, expected), f"request {loop.number}, call {number}: not as alone"
 
 
+def run_random_plans(pair: Pair, rule: dict[str, Any], max_examples: int, end: float) -> int:
+    """Runs random plans on a pair of models until `end` of the monotonic clock; returns how many."""
+    count = 0
+
+    @settings(
+        max_examples=max_examples,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=[*HealthCheck],
+    )
+    @given(plan=plans())
+    def every_request_gets_what_it_gets_alone(plan: Plan) -> None:
+        nonlocal count
+        if time.monotonic() < end:
+            with torch.no_grad():
+                Server(pair, plan).run_and_check(**rule)
+            count += 1
+
+    every_request_gets_what_it_gets_alone()
+    return count
+
+
 def main() -> None:
     """Runs random plans on every transformer of the zoo, in turn, until the time is over."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -350,19 +374,7 @@ def main() -> None:
                 continue
             torch._dynamo.reset()
             pair = Pair.build(variant)
-            for rule in (EVERY_OTHER, LOOKING):
-
-                @settings(max_examples=arguments.examples, deadline=None, database=None, print_blob=True,
-                          suppress_health_check=[*HealthCheck])  # fmt: skip
-                @given(plan=plans())
-                def every_request_gets_what_it_gets_alone(plan: Plan, pair: Pair = pair, rule: Any = rule) -> None:
-                    nonlocal count
-                    if time.monotonic() < end:
-                        with torch.no_grad():
-                            Server(pair, plan).run_and_check(**rule)
-                        count += 1
-
-                every_request_gets_what_it_gets_alone()
+            count += sum(run_random_plans(pair, rule, arguments.examples, end) for rule in (EVERY_OTHER, LOOKING))
             print(f"{name}: {count} plans so far", flush=True)
 
 
