@@ -64,9 +64,12 @@ class Plan:
 
 
 @st.composite
-def schedules(draw: st.DrawFn, kind: str) -> tuple[float, ...]:
-    """Falling, as almost all are; in a pipeline also rising ones, and ones that repeat, as those of Heun's method."""
-    start = draw(st.sampled_from((900.0, 900.0, 450.0)))  # The latter as image-to-image begins.
+def schedules(draw: st.DrawFn, kind: str, starts: Sequence[float] = (900.0, 900.0, 450.0)) -> tuple[float, ...]:
+    """Falling, as almost all are; in a pipeline also rising ones, and ones that repeat, as those of Heun's method.
+
+    The lower start is that of image-to-image.
+    """
+    start = draw(st.sampled_from(starts))
     times = tuple(start - 70 * i for i in range(draw(st.integers(2, STEPS))))
     shape = draw(st.sampled_from(("falling", "falling", "rising", "twice", "equal"))) if kind != "bare" else "falling"
     if shape == "rising":
@@ -78,18 +81,35 @@ def schedules(draw: st.DrawFn, kind: str) -> tuple[float, ...]:
 
 @st.composite
 def requests(draw: st.DrawFn, kinds: Sequence[str] = KINDS, prompts: Sequence[str] = PROMPTS) -> Request:
-    kind = draw(st.sampled_from(kinds))
+    kind, prompt = draw(st.sampled_from(kinds)), draw(st.sampled_from(prompts))
     times = draw(schedules(kind))
     windows = 1 if len({*times}) < len(times) else draw(st.integers(1, 3))
     is_whole = draw(st.booleans())
     stop = STEPS if is_whole else draw(st.integers(1, STEPS - 1))
     fails = not is_whole and draw(st.booleans())
-    prompt, size = draw(st.sampled_from(prompts)), draw(st.sampled_from((0, 0, 0, 1)))
+    size = draw(st.sampled_from((0, 0, 0, 1)))
     return Request(kind, times, windows, stop, fails, prompt, size)
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def takeovers(draw: st.DrawFn) -> Plan:
+    """Bare loops in one prompt buffer, each abandoned at a higher timestep than the next one begins at.
+
+    Nothing but the content of the buffer tells them apart.
+    """
+    stops = draw(st.lists(st.integers(1, 5), min_size=1, max_size=2))
+    starts = [900.0 - 300 * i for i in range(len(stops) + 1)]
+    loops = [draw(schedules("bare", [start])) for start in starts]
+    found = [
+        Request("bare", times, stop=stop, prompt="overwritten")
+        for times, stop in zip(loops, [*stops, STEPS], strict=True)
+    ]
+    return Plan(tuple(found))
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> Plan:
+    """Requests of any kind, in any order."""
     # Often all are of one kind, or have one prompt object: what tells them apart is then one thing alone.
     kinds = draw(st.sampled_from((KINDS, *((kind,) for kind in KINDS))))
     prompts = draw(st.sampled_from((PROMPTS, *((prompt,) for prompt in PROMPTS))))
@@ -100,3 +120,7 @@ def plans(draw: st.DrawFn) -> Plan:
     order = tuple(draw(st.lists(number, max_size=12)))
     events = draw(st.lists(st.sampled_from(EVENTS), min_size=len(order), max_size=len(order)))
     return Plan(found, order, tuple(events))
+
+
+def plans() -> st.SearchStrategy[Plan]:
+    return st.one_of(mixtures(), mixtures(), mixtures(), takeovers())
