@@ -35,16 +35,24 @@ class Schedule:
         return other is not None and mine is not None and other.timesteps() is mine
 
 
+_PACKAGE = __name__.partition(".")[0] + "."
+
+
 def find_schedule() -> Schedule | None:
     """Where the innermost pipeline on the stack stands; None outside of one."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "__call__":
+        # The package's own calls are on every stack, and to read a frame's locals makes a dictionary of them.
+        if frame.f_code.co_name == "__call__" and not _is_ours(frame):
             found = _schedule_of(frame)
             if found is not None:
                 return found
         frame = frame.f_back
     return None
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith(_PACKAGE)
 
 
 def _schedule_of(frame: FrameType) -> Schedule | None:

@@ -10,8 +10,10 @@ import ast
 import inspect
 import operator
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from cachedit_fx.dict_versions import DictVersions
 
 Locals = dict[str, Any]
 Step = tuple[str, Any]  # "item" and its key, "attribute" and its name, or "call" and the name of a tensor's method.
@@ -48,13 +50,113 @@ def path_of(source: str) -> Path:
 
 
 class Fetch:
-    """Finds values by their paths. What several paths have in common is looked up once, and what lies side by side in
-    one go: a model has hundreds of weights, and they are looked up at every call.
+    """Finds values by their paths: a model has hundreds of weights, and they are looked up at every call.
+
+    Most of them lie below the frame's own module, by way of dictionaries alone. As long as none of these was written,
+    the last one on every way is where it was. The others are walked to. No value is held here.
 
     Args:
         paths: As of `path_of`.
         names: The function's globals.
     """
+
+    def __init__(self, paths: Sequence[Path], names: dict[str, Any]) -> None:
+        self._paths, self._names = paths, names
+        # Of the last call: the ways, what walks to the others, and where each value is among what the two give.
+        self._known: tuple[_Ways, _Walk, tuple[int, ...]] | None = None
+
+    def __call__(self, frame: Locals) -> tuple[Any, ...]:
+        """The values for a frame, one for each path.
+
+        Raises:
+            AttributeError, LookupError: A path leads nowhere.
+        """
+        known = self._known
+        if known is None or not known[0].hold(frame):
+            known = self._known = self._look(frame)
+        ways, walk, order = known
+        found = [*map(operator.getitem, ways.holders, ways.keys), *walk(frame)]
+        return tuple(map(found.__getitem__, order))
+
+    def _look(self, frame: Locals) -> tuple[_Ways, _Walk, tuple[int, ...]]:
+        ways = _Ways(frame, self._paths)
+        others = sorted({*range(len(self._paths))} - {*ways.numbers})
+        places = {number: place for place, number in enumerate((*ways.numbers, *others))}
+        walk = _Walk([self._paths[i] for i in others], self._names)
+        return ways, walk, tuple(map(places.__getitem__, range(len(places))))
+
+
+class _Ways:
+    """Those of the paths that lead from the frame's own module through dictionaries alone.
+
+    Attributes:
+        numbers: Of these paths.
+        holders, keys: For each of them, the last dictionary and what to read there.
+    """
+
+    def __init__(self, frame: Locals, paths: Sequence[Path]) -> None:
+        self.numbers: list[int] = []
+        self.holders: list[dict[Any, Any]] = []
+        self.keys: list[Any] = []
+        self._first: dict[str, Any] = {}  # The module's own attributes that are passed; others may change at any time.
+        passed: list[dict[Any, Any]] = []
+        known: dict[Path, Any] = {}
+        own = _attributes(frame.get("self"))
+        for number, path in enumerate(paths):
+            if path[:-1] not in known:
+                known[path[:-1]] = self._follow(frame, path[:-1], passed)
+            holder = _holder(known[path[:-1]], path[-1])
+            if holder is not None and holder is not own:  # The module's own dictionary holds this, in the end.
+                self.numbers.append(number)
+                self.holders.append(holder)
+                self.keys.append(path[-1][1])
+        self._passed = DictVersions(passed)
+
+    def hold(self, frame: Locals) -> bool:
+        """Whether they lead where they did."""
+        own = _attributes(frame.get("self"))
+        return all(own.get(name) is value for name, value in self._first.items()) and self._passed.are_same()
+
+    def _follow(self, frame: Locals, path: Path, passed: list[dict[Any, Any]]) -> Any:
+        """Where a path leads; None where it does not go through dictionaries. Adds those that it passes."""
+        if path[:2] != (("frame", "L"), ("item", "self")):
+            return None
+        value = frame.get("self")
+        own = _attributes(value)
+        for step in path[2:]:
+            if step == ("attribute", "__dict__"):
+                value = _attributes(value)
+                continue
+            holder = _holder(value, step)
+            if holder is None:
+                return None
+            value = holder[step[1]]
+            if holder is own:
+                self._first[step[1]] = value
+            else:
+                passed.append(holder)
+        return value
+
+
+def _attributes(value: Any) -> dict[Any, Any]:
+    found: dict[Any, Any] = getattr(value, "__dict__", {})
+    return found
+
+
+def _holder(value: Any, step: Step) -> dict[Any, Any] | None:
+    """The dictionary that holds what a step from `value` leads to; None if none does."""
+    kind, key = step
+    if kind == "item" and type(value) is dict:
+        holder = value
+    elif kind == "attribute" and not hasattr(type(value), key):
+        holder = _attributes(value)
+    else:
+        return None
+    return holder if key in holder else None
+
+
+class _Walk:
+    """Goes all the way. What several paths have in common is looked up once, and what lies side by side in one go."""
 
     def __init__(self, paths: Sequence[Path], names: dict[str, Any]) -> None:
         self._names = names
@@ -73,19 +175,9 @@ class Fetch:
                 places |= {(*path, (kind, key)): count + i for i, key in enumerate(keys)}
                 count += len(keys)
                 waiting += [(*path, (kind, key)) for key in keys]
-        picked = [places[path] for path in paths]
-        self._pick: Callable[[list[Any]], tuple[Any, ...]]
-        if len(picked) > 1:
-            self._pick = operator.itemgetter(*picked)
-        else:  # An itemgetter of one key returns no tuple.
-            self._pick = lambda values: tuple(values[i] for i in picked)
+        self._picked = [places[path] for path in paths]
 
-    def __call__(self, frame: Locals) -> tuple[Any, ...]:
-        """The values for a frame, one for each path.
-
-        Raises:
-            AttributeError, LookupError: A path leads nowhere.
-        """
+    def __call__(self, frame: Locals) -> Iterable[Any]:
         values: list[Any] = [frame, self._names]
         append = values.append
         for get, at, is_many in self._program:
@@ -93,7 +185,7 @@ class Fetch:
                 values += get(values[at])
             else:
                 append(get(values[at]))
-        return self._pick(values)
+        return map(values.__getitem__, self._picked)
 
 
 def _getters(kind: str, keys: list[Any]) -> list[Callable[[Any], Any]]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cachedit_fx.dict_versions import DictVersions
+
 _PLAIN = (torch.Tensor, nn.Module, str, bytes, int, float, complex, bool, type(None), type, tuple, list, dict, set)
 _PLAIN_OF_TORCH = (torch.dtype, torch.device, torch.Size)
 
@@ -33,22 +35,26 @@ class RegionWatch:
         self._children = [one._modules for one in inner if one._modules]
         # Attention processors and the like: objects that are no modules.
         objects = [(vars(one), name) for block in blocks for one in block.modules() for name in _objects_of(one)]
-        ends = [(found[0], found[-1]) for found in map(_weights_of, blocks) if found]
-        slots = [*itertools.chain.from_iterable(ends)]
+        # One weight speaks for a block: where weights are loaded, all of them change.
+        slots = [found[0] for found in map(_weights_of, blocks) if found]
         self._counted = [holder[name] for holder, name in slots if not holder[name].is_inference()]
         places = [*objects, *slots]
         self._holders = [holder for holder, _ in places]
         self._names = [name for _, name in places]
+        self._dicts = DictVersions([*self._children, *self._holders])
         self._known = [*map(dict.get, self._holders, self._names)]
         self._known_children, self._versions = self._look_at_children(), self._look_at_versions()
 
     def has_changed(self) -> bool:
         """Whether anything is another object than it was, or was written in place."""
-        # Loops in C, for hundreds of objects at every call. Tensors are compared by what they are, not by their values.
-        is_same = all(map(operator.is_, map(dict.get, self._holders, self._names), self._known))
-        return not (
-            is_same and self._look_at_children() == self._known_children and self._look_at_versions() == self._versions
-        )
+        if not self._dicts.are_same():
+            dicts = DictVersions([*self._children, *self._holders])
+            # Tensors are compared by what they are, not by their values.
+            is_same = all(map(operator.is_, map(dict.get, self._holders, self._names), self._known))
+            if not is_same or self._look_at_children() != self._known_children:
+                return True
+            self._dicts = dicts  # Something else was written, as an attribute that a module keeps for itself.
+        return self._look_at_versions() != self._versions
 
     def _look_at_children(self) -> list[Any]:
         return [*itertools.chain.from_iterable(map(dict.values, self._children))]
@@ -81,10 +87,7 @@ def _objects_of(module: nn.Module) -> list[str]:
 
 
 def _weights_of(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    return [
-        (holder, name)
-        for module in block.modules()
-        for holder in (module._parameters, module._buffers)
-        for name, tensor in holder.items()
-        if tensor is not None
-    ]
+    """Where its tensors are: parameters, then buffers."""
+    modules = [*block.modules()]
+    holders: list[dict[str, Any]] = [*(one._parameters for one in modules), *(one._buffers for one in modules)]
+    return [(holder, name) for holder in holders for name, tensor in holder.items() if tensor is not None]

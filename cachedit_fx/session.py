@@ -206,8 +206,9 @@ class Instance:
         key = BranchKey(owner, current_owner(request), _label.get(), token)
         with self._lock:
             turn = self._turns.get(key) or self._turns.get(replace(key, owner=None), FIRST_TURN)
-            known = self._sessions.get(SessionKey(key, turn.foreseen(schedule)))
-        return known or Session(SessionKey(key, turn.foreseen(schedule)), request, self._epoch), turn
+            foreseen = SessionKey(key, turn.foreseen(schedule))
+            known = self._sessions.get(foreseen)
+        return known or Session(foreseen, request, self._epoch), turn
 
     def at(self, session: Session, ordinal: int) -> Session:
         """The session of another of the calls that the branch of `session` makes at a step."""

@@ -161,7 +161,9 @@ class StepRun:
         run.diff = diff if shared is None else shared
         if run.forecast is not None:
             run.is_outdated = run.state.is_outdated or self._has_gap() or is_jump(run.diff, run.state.diffs)
-        run.history = replace(run.state.history, has_moved=self._snapshot.direction != 0)
+        run.history, has_moved = run.state.history, self._snapshot.direction != 0
+        if run.history.has_moved != has_moved:
+            run.history = replace(run.history, has_moved=has_moved)
         earlier = [r.diff for r in self._runs[:region] if r.decision is not None and r.decision.looked]
         run.decision = decide(
             run.config,
@@ -314,19 +316,19 @@ class StepRun:
             self._enter(self._instance.at(self._session, ordinal))
         if self._snapshot.checksum not in ((), checksum):
             self._begin_generation("conditioning-changed")
-        self._snapshot = replace(self._snapshot, checksum=checksum)
         last, direction = self._snapshot.timestep, self._snapshot.direction
         has_stepped = self._turn.is_next_step(self._schedule) and not self._is_new
         if timestep is None:
             # Without a clock a request with a name, or a pipeline that counts its steps, is known to be one generation.
             is_known = self._session.is_named or has_stepped
-            self._snapshot = replace(self._snapshot, direction=int(is_known))
+            self._snapshot = replace(self._snapshot, checksum=checksum, direction=int(is_known))
             return
         turn = 0 if last is None or math.isnan(timestep) else (timestep > last) - (timestep < last)
         if turn * direction < 0 and not has_stepped:
             self._begin_generation("timestep-turned")
             turn, direction = 0, 0
-        self._snapshot = replace(self._snapshot, timestep=timestep, direction=turn or direction or int(has_stepped))
+        direction = turn or direction or int(has_stepped)
+        self._snapshot = replace(self._snapshot, checksum=checksum, timestep=timestep, direction=direction)
 
     def _begin_generation(self, reason: str) -> None:
         self._is_new, self._snapshot = True, Snapshot(began=reason)

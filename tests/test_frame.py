@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -164,3 +166,62 @@ def test_a_wrapper_is_bound_by_its_own_parameters():
     def wrapper(self, *args, **kwargs): ...
 
     assert Binder(wrapper)((0, 1), {"timestep": 2}) == {"self": 0, "args": (1,), "kwargs": {"timestep": 2}}
+
+
+def test_a_value_that_was_replaced_is_found_where_the_way_is_the_same(frame: dict[str, Any]):
+    source = "L['self']._modules['proj_in']._parameters['bias']"
+    fetch = Fetch([path_of(source)], {})
+    fetch(frame)
+    frame["self"].proj_in.bias = torch.nn.Parameter(torch.ones_like(frame["self"].proj_in.bias))
+    assert fetch(frame) == (frame["self"].proj_in.bias,)
+
+
+@pytest.mark.parametrize("place", ["a module", "a list of modules", "the dictionary of all modules", "another frame"])
+def test_a_way_that_leads_elsewhere_now_is_gone_anew(place: str, frame: dict[str, Any]):
+    source = "L['self']._modules['blocks']._modules['2']._modules['image']._parameters['weight']"
+    fetch = Fetch([path_of(source), path_of("L['x']")], {})
+    fetch(frame)
+    model, other = frame["self"], tiny.build()
+    if place == "a module":
+        model.blocks[2].image = other.blocks[1].image
+    elif place == "a list of modules":
+        model.blocks = other.blocks
+    elif place == "the dictionary of all modules":
+        model._modules = other._modules
+    else:
+        frame = {**frame, "self": other, "x": torch.ones(1)}
+    weight, x = fetch(frame)
+    assert weight is frame["self"].blocks[2].image.weight and x is frame["x"]
+    again, _ = fetch(frame)
+    assert again is weight
+
+
+def test_what_a_property_gives_is_asked_for_at_every_call():
+    class Counting(torch.nn.Module):
+        calls = 0
+
+        @property
+        def scale(self) -> int:
+            Counting.calls += 1
+            return Counting.calls
+
+    module = Counting()
+    module.__dict__["scale"] = "not this"  # A property comes before an attribute of the object.
+    fetch = Fetch([path_of("L['self'].scale")], {})
+    assert [fetch({"self": module}), fetch({"self": module})] == [(1,), (2,)]
+
+
+def test_a_module_goes_with_its_last_reference():
+    module = tiny.build()
+    module.scale = torch.ones(1)
+    fetch = module.__dict__["fetch"] = Fetch(
+        [path_of("L['self'].scale"), path_of("L['self'].blocks[1].text.weight")], {}
+    )
+    fetch({"self": module})
+    known = weakref.ref(module)
+    gc.disable()
+    try:
+        del module, fetch
+        assert known() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,97 @@
+"""The watch over a region sees every module, processor and weight that is another one, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from cachedit_fx import dict_versions
+from cachedit_fx.dict_versions import DictVersions
+from cachedit_fx.region_watch import RegionWatch
+
+
+class Processor:
+    pass
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(2, 2), nn.SiLU())
+        self.register_buffer("scale", torch.ones(1))
+        self.processor = Processor()
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+
+def swap(model: Model) -> None:
+    model.blocks[1], model.blocks[2] = model.blocks[2], model.blocks[1]
+
+
+CHANGES: dict[str, Callable[[Model], object]] = {
+    "a block": lambda model: model.blocks.__setitem__(1, Block()),
+    "two blocks": swap,
+    "the list of blocks": lambda model: setattr(model, "blocks", nn.ModuleList(model.blocks)),
+    "a further block": lambda model: model.blocks.append(Block()),
+    "a layer": lambda model: model.blocks[2].inner.__setitem__(0, nn.Linear(2, 2)),
+    "a layer, behind the back of its module": lambda model: model.blocks[2].inner._modules.update({"1": nn.GELU()}),
+    "a processor": lambda model: setattr(model.blocks[1], "processor", Processor()),
+    "the first weight of a block": lambda model: setattr(
+        model.blocks[1].inner[0], "weight", nn.Parameter(torch.ones(2, 2))
+    ),
+    "what stands in the first weight of a block": lambda model: model.blocks[1].inner[0].weight.add_(1),
+    "all weights": lambda model: model.load_state_dict(model.state_dict()),
+    "all weights, as they are": lambda model: model.load_state_dict(Model().state_dict(), assign=True),
+}
+OTHERS: dict[str, Callable[[Model], object]] = {
+    "nothing": lambda model: None,
+    "a note of the model's": lambda model: setattr(model, "note", object()),
+    "a note of a block's": lambda model: setattr(model.blocks[1], "note", object()),
+    "a processor that is set again": lambda model: setattr(model.blocks[1], "processor", model.blocks[1].processor),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["by versions", "without versions"])
+def _versions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not request.param:
+        monkeypatch.setattr(dict_versions, "_version_of", None)
+    yield
+
+
+@pytest.mark.usefixtures("_versions")
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_another_one_is_seen(change: str):
+    model = Model().requires_grad_(False)
+    watch = RegionWatch(model, ["blocks.1", "blocks.2"])
+    assert not watch.has_changed()
+    CHANGES[change](model)
+    assert watch.has_changed()
+    assert watch.has_changed()  # Until there is a new watch.
+
+
+@pytest.mark.usefixtures("_versions")
+@pytest.mark.parametrize("change", OTHERS)
+def test_what_is_nothing_of_the_region_is_not_taken_for_a_change(change: str):
+    model = Model()
+    watch = RegionWatch(model, ["blocks.1", "blocks.2"])
+    for _ in range(2):
+        OTHERS[change](model)
+        assert not watch.has_changed()
+    CHANGES["a layer"](model)
+    assert watch.has_changed()
+
+
+def test_torch_numbers_the_writes_to_dictionaries():
+    """Without that the watch reads what the dictionaries hold, at twice the price."""
+    written: dict[str, int] = {"a": 1}
+    versions = DictVersions([written, {}])
+    assert versions.are_same()
+    written["a"] = 2
+    assert not versions.are_same()
