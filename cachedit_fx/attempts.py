@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -24,6 +24,7 @@ from cachedit_fx.runtime import GuardedCall
 from cachedit_fx.session import current_call
 
 MAX_GRAPHS = 64  # Of one class of modules: past them Dynamo compiles no more, however often the graphs are used.
+MAX_SIGNATURES = 1024
 PAID_OFF = 3  # Calls that a graph has to serve before it makes room for another one.
 
 # What Dynamo says where a function is past its limit: as an error, with `fullgraph=True`, and as a statistic.
@@ -91,6 +92,7 @@ class Attempts:
         self._compiled: dict[Attempt, Callable[..., Any]] = {}
         self._lock = threading.RLock()
         self._works = False  # Whether the first of the attempts has worked.
+        self._served: set[Hashable] = set()  # Signatures of calls that it served.
         self.why_in_parts = ""
         self.full_at = 0
 
@@ -103,7 +105,8 @@ class Attempts:
         Raises:
             TorchDynamoException: No way is left; what the first of them met.
         """
-        if self._works:
+        signature = _signature(args, kwargs)
+        if self._works and (signature in self._served or self.full_at):
             attempt, *_ = self._attempts
             if self._before_each is not None:
                 self._before_each(attempt)
@@ -113,8 +116,14 @@ class Attempts:
                 raise
             except TorchDynamoException:
                 pass  # What worked for other sizes does not for these.
-        with self._lock:  # Other threads wait: they begin with the way that is found here.
-            return self._find_a_way(args, kwargs)
+        # Other threads wait: they begin with the way that is found here, and find the graph that is compiled here. By
+        # itself Dynamo would compile one for each of them.
+        with self._lock:
+            result = self._find_a_way(args, kwargs)
+            if len(self._served) >= MAX_SIGNATURES:
+                self._served.clear()
+            self._served.add(signature)
+            return result
 
     def _find_a_way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first: Exception | None = None
@@ -217,6 +226,21 @@ class Attempts:
         mine = [frame for frame in stack if frame.filename == self._file]
         place = "".join(f"{Path(frame.filename).name}:{frame.lineno}, " for frame in (mine or stack)[-1:])
         return f'{place}"{shorten(str(error).strip().splitlines()[0], 120)}"'
+
+
+def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    """Equal for calls that Dynamo compiles no new graph for, as far as the arguments tell."""
+    return (*map(_kind, args), *((name, _kind(value)) for name, value in kwargs.items()))
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.device, value.requires_grad
+    if isinstance(value, list | tuple):
+        return type(value), *map(_kind, value)
+    if isinstance(value, Mapping):
+        return type(value), *((name, _kind(one)) for name, one in value.items())
+    return value if isinstance(value, bool | str | None) else type(value)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from cachedit_fx.passes.inplace import replace_writes
 from cachedit_fx.passes.inputs import find_conditioning, find_timestep
 from cachedit_fx.passes.join import LEAST_SHARE, continues, flops_on_latents, join_lists
 from cachedit_fx.passes.locate import locate_blocks
+from cachedit_fx.passes.numpy_calls import drop_numpy_calls
 from cachedit_fx.passes.region import Group, Region
 from cachedit_fx.passes.symbols import hoist_symbols
 from cachedit_fx.passes.watch import Watch
@@ -57,7 +58,8 @@ class Plan:
 
 
 TIDYING: tuple[Callable[[fx.GraphModule], object], ...] = (
-    hoist_symbols,  # Sizes first: no later pass has to ask whether a value is one.
+    drop_numpy_calls,  # What nothing reads needs no place.
+    hoist_symbols,  # Before the others: no later pass has to ask whether a value is one.
     narrow_contexts,  # Before anything moves: a node belongs to the context that it was made in.
     replace_writes,  # Last: it asks who else sees a value, and the passes before change that.
 )

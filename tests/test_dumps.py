@@ -44,7 +44,14 @@ def test_a_folder_per_graph_with_a_pair_of_files_per_pass(tmp_path):
     (graph,) = (tmp_path / "new" / "folder").iterdir()
     assert graph.name == "000_Hybrid"
     passes = [
-        *("inline-checkpoints", "apply-functor", "hoist-symbols", "narrow-contexts", "replace-writes"),
+        *(
+            "inline-checkpoints",
+            "apply-functor",
+            "drop-numpy-calls",
+            "hoist-symbols",
+            "narrow-contexts",
+            "replace-writes",
+        ),
         *("insert-guards", "split-pieces"),
     ]
     found = names(graph)

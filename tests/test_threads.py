@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from cachedit_fx import PolynomialCalibratorConfig
 from tests import tiny
@@ -65,3 +68,33 @@ def test_forecasters_are_traced_while_other_threads_are_traced_and_called():
         with torch.no_grad():
             first = tiny.step(plain, prompt(seed), tiny.TIMES[0], latents(seed, tokens=tokens))
         tiny.assert_bitwise(made, [first] * 3)
+
+
+@pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
+def test_threads_compile_no_graph_more_than_calls_in_turn_do(is_warm: bool):
+    """Each counts against Dynamo's limit, past which calls run without the cache."""
+    jobs = [(seed, TOKENS[1 + seed % 2]) for seed in range(8)]
+    start = threading.Barrier(len(jobs), timeout=60)
+
+    def run_at_once(module: torch.nn.Module, job: tuple[int, int]) -> None:
+        start.wait()
+        generation(module, *job)
+
+    def num_graphs(run_all: Callable[[torch.nn.Module], None]) -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        module = enabled(build())
+        if is_warm:
+            generation(module, 1, TOKENS[0])
+        run_all(module)
+        return counters["stats"]["unique_graphs"]
+
+    def in_turn(module: torch.nn.Module) -> None:
+        for job in jobs:
+            generation(module, *job)
+
+    def at_once(module: torch.nn.Module) -> None:
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            list(pool.map(functools.partial(run_at_once, module), jobs))
+
+    assert num_graphs(at_once) <= num_graphs(in_turn)
