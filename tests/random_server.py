@@ -75,12 +75,18 @@ class Pair:
     plain: nn.Module
 
     @staticmethod
+    @torch.no_grad()
     def build(variant: Variant) -> Pair:
         cached, plain = variant.build(), variant.build()
         call_before(variant, cached)
         fields = dict(EVERY_OTHER, Fn_compute_blocks=1, inner_backend="fails_on_demand", on_no_match="raise")
         enable(variant, cached, cachedit_fx.CacheConfig(**fields, forecaster=None), dynamic=True)
-        return Pair(variant, cached, plain)
+        pair = Pair(variant, cached, plain)
+        # Compiled for both sizes: a session computes where another graph takes over, and would not be as alone. Threads
+        # that compile at once are tested in `tests/test_threads.py`.
+        times = (900.0, 800.0)
+        Server(pair, Plan(tuple(Request("named", times, size=size) for size in (0, 1)))).run_and_check(**EVERY_OTHER)
+        return pair
 
     def change(self, event: str) -> None:
         """What happens to the server between two steps."""

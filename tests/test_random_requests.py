@@ -11,19 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.random_requests import Plan, Request, plans
+from tests.random_requests import Plan, plans
 from tests.random_server import EVERY_OTHER, LOOKING, Pair, Server
 from tests.zoo import VARIANTS
 
 NAMES = ("Flux", "QwenImage", "Wan")
 
 
-@functools.cache
-def pair(name: str) -> Pair:
-    """Compiled for both sizes: threads that compile at once are tested in `tests/test_threads.py`."""
-    found = Pair.build(VARIANTS[name])
-    Server(found, Plan((Request("named", (900.0, 800.0)), Request("named", (900.0, 800.0), size=1)))).run_and_check()
-    return found
+pair = functools.cache(lambda name: Pair.build(VARIANTS[name]))
 
 
 @pytest.mark.slow
