@@ -180,7 +180,7 @@ class Loop:
         variant, request = self.pair.variant, self.request
         own = variant.inputs(request.times[step], size=request.size, text=request.size)
         seed = 100 * self.number + 10 * step + window
-        latents = {name: another(own[name], seed) for name in variant.latents}
+        latents = {name: pytree.tree_map(lambda x: another(x, seed), own[name]) for name in variant.latents}
         return self.common | {name: own[name] for name in variant.times} | latents
 
     def _is_reused(self, window: int, call: Inputs, output: list[Tensor]) -> bool:
