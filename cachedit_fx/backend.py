@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis
 from torch._logging._internal import trace_structured_artifact
 
 from cachedit_fx.capture import Sources, captured_module, copy_graph, forget_examples, sources_of
@@ -129,6 +130,10 @@ class Backend:
             try:
                 per_call = self.policy_per_call
                 return compile_guarded(planned, config, compiler, owner, sources_of(gm), policy_per_call=per_call)
+            except (
+                RestartAnalysis
+            ):  # Dynamo's own: it captures the graph anew, as where a number has to be specialised.
+                raise
             except Exception as error:  # Of the whole graph the inner compiler may make more than of a part.
                 why = _report_bug(error, config, "the inner backend failed on a part of the graph")
                 return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)

@@ -274,7 +274,7 @@ def _make_contiguous(segment: fx.GraphModule, call: fx.Node, gm: fx.GraphModule)
         fresh = [value.contiguous() if i in strided else value for i, value in enumerate(values)]
     before = [value_of(node) for node in gm.graph.output_node().all_input_nodes]
     with torch.no_grad():
-        after = FakeTensorProp(gm, mode).propagate(*fresh)
+        after = _Propagation(gm, mode).propagate(*fresh)
     if any(_stride(a) != _stride(b) for a, b in zip(before, after, strict=True)):
         return
     arguments = list(call.args)
@@ -284,6 +284,14 @@ def _make_contiguous(segment: fx.GraphModule, call: fx.Node, gm: fx.GraphModule)
             arguments[i] = segment.graph.call_method("contiguous", (source,))
         placeholders[i].meta = {"example_value": fresh[i]}
     call.args = tuple(arguments)
+
+
+class _Propagation(FakeTensorProp):
+    """Numbers that are read off a tensor, as a lifted `eps` is, are those that the graph was captured with."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        known = value_of(n)
+        return known if n.target == "item" and known is not None else super().run_node(n)
 
 
 def _is_strided_stream(value: Any) -> bool:

@@ -246,13 +246,9 @@ class Prompts:
 
 
 PROMPT_NAMES = (
-    *(
-        "encoder_hidden_states",
-        "encoder_hidden_states_t5",
-        "encoder_hidden_states_llama3",
-        "audio_encoder_hidden_states",
-    ),
-    *("pooled_projections", "text_bth", "cap_feats"),
+    *("encoder_hidden_states", "encoder_hidden_states_2", "encoder_hidden_states_t5", "encoder_hidden_states_llama3"),
+    *("encoder_hidden_states_image", "audio_encoder_hidden_states", "global_hidden_states"),
+    *("pooled_projections", "pooled_embeds", "proj_embedding", "id_cond", "text_bth", "cap_feats"),
 )
 
 

@@ -32,6 +32,7 @@ from tests.synthetic import (
     capture,
     make_inputs,
 )
+from tests.zoo import VARIANTS
 
 
 @pytest.fixture(autouse=True)
@@ -347,3 +348,15 @@ def test_a_block_that_uses_one_weight_twice_stands_alone():
     pieces, output, captured = split(model, share=True)
     assert blocks_in(pieces) == [[0, 2, 3], [1]]
     assert_bitwise(output, captured.output[0])
+
+
+@pytest.mark.parametrize("name", ["Flux", "ConsisID"])
+def test_numbers_that_are_lifted_with_dynamic_sizes_are_no_hindrance(name: str):
+    """The `eps` of a norm, which an ahead-of-time compiler asks Dynamo to specialise. ConsisID's blocks get a slice."""
+    variant = VARIANTS[name]
+    module, plain = variant.build(), variant.build()
+    cachedit_fx.enable_cache(module, inner_backend="aot_eager", on_no_match="raise", dynamic=True)
+    with torch.no_grad():
+        found, expected = module(**variant.inputs())[0], plain(**variant.inputs())[0]
+    assert cachedit_fx.is_cached(module)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # `aot_eager` decomposes: rounding in float32.
