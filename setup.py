@@ -6,6 +6,7 @@
 subfolder added later is in the wheel.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -35,6 +36,13 @@ def derive_packages() -> list[str]:
     return packages
 
 
+def version() -> str:
+    """As in `cachedit_fx/_version.py`, which cannot be imported before torch is there."""
+    found = re.search(r'__version__ = "([^"]+)"', (ROOT / "cachedit_fx" / "_version.py").read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1]
+
+
 def long_description() -> str:
     """The README, or nothing where it is missing."""
     readme = ROOT / "README.md"
@@ -46,7 +54,7 @@ REPORT = ["matplotlib", "jinja2", "rich"]
 
 setup(
     name="cachedit_fx",
-    version="0.1.0",
+    version=version(),
     description=(
         "Caching for compiled diffusion transformers: "
         "a torch.compile backend that reuses block residuals inside the graph"
@@ -58,7 +66,7 @@ setup(
     python_requires=">=3.11",
     package_dir=PACKAGE_DIR,
     packages=derive_packages(),
-    package_data={"cachedit_fx": ["py.typed"], "cachedit_fx.pages": ["templates/*"]},
+    package_data={"cachedit_fx": ["py.typed"], "cachedit_fx.inspect.pages": ["templates/*"]},
     install_requires=["torch>=2.11", "numpy"],
     extras_require={
         "diffusers": DIFFUSERS,
@@ -77,7 +85,7 @@ setup(
         "peers": ["cache-dit==1.5.3"],
         "dev": ["ruff", "mypy", "build", "wheel", "setuptools>=77"],
     },
-    entry_points={"torch_dynamo_backends": ["cachedit = cachedit_fx.backend:cachedit"]},
+    entry_points={"torch_dynamo_backends": ["cachedit = cachedit_fx.frontend.backend:cachedit"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

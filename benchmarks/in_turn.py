@@ -20,7 +20,7 @@ import cachedit_fx
 from benchmarks.sizes import ON_CPU, WORKS
 from benchmarks.variants import THRESHOLD, raise_limits
 from benchmarks.work import build, keep_blocks, latents_of, prompt_of, timesteps_of
-from cachedit_fx.instances import end_generation
+from cachedit_fx.runtime.instances import end_generation
 
 
 def measure(name: str, rounds: int) -> dict[tuple[str, str], float]:

@@ -27,8 +27,8 @@ from torch import fx
 from tqdm import tqdm
 
 from cachedit_fx import CacheConfig, CacheType
-from cachedit_fx.backend import Rewritten, rewrite
-from cachedit_fx.capture import copy_graph
+from cachedit_fx.frontend.backend import Rewritten, rewrite
+from cachedit_fx.frontend.capture import copy_graph
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.join import join_lists
 from cachedit_fx.passes.locate import locate_blocks

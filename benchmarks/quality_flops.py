@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from cachedit_fx.compiler import InnerCompiler
+from cachedit_fx.frontend.inner_compiler import InnerCompiler
 
 
 class Flops(TorchDispatchMode):

@@ -12,13 +12,10 @@ Words, one meaning each:
     session    the cache state of one generation's one guidance branch, across its steps
 """
 
-from cachedit_fx.adapter import BlockAdapter, ParamsModifier
-from cachedit_fx.backend import Backend
-from cachedit_fx.calls import CallCounts
-from cachedit_fx.config import RECOMMENDED, CacheConfig, CacheType, DBCacheConfig, DBPruneConfig
+from cachedit_fx._version import __version__ as __version__
+from cachedit_fx.config.cache_config import RECOMMENDED, CacheConfig, CacheType, DBCacheConfig, DBPruneConfig
+from cachedit_fx.config.steps_mask import steps_mask
 from cachedit_fx.errors import ConfigError, NoMatchError, PassError, PatternError
-from cachedit_fx.explanation.explain import explain
-from cachedit_fx.explanation.result import Explanation
 from cachedit_fx.forecasters import (
     DMDCalibratorConfig,
     FittedCalibratorConfig,
@@ -31,23 +28,26 @@ from cachedit_fx.forecasters import (
     register_forecaster,
     unregister_forecaster,
 )
-from cachedit_fx.functor import PatchFunctor, block_nodes, give_to_block, rename_stream, split_stream
-from cachedit_fx.instances import is_cached, reset
-from cachedit_fx.load import load_configs
+from cachedit_fx.frontend.backend import Backend
+from cachedit_fx.functors.functor import PatchFunctor, block_nodes, give_to_block, rename_stream, split_stream
+from cachedit_fx.inspect import dumps as _dumps  # noqa: F401 - It registers itself.
+from cachedit_fx.inspect.explanation.explain import explain
+from cachedit_fx.inspect.explanation.result import Explanation
+from cachedit_fx.inspect.reports import RunReport, report, summary
+from cachedit_fx.integrations.adapter_registry import BlockAdapterRegistry
+from cachedit_fx.integrations.block_adapter import BlockAdapter, ParamsModifier
+from cachedit_fx.integrations.config_files import load_configs
+from cachedit_fx.integrations.pipelines import disable_cache, enable_cache, refresh_context
 from cachedit_fx.patterns import BlockTemplate, register_pattern, unregister_pattern
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
-from cachedit_fx.pipeline import disable_cache, enable_cache, refresh_context
 from cachedit_fx.policies import Decider, StepView
-from cachedit_fx.registry import BlockAdapterRegistry
-from cachedit_fx.reports import RunReport, report, summary
-from cachedit_fx.request import session
-from cachedit_fx.stats import CacheStats
-from cachedit_fx.steps_mask import steps_mask
+from cachedit_fx.runtime.call_counts import CallCounts
+from cachedit_fx.runtime.instances import is_cached, reset
+from cachedit_fx.runtime.request import session
+from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.tuning import TuneResult, check_signature, load_tuned, tune
 
 BasicCacheConfig = DBCacheConfig  # cache-dit has both names.
-
-__version__ = "0.1.0"
 
 __all__ = [
     "RECOMMENDED",

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cachedit_fx.config import CacheConfig, split_options
+from cachedit_fx.config.cache_config import CacheConfig, split_options
 from cachedit_fx.errors import ConfigError
-from cachedit_fx.explanation.explain import explain
-from cachedit_fx.explanation.result import GRAPHS
+from cachedit_fx.inspect.explanation.explain import explain
+from cachedit_fx.inspect.explanation.result import GRAPHS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,3 +55,8 @@ def did_you_mean(value: object, allowed: Iterable[object]) -> str:
     """` Did you mean 'x'?` where `x` is close to what was given, else nothing."""
     near = difflib.get_close_matches(str(value), list(map(str, allowed)), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def missing(package: str, what: str) -> ConfigError:
+    """What to say where a package of the extra `report` is not installed."""
+    return ConfigError(f"cachedit_fx: {what} needs {package}, which is not installed: pip install cachedit_fx[report]")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from cachedit_fx.config import CacheType
+from cachedit_fx.config.cache_config import CacheType
 from cachedit_fx.passes.checks import check_state, check_writes
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.pair import behind, made_again, made_of, pair_streams, rejoin, undo_joins, values_of

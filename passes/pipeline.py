@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import PatternError, cut
 from cachedit_fx.passes.checkpoints import inline_checkpoints
 from cachedit_fx.passes.contexts import narrow_contexts

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from cachedit_fx.config import CacheType
+from cachedit_fx.config.cache_config import CacheType
 from cachedit_fx.passes.checks import check_state, check_writes
 from cachedit_fx.passes.dataflow import Program
 from cachedit_fx.passes.inplace import is_in_place, storage_of

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from cachedit_fx.config import CacheConfig, CacheType, Changes
+from cachedit_fx.config.cache_config import CacheConfig, CacheType, Changes
 from cachedit_fx.passes.replay import Replay
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.chain import Block, depends_on_data, same_shape, source_line, value_of

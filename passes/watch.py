@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import fx
 
+from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.patterns.chain import BlockList
+from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Match, Mismatch
 
 if TYPE_CHECKING:
@@ -37,3 +39,22 @@ class Watch:
 
     def pieces(self, guarded: GuardedGraph, pieces: Sequence[Piece]) -> None:
         """The guarded graph, its segments cut into the pieces that will be compiled."""
+
+    def finish(self, gm: fx.GraphModule, reasons: tuple[Mismatch, ...] = ()) -> None:
+        """The end of the way. `reasons` are those that no pass knows."""
+
+    def fail(self) -> None:
+        """A pass raised the exception that is handled now."""
+
+
+# Who is told where `debug_dir` is set. `cachedit_fx.inspect.dumps` puts it here: nothing imports what renders.
+new_dump: Callable[[str, CacheConfig, Declaration], Watch] | None = None
+
+
+def watch_for(cls: str, config: CacheConfig, declared: Declaration) -> Watch:
+    """Who is told of the graph of a module of class `cls`.
+
+    Raises:
+        ConfigError: `debug_dir` cannot be made or written to.
+    """
+    return new_dump(cls, config, declared) if config.debug_dir is not None and new_dump is not None else Watch()

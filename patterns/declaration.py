@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import fx
 
-from cachedit_fx.config import Changes
+from cachedit_fx.config.cache_config import Changes
 from cachedit_fx.patterns.template import BlockTemplate
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 import cachedit_fx
-from cachedit_fx.instances import end_generation
-from cachedit_fx.light import MISSED
+from cachedit_fx.frontend.fast_dispatch import MISSED
+from cachedit_fx.runtime.instances import end_generation
 from tests import tiny
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 import cachedit_fx
-import cachedit_fx.testing
+import cachedit_fx.testing.pattern_check
 from cachedit_fx import (
     BlockAdapter,
     BlockTemplate,
@@ -23,15 +23,14 @@ from cachedit_fx import (
     ForwardPattern,
     ParamsModifier,
     PatchFunctor,
-    backend,
-    light,
 )
-from cachedit_fx.pages import plots, render
+from cachedit_fx.frontend import backend, fast_dispatch
+from cachedit_fx.inspect.pages import plots, render
+from cachedit_fx.inspect.reproduce import run_saved
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN
-from cachedit_fx.reference import Reference
-from cachedit_fx.reproduce import run_saved
 from cachedit_fx.testing import check_pattern
+from cachedit_fx.testing.reference import Reference
 from examples.custom_pattern import TwoScaleTransformer
 from tests import hybrid, tiny
 from tests.messages_forecasters import ROWS as FORECASTERS
@@ -74,8 +73,8 @@ def dump_into_a_file(folder: Path) -> None:
 def run_where_dynamo_has_no_guards() -> None:
     model = hybrid.build()
     with (
-        patch.object(light, "_told", set()),
-        patch.object(light, "_guards_of", side_effect=AttributeError("no guards")),
+        patch.object(fast_dispatch, "_told", set()),
+        patch.object(fast_dispatch, "_guards_of", side_effect=AttributeError("no guards")),
     ):
         hybrid_step(cachedit_fx.enable_cache(model, hybrid.config()))
 
@@ -167,14 +166,14 @@ def checked(number: int, model: Transformer) -> None:
 
 
 def checked_with_another_output(step: int) -> None:
-    original = cachedit_fx.testing._run_compiled
+    original = cachedit_fx.testing.pattern_check._run_compiled
 
     def other(*args: Any) -> Any:
         outputs, stats = original(*args)
         outputs[step] = [tensor + 1 for tensor in outputs[step]]
         return outputs, stats
 
-    with patch.object(cachedit_fx.testing, "_run_compiled", other):
+    with patch.object(cachedit_fx.testing.pattern_check, "_run_compiled", other):
         checked(3, Transformer())
 
 
@@ -295,7 +294,7 @@ CHECKS = [
     Row("reused-step", lambda _: checked_with_another_output(1), "step 1", "differs by up to 1"),
     Row(
         "another-stream",
-        lambda _: cachedit_fx.testing._check_decisions(BUILT_IN[0], SEEN, 0.1),
+        lambda _: cachedit_fx.testing.pattern_check._check_decisions(BUILT_IN[0], SEEN, 0.1),
         "found:    0.5000",
         "expected: a change of 0.1000",
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cachedit_fx import CacheConfig, ParamsModifier
-from cachedit_fx.config import check_together
+from cachedit_fx.config.cache_config import check_together
 from cachedit_fx.policies import History, StepView, decide
 from tests.messages_table import Row, of_config
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 import cachedit_fx
-import cachedit_fx.testing
+import cachedit_fx.testing.pattern_check
 from cachedit_fx import (
     Backend,
     BlockAdapter,
@@ -28,7 +28,7 @@ from cachedit_fx import (
     steps_mask,
 )
 from cachedit_fx.__main__ import _config, _make
-from cachedit_fx.graph_json import from_json
+from cachedit_fx.inspect.graph_json import from_json
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN
 from tests import hybrid
@@ -155,7 +155,7 @@ ADAPTER = [
     Row("calibrator", lambda _: ParamsModifier(calibrator_config=1), "got 1", "calibrator_config must be None"),
     of_adapter(
         "functor-class",
-        "got <class 'cachedit_fx.functor.PatchFunctor'>",
+        "got <class 'cachedit_fx.functors.functor.PatchFunctor'>",
         "give PatchFunctor()",
         lambda m: dict(transformer=m, patch_functor=PatchFunctor),
     ),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cachedit_fx import CacheConfig
-from cachedit_fx.capture import copy_graph
+from cachedit_fx.frontend.capture import copy_graph
 from cachedit_fx.passes.guard import stored_examples
 from cachedit_fx.passes.pipeline import Plan, plan_graph
 from cachedit_fx.passes.region import Region

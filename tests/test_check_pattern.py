@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
-import cachedit_fx.testing
+import cachedit_fx.testing.pattern_check
 from cachedit_fx import BlockTemplate, ConfigError
-from cachedit_fx.instances import instances_in
 from cachedit_fx.patterns import BUILT_IN, templates
 from cachedit_fx.patterns.chain import ENCODER, HIDDEN
 from cachedit_fx.patterns.declaration import Declaration
-from cachedit_fx.testing import UncheckableError, check_pattern
+from cachedit_fx.runtime.instances import instances_in
+from cachedit_fx.testing.pattern_check import UncheckableError, check_pattern
 from examples.custom_pattern import Block, TwoScaleTransformer
 from tests import synthetic
 from tests.messages import flat
@@ -277,7 +277,9 @@ def test_a_block_that_returns_fewer_values_than_declared_is_told():
 
 def test_a_graph_that_keeps_another_thing_than_the_template_says_is_seen(monkeypatch):
     other = two_scales(cached={ENCODER: "value"})
-    monkeypatch.setattr(cachedit_fx.testing, "Declaration", lambda patterns: Declaration(patterns=(other,)))
+    monkeypatch.setattr(
+        cachedit_fx.testing.pattern_check, "Declaration", lambda patterns: Declaration(patterns=(other,))
+    )
     text = (
         r"step 1, which is reused, .*\n.*layers\.1 to layers\.2 skipped.*\n  found: +tensor 0 of the output differs by"
     )

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import cachedit_fx
 from cachedit_fx import Backend, CacheConfig, ConfigError, FoCaCalibratorConfig
-from cachedit_fx.config import FIELD_NAMES, split_options
+from cachedit_fx.config.cache_config import FIELD_NAMES, split_options
 from cachedit_fx.errors import listed
 from tests import tiny
 from tests.sessions import every_session

@@ -21,7 +21,7 @@ from cachedit_fx import (
     DBPruneConfig,
     ParamsModifier,
 )
-from cachedit_fx.config import FIELD_NAMES, check_together
+from cachedit_fx.config.cache_config import FIELD_NAMES, check_together
 from tests import hybrid
 from tests.hybrid import generate
 from tests.sessions import every_session

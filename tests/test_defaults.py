@@ -27,8 +27,8 @@ from cachedit_fx import (
     load_configs,
 )
 from cachedit_fx.__main__ import _config as config_of_options
-from cachedit_fx.config import FIELD_NAMES, check_together, split_options
-from cachedit_fx.pipeline import enabled_settings
+from cachedit_fx.config.cache_config import FIELD_NAMES, check_together, split_options
+from cachedit_fx.integrations.pipelines import enabled_settings
 from cachedit_fx.tuning.cached import threshold_config
 from tests import tiny
 from tests.sessions import every_session

@@ -16,8 +16,8 @@ from torch import nn
 
 import cachedit_fx
 from cachedit_fx import Backend, CacheConfig, ConfigError
-from cachedit_fx import backend as backends
-from cachedit_fx.reproduce import explain_saved, run_saved
+from cachedit_fx.frontend import backend as backends
+from cachedit_fx.inspect.reproduce import explain_saved, run_saved
 from tests import hybrid, tiny
 from tests.zoo import VARIANTS
 

@@ -16,8 +16,8 @@ from torch._dynamo.utils import counters
 import cachedit_fx
 from cachedit_fx import BlockAdapter, ConfigError
 from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor, HunyuanImagePatchFunctor
-from cachedit_fx.config import FIELD_NAMES
-from cachedit_fx.instances import instances_in
+from cachedit_fx.config.cache_config import FIELD_NAMES
+from cachedit_fx.runtime.instances import instances_in
 from tests import tiny as tiny_model
 from tests.sessions import every_session
 from tests.tiny_pipelines import PIPELINES, TinyPipeline

@@ -17,8 +17,8 @@ from torch._dynamo.utils import counters
 
 import cachedit_fx
 from cachedit_fx import ConfigError
-from cachedit_fx.instances import instances_in
-from cachedit_fx.runtime import MAX_POLICIES
+from cachedit_fx.runtime.guarded_call import MAX_POLICIES
+from cachedit_fx.runtime.instances import instances_in
 from tests import tiny
 from tests.sessions import every_session
 from tests.tiny import TIMES, build, config, fields, generate, latents, prompt

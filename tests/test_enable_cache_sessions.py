@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, FluxImg2ImgPipeline
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx.instances import instances_in
+from cachedit_fx.runtime.instances import instances_in
 from tests.generations import (
     NUM_STEPS,
     assert_bitwise,

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cachedit_fx
 from cachedit_fx import BlockAdapter, CacheConfig, ConfigError, explain
 from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor
-from cachedit_fx.explanation.result import Explanation
+from cachedit_fx.inspect.explanation.result import Explanation
 from tests import hybrid
 from tests.models import FAMILIES
 from tests.tiny_pipelines import PIPELINES

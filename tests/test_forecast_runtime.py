@@ -15,8 +15,8 @@ from torch import Tensor
 
 import cachedit_fx
 from cachedit_fx import CacheConfig, ConfigError, DBCacheConfig, ParamsModifier, load_configs
-from cachedit_fx.compiler import InnerCompiler
 from cachedit_fx.forecasters import Forecaster, LinearForecaster, Times
+from cachedit_fx.frontend.inner_compiler import InnerCompiler
 from tests import hybrid, tiny
 from tests.generations import NUM_STEPS, Recorder, backend, settings
 from tests.hybrid import moving

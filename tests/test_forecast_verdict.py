@@ -14,7 +14,7 @@ import cachedit_fx
 from cachedit_fx import CacheConfig, FoCaCalibratorConfig, PolynomialCalibratorConfig, explain
 from cachedit_fx.forecasters.compile import EagerForecaster
 from cachedit_fx.forecasters.verdict import choose, is_gap, is_jump, judge, terms, unproven
-from cachedit_fx.kept import Forecast, Kept
+from cachedit_fx.runtime.cached_values import Forecast, Kept
 from tests import tiny
 from tests.hybrid import moving
 from tests.sessions import every_session

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cachedit_fx.frame import Binder, Fetch, path_of
+from cachedit_fx.frontend.frame import Binder, Fetch, path_of
 from tests import tiny
 
 NAMES = {"scale": 3.0}

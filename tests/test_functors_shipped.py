@@ -16,7 +16,7 @@ from diffusers import HiDreamImageTransformer2DModel, HunyuanImageTransformer2DM
 from torch import Tensor, fx, nn
 
 from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor, HunyuanImagePatchFunctor
-from cachedit_fx.functor import PatchFunctor
+from cachedit_fx.functors.functor import PatchFunctor
 
 # Matrix products of other sizes may add up in another order; a step of float32 around 1 is 1.2e-7.
 ROUNDING = 1e-6

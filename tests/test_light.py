@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx.instances import end_generation
+from cachedit_fx.runtime.instances import end_generation
 from tests import tiny
 from tests.lights import enabled, last, served, warm
 from tests.models import FLUX, denoise

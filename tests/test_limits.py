@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx import attempts
+from cachedit_fx.frontend import attempts
 from tests import tiny
 from tests.lights import enabled
 from tests.sessions import every_session

@@ -12,10 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from cachedit_fx.patterns import BUILT_IN
-from cachedit_fx.patterns.cause import Cause
-from cachedit_fx.patterns.mismatch import Mismatch
-from cachedit_fx.uncached import (
+from cachedit_fx.frontend.uncached import (
     UncachedGraph,
     WhyUncached,
     why_another_cache,
@@ -24,6 +21,9 @@ from cachedit_fx.uncached import (
     why_past_limit,
     why_unseen,
 )
+from cachedit_fx.patterns import BUILT_IN
+from cachedit_fx.patterns.cause import Cause
+from cachedit_fx.patterns.mismatch import Mismatch
 from tests import hybrid
 from tests.messages import Told, sites, told_by
 from tests.messages_of_runs import ROWS
@@ -33,18 +33,18 @@ MOST_LINES, LONGEST_LINE = 15, 200
 
 # Their texts are parts of another: of a mismatch, of `reproduce.txt`, of the error for a file that is no YAML.
 PARTS = {
-    ("cachedit_fx/graph_json.py", "_encode", "TypeError"),
-    ("cachedit_fx/graph_json.py", "_node_to_json", "TypeError"),
-    ("cachedit_fx/load.py", "_yaml", "ValueError"),
-    ("cachedit_fx/shapes.py", "SizeRule.__init__", "UnknownSizeError"),
+    ("cachedit_fx/inspect/graph_json.py", "_encode", "TypeError"),
+    ("cachedit_fx/inspect/graph_json.py", "_node_to_json", "TypeError"),
+    ("cachedit_fx/integrations/config_files.py", "_yaml", "ValueError"),
+    ("cachedit_fx/runtime/shapes.py", "SizeRule.__init__", "UnknownSizeError"),
     # Why Dynamo makes every call of a module: a reason that is logged as information, and part of a warning.
-    ("cachedit_fx/frame.py", "path_of", "ValueError"),
-    ("cachedit_fx/frame.py", "Binder.__init__", "ValueError"),
-    ("cachedit_fx/light.py", "LightCalls.learn", "NotServed"),
-    ("cachedit_fx/light.py", "light_call", "NotServed"),
-    ("cachedit_fx/light.py", "light_call", "RuntimeError"),
-    ("cachedit_fx/light.py", "_guards_of", "NotServed"),
-    ("cachedit_fx/light.py", "_rebuilder", "NotServed"),
+    ("cachedit_fx/frontend/frame.py", "path_of", "ValueError"),
+    ("cachedit_fx/frontend/frame.py", "Binder.__init__", "ValueError"),
+    ("cachedit_fx/frontend/fast_dispatch.py", "LightCalls.learn", "NotServed"),
+    ("cachedit_fx/frontend/fast_dispatch.py", "light_call", "NotServed"),
+    ("cachedit_fx/frontend/fast_dispatch.py", "light_call", "RuntimeError"),
+    ("cachedit_fx/frontend/fast_dispatch.py", "_guards_of", "NotServed"),
+    ("cachedit_fx/frontend/fast_dispatch.py", "_rebuilder", "NotServed"),
 }
 BANNED = re.compile(
     r"\b(invalid|unexpected|illegal|failed to|something went wrong)\b|Traceback \(|\bFile \"|\bself\.|\bfx\.|"

@@ -12,9 +12,9 @@ import torch
 
 import cachedit_fx
 from cachedit_fx import CacheConfig, Explanation
-from cachedit_fx.explanation.recorder import Recorded
-from cachedit_fx.reports import RunReport
-from cachedit_fx.stats import CacheStats, StepError, Summary
+from cachedit_fx.inspect.explanation.recorder import Recorded
+from cachedit_fx.inspect.reports import RunReport
+from cachedit_fx.runtime.stats import CacheStats, StepError, Summary
 from tests import hybrid
 from tests.models import FAMILIES, denoise
 from tests.pages import browser, viewed

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx.pipeline import Settings, settings_for
+from cachedit_fx.integrations.pipelines import Settings, settings_for
 from tests.models import FAMILIES
 from tests.peers.cases import CASES, Case, generate, recorded, subject
 from tests.reference import ReferenceCache

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.policies import Decision, History, decide, needs_refresh
 
 REUSED = ("threshold-one", "diff-below", "mask-static")

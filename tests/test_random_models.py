@@ -17,10 +17,11 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 import cachedit_fx
-from cachedit_fx import CacheConfig, backend
-from cachedit_fx import step as steps
+from cachedit_fx import CacheConfig
+from cachedit_fx.frontend import backend
 from cachedit_fx.passes.pipeline import Plan
 from cachedit_fx.patterns import Cause, Mismatch
+from cachedit_fx.runtime import step as steps
 from tests.line_reference import LineReference
 from tests.random_models import build, generation, write
 from tests.random_specs import END, USUAL, Blocks, Skip, Spec, Work, counts, specs

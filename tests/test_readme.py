@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cachedit_fx
+from cachedit_fx.config.cache_config import FIELD_NAMES
 from cachedit_fx.passes.pipeline import Plan
 from tests.models import FAMILIES, Family
 from tests.synthetic import plan
@@ -39,8 +40,8 @@ def test_the_first_code_block_runs_and_reuses_steps():
 
 def test_every_option_is_in_the_table_with_its_default():
     listed = {name: row[1] for row in rows("Options") for name in re.findall(r"`(\w+)`", row[0])}
-    assert set(listed) == set(cachedit_fx.config.FIELD_NAMES)
-    for name in cachedit_fx.config.FIELD_NAMES:
+    assert set(listed) == set(FIELD_NAMES)
+    for name in cachedit_fx.config.cache_config.FIELD_NAMES:
         default = getattr(cachedit_fx.CacheConfig(), name)
         shown = f"{type(default).__name__}()" if isinstance(default, cachedit_fx.Forecaster) else str(default)
         assert shown in listed[name].replace('"', "")
@@ -50,7 +51,11 @@ def test_the_defaults_of_cache_dit_are_shown():
     (shown,) = re.findall(r"cache-dit's own defaults are (.*?)\. ", README, re.DOTALL)
     fields = dict(field.split("=") for field in re.findall(r"`(.*?)`", shown))
     theirs = cachedit_fx.DBCacheConfig()
-    differ = [n for n in cachedit_fx.config.FIELD_NAMES if getattr(theirs, n) != getattr(cachedit_fx.CacheConfig(), n)]
+    differ = [
+        n
+        for n in cachedit_fx.config.cache_config.FIELD_NAMES
+        if getattr(theirs, n) != getattr(cachedit_fx.CacheConfig(), n)
+    ]
     assert fields == {name: str(getattr(theirs, name)) for name in differ}
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from cachedit_fx import dict_versions
-from cachedit_fx.dict_versions import DictVersions
-from cachedit_fx.region_watch import RegionWatch
+from cachedit_fx.frontend import dict_versions
+from cachedit_fx.frontend.dict_versions import DictVersions
+from cachedit_fx.frontend.region_watch import RegionWatch
 
 
 class Processor:

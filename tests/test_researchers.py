@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import cachedit_fx
-from cachedit_fx import CacheConfig, backend
+from cachedit_fx import CacheConfig
+from cachedit_fx.frontend import backend
 from cachedit_fx.passes.pipeline import Plan, plan_graph
 from tests.messages import flat
 from tests.researchers.by_hand import ByHand, build, tensors_of

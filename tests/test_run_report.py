@@ -14,13 +14,13 @@ import torch
 
 import cachedit_fx
 from cachedit_fx import ConfigError
-from cachedit_fx.pages import plot_chain, plot_run, render, thresholds
-from cachedit_fx.pages.axes import ticks
-from cachedit_fx.pages.charts import longest_shown
-from cachedit_fx.pages.ran import Times, duration, num_sessions, verdict_line
-from cachedit_fx.pages.words import BEGINNINGS, REASONS, why
+from cachedit_fx.inspect.pages import plot_chain, plot_run, render, thresholds
+from cachedit_fx.inspect.pages.axes import ticks
+from cachedit_fx.inspect.pages.charts import longest_shown
+from cachedit_fx.inspect.pages.ran import Times, duration, num_sessions, verdict_line
+from cachedit_fx.inspect.pages.words import BEGINNINGS, REASONS, why
 from cachedit_fx.policies import budget, magnitude, threshold
-from cachedit_fx.stats import CacheStats, StepError, Summary
+from cachedit_fx.runtime.stats import CacheStats, StepError, Summary
 from tests import tiny
 
 

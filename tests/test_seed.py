@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import cachedit_fx
 from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor
-from cachedit_fx.config import FIELD_NAMES
+from cachedit_fx.config.cache_config import FIELD_NAMES
 from tests.sessions import every_session
 from tests.tiny_pipelines import PIPELINES, TinyPipeline
 

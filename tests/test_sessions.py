@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import cachedit_fx
-from cachedit_fx.session import MAX_FINISHED, MAX_SESSIONS, Instance
+from cachedit_fx.runtime.session import MAX_FINISHED, MAX_SESSIONS, Instance
 from tests import tiny
 from tests.sessions import every_session
 from tests.tiny import TIMES, build, compiled, generate, latents, prompt, ran_blocks, step

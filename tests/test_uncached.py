@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import cachedit_fx
-from cachedit_fx.compiler import InnerCompiler
+from cachedit_fx.frontend.inner_compiler import InnerCompiler
 from tests import tiny
 from tests.messages import flat
 from tests.sessions import every_session

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import cachedit_fx
-from cachedit_fx.idle import why_none_reused
-from cachedit_fx.stats import CacheStats
+from cachedit_fx.inspect.why_idle import why_none_reused
+from cachedit_fx.runtime.stats import CacheStats
 from tests.idle import enabled, run, warnings_in
 from tests.tiny import TIMES, latents, prompt, step
 

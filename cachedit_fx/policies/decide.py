@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.policies.budget import by_budget, rescaled
 from cachedit_fx.policies.decider import StepView, ask
 from cachedit_fx.policies.history import Decision, History

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config.cache_config import CacheConfig
 
 
 @dataclass(frozen=True, slots=True)

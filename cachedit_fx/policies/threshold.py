@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.policies.history import Decision, History
 
 _NUM_PRUNE_DIFFS = 5  # Diffs at the front of a step that a dynamic prune threshold is the mean of.

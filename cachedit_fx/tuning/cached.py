@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.forecasters.forecaster import LinearForecaster
-from cachedit_fx.pipeline import disable_cache, enable_cache
-from cachedit_fx.reports import summary
-from cachedit_fx.stats import CacheStats
+from cachedit_fx.integrations.adapter_registry import modules_of
+from cachedit_fx.integrations.pipelines import disable_cache, enable_cache
+from cachedit_fx.runtime.instances import records_of
+from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.tuning.calls import Call
 from cachedit_fx.tuning.fit import Fitting
 from cachedit_fx.tuning.measure import Measured, Meter
@@ -60,11 +61,16 @@ def measure_cached(meter: Meter, config: CacheConfig, key: str) -> Measured:
 
     def run(call: Call) -> Tensor:
         output = call.run(meter.pipe)
-        shares.append(_share(summary(meter.pipe, logging=False)))
+        shares.append(_share(_last_generation(meter.pipe)))
         return output
 
     with _enabled(meter.pipe, config):
         return meter.measure(key, run, lambda: statistics.fmean(shares))
+
+
+def _last_generation(pipe: Any) -> list[CacheStats]:
+    records = [record for module in modules_of(pipe).values() for record in records_of(module, every_generation=False)]
+    return [entry for record in records for entry in record.stats]
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cachedit_fx.adapter import transformers_of
 from cachedit_fx.errors import ConfigError, shown
+from cachedit_fx.integrations.block_adapter import transformers_of
 from cachedit_fx.tuning.calls import Call
 from cachedit_fx.tuning.problems import Recorded, weights_of
 from cachedit_fx.tuning.record import Recorder

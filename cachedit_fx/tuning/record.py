@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cachedit_fx.clock import Lap, Stopwatch
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.passes.inputs import conditioning_names, timestep_name
+from cachedit_fx.runtime.stopwatch import Lap, Stopwatch
 
 _MISSING = object()
 _CHUNK = 1 << 20  # Values of an output that are multiplied at once in float64.

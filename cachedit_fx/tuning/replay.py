@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from cachedit_fx.forecasters.compile import EagerForecaster
 from cachedit_fx.forecasters.verdict import is_gap
-from cachedit_fx.kept import Forecast, Kept, Reused
+from cachedit_fx.runtime.cached_values import Forecast, Kept, Reused
 from cachedit_fx.tuning.record import Step, handled
 from cachedit_fx.tuning.schedule import Schedule
 

@@ -8,10 +8,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachedit_fx.config import CacheConfig
-from cachedit_fx.pages.render import missing
+from cachedit_fx.config.cache_config import CacheConfig
+from cachedit_fx.errors import missing
+from cachedit_fx.integrations.signature import Signature
 from cachedit_fx.tuning.saved import save
-from cachedit_fx.tuning.signature import Signature
 from cachedit_fx.tuning.targets import Target
 
 if TYPE_CHECKING:

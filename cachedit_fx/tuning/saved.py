@@ -8,10 +8,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.forecasters.registry import as_mapping
-from cachedit_fx.tuning.signature import Signature
+from cachedit_fx.integrations.signature import Signature
 
 
 class Tuned(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from cachedit_fx.config import CacheConfig
+from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import ConfigError, NoMatchError, shown
 from cachedit_fx.forecasters.fitted import FittedCalibratorConfig
 from cachedit_fx.forecasters.forecaster import LinearForecaster
 from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
 from cachedit_fx.forecasters.taylorseer import TaylorSeerCalibratorConfig
+from cachedit_fx.integrations.signature import signature_of
 from cachedit_fx.tuning.cached import config_of, measure_cached, threshold_config
 from cachedit_fx.tuning.calls import calls_of
 from cachedit_fx.tuning.fit import Fitting, fitting
@@ -27,7 +28,6 @@ from cachedit_fx.tuning.problems import problems_of
 from cachedit_fx.tuning.progress import Told, shown_progress
 from cachedit_fx.tuning.result import Point, Quality, TuneResult
 from cachedit_fx.tuning.search import Pace, Search
-from cachedit_fx.tuning.signature import signature_of
 from cachedit_fx.tuning.targets import Budget, Target
 
 log = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ def tune(
             "What to do: give a larger budget, more calls (the margin was %.1f dB), or another target.",
             *(wanted, _quality(measured, recording.pace), measured.margin_db),
         )
+    given = [call.given for call in runs if isinstance(call.given, Mapping)]
     return TuneResult(
         config,
         wanted,
@@ -113,7 +114,7 @@ def tune(
         verified=_quality(measured, recording.pace),
         is_confirmed=is_confirmed,
         frontier=_frontier(search, points),
-        signature=signature_of(pipe, recording.module, runs, recording.inputs, recording.pace.num_steps),
+        signature=signature_of(pipe, recording.module, given, recording.inputs, recording.pace.num_steps),
     )
 
 

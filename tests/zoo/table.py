@@ -19,8 +19,8 @@ from torch import fx
 
 import cachedit_fx
 from cachedit_fx import BlockAdapter
-from cachedit_fx import backend as backends
-from cachedit_fx.capture import copy_graph, forget_examples
+from cachedit_fx.frontend import backend as backends
+from cachedit_fx.frontend.capture import copy_graph, forget_examples
 from tests.zoo import VARIANTS
 from tests.zoo.variant import Variant
 

@@ -10,8 +10,8 @@ from unittest import mock
 from torch import fx
 
 from cachedit_fx import Backend, CacheConfig
-from cachedit_fx.light import MISSED, LightCalls
-from cachedit_fx.runtime import GuardedCall
+from cachedit_fx.frontend.fast_dispatch import MISSED, LightCalls
+from cachedit_fx.runtime.guarded_call import GuardedCall
 from tests.zoo.variant import Cut
 
 

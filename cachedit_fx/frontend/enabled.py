@@ -1,0 +1,270 @@
+"""What stands in a module while the cache is enabled for it: `Enabled`, which makes and counts the module's calls."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import pickle
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from cachedit_fx.config.cache_config import CacheConfig
+from cachedit_fx.errors import PassError, PatternError, cut
+from cachedit_fx.frontend.attempts import Attempt, Attempts
+from cachedit_fx.frontend.backend import Backend
+from cachedit_fx.frontend.entry_points import has_tensor
+from cachedit_fx.frontend.fast_dispatch import MISSED, LightCalls
+from cachedit_fx.frontend.region_watch import RegionWatch
+from cachedit_fx.frontend.uncached import (
+    WhyUncached,
+    report_uncached,
+    why_another_cache,
+    why_call_uncached,
+    why_past_limit,
+    why_unseen,
+)
+from cachedit_fx.functors.functor import PatchFunctor
+from cachedit_fx.passes.inputs import conditioning_names, timestep_name
+from cachedit_fx.patterns.declaration import Declaration
+from cachedit_fx.runtime.instances import instance_of, standing_in
+from cachedit_fx.runtime.session import ModelCall, current_call, within_call
+
+log = logging.getLogger(__name__)
+
+CALL = "_compiled_call_impl"  # Where torch looks for what a call of the module runs.
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `enable_cache` was asked to do with one transformer.
+
+    Attributes:
+        method: Name of the method that is cached in place of the module's own call; None for that call.
+    """
+
+    config: CacheConfig
+    declared: Declaration
+    functor: PatchFunctor | None
+    compile_kwargs: Mapping[str, Any]
+    method: str | None = None
+
+    def is_built_like(self, other: Settings) -> bool:
+        """Whether the two ask for the same of `torch.compile`; their backends are compared apart."""
+        mine = (self.functor, dict(self.compile_kwargs), self.method)
+        return mine == (other.functor, dict(other.compile_kwargs), other.method)
+
+    def backend(self) -> Backend:
+        mode, options = self.compile_kwargs.get("mode"), dict(self.compile_kwargs.get("options") or {})
+        options.pop("guard_filter_fn", None)
+        return Backend(self.config, mode=mode, options=options, declared=self.declared, policy_per_call=True)
+
+    @property
+    def of_dynamo(self) -> dict[str, Any]:
+        """Arguments of `torch.compile` that are not the inner backend's."""
+        found = {name: value for name, value in self.compile_kwargs.items() if name not in ("mode", "options")}
+        options = self.compile_kwargs.get("options") or {}
+        return found | {"options": {k: v for k, v in options.items() if k == "guard_filter_fn"}}
+
+
+class Enabled:
+    """Stands in a module for its compiled forward: what a call was given is known to the graphs inside.
+
+    It also holds what undoes it; the module holds it, so that it goes with the module. A copy of the module (by
+    `copy.deepcopy` or `pickle`) gets one of its own, with the same settings and no sessions.
+
+    Args:
+        had_registry: Whether the module had hooks of diffusers before; by default it is asked.
+
+    Attributes:
+        settings: What was asked for last. What only decides when to reuse may change without compiling anew.
+        before: What stood in its place.
+        tuned_size: Shape, without the batch, of the first tensor that a tuned configuration expects; empty for any.
+    """
+
+    def __init__(
+        self, module: nn.Module, settings: Settings, backend: Backend, *, had_registry: bool | None = None
+    ) -> None:
+        self.settings = settings
+        self.policy = settings.config.policy
+        self.tuned_size: tuple[int, ...] = ()
+        self.before = module.__dict__.get(self.place, MISSING)
+        self.had_registry = hasattr(module, "_diffusers_hook") if had_registry is None else had_registry
+        called = getattr(module, settings.method or "forward")
+        self.names = list(inspect.signature(called).parameters)
+        self.timestep = timestep_name(self.names)
+        self.conditioning = conditioning_names(self.names)
+        self.module = weakref.ref(module)
+        self.instance = instance_of(module)
+        self.instance.is_enabled = True
+        self.instance.is_guarded = False  # Of what was compiled for an earlier configuration nothing is known here.
+        self._watch: RegionWatch | None = None
+        self.light = LightCalls(module, is_on=settings.config.fast_dispatch and settings.method is None)
+        self.compiled = Attempts(module, backend, settings.of_dynamo, call=called if settings.method else None)
+        self._cached_way: Attempt | None = None  # The last way to capture the module that was worth caching.
+        self._may_have_another = hasattr(type(module), "is_cache_enabled")
+
+    @property
+    def place(self) -> str:
+        """The module's attribute that it stands in."""
+        return self.settings.method or CALL
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module, call = self.module(), self._call(args, kwargs)
+        if self._may_have_another and module is not None and module.is_cache_enabled:
+            return self._uncached(call, why_another_cache(module), self.compiled.plain(*args, **kwargs))
+        if self._watch is not None and self._watch.has_changed():
+            self.instance.weights += 1  # What is kept was made by other modules or weights.
+            # Anew at once: the next calls may go without Dynamo, and would not come by the place below.
+            self._watch = RegionWatch(module, self._watch.paths) if module is not None else None
+        with within_call(call):
+            result = self.light(args, kwargs)
+            if result is MISSED:
+                result = self._by_dynamo(args, kwargs)
+        if call.ran and module is not None:
+            self._learn(module, call, (args, kwargs), result)
+        if call.num_served or module is None:
+            self.instance.calls.served(is_reused=call.has_reused)
+            return result
+        if self.compiled.full_at:
+            return self._uncached(call, why_past_limit(module, self.compiled.full_at), result)
+        why = why_call_uncached(module, call.misses, self.compiled.why_in_parts)
+        has_another_way = self.compiled.way != self._cached_way and self.compiled.give_up()
+        if has_another_way and self.settings.config.on_no_match == "raise":
+            return self(*args, **kwargs)  # What this call returned is not needed, only the verdict.
+        return self._uncached(call, why, result, is_certain=not has_another_way)
+
+    def _by_dynamo(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self.compiled(*args, **kwargs)
+        except BackendCompilerFailed as error:  # What is wrong with a declaration is no failure of the compiler.
+            if isinstance(error.inner_exception, PatternError | PassError):
+                raise error.inner_exception from None
+            raise
+
+    def _learn(self, module: nn.Module, call: ModelCall, given: tuple[Any, Any], result: Any) -> None:
+        """Takes in a call that Dynamo served with the cache."""
+        self._cached_way = self.compiled.way
+        self.light.learn(module, given, call.ran, result)
+        paths = call.ran[0][0].region_paths
+        if self._watch is None or self._watch.paths != paths:
+            self._watch = RegionWatch(module, paths)
+
+    def _uncached(self, call: ModelCall, why: WhyUncached, result: Any, *, is_certain: bool = True) -> Any:
+        """Counts a call that ran without the cache, and says why.
+
+        Args:
+            is_certain: Whether there is no other way to capture the module, which the next call would try.
+        """
+        if self._cached_way is not None or self.compiled.full_at:
+            self.instance.pass_by(call)
+        self.instance.is_guarded = False
+        self.instance.calls.missed(why.reason)
+        if is_certain:
+            report_uncached(why, self.settings.config, self.instance.told)
+        return result
+
+    def unseen(self, module: nn.Module, method: str, call: Callable[[], Any]) -> Any:
+        """Makes a call of a method that runs the module's blocks, and counts it if that passed the cache by."""
+        known, within = self.instance.calls.counts.total, current_call()
+        result = call()
+        is_inside = within is not None and within.instance is self.instance
+        if is_inside or self.instance.calls.counts.total != known or not has_tensor(result):
+            return result
+        why = why_unseen(module, method)
+        self.instance.calls.missed(why.reason, is_seen=False)
+        report_uncached(why, self.settings.config, self.instance.told)
+        return result
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if self.tuned_size:
+            self._check_size(given)
+        prompts = (_first_tensor(given.get(name)) for name in self.conditioning)
+        return ModelCall(
+            given.get(self.timestep or ""), next(filter(_is_tensor, prompts), None), self.policy, self.instance
+        )
+
+    def _check_size(self, given: Mapping[str, Any]) -> None:
+        """Warns, once, of a size that was not tuned for."""
+        first = next((value for value in given.values() if isinstance(value, torch.Tensor)), None)
+        if first is not None and tuple(first.shape[1:]) != self.tuned_size:
+            log.warning(
+                "cachedit_fx: this configuration was tuned on another size, so its quality is not known here.\n"
+                "  latents: tuned on %s, found %s\n"
+                "What to do: call cachedit_fx.tune with calls of this size.",
+                [*self.tuned_size],
+                [*first.shape[1:]],
+            )
+            self.tuned_size = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        module = self.module()
+        made = memo.get(id(module))  # Where a module is copied, its copy is there before its attributes are.
+        if made is None:
+            return None
+        return _copied(made, *self._carried(lambda settings: copy.deepcopy(settings, memo)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copied, (self.module(), *self._carried(lambda settings: pickle.loads(pickle.dumps(settings))))
+
+    def _carried(self, copied: Callable[[Settings], Settings]) -> tuple[Settings | None, str, bool, tuple[int, ...]]:
+        """What a copy of the module is enabled with; no settings, with a warning, where they cannot be copied."""
+        settings, why = None, ""
+        if self.settings.functor is not None:
+            why = "a patch functor, which holds what it replaced in this module"
+        try:
+            settings = None if why else copied(self.settings)
+        except Exception as error:  # A user's own objects are in there.
+            why = f"{type(error).__name__}: {cut(error, 160)}"
+        if why:
+            log.warning(
+                "cachedit_fx: a copy of this %s has no cache, for the settings of the cache cannot be copied.\n"
+                "  found: %s\n"
+                "What to do: call enable_cache for the copy.",
+                type(self.module()).__name__,
+                why,
+            )
+        return settings, self.place, self.had_registry, self.tuned_size
+
+
+def _copied(
+    module: nn.Module, settings: Settings | None, place: str, had_registry: bool, tuned_size: tuple[int, ...]
+) -> Any:
+    """What stands in a copy of an enabled module; its attributes are still to be set."""
+    if settings is None:
+        return None if place == CALL else types.MethodType(getattr(type(module), place), module)
+    enabled = Enabled(module, settings, settings.backend(), had_registry=had_registry)
+    enabled.tuned_size = tuned_size
+    if place == CALL:  # Torch leaves it out of what it copies.
+        module.__dict__[CALL] = enabled
+    return enabled
+
+
+def enabled_of(module: nn.Module) -> Enabled | None:
+    """What `enable_cache` put into a module, if it still stands in its place."""
+    found: Enabled | None = standing_in(module)
+    return found
+
+
+def call_unseen(module: nn.Module, method: str, call: Callable[[], Any]) -> Any:
+    """Makes a call of a watched method (see `entry_points`)."""
+    enabled = enabled_of(module)
+    return call() if enabled is None else enabled.unseen(module, method, call)
+
+
+def _first_tensor(value: Any) -> Any:
+    """A prompt may be handed over as a list: a new one at every call, of the same tensors."""
+    return value[0] if isinstance(value, list | tuple) and value else value
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -1,0 +1,1 @@
+"""Patch functors: rewrites of a captured graph that a model needs before it can be matched."""

@@ -1,0 +1,1 @@
+"""What shows what happened: `explain`, `summary`, `report`, pages, dumps. No other room imports it, but `testing`."""

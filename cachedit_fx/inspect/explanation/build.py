@@ -1,0 +1,289 @@
+"""Turns what was traced of one graph into a `GraphReport`."""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+from cachedit_fx.config.cache_config import CacheConfig, CacheType
+from cachedit_fx.forecasters.verdict import num_verdicts
+from cachedit_fx.inspect.explanation.costs import CostCounter, num_bytes
+from cachedit_fx.inspect.explanation.data import (
+    BlockReport,
+    BreakReport,
+    Cost,
+    GraphReport,
+    KeptReport,
+    ListReport,
+    PieceReport,
+    RegionReport,
+    RiskReport,
+    Value,
+    Verdict,
+)
+from cachedit_fx.inspect.explanation.graphs import code_of, last_frame, statements
+from cachedit_fx.inspect.explanation.trace import Trace
+from cachedit_fx.passes.dataflow import Program, is_weight
+from cachedit_fx.passes.guard import stored_examples
+from cachedit_fx.passes.pipeline import group_lists
+from cachedit_fx.passes.region import Region
+from cachedit_fx.patterns.chain import Block, BlockList, base_name, is_tensor, value_of
+from cachedit_fx.patterns.declaration import Declaration
+from cachedit_fx.patterns.mismatch import Mismatch
+from cachedit_fx.runtime.cached_values import covered
+
+
+def build_report(
+    gm: fx.GraphModule,
+    trace: Trace,
+    config: CacheConfig,
+    declared: Declaration,
+    *,
+    cls: str,
+    number: int,
+    risks: tuple[RiskReport, ...] = (),
+    break_after: BreakReport | None = None,
+) -> GraphReport:
+    """The report of a graph that went through the passes; `gm` is the graph that they worked on."""
+    program = trace.program or Program(gm.graph)
+    return _Builder(gm, program, trace, config, declared).report(cls, number, risks, break_after)
+
+
+class _Builder:
+    """The parts of one report; costs are counted once for all of them."""
+
+    def __init__(
+        self, gm: fx.GraphModule, program: Program, trace: Trace, config: CacheConfig, declared: Declaration
+    ) -> None:
+        self.program, self.trace, self.config, self.declared = program, trace, config, declared
+        self.costs = CostCounter(gm)
+        self.regions: tuple[Region, ...] = trace.plan.regions if trace.plan is not None else ()
+
+    def report(
+        self, cls: str, number: int, risks: tuple[RiskReport, ...], break_after: BreakReport | None
+    ) -> GraphReport:
+        plan, program = self.trace.plan, self.program
+        is_cached = bool(self.trace.piece_list)
+        blocks = self._blocks()
+        cost = sum((block.cost for block in blocks), self._around(blocks))
+        regions = tuple(map(self._region, self.regions)) if is_cached else ()
+        saved = sum(region.cost.flops for region in regions)
+        ends = [plan.timestep, plan.conditioning] if plan is not None else [None, None]
+        return GraphReport(
+            module="",
+            cls=cls,
+            number=number,
+            is_cached=is_cached,
+            num_nodes=len(program.nodes),
+            arguments=tuple(value_report(node) for node in program.nodes if _is_argument(node)),
+            cost=cost,
+            lists=tuple(map(self._list, self.trace.found)),
+            blocks=blocks,
+            verdicts=() if is_cached else tuple(map(self._verdict, self.trace.misses)),
+            regions=regions,
+            pieces=tuple(self._piece(i) for i in range(len(self.trace.piece_list))),
+            timestep=base_name(ends[0]) if ends[0] is not None else "",
+            conditioning=base_name(ends[1]) if ends[1] is not None else "",
+            saved_flops=saved / cost.flops if cost.flops else 0.0,
+            state_bytes=sum(region.state_bytes for region in regions),
+            break_after=break_after,
+            risks=risks,
+            is_estimated=self.costs.is_estimated,
+        )
+
+    def _chain(self) -> Sequence[BlockList]:
+        plan = self.trace.plan
+        if plan is not None:
+            return [match.blocks for match in plan.chain]
+        return [self.trace.matched[b.path].blocks if b.path in self.trace.matched else b for b in self.trace.chain]
+
+    def _blocks(self) -> tuple[BlockReport, ...]:
+        lines = statements(self.program.nodes[0].graph)
+        parts = self._parts()
+        # A block of which a part is deferred has two; the one that it mainly is comes first.
+        pieces = {block: i for i, piece in reversed([*enumerate(self.trace.piece_list)]) for block in piece.blocks}
+        found: list[BlockReport] = []
+        for blocks in self._chain():
+            for i, block in enumerate(blocks.blocks):
+                number = len(found)
+                nodes = list(self.program.nodes[block.start : block.span_end])
+                first = next((node for node in nodes if last_frame(node)), None)
+                part, region = parts.get(number, ("", None))
+                found.append(
+                    BlockReport(
+                        number=number,
+                        path=block.path,
+                        cls=block.cls.__name__ if block.cls is not None else "",
+                        part=part,
+                        region=region,
+                        piece=pieces.get(number),
+                        num_nodes=len(nodes),
+                        cost=self.costs.of(nodes),
+                        where=last_frame(first) if first is not None else "",
+                        reads=self._reads(block),
+                        makes=tuple(n.name for n in _boundary(blocks, i + 1).values()),
+                        code=code_of(nodes, lines),
+                    )
+                )
+        return tuple(found)
+
+    def _reads(self, block: Block) -> tuple[str, ...]:
+        read = self.program.read_from_before(block.start, block.span_end)
+        return tuple(node.name for node in read if is_tensor(node))
+
+    def _parts(self) -> dict[int, tuple[str, int | None]]:
+        """Number of a block -> "Fn", "region" or "Bn" (or "kept", between regions), and its region's number."""
+        plan = self.trace.plan
+        if plan is None or not self.trace.piece_list:
+            return {}
+        parts: dict[int, tuple[str, int | None]] = {}
+        for group in group_lists(self.program, plan.chain, self.config, self.declared):
+            numbers = range(group.number, group.number + len(group.blocks))
+            own = [(i, region) for i, region in enumerate(self.regions) if region.first in numbers]
+            for number in numbers:
+                inside = next((i for i, region in own if region.first <= number < region.last), None)
+                if inside is not None:
+                    parts[number] = ("region", inside)
+                elif own and number < own[0][1].first:
+                    parts[number] = ("Fn", None)
+                else:
+                    parts[number] = ("Bn" if not own or number >= own[-1][1].last else "kept", None)
+        return parts
+
+    def _around(self, blocks: Sequence[BlockReport]) -> Cost:
+        """The cost of what belongs to no block."""
+        inside = {
+            position
+            for blocks_of in self._chain()
+            for block in blocks_of.blocks
+            for position in range(block.start, block.span_end)
+        }
+        return self.costs.of([node for i, node in enumerate(self.program.nodes) if i not in inside])
+
+    def _list(self, blocks: BlockList) -> ListReport:
+        paths = [b.path for b in self._chain()]
+        match = self.trace.matched.get(blocks.path)
+        shown = match.blocks if match is not None else blocks
+        in_chain = blocks.path in paths
+        before = [len(b.blocks) for b in self._chain()[: paths.index(blocks.path)]] if in_chain else []
+        entering = _boundary(shown, 0)
+        return ListReport(
+            path=blocks.path,
+            alternates=blocks.alternates,
+            pattern=match.label if match is not None else "",
+            in_chain=in_chain,
+            first=sum(before) if in_chain else None,
+            num_blocks=len(blocks.blocks),
+            streams=tuple(value_report(node, shown.labels.get(role, ""), role) for role, node in entering.items()),
+            invariants=tuple(map(value_report, self._invariants(blocks, entering))),
+            broken=blocks.broken,
+        )
+
+    def _invariants(self, blocks: BlockList, entering: Mapping[str, fx.Node]) -> list[fx.Node]:
+        start = blocks.blocks[0].start
+        read = [
+            {n for n in self.program.read_from_before(block.start, block.end) if self.program.position[n] < start}
+            for block in blocks.blocks
+        ]
+        common = set.intersection(*read) - set(entering.values())
+        return [node for node in self.program.nodes[:start] if node in common and is_tensor(node)]
+
+    def _verdict(self, miss: Mismatch) -> Verdict:
+        node = self.program.by_name.get(miss.node or "")
+        position = self.program.position[node] if node is not None else -1
+        blocks = (block for found in self.trace.found for block in found.blocks)
+        block = next((b.path for b in blocks if b.start <= position < b.span_end), "")
+        path, _, number = miss.where.rpartition(":")
+        line = linecache.getline(path, int(number)).strip() if number.isdigit() else ""
+        template = str(miss.template) if miss.template is not None else ""
+        return Verdict(
+            template, miss.cause.value, miss.expected, miss.found, miss.progress, miss.total,
+            block, miss.node or "", miss.where, line, miss.cure,
+        )  # fmt: skip
+
+    def _looks(self, region: Region) -> str:
+        """What the guard looks at, in words."""
+        config = self.config.override(region.own)
+        if region.looked_at is None:
+            if config.probe == "timestep":
+                return "nothing (magnitude_ratios decide)"
+            return f"nothing (a {'static mask' if config.is_static else 'decider'} decides)"
+        looks = region.looked_at.name
+        if region.looked_from is not None:
+            looks = f"{looks} - {region.looked_from.name}: the residual over the Fn blocks"
+        elif config.probe == "modulated_input" and config.cache_type != CacheType.DBPrune:
+            looks += ": the first block's input, normed and modulated by the timestep"
+        else:
+            looks += ", in front of the block"
+        return looks if region.sample_dim is None else f"{looks}; each sample on its own"
+
+    def _region(self, region: Region) -> RegionReport:
+        return RegionReport(
+            name=region.name,
+            first=region.first,
+            last=region.last,
+            looks_at=self._looks(region),
+            kept=tuple(
+                KeptReport(
+                    value=value_report(pair.after, base_name(pair.after), pair.role),
+                    kept_as="residual" if pair.before is not None else "value",
+                    since=pair.before.name if pair.before is not None else "",
+                    is_joined=pair.replay is not None,
+                    is_measured=pair.is_measured,
+                )
+                for pair in region.carried
+            ),
+            state_bytes=self._state_bytes(region),
+            cost=self.costs.of((*region.deferred, *region.nodes)),
+            threshold=self.config.override(region.own).residual_diff_threshold,
+            reaches_output=region.reaches_output,
+        )
+
+    def _state_bytes(self, region: Region) -> int:
+        """What a session keeps of a region once a forecaster's history is full."""
+        kept, forecaster = stored_examples(region), self.config.override(region.own).forecaster
+        total = sum(map(num_bytes, kept))
+        if forecaster is None:
+            return total
+        values = kept[region.looked_at is not None :]
+        roles = tuple(pair.role for pair in region.carried)
+        for value, is_covered in zip(values, covered(forecaster, roles), strict=True):
+            if is_covered and value.is_floating_point():
+                total += (forecaster.depth - 1) * num_bytes(value)
+                total += num_verdicts(value) if forecaster.holds_values else 0
+        return total
+
+    def _piece(self, number: int) -> PieceReport:
+        piece = self.trace.piece_list[number]
+        segments = dict.fromkeys(self.trace.segments[id(segment)] for segment, _ in piece.calls)
+        return PieceReport(
+            number=number,
+            blocks=tuple(dict.fromkeys(piece.blocks)),
+            segments=tuple(segments),
+            num_nodes=len(piece.gm.graph.nodes),
+            cost=self.costs.of_piece(piece.gm),
+        )
+
+
+def _boundary(blocks: BlockList, i: int) -> Mapping[str, fx.Node]:
+    return blocks.boundaries[i] if i < len(blocks.boundaries) else {}
+
+
+def _is_argument(node: fx.Node) -> bool:
+    return node.op == "placeholder" and isinstance(value_of(node), torch.Tensor) and not is_weight(node)
+
+
+def value_report(node: fx.Node, label: str = "", role: str = "") -> Value:
+    """A tensor node as data."""
+    value = value_of(node)
+    return Value(
+        name=node.name,
+        label=label or base_name(node),
+        shape=tuple(map(str, value.shape)),
+        dtype=str(value.dtype).removeprefix("torch."),
+        nbytes=num_bytes(value),
+        role=role,
+    )

@@ -1,0 +1,121 @@
+"""FLOPs and bytes of the nodes of a graph, counted while its operations run on fake tensors. Computes nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from cachedit_fx.inspect.explanation.data import Cost
+from cachedit_fx.passes.dataflow import Program, is_weight
+from cachedit_fx.passes.dedupe import structure_key
+from cachedit_fx.passes.extract import extract, outputs_of
+from cachedit_fx.patterns.chain import value_of
+
+log = logging.getLogger(__name__)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+class CostCounter:
+    """Costs of runs of nodes of one graph; runs of equal structure are counted once.
+
+    Attributes:
+        is_estimated: Some run could not be run on fake tensors (its shapes depend on data); the FLOPs are then the
+            matcher's own estimate, and no bytes are known.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+        self._known: dict[Hashable, Cost] = {}
+        self.is_estimated = False
+
+    def of(self, nodes: Sequence[fx.Node]) -> Cost:
+        """The cost of these nodes, in program order."""
+        run = [node for node in nodes if node.op not in ("placeholder", "get_attr", "output")]
+        if not run:
+            return Cost()
+        taken = extract(run)
+        return self.of_piece(taken.finish(self._gm, [taken.copies[node] for node in outputs_of(run)], "Counted"))
+
+    def of_piece(self, piece: fx.GraphModule) -> Cost:
+        """The cost of one call of a graph of its own, whose placeholders keep what they were traced with."""
+        inputs = [node for node in piece.graph.nodes if node.op == "placeholder"]
+        weights = [i for i, n in enumerate(inputs) if is_weight(n) and isinstance(value_of(n), torch.Tensor)]
+        key = (structure_key(piece, strides=False), tuple(weights))
+        if key not in self._known:
+            self._known[key] = self._count(piece, inputs, sum(num_bytes(value_of(inputs[i])) for i in weights))
+        return self._known[key]
+
+    def _count(self, piece: fx.GraphModule, placeholders: list[fx.Node], weight_bytes: int) -> Cost:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        counter, moved = FlopCounterMode(display=False), _MovedBytes()
+        try:
+            with mode, torch.no_grad():
+                inputs = [at_hint(value_of(node), mode) for node in placeholders]
+                with counter, moved:
+                    _Interpreter(piece).run(*inputs, enable_io_processing=False)
+        except Exception as error:  # Whatever an operation on fakes may raise: this is only looked at.
+            log.debug("costs are estimated: %s: %s", type(error).__name__, str(error).partition("\n")[0])
+            self.is_estimated = True
+            return Cost(sum(Program(piece.graph).flops), 0, weight_bytes)
+        return Cost(counter.get_total_flops(), moved.total, weight_bytes)
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph on fakes; numbers are those of the traced call."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        known = value_of(n)
+        if n.op in ("call_function", "call_method") and isinstance(known, _NUMBERS):
+            return hint(known)
+        return super().run_node(n)
+
+
+class _MovedBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums what every operation reads and writes; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not getattr(func, "is_view", False):
+            leaves = pytree.tree_leaves((args, kwargs, result))
+            self.total += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return result
+
+
+def at_hint(value: Any, mode: FakeTensorMode) -> Any:
+    """A value as it was at the traced call: sizes as ints, a fake tensor of `mode`."""
+    if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+        return mode.from_tensor(value, static_shapes=True)
+    if isinstance(value, torch.Tensor):
+        sizes, strides = map(hint, value.shape), map(hint, value.stride())
+        return torch.empty_strided(tuple(sizes), tuple(strides), dtype=value.dtype, device=value.device)
+    return hint(value)
+
+
+def hint(size: Any) -> Any:
+    """What a symbol stood for when the graph was traced; 1 where that depends on data. Other values as they are."""
+    if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return size
+    found = getattr(size.node, "hint", None)
+    return found if found is not None else (1 if isinstance(size, torch.SymInt) else 1.0)
+
+
+def num_bytes(value: Any) -> int:
+    """Bytes of a tensor at the traced call's sizes."""
+    count = 1
+    for size in value.shape:
+        count *= int(hint(size))
+    return count * int(value.element_size())

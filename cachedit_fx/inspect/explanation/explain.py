@@ -1,0 +1,208 @@
+"""`explain`: what the compiler would make of a model or a pipeline at one call, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from cachedit_fx.config.cache_config import CacheConfig
+from cachedit_fx.errors import ConfigError
+from cachedit_fx.frontend.attempts import ATTEMPTS, Attempt, Attempts
+from cachedit_fx.frontend.backend import Backend
+from cachedit_fx.frontend.enabled import Settings
+from cachedit_fx.frontend.uncached import cure_of_parts
+from cachedit_fx.inspect.explanation.data import Captured
+from cachedit_fx.inspect.explanation.recorder import Recorded, Recorder, Stop, forgotten_sizes, isolated
+from cachedit_fx.inspect.explanation.result import Explanation
+from cachedit_fx.integrations.block_adapter import BlockAdapter, title_of
+from cachedit_fx.integrations.pipelines import enabled_settings, settings_for
+
+_HOW = {
+    Attempt(True, False): "whole",
+    Attempt(True, True): "whole, with sizes that depend on data",
+    Attempt(False, True): "in parts, with sizes that depend on data",
+    Attempt(False, False): "in parts",
+}
+
+
+def explain(target: Any, *args: Any, cache_config: CacheConfig | None = None, **kwargs: Any) -> Explanation:
+    """What the compiler makes of a transformer or a pipeline at this call: what is cached, how, or why not.
+
+    Captures the transformer and runs the passes; compiles nothing, and changes neither the model nor what is compiled
+    of it. A transformer that Dynamo captures whole is not run at all; one that it breaks up runs eagerly. A pipeline
+    runs up to the first call of the last of its transformers.
+
+    Args:
+        target: A transformer (compiled, cached or neither), a pipeline, or a `BlockAdapter` with either.
+        args, kwargs: Of the call.
+        cache_config: By default that which the cache is enabled or compiled with, else `CacheConfig()`.
+
+    Returns:
+        Prints as a page, and holds everything as data.
+
+    Raises:
+        ConfigError: There is no transformer, or the pipeline calls none.
+        PatternError: The model contradicts what was declared of it.
+    """
+    plain = getattr(target, "_orig_mod", target)
+    found = settings_for(plain, cache_config)
+    calls: dict[str, _Call] = {}
+    if isinstance(plain, nn.Module):
+        calls = dict.fromkeys(found, _Call(args, kwargs))
+        found = {name: (target if module is plain else module, known) for name, (module, known) in found.items()}
+    else:
+        pipe = plain.pipe if isinstance(plain, BlockAdapter) and plain.pipe is not None else plain
+        modules = {name: module for name, (module, _) in found.items()}
+        if callable(pipe):
+            calls = _first_calls(lambda: pipe(*args, **kwargs), modules)
+            _end_of_call(pipe)
+        elif len(modules) == 1:
+            calls = dict.fromkeys(modules, _Call(args, kwargs))
+    if not calls:
+        raise ConfigError(
+            f"cachedit_fx: target must be a transformer or a pipeline that calls one, got {type(plain).__name__}; it "
+            f"called none of {', '.join(found)} with these arguments"
+        )
+    captured: list[Captured] = []
+    recorded: list[Recorded] = []
+    notes = [f"{name} was not called, so nothing is known of it." for name in found if name not in calls]
+    if torch.is_grad_enabled() and isinstance(plain, nn.Module):
+        notes.append("Captured without gradients. The cache is for inference: call the model under torch.no_grad().")
+    for name, call in calls.items():
+        module, settings = found[name]
+        is_bare = len(found) == 1 and module is target
+        settings = _known(module, settings, is_given=cache_config is not None)
+        how, graphs = _capture(module, settings, call, "" if is_bare else name)
+        captured.append(how)
+        recorded += graphs
+    return Explanation(title_of(plain), captured, recorded, notes)
+
+
+@dataclass(frozen=True)
+class _Call:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _known(module: nn.Module, settings: Settings, *, is_given: bool) -> Settings:
+    """What the module is cached or compiled with already, unless a configuration was given."""
+    enabled = enabled_settings(getattr(module, "_orig_mod", module))
+    if enabled is not None:  # Its functor has prepared the module.
+        enabled = replace(enabled, functor=None)
+        return replace(enabled, config=settings.config) if is_given else enabled
+    config = _compiled_config(module)
+    return settings if is_given or config is None else replace(settings, config=config)
+
+
+def _compiled_config(module: Any) -> CacheConfig | None:
+    """The configuration that a module was compiled with by `torch.compile(module, backend="cachedit")`."""
+    found: Any = getattr(getattr(module, "dynamo_ctx", None), "callback", None)
+    while found is not None:
+        compiler, kwargs = getattr(found, "compiler_fn", None), getattr(found, "kwargs", None)
+        if isinstance(kwargs, dict) and compiler is not None:
+            name = getattr(compiler, "__module__", "").partition(".")[0]
+            if name != "cachedit_fx" and not isinstance(compiler, Backend):
+                return None
+            base = compiler.config if isinstance(compiler, Backend) else None
+            return Backend(base, options=kwargs.get("options")).config
+        found = getattr(found, "_torchdynamo_orig_backend", None)
+    return None
+
+
+def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> tuple[Captured, list[Recorded]]:
+    """Every graph of one transformer."""
+    is_compiled = isinstance(module, torch._dynamo.OptimizedModule)
+    module = getattr(module, "_orig_mod", module)
+    recorder = Recorder(settings.backend(), {*inspect.signature(module.forward).parameters, "args"})
+    kwargs = {k: v for k, v in settings.compile_kwargs.items() if k in ("fullgraph", "dynamic")}
+    kwargs |= {"options": {"guard_filter_fn": recorder.add_risks}, **isolated()}
+    ways = [way for way in ATTEMPTS if not (is_compiled and way.captures_data)]  # That is what enable_cache does.
+    attempts = Attempts(module, recorder, kwargs, before_each=recorder.begin, ways=ways)
+    with _prepared(module, settings), forgotten_sizes(), torch.no_grad():
+        try:
+            attempts(*call.args, **call.kwargs)
+            while not any(one.report.is_cached for one in recorder.recorded) and attempts.give_up():
+                attempts(*call.args, **call.kwargs)
+        except Stop:
+            pass
+        except BackendCompilerFailed as error:
+            raise error.inner_exception from None
+    recorded = recorder.recorded
+    for one in recorded:
+        one.report = replace(one.report, module=name, cls=type(module).__name__)
+    cls = type(module).__name__
+    is_lost = attempts.why_in_parts and not any(one.report.is_cached for one in recorded)
+    how = Captured(
+        module=name,
+        cls=cls,
+        how=_HOW[recorder.attempt],
+        why=attempts.why_in_parts,
+        cure=cure_of_parts(cls) if is_lost else "",
+        config=dict(settings.config.plain_changes),
+    )
+    return how, recorded
+
+
+@contextlib.contextmanager
+def _prepared(module: nn.Module, settings: Settings) -> Iterator[None]:
+    """The module as its patch functor wants it, and as it was afterwards."""
+    if settings.functor is None:
+        yield
+        return
+    settings.functor.prepare(module)
+    try:
+        yield
+    finally:
+        settings.functor.restore(module)
+
+
+class _AllSeen(BaseException):
+    """Every transformer was called once. No pipeline catches it."""
+
+
+def _first_calls(run: Callable[[], Any], modules: dict[str, nn.Module]) -> dict[str, _Call]:
+    """What each transformer is called with first while `run` runs; it is cut off where all are known."""
+    seen: dict[str, _Call] = {}
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(_noting(name, module, seen, len(modules)))
+        with contextlib.suppress(_AllSeen):
+            run()
+    return {name: seen[name] for name in modules if name in seen}
+
+
+@contextlib.contextmanager
+def _noting(name: str, module: nn.Module, seen: dict[str, _Call], count: int) -> Iterator[None]:
+    """Takes the module's calls, in place of whatever its compiled call was, and runs them as they are."""
+    held = module.__dict__
+    had, before = "_compiled_call_impl" in held, held.get("_compiled_call_impl")
+    plain = getattr(module, "_orig_mod", module)
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        seen.setdefault(name, _Call(args, kwargs))
+        if len(seen) == count:
+            raise _AllSeen
+        return plain._call_impl(*args, **kwargs)
+
+    held["_compiled_call_impl"] = note
+    try:
+        yield
+    finally:
+        if had:
+            held["_compiled_call_impl"] = before
+        else:
+            del held["_compiled_call_impl"]
+
+
+def _end_of_call(pipe: Any) -> None:
+    """What a pipeline does at its end, which it did not reach: offloaded parts go back to where they were."""
+    free = getattr(pipe, "maybe_free_model_hooks", None)
+    if callable(free):
+        free()

@@ -1,0 +1,125 @@
+"""What `explain` returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from cachedit_fx.errors import ConfigError
+from cachedit_fx.inspect.explanation.aten import aten_view
+from cachedit_fx.inspect.explanation.data import Captured, GraphReport
+from cachedit_fx.inspect.explanation.diff import unified_diff
+from cachedit_fx.inspect.explanation.recorder import Recorded
+from cachedit_fx.inspect.explanation.text import page
+
+GRAPHS = ("before", "after", "head", "compute", "reuse", "tail")
+
+
+class Explanation:
+    """What the compiler makes of a model, without compiling it. Prints as a page.
+
+    Attributes:
+        title: The class of what was explained.
+        modules: How each transformer was captured.
+        graphs: A report of every graph, in the order in which they run; of a model that is captured whole one.
+        notes: What else there is to know, a sentence each.
+    """
+
+    def __init__(
+        self, title: str, modules: Sequence[Captured], recorded: Sequence[Recorded], notes: Sequence[str] = ()
+    ) -> None:
+        self.title = title
+        self.modules = tuple(modules)
+        self.notes = tuple(notes)
+        self.graphs: tuple[GraphReport, ...] = tuple(one.report for one in recorded)
+        self._graphs = [one.graphs for one in recorded]
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether every transformer has a graph that gets a guard."""
+        cached = {report.module for report in self.graphs if report.is_cached}
+        return all(captured.module in cached for captured in self.modules)
+
+    def graph(self, which: str, index: int | None = None, *, region: int = 0, aten: bool = False) -> fx.GraphModule:
+        """One of the graphs, to be printed (`print_readable()`, `code`); a copy, whose weights are the model's.
+
+        Args:
+            which: "before" (as captured), "after" (guarded), or a part of the latter: "head", "compute", "reuse",
+                "tail".
+            index: Which of `graphs`; by default the first that is cached, else the largest.
+            region: Of which region, for "compute" and "reuse".
+            aten: As aten operations (by functorch), at the shapes of the explained call.
+
+        Raises:
+            ConfigError: There is no such graph.
+        """
+        held = self._graphs[self.index(index)]
+        name = f"{which}_{region}" if which in ("compute", "reuse") else which
+        if name not in held:
+            allowed = ", ".join(repr(known.removesuffix("_0")) for known in held)
+            raise ConfigError(f"cachedit_fx: which must be one of {allowed} for this graph, got {which!r}")
+        return aten_view(held[name]) if aten else held[name]
+
+    def diff(self, index: int | None = None, *, expand: Sequence[str] | bool = ()) -> str:
+        """A unified diff of the graph before and after, a line per block.
+
+        Args:
+            index: As for `graph`.
+            expand: Paths of blocks whose nodes are shown; True for all.
+
+        Raises:
+            ConfigError: `expand` names a block that the graph does not have.
+        """
+        i = self.index(index)
+        return unified_diff(self.graphs[i], self._graphs[i], expand)
+
+    def index(self, index: int | None = None) -> int:
+        """The number in `graphs` that `graph` and `diff` take by default.
+
+        Raises:
+            ConfigError: There is no graph of that number.
+        """
+        if index is None:
+            order = sorted(self.graphs, key=lambda report: (report.is_cached, report.num_nodes))
+            return self.graphs.index(order[-1]) if order else self.index(0)
+        if not 0 <= index < len(self.graphs):
+            raise ConfigError(f"cachedit_fx: index must be below {len(self.graphs)}, the number of graphs, got {index}")
+        return index
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it; the graphs as diffs."""
+        return {
+            "title": self.title,
+            "is_cached": self.is_cached,
+            "modules": [dataclasses.asdict(captured) for captured in self.modules],
+            "notes": list(self.notes),
+            "graphs": [dataclasses.asdict(report) for report in self.graphs],
+        }
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes the page as one file that needs no network; returns its path."""
+        from cachedit_fx.inspect.pages import explanation_page
+
+        target = Path(path)
+        target.write_text(explanation_page(self), encoding="utf-8")
+        return target
+
+    def plot(self, path: str | Path | None = None, *, index: int | None = None) -> Any:
+        """The chain as a matplotlib figure; written to `path` (png, svg, pdf) if there is one."""
+        from cachedit_fx.inspect.pages import plot_chain
+
+        return plot_chain(self.graphs[self.index(index)], path)
+
+    def _repr_html_(self) -> str:
+        from cachedit_fx.inspect.pages import explanation_fragment
+
+        return explanation_fragment(self)
+
+    def __str__(self) -> str:
+        return page(self)
+
+    __repr__ = __str__

@@ -1,0 +1,186 @@
+"""The page that an explanation prints as."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from textwrap import shorten
+from typing import TYPE_CHECKING
+
+import torch
+
+from cachedit_fx.inspect.explanation.data import (
+    BlockReport,
+    Captured,
+    GraphReport,
+    ListReport,
+    RegionReport,
+    Value,
+    Verdict,
+)
+from cachedit_fx.inspect.explanation.units import flops, size
+
+if TYPE_CHECKING:
+    from cachedit_fx.inspect.explanation.result import Explanation
+
+_SHOWN_VERDICTS = 3
+_SHOWN_RISKS = 8
+_PARTS = {"Fn": "Fn, always runs", "region": "region", "Bn": "Bn, always runs", "kept": "always runs", "": "runs"}
+
+
+def page(explanation: Explanation) -> str:
+    """The whole page, without a trailing newline."""
+    lines = [f"cachedit_fx.explain: {explanation.title}"]
+    for captured in explanation.modules:
+        lines.append("")
+        graphs = [(i, g) for i, g in enumerate(explanation.graphs) if g.module == captured.module]
+        lines += _module(captured, [g for _, g in graphs])
+        for i, graph in graphs:
+            lines += ["", *_graph(i, graph)] if graph.is_cached or len(graphs) == 1 else _short(i, graph)
+        if len(graphs) > 1 and not any(graph.is_cached for _, graph in graphs):
+            i, graph = max(graphs, key=lambda pair: pair[1].num_nodes)
+            lines += ["", "the largest of them:", *_graph(i, graph)]
+    lines += [f"\nNote: {note}" for note in explanation.notes]
+    lines += ["", "Graphs: .graph('before' | 'after' | 'head' | 'compute' | 'reuse' | 'tail'), .diff(), .to_html(path)"]
+    return "\n".join(lines)
+
+
+def _module(captured: Captured, graphs: list[GraphReport]) -> Iterator[str]:
+    name = f"{captured.module}: {captured.cls}" if captured.module else captured.cls
+    count = f"{len(graphs)} graph{'s' * (len(graphs) != 1)}"
+    cached = sum(graph.is_cached for graph in graphs)
+    yield f"{name}: captured {captured.how}, {count}, {cached or 'none'} cached"
+    if captured.why:
+        yield f"  why in parts: {captured.why}"
+    if captured.cure:
+        yield f"  what to do:   {captured.cure}"
+    changed = ", ".join(f"{field}={value!r}" for field, value in captured.config.items())
+    yield f"  configuration: {changed or 'the defaults'}"
+
+
+def _short(number: int, graph: GraphReport) -> Iterator[str]:
+    """A graph among others of a transformer that is captured in parts."""
+    ends = ""
+    if graph.break_after is not None:
+        place = f" at {graph.break_after.where}" if graph.break_after.where else ""
+        ends = f"; ends{place}: {shorten(graph.break_after.reason, 100)}"
+    yield f"graph {number}: runs without caching; {graph.num_nodes} nodes, {flops(graph.cost.flops)}{ends}"
+
+
+def _graph(number: int, graph: GraphReport) -> Iterator[str]:
+    verdict = "cached" if graph.is_cached else "runs without caching"
+    total = f"{graph.num_nodes} nodes, {flops(graph.cost.flops)}, {size(graph.cost.weight_bytes)} of weights"
+    yield f"graph {number}: {verdict}; {total}{' (estimated)' if graph.is_estimated else ''}"
+    for blocks in graph.lists:
+        if blocks.in_chain:
+            yield from (f"  {line}" for line in _list(blocks))
+    others = [f"{blocks.path} ({blocks.num_blocks})" for blocks in graph.lists if not blocks.in_chain]
+    if others:
+        yield f"  lists that are no part of the chain: {', '.join(others)}"
+    if graph.blocks:
+        yield "  chain:"
+        yield from (f"    {line}" for line in chain_lines(graph))
+    for verdict_ in graph.verdicts[:_SHOWN_VERDICTS]:
+        yield from (f"  {line}" for line in _verdict(verdict_))
+    if len(graph.verdicts) > _SHOWN_VERDICTS:
+        yield f"  and {len(graph.verdicts) - _SHOWN_VERDICTS} more in .graphs[{number}].verdicts"
+    for region in graph.regions:
+        yield from (f"  {line}" for line in _region(region))
+    if graph.is_cached:
+        yield f"  pieces to compile: {len(graph.pieces)}"
+        yield from (f"    {line}" for line in _pieces(graph))
+        ends = graph.timestep or "none (reuses only inside session(key))", graph.conditioning or "none"
+        yield f"  a generation is told by: timestep {ends[0]}, conditioning {ends[1]}"
+        yield f"  a reused step saves {graph.saved_flops:.1%} of the FLOPs; a session keeps {size(graph.state_bytes)}"
+    if graph.break_after is not None:
+        place = f" at {graph.break_after.where}" if graph.break_after.where else ""
+        yield f"  ends{place}: {shorten(graph.break_after.reason, 160)}"
+        if graph.break_after.line:
+            yield f"    {graph.break_after.line}"
+    yield from (f"  {line}" for line in _risks(graph))
+
+
+def _list(blocks: ListReport) -> Iterator[str]:
+    names = " and ".join((blocks.path, *blocks.alternates))
+    yield f"{names}: {blocks.num_blocks} blocks, {blocks.pattern or 'no template fits'}"
+    for stream in blocks.streams:
+        named = f" (`{stream.label}` in the code)" if stream.label != stream.role else ""
+        yield f"  stream {stream.role or stream.name}{named}: {_value(stream)}"
+    if blocks.invariants:
+        shown = ", ".join(f"{value.label} {value}" for value in blocks.invariants)
+        yield f"  every block reads: {shown}"
+    if blocks.broken:
+        yield f"  streams end: {blocks.broken}"
+
+
+def _value(value: Value) -> str:
+    return f"{value}, {size(value.nbytes)}"
+
+
+def chain_lines(graph: GraphReport) -> list[str]:
+    """The chain, a line for each run of blocks that are alike, with the guards between them."""
+    lines = []
+    for _, run in itertools.groupby(graph.blocks, key=_kind):
+        lines.append(_run_line(list(run)))
+    return lines
+
+
+def _kind(block: BlockReport) -> tuple[object, ...]:
+    return (block.path.rpartition(".")[0], block.part, block.region, block.piece, block.cls, block.num_nodes)
+
+
+def _run_line(run: list[BlockReport]) -> str:
+    first, last = run[0], run[-1]
+    path, _, number = first.path.rpartition(".")
+    name = first.path if len(run) == 1 else f"{path}.{number}-{last.path.rpartition('.')[2]}"
+    part = _PARTS[first.part] if first.region is None else f"region {first.region}"
+    piece = f", piece {first.piece}" if first.piece is not None else ""
+    each = " each" if len(run) > 1 else ""
+    cost = f"{first.num_nodes} nodes, {flops(first.cost.flops)}, {size(first.cost.weight_bytes)} of weights{each}"
+    return f"{name:<34} {first.cls}: {cost} [{part}{piece}]"
+
+
+def _verdict(verdict: Verdict) -> Iterator[str]:
+    fitted = f", {verdict.fitted} of {verdict.total} blocks fit" if verdict.total else ""
+    yield f"{verdict.template or 'not cached'}{fitted}: {verdict.cause}"
+    if verdict.expected:
+        yield f"  expected: {verdict.expected}"
+    yield f"  found:    {verdict.found}"
+    place = [f"block {verdict.block}" if verdict.block else "", f"node `{verdict.node}`" if verdict.node else ""]
+    if any(place) or verdict.where:
+        yield f"  at:       {', '.join(filter(None, (*place, verdict.where)))}"
+    if verdict.line:
+        yield f"            {verdict.line}"
+    yield f"  do:       {verdict.cure}"
+
+
+def _region(region: RegionReport) -> Iterator[str]:
+    yield f"region {region.name}: {flops(region.cost.flops)} that a reused step does not do"
+    reuses = "" if region.looks_at.startswith("nothing") else f"; reuses below {region.threshold}"
+    yield f"  the guard looks at {region.looks_at}{reuses}"
+    for kept in region.kept:
+        how = f"residual against {kept.since}" if kept.kept_as == "residual" else "value as it is"
+        more = " (joined)" * kept.is_joined + " (sizes measured at every step)" * kept.is_measured
+        yield f"  keeps {kept.value.role or kept.value.label}: {how}{more}, {_value(kept.value)}"
+
+
+def _pieces(graph: GraphReport) -> Iterator[str]:
+    names = {block.number: block.path for block in graph.blocks}
+    for piece in graph.pieces:
+        shared = [names[number] for number in piece.blocks]
+        what = f"{len(shared)} block{'s' * (len(shared) != 1)} ({shared[0]} ...)" if shared else "around the blocks"
+        where = ", ".join(piece.segments)
+        yield f"{piece.number}: {what} in {where}; {piece.num_nodes} nodes, {flops(piece.cost.flops)}"
+
+
+def _risks(graph: GraphReport) -> Iterator[str]:
+    if not graph.risks:
+        return
+    yield f"compiles once more if one of these changes (recompile_limit: {torch._dynamo.config.recompile_limit}):"
+    by_consequence: dict[str, list[str]] = {}
+    for risk in graph.risks:
+        by_consequence.setdefault(risk.consequence, []).append(f"{risk.what} = {risk.found}")
+    for consequence, found in by_consequence.items():
+        yield f"  {consequence}:"
+        more = f" and {len(found) - _SHOWN_RISKS} more" if len(found) > _SHOWN_RISKS else ""
+        yield f"    {', '.join(found[:_SHOWN_RISKS])}{more}"

@@ -1,0 +1,83 @@
+"""Follows one graph through the passes and keeps what there is to see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from cachedit_fx.inspect.explanation.graphs import snapshot
+from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.passes.dedupe import Piece
+from cachedit_fx.passes.guard import GuardedGraph
+from cachedit_fx.passes.pipeline import Plan
+from cachedit_fx.passes.watch import Watch
+from cachedit_fx.patterns.chain import BlockList
+from cachedit_fx.patterns.mismatch import Match, Mismatch
+
+
+class Trace(Watch):
+    """What became of a graph.
+
+    Attributes:
+        before: As captured. All else is empty (or None) where the way did not get so far.
+        program: The tidied graph; `found` and `chain` are block lists in it.
+        matched: Path of a list -> the template that it fits.
+        misses: Why templates do not fit, nearest miss first; or why nothing can be cached.
+        plan: What was decided on.
+        after: The guarded graph, its segments whole.
+        piece_list: What would be compiled.
+        segments: Names of the segments, by the object that calls a piece.
+    """
+
+    def __init__(self) -> None:
+        self.before: fx.GraphModule | None = None
+        self.program: Program | None = None
+        self.found: tuple[BlockList, ...] = ()
+        self.chain: tuple[BlockList, ...] = ()
+        self.matched: dict[str, Match] = {}
+        self.misses: tuple[Mismatch, ...] = ()
+        self.plan: Plan | None = None
+        self.after: fx.GraphModule | None = None
+        self.piece_list: tuple[Piece, ...] = ()
+        self.segments: dict[int, str] = {}
+
+    def graph(self, name: str, gm: fx.GraphModule) -> None:
+        if self.before is None:
+            self.before = snapshot(gm)
+
+    def lists(self, program: Program, found: Sequence[BlockList], chain: Sequence[BlockList]) -> None:
+        self.program, self.found, self.chain = program, tuple(found), tuple(chain)
+
+    def verdicts(self, blocks: BlockList, found: Sequence[Match | Mismatch]) -> None:
+        for verdict in found:
+            if isinstance(verdict, Match):
+                self.matched[blocks.path] = verdict
+            else:
+                self.misses = (*self.misses, verdict)
+
+    def planned(self, plan: Plan | tuple[Mismatch, ...]) -> None:
+        if isinstance(plan, Plan):
+            self.plan = plan
+        else:
+            self.misses = plan
+
+    def guarded(self, guarded: GuardedGraph) -> None:
+        self.after = snapshot(guarded.gm)
+
+    def pieces(self, guarded: GuardedGraph, pieces: Sequence[Piece]) -> None:
+        self.piece_list = tuple(pieces)
+        self.segments = {id(module): name for name, module in guarded.gm.named_children()}
+
+    def refuse(self, misses: tuple[Mismatch, ...]) -> None:
+        """The graph is not cached after all, for a reason that no pass knows."""
+        self.misses, self.piece_list, self.after = misses, (), None
+
+    def graphs(self) -> dict[str, fx.GraphModule]:
+        """The graphs by name: "before"; "after" and its segments where the graph is cached."""
+        assert self.before is not None
+        found = {"before": self.before}
+        if self.after is not None:
+            found["after"] = self.after
+            found |= {name: part for name, part in self.after.named_children() if isinstance(part, fx.GraphModule)}
+        return found

@@ -1,0 +1,72 @@
+"""Axes of a chart: scales and ticks, in the pixels of an SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cachedit_fx.inspect.pages.svg import tag, text
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A linear scale from the values `low` to `high` onto the pixels `start` to `stop`."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (self.stop - self.start) * (value - self.low) / ((self.high - self.low) or 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A chart's axes. `x` and `y` map values to pixels."""
+
+    width: float
+    height: float
+    x: Scale
+    y: Scale
+
+    def rows(self, name: str) -> Iterator[str]:
+        """Horizontal lines with what they stand for, and above them the axis' name."""
+        yield text(4, 12, name, "axis-name")
+        for value in ticks(self.y.high):
+            y = self.y(value)
+            yield tag("line", x1=self.x.start, y1=y, x2=self.x.stop, y2=y, class_="grid")
+            yield text(self.x.start - 7, y + 4, f"{value:.3g}", "tick", "end")
+
+    def columns(self, name: str, values: list[float]) -> Iterator[str]:
+        """What stands beneath the chart."""
+        for value in values:
+            yield text(self.x(value), self.y.start + 16, f"{value:.3g}", "tick", "middle")
+        yield text(self.x.stop, self.y.start + 32, name, "axis-name", "end")
+
+    def svg(self, parts: Iterator[str], label: str) -> str:
+        """The chart."""
+        box = f"0 0 {self.width:.0f} {self.height:.0f}"
+        return tag("svg", *parts, class_="ch", viewBox=box, role="img", aria_label=label)
+
+
+def frame(columns: tuple[float, float], high: float, *, width: float = 430, height: float = 216) -> Frame:
+    """Axes with room for their labels; the vertical one begins at 0."""
+    x = Scale(*columns, 54, width - 10)
+    return Frame(width, height, x, Scale(0, ticks(high)[-1], height - 42, 24))
+
+
+def ticks(high: float) -> list[float]:
+    """Four to six round numbers from 0 to what is not below `high`."""
+    if not math.isfinite(high) or high <= 0:
+        return [0.0, 1.0]
+    unit = 10.0 ** math.floor(math.log10(high / 5))
+    every = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= high / 5.001)
+    return [every * i for i in range(math.ceil(high / every - 1e-9) + 1)]
+
+
+def step_ticks(num_steps: int) -> list[float]:
+    """Numbers of steps, at most twelve."""
+    every = max(1, math.ceil(num_steps / 12))
+    return [float(step) for step in range(0, num_steps, every)]

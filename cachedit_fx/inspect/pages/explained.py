@@ -1,0 +1,247 @@
+"""The page of an `Explanation`, and what a notebook shows of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport, RegionReport, Verdict
+from cachedit_fx.inspect.explanation.units import flops, size
+from cachedit_fx.inspect.pages.chain import ROLES, chain_svg, reuses_when
+from cachedit_fx.inspect.pages.pieces import Kind, kinds_of
+from cachedit_fx.inspect.pages.render import as_json, asset, render
+from cachedit_fx.inspect.pages.sides import Chunk, chunks_of
+
+if TYPE_CHECKING:
+    from cachedit_fx.inspect.explanation.data import Captured
+    from cachedit_fx.inspect.explanation.result import Explanation
+
+_PARTS = {
+    "Fn": "Fn: always runs, and the guard looks at what it adds",
+    "Bn": "Bn: always runs",
+    "kept": "always runs, between two regions",
+    "": "runs; the graph is not cached",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of a graph's FLOPs.
+
+    Attributes:
+        percent: Of the graph's, 0 to 100.
+        is_skipped: A reused step does not do it.
+    """
+
+    name: str
+    flops: int
+    percent: float
+    is_skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GraphView:
+    """A graph as the template takes it.
+
+    Attributes:
+        key: Begins the ids of its blocks.
+        is_main: Whether it is shown unfolded.
+        chain: SVG; empty where there are no blocks.
+        names: Of the blocks, by number.
+    """
+
+    key: str
+    report: GraphReport
+    is_main: bool
+    chain: str
+    kinds: list[Kind]
+    shares: list[Share]
+    chunks: list[Chunk]
+    names: dict[int, str]
+
+    def reuses_when(self, region: RegionReport) -> str:
+        """What lets the guard reuse, in a few words."""
+        return reuses_when(region)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether a second stream runs along the chain."""
+        return any(stream.role == ROLES[1] for one in self.report.lists if one.in_chain for stream in one.streams)
+
+    @property
+    def headline(self) -> str:
+        """What becomes of the graph, in a sentence."""
+        report = self.report
+        if report.is_cached:
+            saves = f"a reused step skips {report.saved_flops:.1%} of the FLOPs"
+            return f"Cached: {saves}, and a session keeps {size(report.state_bytes)}."
+        return f"Runs without caching: {_why_not(report)}."
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleView:
+    """A transformer with its graphs."""
+
+    captured: Captured
+    graphs: list[GraphView]
+
+
+def explanation_page(explanation: Explanation) -> str:
+    """One HTML file that needs no network.
+
+    Raises:
+        ConfigError: jinja2 is not installed.
+    """
+    modules = list(_modules(explanation))
+    views = [view for module in modules for view in module.graphs]
+    data = {f"{view.key}-{block.number}": _block(block) for view in views for block in view.report.blocks}
+    return render(
+        "explanation.html.j2",
+        title=f"explain: {explanation.title}",
+        explanation=explanation,
+        verdict=verdict_line(explanation),
+        modules=modules,
+        limit=torch._dynamo.config.recompile_limit,
+        data=as_json(data),
+    )
+
+
+def explanation_fragment(explanation: Explanation) -> str:
+    """What a notebook shows: the chain of the main graph and a small table. Needs neither scripts nor jinja2."""
+    mark = "✓" if explanation.is_cached else "✗"
+    head = f"<strong>{escape(explanation.title)}</strong> {mark} {escape(verdict_line(explanation))}"
+    parts = [f"<style>{asset('chain.css')}</style>", f"<div>{head}</div>"]
+    if explanation.graphs:
+        graph = explanation.graphs[explanation.index()]
+        if graph.blocks:
+            parts.append(f'<div style="overflow-x:auto">{chain_svg(graph, "nb", opens=False)}</div>')
+        rows = "".join(
+            f'<tr><th style="text-align:left">{escape(name)}</th><td style="text-align:left">{escape(value)}</td></tr>'
+            for name, value in _facts(graph)
+        )
+        parts.append(f"<table>{rows}</table>")
+    return f'<div class="cachedit-fx">{"".join(parts)}</div>'
+
+
+def verdict_line(explanation: Explanation) -> str:
+    """What becomes of the whole, in a sentence."""
+    graphs = explanation.graphs
+    cached = [graph for graph in graphs if graph.is_cached]
+    if explanation.is_cached and len(cached) == 1:
+        saved, kept = cached[0].saved_flops, size(cached[0].state_bytes)
+        return f"Cached: a reused step skips {saved:.1%} of the FLOPs, and a session keeps {kept}."
+    if cached:
+        how = "Cached" if explanation.is_cached else "Cached in part"
+        named = ", ".join(f"{graph.module or graph.cls} {graph.saved_flops:.1%}" for graph in cached)
+        return f"{how}: {len(cached)} of {len(graphs)} graphs have a guard; a reused step skips of the FLOPs: {named}."
+    if not graphs:
+        return "Not cached: Dynamo captured no graph."
+    reason = _why_not(graphs[explanation.index()])
+    if len(graphs) > len(explanation.modules) and any(captured.why for captured in explanation.modules):
+        return f"Not cached: Dynamo captures it only in {len(graphs)} graphs; of the largest: {reason}."
+    return f"Not cached: {reason}."
+
+
+def _why_not(graph: GraphReport) -> str:
+    if not graph.verdicts:
+        return "no chain of blocks was found"
+    nearest = graph.verdicts[0]
+    fitted = f", {nearest.fitted} of {nearest.total} blocks fit" if nearest.total else ""
+    if not nearest.template:
+        expected = f"expected {nearest.expected}, found " if nearest.expected else ""
+        return f"{expected}{nearest.found.rstrip('.')}{fitted}"
+    if nearest.total and nearest.fitted == nearest.total:
+        return f"{nearest.template} fits, but it expected {nearest.expected}, and found {nearest.found}"
+    return f"no template fits; the nearest is {nearest.template}{fitted}"
+
+
+def _modules(explanation: Explanation) -> Iterator[ModuleView]:
+    for captured in explanation.modules:
+        own = [(i, report) for i, report in enumerate(explanation.graphs) if report.module == captured.module]
+        main = max((report.num_nodes for _, report in own), default=0)
+        is_cached = any(report.is_cached for _, report in own)
+        yield ModuleView(
+            captured,
+            [
+                _view(
+                    f"g{number}",
+                    report,
+                    explanation._graphs[number],
+                    is_main=report.is_cached if is_cached else report.num_nodes == main,
+                )
+                for number, report in own
+            ],
+        )
+
+
+def _view(key: str, report: GraphReport, graphs: dict[str, Any], *, is_main: bool) -> GraphView:
+    return GraphView(
+        key=key,
+        report=report,
+        is_main=is_main,
+        chain=chain_svg(report, key) if report.blocks else "",
+        kinds=kinds_of(report.blocks)[0],
+        shares=_shares(report),
+        chunks=chunks_of(report, graphs) if "before" in graphs else [],
+        names={block.number: block.path for block in report.blocks},
+    )
+
+
+def _shares(graph: GraphReport) -> list[Share]:
+    total = graph.cost.flops
+    if not total or not graph.is_cached:
+        return []
+    parts = {"Fn": 0, "Bn": 0, "kept": 0}
+    for block in graph.blocks:
+        if block.part in parts:
+            parts[block.part] += block.cost.flops
+    regions = [(region.name, region.cost.flops) for region in graph.regions]
+    around = max(0, total - sum(parts.values()) - sum(count for _, count in regions))
+    rows = [("around the blocks", around, False), ("Fn blocks", parts["Fn"], False)]
+    rows += [(f"region {number}", count, True) for number, (_, count) in enumerate(regions)]
+    rows += [("blocks between regions", parts["kept"], False), ("Bn blocks", parts["Bn"], False)]
+    return [Share(name, count, 100 * count / total, skipped) for name, count, skipped in rows if count]
+
+
+def _block(block: BlockReport) -> dict[str, Any]:
+    """What the panel shows of a block."""
+    part = _PARTS.get(block.part, f"region {block.region}: runs, or is skipped")
+    facts = [
+        ("Path", block.path),
+        ("Class", block.cls or "not kept by Dynamo"),
+        ("Part", part),
+        ("Piece", "" if block.piece is None else f"{block.piece}, shared by all blocks of equal structure"),
+        ("Nodes", str(block.num_nodes)),
+        ("FLOPs", flops(block.cost.flops)),
+        ("Bytes moved", size(block.cost.moved_bytes)),
+        ("Weights", size(block.cost.weight_bytes)),
+        ("Where", block.where),
+        ("Reads", ", ".join(block.reads)),
+        ("Makes", ", ".join(block.makes)),
+    ]
+    shown = [fact for fact in facts if fact[1]]
+    return {"title": f"Block {block.number}: {block.path}", "facts": shown, "code": block.code}
+
+
+def _facts(graph: GraphReport) -> Iterator[tuple[str, str]]:
+    yield "graph", f"{graph.num_nodes} nodes, {flops(graph.cost.flops)}, {size(graph.cost.weight_bytes)} of weights"
+    for blocks in graph.lists:
+        if blocks.in_chain:
+            yield blocks.path, f"{blocks.num_blocks} blocks, {blocks.pattern or 'no template fits'}"
+    for region in graph.regions:
+        looks = f"reuses if {reuses_when(region)}, keeps {size(region.state_bytes)}"
+        yield f"region {region.name}", f"{flops(region.cost.flops)} that a reused step does not do; {looks}"
+    if not graph.is_cached and graph.verdicts:
+        yield from _nearest(graph.verdicts[0])
+
+
+def _nearest(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    yield "nearest miss", f"{verdict.template or 'not cached'}: {verdict.cause}"
+    yield "expected", verdict.expected
+    yield "found", verdict.found
+    yield "at", ", ".join(filter(None, (verdict.block, verdict.where, verdict.line)))
+    yield "do", verdict.cure

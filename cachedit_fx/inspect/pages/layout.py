@@ -1,0 +1,103 @@
+"""Where the parts of a chain stand in its drawing, in pixels."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport
+
+MARGIN = 12.0
+END = 58.0  # Width of what lies before and behind the chain.
+GUARD = 112.0  # Room for a guard between two blocks,
+JOIN = 52.0  # and for the place where the paths behind it meet.
+BLOCK_HEIGHT = 74.0
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A block, or an end of the chain."""
+
+    x: float
+    width: float
+
+    @property
+    def right(self) -> float:
+        return self.x + self.width
+
+    @property
+    def middle(self) -> float:
+        return self.x + self.width / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Blocks side by side that are treated alike.
+
+    Attributes:
+        part, region: As in `BlockReport`.
+        first, last: Numbers of its first block, and of the first behind it.
+        guard: Middle of the guard before it; None where there is none.
+        join: Middle of where compute and reuse meet behind it.
+        x, right: Its ends.
+    """
+
+    part: str
+    region: int | None
+    first: int
+    last: int
+    guard: float | None
+    join: float | None
+    x: float
+    right: float
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The whole drawing.
+
+    Attributes:
+        is_wide: Whether a block has room for words.
+        head, tail: What lies before and behind the chain.
+        boxes: The blocks.
+    """
+
+    width: float
+    is_wide: bool
+    head: Box
+    tail: Box
+    boxes: tuple[Box, ...]
+    bands: tuple[Band, ...]
+
+
+def lay_out(graph: GraphReport) -> Layout:
+    """The drawing of a graph that has blocks."""
+    count = len(graph.blocks)
+    block, gap = (84.0, 20.0) if count <= 8 else (56.0, 18.0) if count <= 16 else (30.0, 9.0)
+    x = MARGIN
+    head = Box(x, END)
+    x = head.right
+    boxes: list[Box] = []
+    bands: list[Band] = []
+    is_after_region = False
+    for part, run in _runs(graph.blocks):
+        is_region = run[0].region is not None and graph.is_cached
+        guard = x + GUARD / 2 if is_region else None
+        x += GUARD if is_region else 22 if is_after_region or not boxes else 30
+        start = x
+        for _ in run:
+            boxes.append(Box(x, block))
+            x += block + gap
+        x -= gap
+        join = x + JOIN / 2 if is_region else None
+        bands.append(Band(part, run[0].region, run[0].number, run[-1].number + 1, guard, join, start, x))
+        x += JOIN if is_region else 0
+        is_after_region = is_region
+    x += 10 if is_after_region else 26
+    tail = Box(x, END)
+    return Layout(tail.right + MARGIN, block >= 56, head, tail, tuple(boxes), tuple(bands))
+
+
+def _runs(blocks: tuple[BlockReport, ...]) -> list[tuple[str, list[BlockReport]]]:
+    grouped = itertools.groupby(blocks, key=lambda block: (block.part, block.region))
+    return [(part, list(run)) for (part, _), run in grouped]

@@ -1,0 +1,177 @@
+"""What did the cache do: `summary` and `report` of a pipeline or a transformer."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cachedit_fx.frontend.uncached import reasons_of_bare
+from cachedit_fx.inspect.why_idle import why_none_reused
+from cachedit_fx.integrations.adapter_registry import modules_of
+from cachedit_fx.integrations.block_adapter import title_of
+from cachedit_fx.runtime import stats as stats_module
+from cachedit_fx.runtime.instances import KEY, calls_of, notes_of, records_of, standing_in
+from cachedit_fx.runtime.stats import CacheStats, Summary
+
+_DISPLACED = (
+    "{}: what enable_cache put there was replaced, as module.compile() does, or it was left behind by a copy, as "
+    "copy.copy does. So its calls run without the cache; call enable_cache again"
+)
+
+
+def summary(target: Any, details: bool = False, *, every_generation: bool = False, logging: bool = True) -> Summary:
+    """Statistics of the last generation, one entry per transformer, region and guidance branch.
+
+    They outlive the generation and its sessions (64 per transformer are kept). Below the first table stands how all
+    calls since `enable_cache` were served: computed, reused, without the cache and why. Where the generation reused
+    nothing, a line says why.
+
+    Args:
+        target: A pipeline, a transformer, or a `BlockAdapter`.
+        details: Show every step's decision too.
+        every_generation: Not the last generation alone, but all that are known, oldest first.
+        logging: Print the tables; in a terminal with rich, if that is installed.
+
+    Returns:
+        A list of `CacheStats`, with `calls` (a `CallCounts` per transformer) and `notes`; as a string, the tables in
+        markdown and what stands below the first.
+
+    Raises:
+        ConfigError: `target` has no diffusion transformer.
+    """
+    found = _stats_of(target, details=details, every_generation=every_generation)
+    if logging:
+        _show(found)
+    return found
+
+
+class RunReport:
+    """What a run did, to be looked at: prints as the tables of its summary.
+
+    Attributes:
+        title: The class of what ran.
+        stats: One entry per transformer, region and guidance branch.
+    """
+
+    def __init__(self, title: str, stats: Summary) -> None:
+        self.title = title
+        self.stats = stats
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        calls = {name: counts.to_dict() for name, counts in self.stats.calls.items()}
+        stats = [entry.to_dict() for entry in self.stats]
+        return {"title": self.title, "stats": stats, "calls": calls, "notes": self.stats.notes}
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes the page as one file that needs no network; returns its path.
+
+        Raises:
+            ConfigError: jinja2 is not installed.
+        """
+        from cachedit_fx.inspect.pages import run_page
+
+        target = Path(path)
+        target.write_text(run_page(self), encoding="utf-8")
+        return target
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """The steps as a matplotlib figure; written to `path` (png, svg, pdf) if there is one.
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+        """
+        from cachedit_fx.inspect.pages import plot_run
+
+        return plot_run(self.stats, path)
+
+    def _repr_html_(self) -> str:
+        return _fragment(self.stats)
+
+    def __str__(self) -> str:
+        return str(self.stats)
+
+    __repr__ = __str__
+
+
+def report(target: Any, path: str | Path | None = None, *, every_generation: bool = False) -> RunReport:
+    """What the last generation did: every step's decision and why, its diff, its time, and what is kept.
+
+    After a run in shadow mode also how far off reusing would have been, to choose a threshold by.
+
+    Args:
+        target: A pipeline, a transformer, or a `BlockAdapter`.
+        path: Where to write the page (HTML), if anywhere.
+        every_generation: Not the last generation alone, but all that are known, oldest first.
+
+    Raises:
+        ConfigError: `target` has no diffusion transformer, or jinja2 is not installed and there is a path.
+    """
+    stats = _stats_of(target, details=True, every_generation=every_generation)
+    found = RunReport(stats.title, stats)
+    if path is not None:
+        found.to_html(path)
+    return found
+
+
+def _stats_of(target: Any, *, details: bool, every_generation: bool) -> Summary:
+    modules = modules_of(target)
+    is_bare = len(modules) == 1 and next(iter(modules.values())) is target
+    named = {"" if is_bare else name: module for name, module in modules.items()}
+    stats = [e for name, module in named.items() for e in _entries(name, module, every_generation=every_generation)]
+    calls = {
+        ".".join(filter(None, (name, path))): counts
+        for name, module in named.items()
+        for path, counts in calls_of(module).items()
+    }
+    notes = [note for name, module in named.items() if (note := _why_none_reused(name, module, stats))]
+    notes += [_DISPLACED.format(name) for name, m in modules.items() if KEY in vars(m) and standing_in(m) is None]
+    notes += [f"{name}: {note}" if name else note for name, module in named.items() for note in notes_of(module)]
+    if not calls and not stats:
+        notes += [f"{name} runs without the cache: {why}" for name, m in modules.items() for why in reasons_of_bare(m)]
+    return Summary(stats, title=title_of(target), details=details, calls=calls, notes=notes)
+
+
+def _entries(name: str, module: nn.Module, *, every_generation: bool) -> list[CacheStats]:
+    records = records_of(module, every_generation=every_generation)
+    return [dataclasses.replace(entry, module=name) for record in records for entry in record.stats]
+
+
+def _why_none_reused(name: str, module: nn.Module, stats: Sequence[CacheStats]) -> str:
+    mine = [entry for entry in stats if entry.module == name]
+    if all(entry.num_steps == 1 for entry in mine):  # What looks like many generations is one, as its user sees it.
+        mine = _entries(name, module, every_generation=True)
+    return why_none_reused(name, mine)
+
+
+def _fragment(found: Summary) -> str:
+    from cachedit_fx.inspect.pages import run_fragment
+
+    return run_fragment(found)
+
+
+stats_module.html_renderer = _fragment
+
+
+def _show(found: Summary) -> None:
+    if not found or not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
+        print(found)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for i, rows in enumerate(found.tables):
+        title = f"Cache Steps and Residual Diffs Statistics: {found.title}" if i == 0 else "Decisions"
+        table = Table(*rows[0], title=title)
+        for row in rows[1:]:
+            table.add_row(*row)
+        console.print(table)
+        for line in found.lines if i == 0 else ():
+            console.print(line, markup=False)

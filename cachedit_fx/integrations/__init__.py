@@ -1,0 +1,1 @@
+"""Pipelines of diffusers, and the names that users of cache-dit know."""

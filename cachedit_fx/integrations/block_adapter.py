@@ -1,0 +1,272 @@
+"""What can a user say of a model: `BlockAdapter`, `ParamsModifier`, and what they mean for each transformer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from cachedit_fx.config.cache_config import CacheConfig, Changes
+from cachedit_fx.config.checks import as_forecaster
+from cachedit_fx.errors import ConfigError, shown
+from cachedit_fx.functors.functor import PatchFunctor
+from cachedit_fx.patterns.declaration import Declaration
+from cachedit_fx.patterns.forward_pattern import ForwardPattern
+from cachedit_fx.patterns.template import BlockTemplate
+
+Nested = Any  # One value, a list with one per block list, or with several transformers a list of such lists.
+
+
+class ParamsModifier:
+    """What the region of one block list does differently.
+
+    Args:
+        cache_config: Its given fields override those of the configuration for the whole model; others stay.
+        calibrator_config: The same as `forecaster`: what a reused step of this list adds.
+        fields: Fields of `CacheConfig`, instead of `cache_config` or on top of it.
+
+    Raises:
+        ConfigError: A field is unknown, has a value it cannot have or cannot differ between block lists.
+    """
+
+    def __init__(
+        self, cache_config: CacheConfig | None = None, calibrator_config: object | None = None, **fields: Any
+    ) -> None:
+        if cache_config is not None and not isinstance(cache_config, CacheConfig):
+            raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {shown(cache_config)}")
+        self.cache_config = with_calibrator((cache_config or CacheConfig()).override(**fields), calibrator_config)
+        whole = self.cache_config.given & {
+            *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode", "shadow", "debug_dir"),
+            *("reach", "probe", "batch_decision", "fast_dispatch", "max_state_bytes"),
+        }
+        if whole:
+            name = sorted(whole)[0]
+            raise ConfigError(
+                f"cachedit_fx: {name} holds for a whole model, not for one block list, got "
+                f"{shown(getattr(self.cache_config, name))} in a ParamsModifier; give it to enable_cache"
+            )
+
+
+def with_calibrator(config: CacheConfig, calibrator_config: object | None) -> CacheConfig:
+    """`config` with what cache-dit calls a calibrator as its forecaster.
+
+    Raises:
+        ConfigError: It is no forecaster, or `config` was given one.
+    """
+    calibrator = as_forecaster("calibrator_config", calibrator_config)
+    if calibrator is None:
+        return config
+    if "forecaster" in config.given:
+        raise ConfigError(
+            "cachedit_fx: calibrator_config and forecaster say the same, got both; pass one of them, as "
+            f"forecaster={shown(calibrator)}"
+        )
+    return config.override(forecaster=calibrator)
+
+
+@dataclass
+class BlockAdapter:
+    """Which blocks of which transformer to cache, for models that are to be matched in no other way.
+
+    What is declared here is held against the graph when the model is first called (`PatternError`). With several
+    transformers every argument from `blocks` on is a list with one entry for each.
+
+    Attributes:
+        pipe: The pipeline; None for a transformer that is called by hand.
+        transformer: The transformer or a list of them; by default those of `pipe`.
+        blocks: Its block list, or several in any order; by default (`auto`) those that the graph shows.
+        blocks_name: Their names in the transformer, instead of `blocks`.
+        forward_pattern: A `ForwardPattern` or a `BlockTemplate`, or one per block list.
+        params_modifiers: What each list's region does differently; each list then has a region of its own.
+        check_forward_pattern: False: take the pattern for a remark and match as without it.
+        patch_functor: Changes the model or its graph before it is matched.
+        has_separate_cfg: Guidance calls the transformer once per branch.
+        auto: Find the blocks by the graph; those that don't fit the pattern are left alone.
+
+    Raises:
+        ConfigError: An argument is missing, of a wrong kind or length, or names blocks that the transformer lacks.
+    """
+
+    pipe: Any = None
+    transformer: nn.Module | Sequence[nn.Module] | None = None
+    blocks: Nested = None
+    blocks_name: Nested = None
+    forward_pattern: Nested = None
+    params_modifiers: Nested = None
+    check_forward_pattern: bool | None = None
+    patch_functor: PatchFunctor | None = None
+    has_separate_cfg: bool = False
+    auto: bool = False
+
+    def __post_init__(self) -> None:
+        functor: Any = self.patch_functor
+        if functor is not None and not isinstance(functor, PatchFunctor):
+            hint = f"; give {functor.__name__}()" if isinstance(functor, type) else ""
+            raise ConfigError(f"cachedit_fx: patch_functor must be a PatchFunctor, got {shown(functor)}{hint}")
+        if self.blocks is not None and self.blocks_name is not None:
+            raise ConfigError(
+                "cachedit_fx: blocks and blocks_name say the same, got both; pass one of them, as "
+                f"blocks_name={shown(self.blocks_name)}"
+            )
+        if self.blocks is None and self.blocks_name is None and not self.auto and self.forward_pattern is not None:
+            raise ConfigError(
+                "cachedit_fx: blocks must be given unless auto=True, got None; pass the ModuleList of the blocks, its "
+                "name as blocks_name, or auto=True to find them by the graph"
+            )
+        if self.auto and self.forward_pattern is None:
+            raise ConfigError(
+                "cachedit_fx: forward_pattern must be given with auto=True, got None; leave auto out to try "
+                "every pattern"
+            )
+        self.declarations()
+
+    def transformers(self) -> dict[str, nn.Module]:
+        """The transformers under their names in the pipeline."""
+        if self.transformer is None:
+            return transformers_of(self.pipe)
+        found: list[Any] = list(self.transformer) if isinstance(self.transformer, list | tuple) else [self.transformer]
+        for module in found:
+            if not isinstance(module, nn.Module):
+                raise ConfigError(
+                    f"cachedit_fx: transformer must be a module or a list of modules, got {shown(module)}"
+                )
+        names = {id(module): name for name, module in _components(self.pipe).items()}
+        free = (name for i in itertools.count(1) if (name := f"transformer_{i}" if i > 1 else "transformer"))
+        taken = {names[id(module)] for module in found if id(module) in names}
+        unnamed = (name for name in free if name not in taken)
+        return {names.get(id(module)) or next(unnamed): module for module in found}
+
+    def declarations(self) -> dict[str, Declaration]:
+        """What is declared of each transformer."""
+        modules = self.transformers()
+        is_many = len(modules) > 1 or isinstance(self.transformer, list | tuple)
+        given = self.blocks if self.blocks is not None else self.blocks_name
+        lists = _nest("blocks", given, modules, is_many, None, lambda value: value)
+        paths = [tuple(_path(blocks, m) for blocks in of) for of, m in zip(lists, modules.values(), strict=True)]
+        counts = [len(of) for of in paths]
+        patterns = _nest("forward_pattern", self.forward_pattern, modules, is_many, counts, _template)
+        modifiers = _nest("params_modifiers", self.params_modifiers, modules, is_many, counts, _override)
+        if not any(counts) and any(len(of) > 1 for of in patterns):
+            raise ConfigError(
+                "cachedit_fx: forward_pattern must be one pattern where no blocks are named, got "
+                f"{shown(self.forward_pattern)}; name the block lists in blocks_name to give each its own"
+            )
+        is_checked = self.check_forward_pattern is not False
+        return {
+            name: Declaration(*entry, is_checked, self.patch_functor)
+            for name, entry in zip(modules, zip(paths, patterns, modifiers, strict=True), strict=True)
+        }
+
+
+def _nest(
+    argument: str,
+    value: Nested,
+    modules: dict[str, nn.Module],
+    is_many: bool,
+    counts: Sequence[int] | None,
+    leaf: Callable[[Any], Any],
+) -> list[tuple[Any, ...]]:
+    """`value` as one tuple per transformer with one entry per block list; a single value stands for all of them."""
+    if value is None:
+        return [()] * len(modules)
+    is_list = isinstance(value, list | tuple)
+    entries = list(value) if is_many and is_list else [value] * len(modules)
+    if len(entries) != len(modules):
+        raise ConfigError(
+            f"cachedit_fx: {argument} must have one entry per transformer, {len(modules)}, got {len(entries)}"
+        )
+    nested = []
+    for i, entry in enumerate(entries):
+        count = counts[i] if counts is not None else 0
+        many = list(entry) if isinstance(entry, list | tuple) else [entry] * max(1, count)
+        if count and len(many) != count:
+            raise ConfigError(f"cachedit_fx: {argument} must have one entry per block list, {count}, got {len(many)}")
+        nested.append(tuple(leaf(one) for one in many))
+    return nested
+
+
+def _path(blocks: Any, transformer: nn.Module) -> str:
+    """The path of a block list (or its name) in the transformer, as in `transformer_blocks`."""
+    for path, module in transformer.named_modules():
+        if path and (module is blocks or path == blocks):
+            if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
+                found = f"a {type(module).__name__}"
+                found += f" of {len(module)}" if isinstance(module, nn.ModuleList | nn.Sequential) else ""
+                raise ConfigError(
+                    f"cachedit_fx: blocks {path!r} must be a ModuleList of at least two blocks, got {found}"
+                )
+            return str(path)
+    what = repr(blocks) if isinstance(blocks, str) else f"a {type(blocks).__name__}"
+    held = ", ".join(path for path, m in transformer.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
+    raise ConfigError(
+        f"cachedit_fx: blocks must be a block list of {type(transformer).__name__} itself (no slice of one), got "
+        f"{what}; it has {held or 'none'}"
+    )
+
+
+def _template(pattern: Any) -> BlockTemplate:
+    if isinstance(pattern, ForwardPattern):
+        return pattern.value
+    if isinstance(pattern, BlockTemplate):
+        return pattern
+    allowed = f"ForwardPattern.{', '.join(known.name for known in ForwardPattern)}"
+    raise ConfigError(f"cachedit_fx: forward_pattern must be one of {allowed} or a BlockTemplate, got {shown(pattern)}")
+
+
+def _override(modifier: Any) -> Changes | None:
+    if modifier is None:
+        return None
+    if not isinstance(modifier, ParamsModifier):
+        hint = "; wrap it: ParamsModifier(...)" if isinstance(modifier, CacheConfig) else ""
+        raise ConfigError(
+            f"cachedit_fx: params_modifiers must hold ParamsModifier or None, got {shown(modifier)}{hint}"
+        )
+    return modifier.cache_config.changes
+
+
+def transformers_of(target: Any) -> dict[str, nn.Module]:
+    """The diffusion transformers of a pipeline, an adapter, or a transformer itself, by name.
+
+    Of a pipeline's components: every module that is called a transformer, by the pipeline or by its class.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if isinstance(target, BlockAdapter):
+        return target.transformers()
+    if isinstance(target, nn.Module):
+        return {type(target).__name__: target}
+    parts = _components(target)
+    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and _is_transformer(name, part)}
+    if not found:
+        held = ", ".join(f"{name} ({type(part).__name__})" for name, part in parts.items()) or "no components"
+        raise ConfigError(
+            f"cachedit_fx: expected a pipeline with a diffusion transformer, a transformer or a BlockAdapter, got "
+            f"{type(target).__name__} with {held}.\n"
+            "What to do: pass the transformer itself (any nn.Module)."
+        )
+    return found
+
+
+def title_of(target: Any) -> str:
+    """What to call `target` above a table."""
+    if isinstance(target, BlockAdapter):
+        target = target.pipe if target.pipe is not None else next(iter(target.transformers().values()))
+    return type(getattr(target, "_orig_mod", target)).__name__
+
+
+def _components(pipe: Any) -> dict[str, Any]:
+    components = getattr(pipe, "components", None)
+    if isinstance(components, dict):
+        return components
+    held = getattr(pipe, "transformer", None)
+    return {"transformer": held} if isinstance(held, nn.Module) else {}
+
+
+def _is_transformer(name: str, module: nn.Module) -> bool:
+    # Text encoders are called models or encoders, control networks and adapters by what they are.
+    called = f"{name} {type(getattr(module, '_orig_mod', module)).__name__}".lower()
+    return "transformer" in called and not any(word in called for word in ("controlnet", "encoder", "adapter", "vae"))

@@ -1,0 +1,98 @@
+"""Configurations from files: `load_configs`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from cachedit_fx.config.cache_config import CacheConfig, CacheType, DBCacheConfig, DBPruneConfig
+from cachedit_fx.config.steps_mask import steps_mask
+from cachedit_fx.errors import ConfigError, shown
+from cachedit_fx.integrations.block_adapter import with_calibrator
+
+
+def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for `enable_cache(pipe, **load_configs(...))`, read from YAML, JSON or a dict.
+
+        cache_config:
+          max_warmup_steps: 8
+          num_inference_steps: 28
+          steps_computation_mask: fast        # a policy of `steps_mask`, or a list of 0 and 1
+        calibrator_config:                    # or forecaster, as a field of cache_config
+          type: taylorseer
+          taylorseer_order: 2
+
+    The fields may also stand without `cache_config` above them. The format is cache-dit's, and so are the defaults of
+    the fields that are left out: the result is a `DBCacheConfig`, or a `DBPruneConfig` where `cache_type` says so. A
+    file that `tune` saved holds a `CacheConfig` instead, and what it was tuned on comes along as `tuned_on`.
+
+    Raises:
+        ConfigError: The file is missing or says something else, or a field is unknown or has a value it cannot have.
+        ImportError: A YAML file, and PyYAML is not installed.
+    """
+    known = dict(path_or_dict) if isinstance(path_or_dict, Mapping) else _read(Path(path_or_dict))
+    calibrator, tuned = known.pop("calibrator_config", None), None
+    if "cache_config" in known:
+        others = sorted(set(known) - {"cache_config", "tuned"})
+        if others:
+            raise ConfigError(
+                f"cachedit_fx: {others[0]!r} is not supported; allowed is 'cache_config' alone, or with "
+                f"'calibrator_config' or 'tuned', got {shown(known[others[0]])} beside it; take it out"
+            )
+        tuned = known.get("tuned")
+        known = known["cache_config"] or {}
+    if not isinstance(known, Mapping):
+        raise ConfigError(f"cachedit_fx: cache_config must be a mapping of fields, got {shown(known)}")
+    fields = {str(name): value for name, value in known.items()}
+    if isinstance(fields.get("steps_computation_mask"), str):
+        total = fields.get("num_inference_steps")
+        if total is None:
+            raise ConfigError(
+                "cachedit_fx: num_inference_steps must be given with "
+                f"steps_computation_mask={fields['steps_computation_mask']!r}, got None"
+            )
+        fields["steps_computation_mask"] = steps_mask(mask_policy=fields["steps_computation_mask"], total_steps=total)
+    kind = DBPruneConfig if fields.get("cache_type") == CacheType.DBPrune else DBCacheConfig
+    base = kind() if tuned is None else CacheConfig()
+    found: dict[str, Any] = {"cache_config": with_calibrator(base.override(**fields), calibrator)}
+    if isinstance(tuned, Mapping) and isinstance(tuned.get("signature"), Mapping):
+        found["tuned_on"] = tuned["signature"]
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cachedit_fx: configuration file {str(path)!r} cannot be read: {error.strerror}; give the path of a YAML "
+            "or JSON file"
+        ) from error
+    try:
+        found = json.loads(text) if path.suffix == ".json" else _yaml(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"cachedit_fx: configuration file {str(path)!r} cannot be understood: expected "
+            f"{'JSON' if path.suffix == '.json' else 'YAML (JSON belongs into a file named .json)'}. The "
+            f"parser says:\n{error}"
+        ) from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"cachedit_fx: configuration file {str(path)!r} must hold a mapping, got {shown(found)}")
+    return found
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(
+            "cachedit_fx: reading YAML needs PyYAML; install it, or write JSON into a file named .json: "
+            "pip install pyyaml"
+        ) from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

@@ -1,0 +1,215 @@
+"""The cache in a pipeline: `enable_cache`, `disable_cache`, `refresh_context`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from cachedit_fx.config.cache_config import FIELD_NAMES, CacheConfig, unknown_option
+from cachedit_fx.errors import ConfigError, did_you_mean, shown
+from cachedit_fx.frontend.backend import Backend
+from cachedit_fx.frontend.enabled import MISSING, Enabled, Settings, call_unseen, enabled_of
+from cachedit_fx.frontend.entry_points import unwatch_methods, watch_methods
+from cachedit_fx.integrations.adapter_registry import adapter_for, modules_of
+from cachedit_fx.integrations.block_adapter import BlockAdapter, Nested, transformers_of, with_calibrator
+from cachedit_fx.integrations.session_hook import register_hook, remove_hook
+from cachedit_fx.integrations.signature import check_signature
+from cachedit_fx.runtime.instances import KEY, end_generation
+
+_COMPILE_KWARGS = ("fullgraph", "dynamic", "mode", "options", "recompile_limit", "isolate_recompiles")
+Target = TypeVar("Target")
+
+
+def enable_cache(
+    pipe_or_adapter: Target,
+    cache_config: CacheConfig | None = None,
+    calibrator_config: object | None = None,
+    params_modifiers: Nested = None,
+    tuned_on: Mapping[str, Any] | None = None,
+    method: str | None = None,
+    **kwargs: Any,
+) -> Target:
+    """Compiles the diffusion transformers of a pipeline in place, with the cache inside. Returns what it was given.
+
+    The modules stay the objects that they are, with their classes, weights and state_dict keys. Calling it again
+    changes the configuration; with the same one it does nothing.
+
+    Args:
+        pipe_or_adapter: A pipeline, a transformer, or a `BlockAdapter`. For a pipeline whose class has a registered
+            adapter that one is taken.
+        cache_config: When to reuse; by default `CacheConfig()`.
+        calibrator_config: The same as `CacheConfig.forecaster`, by cache-dit's name: what a reused step adds.
+        params_modifiers: What the region of each block list does differently, in the order in which the lists run.
+        tuned_on: The signature of a tuned configuration, as `load_configs` reads it: warns where something else runs.
+        method: The method that is called in place of the transformer itself, as a sampler may call
+            `"forward_with_cfg"`: it is compiled and cached, and calls of the transformer itself are not.
+        kwargs: `fullgraph`, `dynamic`, `mode` and `options` of `torch.compile` (of these Inductor's, and
+            `guard_filter_fn`); fields of `CacheConfig`, each of which replaces that of `cache_config`.
+
+    Raises:
+        ConfigError: An argument is unknown or has a value that it cannot have, or there is no transformer.
+    """
+    asked = settings_for(pipe_or_adapter, cache_config, params_modifiers, calibrator_config, **kwargs)
+    found = {name: (module, replace(settings, method=method)) for name, (module, settings) in asked.items()}
+    backends = [settings.backend() for _, settings in found.values()]  # Before anything changes: this is what may fail.
+    for name, (module, _) in found.items():
+        _require_plain(name, module)
+        _require_method(module, method)
+    for (module, settings), backend in zip(found.values(), backends, strict=True):
+        _enable(module, settings, backend)
+    if tuned_on is not None:
+        check_signature(pipe_or_adapter, tuned_on)
+        for module, _ in found.values():
+            enabled = enabled_of(module)
+            if enabled is not None:
+                enabled.tuned_size = tuple(tuned_on.get("latents") or ())
+    return pipe_or_adapter
+
+
+def disable_cache(pipe_or_adapter: Any) -> None:
+    """Makes a pipeline (or transformer, or what an adapter names) what it was before `enable_cache`.
+
+    Statistics stay; nothing happens where no cache was enabled.
+    """
+    for module in modules_of(pipe_or_adapter).values():
+        _disable(module)
+
+
+def refresh_context(transformer: Any, cache_config: CacheConfig | None = None, **fields: Any) -> None:
+    """Begins anew: ends the running sessions, and changes the given fields of the configuration.
+
+    Compiles anew only if the blocks that run change, or how they are compiled.
+
+    Args:
+        transformer: What `enable_cache` was called with, or one of its transformers.
+        cache_config: Its given fields replace the present ones.
+        fields: More of them, as in `num_inference_steps=50`. `verbose` is taken and ignored.
+
+    Raises:
+        ConfigError: No cache is enabled, or a field is unknown or has a value that it cannot have.
+    """
+    fields.pop("verbose", None)
+    change = (cache_config or CacheConfig()).override(**fields)
+    for module in modules_of(transformer).values():
+        enabled = enabled_of(module)
+        if enabled is None:
+            raise ConfigError(
+                f"cachedit_fx: enable_cache was not called for this {type(module).__name__}, so there is nothing to "
+                "refresh; call it first, with the same fields"
+            )
+        settings = replace(enabled.settings, config=enabled.settings.config.override(change))
+        backend = settings.backend()
+        end_generation(module, everyone=True)
+        _enable(module, settings, backend)
+
+
+def settings_for(
+    pipe_or_adapter: Any,
+    cache_config: CacheConfig | None = None,
+    params_modifiers: Nested = None,
+    calibrator_config: object | None = None,
+    **kwargs: Any,
+) -> dict[str, tuple[nn.Module, Settings]]:
+    """The transformers by name, each with what these arguments of `enable_cache` ask for. Changes nothing.
+
+    Raises:
+        ConfigError: An argument is unknown or has a value that it cannot have, or there is no transformer.
+    """
+    fields = {name: kwargs.pop(name) for name in [*kwargs] if name in FIELD_NAMES and name not in _COMPILE_KWARGS}
+    for name, value in kwargs.items():
+        if name not in _COMPILE_KWARGS:
+            others = f"and of torch.compile {', '.join(_COMPILE_KWARGS)}"
+            what = "enable_cache's argument"
+            raise ConfigError(unknown_option(name, value, _COMPILE_KWARGS, others=others, what=what))
+    if cache_config is not None and not isinstance(cache_config, CacheConfig):
+        raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {shown(cache_config)}")
+    options = dict(kwargs.pop("options", None) or {})
+    fields |= {name: options.pop(name) for name in [*options] if name in FIELD_NAMES}
+    if options:
+        kwargs["options"] = options
+    config = with_calibrator((cache_config or CacheConfig()).override(**fields), calibrator_config)
+    adapter = adapter_for(pipe_or_adapter)
+    if adapter is not None:
+        if params_modifiers is not None:
+            adapter = replace(adapter, params_modifiers=params_modifiers)
+        if adapter.has_separate_cfg and config.enable_separate_cfg is None:
+            config = config.override(enable_separate_cfg=True)
+        modules, declared, functor = adapter.transformers(), adapter.declarations(), adapter.patch_functor
+    else:
+        modules, functor = transformers_of(pipe_or_adapter), None
+        given = [*modules.values()] if len(modules) > 1 else next(iter(modules.values()))
+        declared = BlockAdapter(transformer=given, params_modifiers=params_modifiers).declarations()
+        declared = dict(zip(modules, declared.values(), strict=True))
+    return {name: (module, Settings(config, declared[name], functor, kwargs)) for name, module in modules.items()}
+
+
+def enabled_settings(module: nn.Module) -> Settings | None:
+    """What the cache of a module is enabled with; None where it is not."""
+    enabled = enabled_of(module)
+    return enabled.settings if enabled is not None else None
+
+
+def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
+    known = enabled_of(module)
+    if known is not None and known.settings.backend() == backend and known.settings.is_built_like(settings):
+        if known.settings != settings:
+            end_generation(module, everyone=True)
+        # The functor that prepared the module stays: it knows what to put back.
+        known.settings = replace(settings, functor=known.settings.functor)
+        known.policy = settings.config.policy
+        known.light.is_on = settings.config.fast_dispatch and settings.method is None
+        return
+    _disable(module)
+    try:
+        if settings.functor is not None:
+            settings.functor.prepare(module)
+        enabled = Enabled(module, settings, backend)
+        if hasattr(module, "cache_context"):
+            register_hook(module)
+    except BaseException:
+        if settings.functor is not None:
+            settings.functor.restore(module)
+        raise
+    module.__dict__[KEY] = module.__dict__[enabled.place] = enabled
+    if settings.method is None:
+        watch_methods(module, call_unseen)
+
+
+def _require_plain(name: str, module: nn.Module) -> None:
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        raise ConfigError(f"cachedit_fx: {name} is compiled already; pass the module that torch.compile was given")
+    if getattr(module, "is_cache_enabled", False):
+        raise ConfigError(f"cachedit_fx: a cache of diffusers is enabled for {name}; call its disable_cache() first")
+
+
+def _require_method(module: nn.Module, method: str | None) -> None:
+    if method is None or (isinstance(method, str) and callable(getattr(type(module), method, None))):
+        return
+    own = {*dir(type(module))} - {*dir(nn.Module)} | {"forward"}
+    raise ConfigError(
+        f"cachedit_fx: method must be the name of a method of {type(module).__name__}, got {shown(method)}."
+        f"{did_you_mean(method, own)}"
+    )
+
+
+def _disable(module: nn.Module) -> None:
+    unwatch_methods(module)
+    enabled: Any = module.__dict__.pop(KEY, None)
+    if not isinstance(enabled, Enabled) or enabled.module() is not module:  # A shallow copy has what another holds.
+        return
+    end_generation(module, everyone=True)
+    enabled.instance.is_enabled = enabled.instance.is_guarded = False
+    is_in_place = module.__dict__.get(enabled.place) is enabled  # Something else may have been put there since.
+    if is_in_place:
+        if enabled.before is MISSING:
+            del module.__dict__[enabled.place]
+        else:
+            module.__dict__[enabled.place] = enabled.before
+    if hasattr(module, "_diffusers_hook"):
+        remove_hook(module, keep_registry=enabled.had_registry)
+    if enabled.settings.functor is not None:
+        enabled.settings.functor.restore(module)

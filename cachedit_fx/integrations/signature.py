@@ -1,0 +1,128 @@
+"""What a configuration was tuned on, and whether that is what it is used with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from cachedit_fx._version import __version__
+from cachedit_fx.errors import cut
+from cachedit_fx.integrations.block_adapter import transformers_of
+
+log = logging.getLogger(__name__)
+
+Signature = dict[str, Any]  # Of what JSON and YAML hold.
+
+
+def signature_of(
+    pipe: Any,
+    module: nn.Module,
+    calls: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, tuple[int, ...]],
+    num_steps: int,
+) -> Signature:
+    """Everything that the best schedule depends on.
+
+    Args:
+        calls: The arguments of each; all numbers among them are noted: sizes, guidance, the number of steps.
+        inputs: Shapes of what the model was given.
+        num_steps: Calls of the model per guidance branch.
+    """
+    return _static(pipe, module) | {
+        "num_steps": num_steps,
+        "latents": _latents(inputs),
+        "arguments": _numbers(calls),
+        "versions": _versions(),
+    }
+
+
+def differences(pipe: Any, signature: Mapping[str, Any], call: Mapping[str, Any] | None = None) -> list[str]:
+    """In what a pipeline, and a call of it, differ from what was tuned on; one line each. Versions do not count."""
+    module = next(iter(transformers_of(pipe).values()))
+    known = _static(pipe, module)
+    found = [
+        _line(name, signature[name], value) for name, value in known.items() if signature.get(name, value) != value
+    ]
+    tuned = signature.get("arguments") or {}
+    for name, values in _numbers([call] if call else []).items():
+        if name in tuned and not set(values) <= set(tuned[name]):
+            found.append(_line(name, tuned[name], values))
+    return found
+
+
+def check_signature(pipe: Any, signature: Mapping[str, Any], call: Mapping[str, Any] | None = None) -> list[str]:
+    """Warns if the pipeline, or the arguments of a call, are not those that were tuned on. Returns what differs."""
+    found = differences(pipe, signature, call)
+    if found:
+        log.warning(
+            "cachedit_fx: this configuration was tuned on something else, so its quality is not known here.\n%s\n"
+            "What to do: call cachedit_fx.tune for this pipeline and these arguments.",
+            "\n".join(f"  {line}" for line in found[:8]),
+        )
+    return found
+
+
+def _line(name: str, tuned: Any, found: Any) -> str:
+    if isinstance(tuned, Mapping) and isinstance(found, Mapping):
+        names = [key for key in {**tuned, **found} if tuned.get(key) != found.get(key)]
+        tuned, found = ({key: of.get(key) for key in names[:4]} for of in (tuned, found))
+    return f"{name}: tuned on {cut(tuned)}, found {cut(found)}"
+
+
+def _static(pipe: Any, module: nn.Module) -> Signature:
+    """What holds for every call."""
+    scheduler = getattr(pipe, "scheduler", None)
+    weight = next(module.parameters(), None)
+    return {
+        "pipeline": type(pipe).__name__,
+        "transformer": type(module).__name__,
+        "transformer_config": _hash(_config(module)),
+        "scheduler": type(scheduler).__name__,
+        "scheduler_config": _config(scheduler),
+        "dtype": str(weight.dtype).removeprefix("torch.") if weight is not None else "",
+    }
+
+
+def _config(part: Any) -> dict[str, Any]:
+    """The configuration of a part of diffusers, without what names files and versions."""
+    config = getattr(part, "config", None)
+    found = dict(config) if isinstance(config, Mapping) else {}
+    # Through JSON, so that what is read from a file is equal: a tuple comes back as a list.
+    plain = json.loads(json.dumps({key: value for key, value in found.items() if key[:1] != "_"}, default=str))
+    return dict(sorted(plain.items()))
+
+
+def _hash(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _latents(inputs: Mapping[str, tuple[int, ...]]) -> list[int]:
+    """Shape of the first tensor that the model is given, without the batch."""
+    return [*next(iter(inputs.values()), ())[1:]]
+
+
+def _numbers(calls: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Every argument that is a number, with the values it had."""
+    found: dict[str, list[Any]] = {}
+    for call in calls:
+        for name, value in call.items():
+            if isinstance(value, int | float) and value not in found.setdefault(name, []):
+                found[name].append(value)
+    return dict(sorted(found.items()))
+
+
+def _versions() -> dict[str, str]:
+    found = {"cachedit_fx": __version__, "torch": str(torch.__version__)}
+    try:
+        import diffusers
+
+        found["diffusers"] = diffusers.__version__
+    except ImportError:
+        pass
+    return found

@@ -1,0 +1,141 @@
+"""Which sessions are a module's: of one that `enable_cache` was called for, or told by its weights."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from cachedit_fx.runtime.call_counts import CallCounts
+from cachedit_fx.runtime.session import Instance, Record
+
+
+@dataclass(slots=True)
+class _Holder:
+    """A module instance that only its weights tell: several may hold the first of them.
+
+    Attributes:
+        weights: One of every block; none of them is kept alive.
+        versions: How often they were written in place.
+    """
+
+    weights: list[weakref.ref[torch.Tensor]]
+    versions: int
+    instance: Instance
+
+    def holds(self, weights: Sequence[torch.Tensor]) -> bool:
+        return len(weights) == len(self.weights) and all(
+            ref() is weight for ref, weight in zip(self.weights, weights, strict=True)
+        )
+
+
+KEY = "_cachedit_fx"  # The attribute of a module that holds what `enable_cache` put into it, and goes with its copies.
+_instances: Any = WeakIdKeyDictionary()  # Of modules: those for which the cache is enabled.
+_holders: Any = WeakIdKeyDictionary()  # First weight -> holders: those of `torch.compile(model, backend="cachedit")`.
+_instances_lock = threading.Lock()
+
+
+def instance_of(module: torch.nn.Module) -> Instance:
+    """The sessions of a module for which the cache is enabled; they go when it goes."""
+    with _instances_lock:
+        found: Instance | None = _instances.get(module)
+        if found is None:
+            found = _instances[module] = Instance(module)
+        return found
+
+
+def instance_of_weights(weights: Sequence[torch.Tensor]) -> Instance:
+    """The sessions of the module that holds `weights`, one of every block; they go when the first of these goes.
+
+    Two instances of a class share one compiled graph, and two models may share some of their blocks.
+    """
+    for holder in _holders.get(weights[0], ()):
+        if holder.holds(weights):
+            versions = _versions(weights)
+            if versions != holder.versions:  # Loaded in place.
+                holder.versions = versions
+                holder.instance.weights += 1
+            return holder.instance  # type: ignore[no-any-return]
+    with _instances_lock:
+        holder = _Holder(list(map(weakref.ref, weights)), _versions(weights), Instance())
+        _holders[weights[0]] = [*_holders.get(weights[0], ()), holder]
+    return holder.instance
+
+
+def _versions(weights: Sequence[torch.Tensor]) -> int:
+    return sum(0 if weight.is_inference() else weight._version for weight in weights)
+
+
+def instances_in(module: torch.nn.Module) -> list[Instance]:
+    """The sessions of `module` and of the modules in it: one instance for each that has a chain of its own."""
+    enabled = [_instances[inner] for inner in module.modules() if inner in _instances]
+    held = [*itertools.chain(module.parameters(), module.buffers())]
+    known = set(map(id, held))
+    holders = [holder for tensor in held for holder in _holders.get(tensor, ())]
+    return enabled + [h.instance for h in holders if all(id(ref()) in known for ref in h.weights)]
+
+
+def is_cached(module: torch.nn.Module) -> bool:
+    """Whether the cache serves `module`.
+
+    Where `enable_cache` was called: whether the last call went through the cache. Behind the bare backend: whether a
+    graph was compiled with a guard in it, and none without one since that is the whole forward.
+    """
+    found = instances_in(module)
+    enabled = [instance for instance in found if instance.is_enabled]
+    standing = [_instances.get(inner) for inner in module.modules() if standing_in(inner) is not None]
+    return any(instance.is_guarded for instance in (standing if enabled else found) if instance is not None)
+
+
+def standing_in(module: torch.nn.Module) -> Any:
+    """What `enable_cache` put into a module; None where nothing is, or where something else has taken its place."""
+    held: Any = vars(module).get(KEY)
+    return held if held is not None and vars(module).get(getattr(held, "place", "")) is held else None
+
+
+def calls_of(module: torch.nn.Module) -> dict[str, CallCounts]:
+    """How the calls of `module`, and of modules in it, were served: of those for which the cache is or was enabled.
+
+    Returns:
+        Counts by the path in `module`; its own is the empty one.
+    """
+    known = ((path, _instances.get(inner)) for path, inner in module.named_modules())
+    found = {path: (instance.is_enabled, instance.calls.counts) for path, instance in known if instance is not None}
+    return {path: counts for path, (is_enabled, counts) in found.items() if is_enabled or counts.total}
+
+
+def reset(module: torch.nn.Module | None = None) -> None:
+    """Ends every session of `module`, or of all modules, and forgets their statistics. Compiled graphs stay."""
+    everyone = [*_instances.values(), *(h.instance for holders in list(_holders.values()) for h in holders)]
+    for instance in everyone if module is None else instances_in(module):
+        instance.clear()
+
+
+def end_generation(module: torch.nn.Module, *, everyone: bool = False) -> None:
+    """Ends the sessions of `module` that the asking request (or thread and async task) has, or all; statistics stay."""
+    for instance in instances_in(module):
+        instance.end(everyone=everyone)
+
+
+def records_of(module: torch.nn.Module, *, every_generation: bool) -> list[Record]:
+    """Sessions of `module` in the order of their first steps: those of its last generation, or all that are known."""
+    found = [record for instance in instances_in(module) for record in instance.records()]
+    last = max(found, key=lambda record: record.last, default=None)
+    shown = [r for r in found if last is None or every_generation or _are_one_generation(r, last)]
+    return sorted(shown, key=lambda record: record.first)
+
+
+def notes_of(module: torch.nn.Module) -> list[str]:
+    """What was dropped of what the sessions of `module` kept, a sentence each."""
+    return [note for instance in instances_in(module) for note in instance.bounds.notes]
+
+
+def _are_one_generation(one: Record, last: Record) -> bool:
+    """Guidance branches of a generation take turns, so the times at which they ran overlap."""
+    return one.key.branch.who == last.key.branch.who and one.last >= last.first

@@ -1,0 +1,86 @@
+"""Imports go one way: no modules import each other, and no room imports one above it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import networkx
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "cachedit_fx"
+
+# From the bottom to the top. What stands in one line may not import its neighbours either.
+ROOMS = (
+    ("_version", "errors"),
+    ("forecasters",),
+    ("config",),
+    ("patterns", "policies"),
+    ("passes",),
+    ("functors", "runtime"),
+    ("frontend", "cache_factory"),
+    ("integrations",),
+    ("tuning",),
+    ("inspect",),
+    ("testing", "__main__"),
+)
+LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def modules() -> dict[str, Path]:
+    """Every module but the package's own, which exports from all rooms, by its name."""
+    files = [file for folder in (PACKAGE, *PACKAGE.iterdir()) if folder.is_dir() for file in folder.rglob("*.py")]
+    names = {".".join(("cachedit_fx", *file.relative_to(PACKAGE).with_suffix("").parts)): file for file in files}
+    return {name.removesuffix(".__init__"): file for name, file in names.items() if name != "cachedit_fx.__init__"}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """What a module imports when it runs, inside of functions too."""
+    for node in ast.walk(_without_types(ast.parse(file.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield node.module
+
+
+def _without_types(tree: ast.Module) -> ast.Module:
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
+    return tree
+
+
+@pytest.fixture(scope="module")
+def graph() -> networkx.DiGraph:
+    found = modules()
+    edges = [(name, other) for name, file in found.items() for other in imports(file) if other in found]
+    made = networkx.DiGraph(edge for edge in edges if edge[0] != edge[1])
+    assert len(made) > 120
+    return made
+
+
+def test_no_modules_import_each_other(graph: networkx.DiGraph):
+    assert [sorted(found) for found in networkx.strongly_connected_components(graph) if len(found) > 1] == []
+
+
+def test_every_room_imports_only_what_is_below_it(graph: networkx.DiGraph):
+    rooms = [(one.split(".")[1], other.split(".")[1], one, other) for one, other in graph.edges]
+    upwards = [(one, other) for room, below, one, other in rooms if room != below and LEVELS[room] <= LEVELS[below]]
+    assert upwards == []
+
+
+def test_every_room_says_what_it_holds():
+    rooms = [folder for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()]
+    assert {folder.name for folder in rooms} <= LEVELS.keys()
+    for folder in rooms:
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))), folder.name
+
+
+def test_the_package_tells_no_model_apart():
+    """What a model needs stands in its functor."""
+    others = [file for name, file in modules().items() if not name.startswith("cachedit_fx.functors.")]
+    assert [file for file in others if "HiDream" in file.read_text(encoding="utf-8")] == [
+        PACKAGE / "cache_factory" / "patch_functors" / "__init__.py"
+    ]
