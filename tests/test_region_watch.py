@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
 
+import cachedit_fx
 from cachedit_fx.frontend import dict_versions
 from cachedit_fx.frontend.dict_versions import DictVersions
 from cachedit_fx.frontend.region_watch import RegionWatch
+from tests.zoo import VARIANTS
 
 
 class Processor:
@@ -95,3 +98,18 @@ def test_torch_numbers_the_writes_to_dictionaries():
     assert versions.are_same()
     written["a"] = 2
     assert not versions.are_same()
+
+
+def test_a_block_of_a_list_that_takes_turns_with_another_is_of_the_region():
+    """Latte's blocks are one of the spatial list and one of the temporal list each."""
+    variant = VARIANTS["Latte"]
+    model = variant.build()
+    fields = dict(max_warmup_steps=1, residual_diff_threshold=100.0, forecaster=None, inner_backend="eager")
+    cachedit_fx.enable_cache(model, **fields, on_no_match="raise")
+    with torch.no_grad(), cachedit_fx.session("one"):
+        for number, call in enumerate(variant.generation((900.0, 800.0, 700.0, 600.0))):
+            if number == 2:
+                model.temporal_transformer_blocks[-1] = copy.deepcopy(model.temporal_transformer_blocks[-1])
+            model(**call)
+    (found,) = cachedit_fx.summary(model, logging=False)
+    assert found.cached_steps == [1, 3], found.decisions

@@ -288,10 +288,15 @@ def _number_of_regions(plan: Plan) -> int:
 
 def _paths_of_regions(plan: Plan) -> list[str]:
     """Modules of the blocks that run inside a region, whole: none of their work is done before it."""
-    blocks = [block for match in plan.chain for block in match.blocks.blocks]
+    blocks = [(match.blocks, block) for match in plan.chain for block in match.blocks.blocks]
     hoisted = {node.meta.get("cachedit_block") for region in plan.regions for node in region.hoisted}
-    numbers = [i for region in plan.regions for i in range(region.first, region.last)]
-    return [blocks[i].path for i in numbers if i not in hoisted]
+    numbers = [i for region in plan.regions for i in range(region.first, region.last) if i not in hoisted]
+    found = []
+    for of, block in (blocks[i] for i in numbers):
+        # Where lists take turns, a block is one of each, at the same place in its list.
+        place = block.path.removeprefix(of.path)
+        found += [block.path, *(other + place for other in of.alternates)]
+    return found
 
 
 def _segments(guarded: GuardedGraph) -> list[fx.GraphModule]:
