@@ -128,10 +128,8 @@ class Backend:
             try:
                 per_call = self.policy_per_call
                 return compile_guarded(planned, config, compiler, owner, sources_of(gm), policy_per_call=per_call)
-            except (
-                RestartAnalysis
-            ):  # Dynamo's own: it captures the graph anew, as where a number has to be specialised.
-                raise
+            except RestartAnalysis:
+                raise  # To Dynamo, which captures the graph anew, as where a number has to be specialised.
             except Exception as error:  # Of the whole graph the inner compiler may make more than of a part.
                 why = _report_bug(error, config, "the inner backend failed on a part of the graph")
                 return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)
