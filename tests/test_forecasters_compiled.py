@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.forecasters import (
@@ -132,6 +132,22 @@ def test_under_an_eager_backend_results_are_those_of_the_functions(forecaster: F
 
 
 @pytest.mark.slow
+def test_tracing_a_forecaster_changes_nothing_that_other_threads_see():
+    """What they call would fail its guards meanwhile, and Dynamo would compile it once more."""
+    found: list[tuple[object, object, bool]] = []
+
+    class Spying(Forecaster):
+        def predict(self, history: tuple[Tensor, ...], numbers: Tensor) -> Tensor:
+            found.append((nn.Module.__call__, nn.Module.__getattr__, torch.fx._symbolic_trace.is_fx_tracing()))
+            return history[0] + numbers[0] * history[1]
+
+    before = (nn.Module.__call__, nn.Module.__getattr__, False)
+    compiled = CompiledForecaster(Spying(), lambda graph, _inputs: graph)
+    history = (torch.ones(2, 3), torch.full((2, 3), 4.0))
+    assert torch.equal(compiled.predict(history, (0.5,)), torch.full((2, 3), 3.0))
+    assert found == [before]
+
+
 def test_inductor_compiles_sums_and_the_operator_of_dmd():
     from torch._inductor.compile_fx import compile_fx
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ import cachedit_fx
 from cachedit_fx.frontend import dict_versions
 from cachedit_fx.frontend.dict_versions import DictVersions
 from cachedit_fx.frontend.region_watch import RegionWatch
+from tests import tiny
+from tests.lights import warm
 from tests.zoo import VARIANTS
 
 
@@ -113,3 +117,26 @@ def test_a_block_of_a_list_that_takes_turns_with_another_is_of_the_region():
             model(**call)
     (found,) = cachedit_fx.summary(model, logging=False)
     assert found.cached_steps == [1, 3], found.decisions
+
+
+def test_a_change_that_two_threads_notice_ends_what_was_cached_once(monkeypatch: pytest.MonkeyPatch):
+    """A thread that counted it later would end what the other one has computed since."""
+    model = warm(tiny.build())
+    instance = model._compiled_call_impl.instance
+    with torch.no_grad():
+        model.blocks[1] = copy.deepcopy(model.blocks[1])
+    both = threading.Barrier(2, timeout=60)
+    has_changed = RegionWatch.has_changed
+
+    def has_changed_for_both(watch: RegionWatch) -> bool:
+        found = has_changed(watch)
+        if found:
+            both.wait()
+        return found
+
+    monkeypatch.setattr(RegionWatch, "has_changed", has_changed_for_both)
+    before = instance.weights
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(tiny.generate, model, tiny.prompt(seed), tiny.latents(seed)) for seed in range(2)]
+        assert all(len(run.result()) for run in runs)
+    assert instance.weights == before + 1

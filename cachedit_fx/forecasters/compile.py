@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from cachedit_fx.errors import ConfigError, cut, shown
 from cachedit_fx.forecasters.forecaster import Forecaster, Times
+from cachedit_fx.forecasters.trace import trace
 from cachedit_fx.forecasters.verdict import choose, judge, terms
 
 Compile = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
@@ -93,7 +93,7 @@ class CompiledForecaster:
         inputs = [*tensors, _on_device(numbers, tensors[0].device)]
         with torch.no_grad():
             if key not in self._pieces:
-                with compile_lock:  # make_fx patches torch.nn.Module while it traces, for all threads.
+                with compile_lock:  # Inductor compiles one graph at a time.
                     if key not in self._pieces:
                         self._pieces[key] = self._compiled(name, inputs)
             found: Sequence[Tensor] = self._pieces[key](*inputs)
@@ -105,7 +105,7 @@ class CompiledForecaster:
         with torch.inference_mode(False), torch.no_grad():
             fakes: list[Tensor] = [mode.from_tensor(_like(x)) for x in inputs]
             try:
-                graph = make_fx(_FUNCTIONS[name](self.forecaster))(*fakes)
+                graph = trace(_FUNCTIONS[name](self.forecaster), fakes)
             except ConfigError:
                 raise
             except Exception as error:

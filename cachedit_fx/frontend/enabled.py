@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 import pickle
+import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -107,6 +108,7 @@ class Enabled:
         self.instance.is_enabled = True
         self.instance.is_guarded = False  # Of what was compiled for an earlier configuration nothing is known here.
         self._watch: RegionWatch | None = None
+        self._watch_lock = threading.Lock()
         self.light = LightCalls(module, is_on=settings.config.fast_dispatch and settings.method is None)
         self.compiled = Attempts(module, backend, settings.of_dynamo, call=called if settings.method else None)
         self._cached_way: Attempt | None = None  # The last way to capture the module that was worth caching.
@@ -121,10 +123,9 @@ class Enabled:
         module, call = self.module(), self._call(args, kwargs)
         if self._may_have_another and module is not None and module.is_cache_enabled:
             return self._uncached(call, why_another_cache(module), self.compiled.plain(*args, **kwargs))
-        if self._watch is not None and self._watch.has_changed():
-            self.instance.weights += 1  # What is kept was made by other modules or weights.
-            # Anew at once: the next calls may go without Dynamo, and would not come by the place below.
-            self._watch = RegionWatch(module, self._watch.paths) if module is not None else None
+        watch = self._watch
+        if module is not None and watch is not None and watch.has_changed():
+            self._begin_anew(module, watch)
         with within_call(call):
             result = self.light(args, kwargs)
             if result is MISSED:
@@ -141,6 +142,18 @@ class Enabled:
         if has_another_way and self.settings.config.on_no_match == "raise":
             return self(*args, **kwargs)  # What this call returned is not needed, only the verdict.
         return self._uncached(call, why, result, is_certain=not has_another_way)
+
+    def _begin_anew(self, module: nn.Module, changed: RegionWatch) -> None:
+        """Ends what was cached from modules or weights that are gone.
+
+        Several threads may notice one change. Only the first of them counts it: a thread that is late would end what
+        the others have computed since.
+        """
+        with self._watch_lock:
+            if self._watch is changed:
+                self.instance.weights += 1
+                # At once: the next calls may be served without Dynamo, and `_learn` does not see them.
+                self._watch = RegionWatch(module, changed.paths)
 
     def _by_dynamo(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
