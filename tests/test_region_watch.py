@@ -68,7 +68,7 @@ OTHERS: dict[str, Callable[[Model], object]] = {
 @pytest.fixture(params=[True, False], ids=["by versions", "without versions"])
 def _versions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not request.param:
-        monkeypatch.setattr(dict_versions, "_version_of", None)
+        monkeypatch.setattr(dict_versions, "_guards", None)
     yield
 
 

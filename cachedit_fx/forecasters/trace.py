@@ -17,9 +17,9 @@ from torch.fx.experimental.proxy_tensor import (
 def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> fx.GraphModule:
     """Returns the graph of `function(*inputs)`.
 
-    `torch.fx.experimental.proxy_tensor.make_fx` returns the same graph. While it traces, it patches `torch.nn.Module` and
-    sets a flag, both for the whole process: the guards of a model that another thread calls at that moment fail, and
-    Dynamo compiles the model once more. This function changes the state of its own thread alone.
+    `torch.fx.experimental.proxy_tensor.make_fx` returns the same graph. While it traces, it patches `torch.nn.Module`
+    and sets a flag, both for the whole process: the guards of a model that another thread calls at that moment fail,
+    and Dynamo compiles the model once more. This function changes the state of its own thread alone.
 
     Args:
         function: Takes tensors and returns a tuple of tensors.
