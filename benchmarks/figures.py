@@ -175,7 +175,7 @@ def target_table(figures: Figures) -> str:
     rows = [["target", "measured"], *([name, _text(value)] for name, value in known.items())]
     state = figures.state("ours", "state_bytes")
     if state is not None:
-        rows.append(["state of a generation (as computed from the shapes), then", f"{state} bytes, then 0"])
+        rows.append(["state of a generation (as computed from the shapes), and after it", f"{state} bytes, then 0"])
     return markdown(rows)
 
 

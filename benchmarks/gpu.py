@@ -132,7 +132,7 @@ class Bench:
         size, device = self.size, self.args.device
         mask = "".join(map(str, size.mask))
         detail = (
-            f"F1B0, {size.num_steps} steps of {len(size.branches)} call(s), computed where 1: {mask} (dynamic); "
+            f"F1B0, {size.num_steps} steps of {len(size.branches)} call(s), 1 = computed: {mask} (dynamic); "
             f"mode {self.mode or 'default'}, compiled by {self.args.inner}; {self.args.rounds} rounds, each variant in "
             f"turn with {BASE}: ratios to others are quotients of the ratios to {BASE}"
         )
@@ -144,7 +144,7 @@ class Bench:
             figures.target_table(found),
             "Time between events on the device:" if device != "cpu" else "CPU time of the process (dry run):",
             figures.time_table(found),
-            "Compilation, cache state and memory (what a generation allocates beyond the weights):",
+            "Compilation, cache state and memory (memory that a generation allocates beyond the weights):",
             figures.cost_table(found),
             "What the device waited for, in a profile of one generation:",
             profile_table(self.results),

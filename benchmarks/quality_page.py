@@ -28,19 +28,19 @@ def families_of(measured: Measured) -> list[str]:
 
 def tables(measured: Measured) -> str:
     """All that is written between the marks of the page."""
-    parts = [heading(measured), "### The least that a quality costs", target_table(measured)]
+    parts = [heading(measured), "### Lowest cost of each quality", target_table(measured)]
     for family in families_of(measured):
         parts += [f"### Frontier: {family}", frontier_table(measured, family)]
     if measured.get("shadow"):
-        parts += ["### Shadow mode's error against the real one", shadow_table(measured)]
+        parts += ["### Error predicted by shadow mode against the actual error", shadow_table(measured)]
     skipped = skipped_list(measured)
     if skipped:
-        parts += ["### Left out", skipped]
+        parts += ["### Skipped configurations", skipped]
     return "\n\n".join(parts)
 
 
 def shadow_table(measured: Measured) -> str:
-    """The correlation of what shadow mode foretells at the steps that would be reused with what comes of them."""
+    """The correlation of the error that shadow mode predicts for reused steps with the actual error."""
     rows = [["mask", "forecaster", "reused steps", "correlation"]]
     rows += [
         [row["mask"], row["forecaster"], str(row["steps"]), f"{row['correlation']:.3f}"] for row in measured["shadow"]
@@ -51,14 +51,15 @@ def shadow_table(measured: Measured) -> str:
 def heading(measured: Measured) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
     about = measured["reference"]
-    read = "" if about.get("accuracy") is None else f"; a classifier reads {about['accuracy']:.0%} of the uncached ones"
+    share = about.get("accuracy")
+    recognized = "" if share is None else f"; a classifier recognizes {share:.0%} of the uncached ones"
     times = (
-        f" Times: one image, compiled by {measured['inner']} on both sides, CPU time, medians of the ratios of "
-        f"{measured['rounds']} rounds that take turns with the uncached model."
+        f" Times: CPU time of one image, both models compiled by {measured['inner']}, medians of the ratios of "
+        f"{measured['rounds']} rounds, interleaved with the uncached model."
     )
     return (
         f"{measured['hardware']}; {versions}\n`{measured['command']}`\n\n"
-        f"{about['images']} images in batches of {measured['batch']}{read}.{times if measured['times'] else ''}"
+        f"{about['images']} images in batches of {measured['batch']}{recognized}.{times if measured['times'] else ''}"
     )
 
 
@@ -66,7 +67,7 @@ def target_table(measured: Measured) -> str:
     """Per PSNR the least share of FLOPs and the least time of every family, and ours against the others."""
     families = families_of(measured)
     others = [family for family in families if family != "ours"] if "ours" in families else []
-    rows = [["PSNR", "of the uncached model's", *families, *(f"ours / {other}" for other in others)]]
+    rows = [["PSNR", "share of the uncached model", *families, *(f"ours / {other}" for other in others)]]
     for target in TARGETS:
         shares: dict[str, float | None] = {}
         bounds = set()
@@ -88,7 +89,7 @@ def target_table(measured: Measured) -> str:
 def frontier_table(measured: Measured, family: str) -> str:
     """The configurations of a family that none of it beats."""
     times = times_of(measured, family)
-    header = ["configuration", "FLOPs", "PSNR, dB", "worst image", "SSIM", "relative L2", "read right", "time", "ms"]
+    header = ["configuration", "FLOPs", "PSNR, dB", "worst image", "SSIM", "relative L2", "recognized", "time", "ms"]
     rows = [header]
     for row in frontier(rows_of(measured, family)):
         timed = times.get(row["name"], {})

@@ -73,8 +73,8 @@ def report(args: argparse.Namespace, work: str, results: Results, plan: Plan) ->
     size = WORKS[work].tiny() if args.quick else WORKS[work]
     mask = "".join(map(str, size.mask))
     detail = (
-        f"F{args.fn}B{args.bn}, {size.num_steps} steps of {len(size.branches)} call(s), computed where 1: {mask} "
-        f"({args.policy}); {plan.rounds} rounds that take turns by {size.interleave}; compiled by "
+        f"F{args.fn}B{args.bn}, {size.num_steps} steps of {len(size.branches)} call(s), 1 = computed: {mask} "
+        f"({args.policy}); {plan.rounds} rounds, interleaved by {size.interleave}; compiled by "
         f"{args.inner} from empty caches, {plan.compilations} time(s)"
     )
     cpu, wall = Figures(size, results, "cpu"), Figures(size, results, "wall")
@@ -90,7 +90,7 @@ def report(args: argparse.Namespace, work: str, results: Results, plan: Plan) ->
         figures.time_table(cpu),
         "Wall time:",
         figures.time_table(wall),
-        "Compilation, cache state and memory (what a generation allocates beyond the weights):",
+        "Compilation, cache state and memory (memory that a generation allocates beyond the weights):",
         figures.cost_table(cpu),
         "\n".join(f"- {note}" for note in [*figures.notes(list(results.variants), results.errors), *missing]),
     ]

@@ -44,7 +44,7 @@ _GPU = dict(num_steps=28, warmup=4, dtype="bfloat16")
 _ALL: Sequence[Work] = (
     Work(
         "flux-compute",
-        "FLUX, 6+12 blocks, width 384, 256+64 tokens (bound by arithmetic)",
+        "FLUX, 6+12 blocks, width 384, 256+64 tokens (compute-bound)",
         "flux",
         _flux(6, 12, heads=12, head=32),
         grid=(16, 16),
@@ -53,7 +53,7 @@ _ALL: Sequence[Work] = (
     ),
     Work(
         "flux-dispatch",
-        "FLUX, 19+38 blocks, width 64, 64+16 tokens (bound by what every call costs, at FLUX.1's depth)",
+        "FLUX, 19+38 blocks, width 64, 64+16 tokens (dispatch-bound, at the depth of FLUX.1)",
         "flux",
         _flux(19, 38, heads=4, head=16),
         grid=(8, 8),
@@ -111,7 +111,7 @@ _ALL: Sequence[Work] = (
     ),
     Work(
         "flux-small",
-        "FLUX, 19+38 blocks, width 512, 256+64 tokens, bfloat16 (bound by what every call costs)",
+        "FLUX, 19+38 blocks, width 512, 256+64 tokens, bfloat16 (dispatch-bound)",
         "flux",
         _flux(19, 38, heads=8, head=64),
         grid=(16, 16),

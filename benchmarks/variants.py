@@ -137,8 +137,8 @@ class Floor(Plain):
     """
 
     note = (
-        "floor: on a reused step head, the blocks that always run, and tail in one compiled graph, which neither looks "
-        "nor adds; else the plain model."
+        "floor: a reused step is one compiled graph of the head, the blocks that always run, and the tail; it measures "
+        "no diff and adds no residual. Other steps run the plain model."
     )
 
     def __init__(self, settings: Settings) -> None:
@@ -216,7 +216,7 @@ class OursZero(Ours):
     """Threshold 0: the cache is there, and nothing is ever reused."""
 
     caches = False
-    note = "-zero: threshold 0, so that nothing is reused."
+    note = "-zero: the threshold is 0, so nothing is reused."
 
 
 class CacheDiT(Variant):
@@ -225,8 +225,8 @@ class CacheDiT(Variant):
     caches = True
     needs = "cache_dit"
     note = (
-        "cache-dit: one region for all blocks; the context is refreshed before a generation, as its pipelines do; "
-        "Inductor's settings are the same for all variants."
+        "cache-dit: one region for all blocks. The context is refreshed before each generation, as its pipelines do. "
+        "The settings of Inductor are the same for all variants."
     )
 
     def prepare(self) -> None:
@@ -291,7 +291,7 @@ class FirstBlockCache(Variant):
 
     caches = True
     note = (
-        "fbc: FirstBlockCache knows no mask; its threshold is set at every step, and its diff looked at all the same."
+        "fbc: FirstBlockCache does not support masks. Its threshold is set at every step, and its diff is still read."
     )
 
     def prepare(self) -> None:

@@ -1,4 +1,4 @@
-"""Writes docs/models.md: what becomes of every transformer of the zoo.
+"""Writes docs/models.md: how every transformer of the zoo is cached.
 
 python -m tests.zoo.table            # or: make models
 """
@@ -29,7 +29,7 @@ COLUMNS = (
     "model",
     "block lists and what they match",
     "region at F1B0",
-    "streams kept",
+    "cached streams",
     "structures",
     "graphs",
     "needs",
@@ -122,29 +122,33 @@ def _needs(variant: Variant) -> str:
     if variant.functor is not None:
         needs.append(f"`{variant.functor.__name__}`")
     if variant.needs_capture:
-        needs.append("Dynamo's capture flags, set by `enable_cache`")
+        needs.append("Dynamo's capture flags, which `enable_cache` sets")
     if variant.clock == "model":
-        needs.append("`enable_cache`: the loop's graph has no timestep")
+        needs.append("`enable_cache`, because the graph of the loop has no timestep")
     if variant.clock == "none":
-        needs.append("`session(key)`: there is no timestep")
+        needs.append("`session(key)`, because there is no timestep")
     if variant.needs_call:
-        needs.append("one call before it, to be one graph")
+        needs.append("one call before `enable_cache`, to be one graph")
     return "; ".join(needs) or "-"
 
 
 TEMPLATE = """\
 # Which transformers match
 
-Every transformer of diffusers 0.42 that has a loop over blocks, in {{ rows | length }} variants with tiny random
-weights, as `enable_cache(model)` finds it: nothing was said of any of them, but for the functors named in the last
-column. Their outputs are tested in `tests/test_zoo*.py`: computed steps bitwise against the model without the cache,
-reused steps against blocks skipped by hand. This page is written by `make models`, and a test fails if it is stale.
+This page lists every transformer of diffusers 0.42 that has a loop over blocks, in {{ rows | length }} variants with
+tiny random weights, as `enable_cache(model)` finds it. Nothing is declared for any of them, except for the functors
+named in the last column. `tests/test_zoo*.py` test their outputs: computed steps bitwise against the model without the
+cache, reused steps against blocks that are skipped by hand. This page is written by `make models`, and a test fails if
+it is out of date.
 
-- **Lists**: number of blocks, and the pattern that they match (see the [README](../README.md#which-models-match)).
-  Lists in one row whose streams go on from one to the next are decided about as one region.
-- **Structures**: distinct pieces that are compiled for so many blocks, as Inductor would compile them. The last of the
-  Fn blocks is two pieces where nothing but the region reads what it makes of the text.
-- **Graphs**: that Dynamo makes of one call. More than one: it broke the model up, and the loop is whole in one of them.
+- **block lists**: the number of blocks, and the pattern that they match (see the
+  [README](../README.md#which-models-match)). Lists in one row whose streams continue from one to the next form one
+  region, with one decision.
+- **region at F1B0**: the blocks that a reused step skips if one block at the front and none at the end always run.
+- **structures**: the number of distinct pieces that are compiled for this number of blocks, as for Inductor. If only
+  the region reads what the last of the Fn blocks computes of the text, this block counts as two pieces.
+- **graphs**: the number of graphs that Dynamo makes of one call. If there is more than one, Dynamo broke the model up,
+  and one of the graphs contains the whole loop.
 
 | {{ columns | join(" | ") }} |
 |{% for _ in columns %}---|{% endfor %}
