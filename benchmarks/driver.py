@@ -179,15 +179,15 @@ def _by_generation(_steps: int, order: Sequence[str], workers: dict[str, Process
 
 def _by_step(steps: int, order: Sequence[str], workers: dict[str, Process], results: Results) -> None:
     """As `_by_generation`, but variants take turns at every step."""
-    laps: dict[str, list[Answer]] = {name: [] for name in order}
+    step_times: dict[str, list[Answer]] = {name: [] for name in order}
     for name in order:
         results.attempt(name, lambda name=name: workers[name].ask("begin"))
     for _ in range(steps):
         for name in order:
-            lap = results.attempt(name, lambda name=name: workers[name].ask("step"))
-            if lap is not None:
-                laps[name].append(lap)
+            step_time = results.attempt(name, lambda name=name: workers[name].ask("step"))
+            if step_time is not None:
+                step_times[name].append(step_time)
     for name in order:
         answer = results.attempt(name, lambda name=name: workers[name].ask("end"))
         if answer is not None:
-            results.variants[name]["rounds"].append({"steps": laps[name], **answer})
+            results.variants[name]["rounds"].append({"steps": step_times[name], **answer})

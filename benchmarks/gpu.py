@@ -132,7 +132,7 @@ class Bench:
         size, device = self.size, self.args.device
         mask = "".join(map(str, size.mask))
         detail = (
-            f"F1B0, {size.num_steps} steps of {len(size.branches)} call(s), 1 = computed: {mask} (dynamic); "
+            f"F1B0, {size.num_steps} steps of {len(size.guidance_branches)} call(s), 1 = computed: {mask} (dynamic); "
             f"mode {self.mode or 'default'}, compiled by {self.args.inner}; {self.args.rounds} rounds, each variant in "
             f"turn with {BASE}: ratios to others are quotients of the ratios to {BASE}"
         )

@@ -29,11 +29,12 @@ from tqdm import tqdm
 from cachedit_fx import CacheConfig, CacheType
 from cachedit_fx.frontend.backend import Rewritten, rewrite
 from cachedit_fx.frontend.capture import copy_graph
-from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.passes.join import join_lists
-from cachedit_fx.passes.locate import locate_blocks
-from cachedit_fx.passes.pipeline import Plan, plan_graph
-from cachedit_fx.passes.symbols import hoist_symbols
+from cachedit_fx.passes.analysis.dataflow import Program
+from cachedit_fx.passes.analysis.join_lists import join_lists
+from cachedit_fx.passes.analysis.locate_blocks import locate_blocks
+from cachedit_fx.passes.manager import plan_graph
+from cachedit_fx.passes.plan import Plan
+from cachedit_fx.passes.transforms.hoist_symbols import hoist_symbols
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.matcher import match_any
 
@@ -95,7 +96,7 @@ def plan(gm: fx.GraphModule, _example_inputs: list[Any]) -> None:
 
 
 def one_region(gm: fx.GraphModule, _example_inputs: list[Any]) -> None:
-    """All that happens before the pieces are compiled: the plan, the guard and the pieces."""
+    """All that happens before the pieces are compiled: the plan, the conditional and the pieces."""
     assert isinstance(rewrite(gm, CONFIG, Declaration(), exact=False), Rewritten)
 
 

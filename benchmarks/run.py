@@ -73,7 +73,7 @@ def report(args: argparse.Namespace, work: str, results: Results, plan: Plan) ->
     size = WORKS[work].tiny() if args.quick else WORKS[work]
     mask = "".join(map(str, size.mask))
     detail = (
-        f"F{args.fn}B{args.bn}, {size.num_steps} steps of {len(size.branches)} call(s), 1 = computed: {mask} "
+        f"F{args.fn}B{args.bn}, {size.num_steps} steps of {len(size.guidance_branches)} call(s), 1 = computed: {mask} "
         f"({args.policy}); {plan.rounds} rounds, interleaved by {size.interleave}; compiled by "
         f"{args.inner} from empty caches, {plan.compilations} time(s)"
     )

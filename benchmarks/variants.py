@@ -82,7 +82,7 @@ class Variant:
     def begin(self) -> None:
         """Before a generation."""
 
-    def call(self, branch: str, inputs: dict[str, Any], step: int) -> Tensor:
+    def call(self, guidance_branch: str, inputs: dict[str, Any], step: int) -> Tensor:
         """The velocity of one branch at one step."""
         velocity: Tensor = self.called(**inputs)[0]
         return velocity
@@ -151,7 +151,7 @@ class Floor(Plain):
         super().prepare()
         self.short = torch.compile(self.short, backend=self.settings.inner, mode=self.settings.mode, fullgraph=True)
 
-    def call(self, branch: str, inputs: dict[str, Any], step: int) -> Tensor:
+    def call(self, guidance_branch: str, inputs: dict[str, Any], step: int) -> Tensor:
         velocity: Tensor = (self.called if self.work.mask[step] else self.short)(**inputs)[0]
         return velocity
 
@@ -187,10 +187,12 @@ class Ours(Variant):
         return list(cachedit_fx.summary(self.model, logging=False))
 
     def decisions(self) -> dict[str, list[int]]:
-        stats, branches = self._stats(), self.work.branches
-        if [entry.num_steps for entry in stats] != [self.work.num_steps] * len(branches):
+        stats, guidance_branches = self._stats(), self.work.guidance_branches
+        if [entry.num_steps for entry in stats] != [self.work.num_steps] * len(guidance_branches):
             raise RuntimeError(f"one session of {self.work.num_steps} steps per branch was expected, found {stats}")
-        return {branch: entry.cached_steps for branch, entry in zip(branches, stats, strict=True)}
+        return {
+            guidance_branch: entry.cached_steps for guidance_branch, entry in zip(guidance_branches, stats, strict=True)
+        }
 
     def state_bytes(self) -> int:
         return sum(entry.state_bytes for entry in self._stats())
@@ -198,12 +200,12 @@ class Ours(Variant):
     def check_state(self, during: int, after: int) -> None:
         if not self.caches:
             return
-        looks = int(self.settings.front > 0)  # What it looks at is kept under a static mask too.
+        num_probes = int(self.settings.front > 0)  # What it looks at is kept under a static mask too.
         expected = 0
-        for branch in self.work.branches:
-            sizes = self.work.stream_bytes(branch)
+        for guidance_branch in self.work.guidance_branches:
+            sizes = self.work.stream_bytes(guidance_branch)
             kept = sizes if self.settings.back else ["hidden_states"]  # The text goes no further than the last block.
-            expected += looks * sizes["hidden_states"] + sum(sizes[role] for role in kept)
+            expected += num_probes * sizes["hidden_states"] + sum(sizes[role] for role in kept)
         if (during, after) != (expected, 0):
             raise RuntimeError(f"{expected} bytes of state and then 0 were expected, found {during} and {after}")
 
@@ -242,7 +244,7 @@ class CacheDiT(Variant):
             residual_diff_threshold=THRESHOLD if self.caches else 0.0,
             max_warmup_steps=self.work.warmup,
             num_inference_steps=self.work.num_steps,
-            enable_separate_cfg=len(self.work.branches) == 2,
+            enable_separate_cfg=len(self.work.guidance_branches) == 2,
         )
         if self.caches:
             config |= dict(steps_computation_mask=list(self.work.mask), steps_computation_policy=settings.policy)
@@ -266,7 +268,7 @@ class CacheDiT(Variant):
         lists = (context.get_cached_steps(), context.get_cfg_cached_steps())
         if context.get_current_step() != self.work.num_steps - 1:
             raise RuntimeError(f"cache-dit counted {context.get_current_step() + 1} steps of {self.work.num_steps}")
-        return dict(zip(self.work.branches, lists, strict=False))
+        return dict(zip(self.work.guidance_branches, lists, strict=False))
 
     def state_bytes(self) -> int:
         return bytes_of(self._context().buffers.values())
@@ -306,14 +308,14 @@ class FirstBlockCache(Variant):
         self._compile(fullgraph=False)
 
     def begin(self) -> None:
-        self._decisions = {branch: [] for branch in self.work.branches}
+        self._decisions = {guidance_branch: [] for guidance_branch in self.work.guidance_branches}
 
-    def call(self, branch: str, inputs: dict[str, Any], step: int) -> Tensor:
+    def call(self, guidance_branch: str, inputs: dict[str, Any], step: int) -> Tensor:
         self._head.threshold = -1.0 if self.work.mask[step] else float("inf")
-        with self.model.cache_context(branch):
+        with self.model.cache_context(guidance_branch):
             velocity: Tensor = self.called(**inputs)[0]
-        if not self._head.state_manager._state_cache[branch].should_compute:
-            self._decisions[branch].append(step)
+        if not self._head.state_manager._state_cache[guidance_branch].should_compute:
+            self._decisions[guidance_branch].append(step)
         return velocity
 
     def decisions(self) -> dict[str, list[int]]:

@@ -63,7 +63,7 @@ class Work:
         return schedule(self.num_steps, self.warmup)
 
     @property
-    def branches(self) -> tuple[str, ...]:
+    def guidance_branches(self) -> tuple[str, ...]:
         """The calls of one step, in order."""
         return ("cond",) if self.guidance is None else ("cond", "uncond")
 
@@ -75,10 +75,10 @@ class Work:
     def width(self) -> int:
         return int(self.config["attention_head_dim"]) * int(self.config["num_attention_heads"])
 
-    def stream_bytes(self, branch: str) -> dict[str, int]:
+    def stream_bytes(self, guidance_branch: str) -> dict[str, int]:
         """Size of what one block hands to the next, by role; without the text where blocks don't change it."""
         itemsize = getattr(torch, self.dtype).itemsize
-        text = self.text[self.branches.index(branch)]
+        text = self.text[self.guidance_branches.index(guidance_branch)]
         sizes = {"hidden_states": self.num_tokens, "encoder_hidden_states": text}
         roles = sizes if self.kind != "wan" else ("hidden_states",)
         return {role: sizes[role] * self.width * itemsize for role in roles}
@@ -177,9 +177,9 @@ def keep_blocks(work: Work, model: nn.Module, front: int, back: int) -> nn.Modul
 def prompt_of(work: Work, seed: int, device: str = "cpu") -> Prompt:
     """New tensors for every branch."""
     generator, dtype, made = torch.Generator().manual_seed(seed), getattr(torch, work.dtype), {}
-    for branch, text in zip(work.branches, work.text, strict=True):
+    for guidance_branch, text in zip(work.guidance_branches, work.text, strict=True):
         inputs = KINDS[work.kind].inputs(work, text, generator)
-        made[branch] = {
+        made[guidance_branch] = {
             name: value.to(device, dtype) if isinstance(value, Tensor) else value for name, value in inputs.items()
         }
     return Prompt(made)
@@ -199,7 +199,7 @@ def timesteps_of(work: Work, device: str = "cpu") -> list[Tensor]:
 def denoise_step(call: Call, work: Work, prompt: Prompt, latents: Tensor, timestep: Tensor) -> Tensor:
     """The latents one Euler step of flow matching on, after a call of the transformer for each guidance branch."""
     common = dict(hidden_states=latents, timestep=timestep, return_dict=False)
-    found = [call(branch, {**common, **inputs}) for branch, inputs in prompt.inputs.items()]
+    found = [call(guidance_branch, {**common, **inputs}) for guidance_branch, inputs in prompt.inputs.items()]
     velocity = found[0] if work.guidance is None else found[1] + work.guidance * (found[0] - found[1])
     return latents - velocity / work.num_steps
 

@@ -45,16 +45,16 @@ class Stopwatch:
             event.record()
         self._marks.append((time.perf_counter(), time.process_time(), event))
 
-    def laps(self) -> list[Seconds]:
+    def step_times(self) -> list[Seconds]:
         """Between every mark and the next. Waits for the device."""
         if self._on_device:
             torch.cuda.synchronize()
         found = []
         for (wall, cpu, event), (next_wall, next_cpu, next_event) in zip(self._marks, self._marks[1:], strict=False):
-            lap = {"wall": next_wall - wall, "cpu": next_cpu - cpu}
+            step_time = {"wall": next_wall - wall, "cpu": next_cpu - cpu}
             if event is not None:
-                lap["gpu"] = event.elapsed_time(next_event) / 1e3
-            found.append(lap)
+                step_time["gpu"] = event.elapsed_time(next_event) / 1e3
+            found.append(step_time)
         return found
 
 
@@ -75,7 +75,7 @@ class Generation:
             torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
             self._latents = denoise_step(
-                lambda branch, inputs: variant.call(branch, inputs, number),
+                lambda guidance_branch, inputs: variant.call(guidance_branch, inputs, number),
                 variant.work,
                 self._prompt,
                 self._latents,
@@ -131,8 +131,8 @@ class Worker:
         watch.mark()
         self._running.step()
         watch.mark()
-        (lap,) = watch.laps()
-        return lap
+        (step_time,) = watch.step_times()
+        return step_time
 
     def end(self) -> dict[str, Any]:
         """What the generation decided and held.
@@ -143,7 +143,11 @@ class Worker:
         variant = self.variant
         self._running.check()
         found = variant.decisions()
-        wanted = {branch: variant.expected for branch in variant.work.branches} if found or variant.caches else {}
+        wanted = (
+            {guidance_branch: variant.expected for guidance_branch in variant.work.guidance_branches}
+            if found or variant.caches
+            else {}
+        )
         if found != wanted:
             raise RuntimeError(f"reused steps {found}, wanted {wanted}")
         during = variant.state_bytes()
@@ -164,8 +168,8 @@ class Worker:
         for _ in range(self.variant.work.num_steps):
             self._running.step()
             watch.mark()
-        laps = watch.laps()
-        return {"steps": laps, **self.end()}
+        step_times = watch.step_times()
+        return {"steps": step_times, **self.end()}
 
     def memory(self) -> dict[str, Any]:
         """Bytes: the most that a generation allocated beyond what was there before it, and the weights."""

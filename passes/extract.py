@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from cachedit_fx.patterns.chain import value_of
+from cachedit_fx.patterns.nodes import value_of
 
 
 def graph_module(root: torch.nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from torch import fx
 
 from cachedit_fx.config.cache_config import CacheConfig, CacheType, Changes
-from cachedit_fx.passes.replay import Replay
+from cachedit_fx.passes.analysis.joined_streams import StreamJoins
+from cachedit_fx.patterns.blocks import Block
 from cachedit_fx.patterns.cause import Cause
-from cachedit_fx.patterns.chain import Block, depends_on_data, same_shape, source_line, value_of
 from cachedit_fx.patterns.mismatch import Match, Mismatch
+from cachedit_fx.patterns.nodes import depends_on_data, same_shape, source_line, value_of
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
+class LiveOut:
     """A value that leaves a region and is needed after it.
 
     Attributes:
@@ -24,13 +25,13 @@ class Carried:
             returns, "output_0" and so on where that is more than one.
         before: The stream where it enters the region; None if the value is cached as it is.
         after: The node that makes it, in the region.
-        replay: How `before` follows from the streams at the cut, where lists are joined behind it; None: it is there.
+        joins: How `before` follows from the streams at the cut, where lists are joined behind it; None: it is there.
     """
 
     role: str
     before: fx.Node | None
     after: fx.Node
-    replay: Replay | None = None
+    joins: StreamJoins | None = None
 
     @property
     def is_measured(self) -> bool:
@@ -43,17 +44,17 @@ class Carried:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The blocks between two cuts, and all that a guard needs to know of them.
+    """The blocks between two cuts, and all that a conditional needs to know of them.
 
     Attributes:
         name: As in `transformer_blocks[1:4]`; two lists are joined by `+`.
         first, last: Numbers of the chain's first block in the region and the first after it.
         nodes: The region's nodes in program order.
-        own: What of the configuration is for this region alone.
-        looked_at: What the guard looks at: the hidden stream behind the Fn blocks, or in front of a single block, or
+        overrides: What of the configuration is for this region alone.
+        probed_at: The probe: the hidden stream behind the Fn blocks, or in front of a single block, or
             the first block's modulated input. None: nothing is looked at.
-        looked_from: What is taken off it first: the hidden stream before the Fn blocks; None to look at the value.
-        carried: What a reused step has to supply.
+        probed_since: What is taken off it first: the hidden stream before the Fn blocks; None to look at the value.
+        live_outs: What a reused step has to supply.
         hoisted: Nodes that lie between the cuts but run with the head, at every step: what depends on no stream, and
             what makes the modulated input.
         deferred: Nodes from before the first cut that nothing but `nodes` reads: they run with these.
@@ -66,10 +67,10 @@ class Region:
     first: int
     last: int
     nodes: tuple[fx.Node, ...]
-    own: Changes | None
-    looked_at: fx.Node | None
-    looked_from: fx.Node | None
-    carried: tuple[Carried, ...]
+    overrides: Changes | None
+    probed_at: fx.Node | None
+    probed_since: fx.Node | None
+    live_outs: tuple[LiveOut, ...]
     hoisted: tuple[fx.Node, ...]
     deferred: tuple[fx.Node, ...] = ()
     reaches_output: bool = False
@@ -81,13 +82,13 @@ class Group:
     """Lists of the chain that follow each other and are decided about by one configuration.
 
     Attributes:
-        own: What this group's regions do differently from the whole model's configuration; `config` includes it.
+        overrides: What this group's regions do differently from the whole model's configuration; `config` includes it.
         number: Of its first block in the chain.
     """
 
     matches: tuple[Match, ...]
     config: CacheConfig
-    own: Changes | None = None
+    overrides: Changes | None = None
     number: int = 0
 
     @property
@@ -131,7 +132,7 @@ def region_name(group: Group, first: int, last: int) -> str:
     return "+".join(parts)
 
 
-def miss_of(match: Match, cause: Cause, detail: str, node: fx.Node | None = None) -> Mismatch:
+def mismatch_of(match: Match, cause: Cause, detail: str, node: fx.Node | None = None) -> Mismatch:
     """Why a list that fits its template cannot be cut."""
     total = len(match.blocks.blocks)
     return Mismatch(

@@ -1,10 +1,10 @@
 """Templates for blocks, and the matcher that fits them to the blocks of a graph."""
 
+from cachedit_fx.patterns.blocks import Block, BlockList
 from cachedit_fx.patterns.cause import Cause
-from cachedit_fx.patterns.chain import Block, BlockList
 from cachedit_fx.patterns.matcher import match_any, match_list
 from cachedit_fx.patterns.mismatch import Match, Mismatch
-from cachedit_fx.patterns.registry import register_pattern, templates, unregister_pattern
+from cachedit_fx.patterns.pattern_registry import register_pattern, templates, unregister_pattern
 from cachedit_fx.patterns.template import BUILT_IN, BlockTemplate
 
 __all__ = [

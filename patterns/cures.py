@@ -24,7 +24,7 @@ CURES: Mapping[Cause, str] = {
     Cause.TOO_FEW_BLOCKS: "lower Fn_compute_blocks or Bn_compute_blocks; one block at least has to lie between them",
     Cause.UNPAIRED: "choose Fn_compute_blocks or Bn_compute_blocks so that the streams have one shape at both cuts",
     Cause.NO_PROBE: (
-        "set probe='fn_residual' and Fn_compute_blocks=1 or more: the guard then looks at what the first block adds"
+        "set probe='fn_residual' and Fn_compute_blocks=1 or more: the probe is then what the first block adds"
     ),
     Cause.REACH: "leave reach at 'blocks': what lies behind the blocks then runs at every step",
     Cause.IN_PLACE: "write x = x + y in the model's code in place of x += y or x[...] = y, or have a functor do so",

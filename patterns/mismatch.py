@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cachedit_fx.patterns.blocks import BlockList
 from cachedit_fx.patterns.cause import Cause
-from cachedit_fx.patterns.chain import BlockList
 from cachedit_fx.patterns.cures import CURES
 from cachedit_fx.patterns.template import BlockTemplate
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cachedit_fx.errors import ConfigError, shown
-from cachedit_fx.patterns.chain import ENCODER, HIDDEN
+from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 
 CACHED_AS = ("residual", "value")
 
@@ -20,7 +20,7 @@ class BlockTemplate:
 
     Attributes:
         name: What users see; the name carries the meaning.
-        takes: Roles that a block receives. `hidden_states` is the one whose residual the guard looks at.
+        takes: Roles that a block receives. `hidden_states` is the one whose residual is the probe.
         returns: Roles that a block hands on, in the order of its return statement.
         number: The public pattern number, 0 to 5; None for a user's own template.
         streams: Role -> the local name in the model's code, where it is not the role's own (`{"hidden_states": "x"}`).
@@ -64,7 +64,7 @@ class BlockTemplate:
                 )
 
     @property
-    def carried(self) -> tuple[str, ...]:
+    def streams_out(self) -> tuple[str, ...]:
         """Roles that run from block to block, in return order."""
         return tuple(role for role in self.returns if role in self.takes)
 

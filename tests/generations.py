@@ -119,7 +119,7 @@ class Recorder:
         self.module = module
         self.outputs: list[Tensor] = []
 
-    def __call__(self, branch: str, **inputs: Any) -> Tensor:
+    def __call__(self, guidance_branch: str, **inputs: Any) -> Tensor:
         output = self.module(**inputs)[0]
         self.outputs.append(output)
         return output
@@ -131,8 +131,8 @@ def reference_run(family: Family, seed: int, **fields: Any) -> ReferenceCache:
     model = family.build()
     with ReferenceCache(model, family.chain(model), **fields) as reference:
         denoise(reference, family, family.prompt(seed), family.latents(seed), NUM_STEPS)
-    for branch in family.branches:
-        assert_worth_comparing(reference.of(branch))
+    for guidance_branch in family.guidance_branches:
+        assert_worth_comparing(reference.of(guidance_branch))
     return reference
 
 
@@ -140,12 +140,12 @@ def reference_run(family: Family, seed: int, **fields: Any) -> ReferenceCache:
 def reference_pipeline_run(family: Family, seed: int, **fields: Any) -> tuple[ReferenceCache, list[Tensor]]:
     """One generation by the reference, in the real pipeline, and the latents after every step."""
     model = family.build()
-    branches = itertools.cycle(family.branches)
+    guidance_branches = itertools.cycle(family.guidance_branches)
     with ReferenceCache(model, family.chain(model), **fields) as reference:
-        model.forward = reference.stand_in_for_forward(lambda: next(branches))
+        model.forward = reference.stand_in_for_forward(lambda: next(guidance_branches))
         latents = family.generate(family.pipeline(model), family.prompt(seed), family.latents(seed), NUM_STEPS)
-    for branch in family.branches:
-        assert_worth_comparing(reference.of(branch))
+    for guidance_branch in family.guidance_branches:
+        assert_worth_comparing(reference.of(guidance_branch))
     return reference, latents
 
 
@@ -168,9 +168,9 @@ def assert_same_decisions(stats: cachedit_fx.CacheStats, records: list[Record]) 
 
 def assert_newest_sessions(module: nn.Module, family: Family, reference: ReferenceCache) -> None:
     """The last sessions of `module`, one per branch, went as in the reference."""
-    newest = every_session(module)[-len(family.branches) :]
-    for branch, stats in zip(family.branches, newest, strict=True):
-        assert_same_decisions(stats, reference.of(branch))
+    newest = every_session(module)[-len(family.guidance_branches) :]
+    for guidance_branch, stats in zip(family.guidance_branches, newest, strict=True):
+        assert_same_decisions(stats, reference.of(guidance_branch))
 
 
 def assert_bitwise(outputs: Iterable[Tensor], expected: Iterable[Tensor]) -> None:

@@ -28,7 +28,7 @@ Locals = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedValue:
     """What is kept of a name that is read behind a region.
 
     Attributes:
@@ -47,7 +47,7 @@ class Span:
 
     start: int
     stop: int
-    kept: dict[str, Kept] = field(default_factory=dict)
+    cached: dict[str, CachedValue] = field(default_factory=dict)
 
 
 class LineReference:
@@ -103,7 +103,7 @@ class LineReference:
             number = span.stop
         return list(env["returned"])
 
-    def looked_at(self, call: dict[str, Tensor]) -> Tensor | None:
+    def probed_at(self, call: dict[str, Tensor]) -> Tensor | None:
         """What the blocks before the first region add to the image, or to the stream that it was joined into.
 
         None where it was joined only just before the region.
@@ -128,13 +128,13 @@ class LineReference:
         written = {name for name, (value, version) in known.items() if env[name] is value and value._version > version}
         continued = self._continued(span)
         by_object = {id(env[name]): base for name, base in continued.items()}
-        span.kept = {}
+        span.cached = {}
         for name in self._leaving(span, written):
             value = env[name]
             # Another name for the same tensor continues the same stream.
             base = continued.get(name) or by_object.get(id(value), "")
             if base or name in written | self._from_streams(span):
-                span.kept[name] = Kept(value - entered[base] if base else value.clone(), id(value), base)
+                span.cached[name] = CachedValue(value - entered[base] if base else value.clone(), id(value), base)
 
     def _reuse(self, span: Span, env: Locals, forget: str) -> None:
         entered = self._entering(span, env)
@@ -145,11 +145,11 @@ class LineReference:
             elif line.anew:
                 _run(line.anew, env)
         made: dict[int, Tensor] = {}
-        for name, kept in span.kept.items():
-            if kept.same_as not in made:
-                tensor = torch.zeros_like(kept.tensor) if name == forget else kept.tensor
-                made[kept.same_as] = entered[kept.base] + tensor if kept.base else tensor.clone()
-            env[name] = made[kept.same_as]
+        for name, cached in span.cached.items():
+            if cached.same_as not in made:
+                tensor = torch.zeros_like(cached.tensor) if name == forget else cached.tensor
+                made[cached.same_as] = entered[cached.base] + tensor if cached.base else tensor.clone()
+            env[name] = made[cached.same_as]
 
     def _entering(self, span: Span, env: Locals) -> Locals:
         """Copies of the streams that the region's first block takes; and of what they will be joined to."""
@@ -192,8 +192,8 @@ class LineReference:
         return held
 
     @property
-    def kept(self) -> list[str]:
-        return [name for span in self.spans.values() for name in span.kept]
+    def cached(self) -> list[str]:
+        return [name for span in self.spans.values() for name in span.cached]
 
 
 def _versions(env: Locals) -> dict[str, tuple[Tensor, int]]:

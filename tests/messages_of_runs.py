@@ -28,7 +28,7 @@ from cachedit_fx.frontend import backend, fast_dispatch
 from cachedit_fx.inspect.pages import plots, render
 from cachedit_fx.inspect.reproduce import run_saved
 from cachedit_fx.patterns import BUILT_IN
-from cachedit_fx.patterns.chain import ENCODER, HIDDEN
+from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 from cachedit_fx.testing import check_pattern
 from cachedit_fx.testing.reference import Reference
 from examples.custom_pattern import TwoScaleTransformer
@@ -54,7 +54,7 @@ def run_with_a_bug(**fields: Any) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise KeyError("a name that is not there")
 
-    with patch.object(backend, "insert_guards", fail):
+    with patch.object(backend, "insert_conditionals", fail):
         run(tiny.build(), **fields)
 
 

@@ -24,7 +24,7 @@ def together(name: str, value: str, says: str, **fields: Any) -> Row:
 ROWS = [
     Row(
         "answer",
-        lambda _: decide(CacheConfig(decider=Answers()), History(), 0.0, is_stored=True),
+        lambda _: decide(CacheConfig(decider=Answers()), History(), 0.0, is_cached=True),
         "got 1 from Answers.decide",
         "decider must answer True (compute), False (reuse) or None",
     ),

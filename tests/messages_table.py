@@ -30,7 +30,7 @@ from cachedit_fx import (
 from cachedit_fx.__main__ import _config, _make
 from cachedit_fx.inspect.graph_json import from_json
 from cachedit_fx.patterns import BUILT_IN
-from cachedit_fx.patterns.chain import ENCODER, HIDDEN
+from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 from tests import hybrid
 from tests.hybrid import pipe_of
 

@@ -83,7 +83,7 @@ class Family:
     generate: Callable[[DiffusionPipeline, Prompt, Tensor, int], list[Tensor]]
 
     @property
-    def branches(self) -> tuple[str, ...]:
+    def guidance_branches(self) -> tuple[str, ...]:
         """The calls of one step, in order."""
         return ("cond",) if self.guidance is None else ("cond", "uncond")
 

@@ -178,7 +178,7 @@ class Case:
     """A model with its functor.
 
     Attributes:
-        miss: What is said of it without the functor.
+        mismatch: What is said of it without the functor.
         streams: Model and call -> the streams before the first block and after every one, by plain Python.
         out: Model and streams after the last block -> its output.
         template: What its blocks are declared to be; None to declare nothing.
@@ -186,7 +186,7 @@ class Case:
 
     model: type[Model]
     functor: type[PatchFunctor]
-    miss: str
+    mismatch: str
     streams: Callable[[Any, dict[str, Tensor]], Iterator[dict[str, Tensor]]]
     out: Callable[[Any, dict[str, Tensor]], Tensor]
     template: BlockTemplate | None = None
@@ -232,17 +232,17 @@ def by_hand(
 ) -> tuple[list[Tensor], list[int]]:
     """The outputs of one generation with blocks 1 to 3 cached, and the steps that were reused."""
     model, outputs, reused = build(case), [], []
-    seen, kept = None, {}
+    last_probe, cached = None, {}
     for step, call in enumerate(given):
         streams = case.streams(model, call)
         before, entered = next(streams), next(streams)
         residual = entered[HIDDEN] - before[HIDDEN]
-        if seen is not None and relative_l1(residual, seen) < THRESHOLD:
+        if last_probe is not None and relative_l1(residual, last_probe) < THRESHOLD:
             reused.append(step)
-            end = {r: kept[r].clone() if cached.get(r) == "value" else entered[r] + kept[r] for r in entered}
+            end = {r: cached[r].clone() if cached.get(r) == "value" else entered[r] + cached[r] for r in entered}
         else:
             *_, end = streams
-            seen = residual
-            kept = {role: end[role] if cached.get(role) == "value" else end[role] - entered[role] for role in end}
+            last_probe = residual
+            cached = {role: end[role] if cached.get(role) == "value" else end[role] - entered[role] for role in end}
         outputs.append(case.out(model, end))
     return outputs, reused

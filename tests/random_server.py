@@ -37,7 +37,7 @@ from tests.zoo.variant import Inputs, Variant, another
 NOT_IN_THREADS = ("Cosmos",)
 
 EVERY_OTHER = dict(max_warmup_steps=1, residual_diff_threshold=1.0, max_continuous_cached_steps=1)
-LOOKING = dict(max_warmup_steps=2, residual_diff_threshold=0.6, max_continuous_cached_steps=3)
+PROBING = dict(max_warmup_steps=2, residual_diff_threshold=0.6, max_continuous_cached_steps=3)
 
 
 class Interrupted(Exception):
@@ -216,7 +216,7 @@ class Prompts:
 
     def __init__(self, variant: Variant) -> None:
         self._variant = variant
-        self._kept: dict[int, Inputs] = {}
+        self._inputs: dict[int, Inputs] = {}
         self._users: dict[int, list[Loop]] = {}
 
     def of(self, request: Request, number: int) -> Inputs:
@@ -224,19 +224,19 @@ class Prompts:
         users = [loop for loop in self._users.get(request.size, ()) if loop.request.kind != "named"]
         if request.prompt == "own" or (request.prompt == "shared" and not _is_told_from(users, request)):
             return inputs_of(self._variant, request, number)
-        if request.size not in self._kept:
-            self._kept[request.size] = inputs_of(self._variant, request, number)
+        if request.size not in self._inputs:
+            self._inputs[request.size] = inputs_of(self._variant, request, number)
         elif request.prompt == "overwritten":
             for loop in self._users.pop(request.size, ()):
                 loop.is_ended = True
             for name, value in inputs_of(self._variant, request, number).items():
                 if name in PROMPT_NAMES:  # The objects stay: nothing but their content tells.
-                    pytree.tree_map(torch.Tensor.copy_, self._kept[request.size][name], value)
-        return self._kept[request.size]
+                    pytree.tree_map(torch.Tensor.copy_, self._inputs[request.size][name], value)
+        return self._inputs[request.size]
 
     def note(self, loop: Loop) -> None:
         """That the loop is about to make its next step."""
-        if loop.common is not self._kept.get(loop.request.size):
+        if loop.common is not self._inputs.get(loop.request.size):
             return
         users = self._users.setdefault(loop.request.size, [])
         users[:] = [loop, *(other for other in users if other is not loop)]
@@ -399,11 +399,11 @@ def main() -> None:
     while time.monotonic() < end:
         for name, variant in VARIANTS.items():
             is_told = {*PROMPT_NAMES} & {*variant.inputs()}  # DiT and Cosmos3Omni have class labels and indices.
-            if variant.clock != "graph" or not is_told or time.monotonic() > end:
+            if variant.timestep_input != "graph" or not is_told or time.monotonic() > end:
                 continue
             torch._dynamo.reset()
             pair = Pair.build(variant)
-            count += sum(run_random_plans(pair, rule, arguments.examples, end) for rule in (EVERY_OTHER, LOOKING))
+            count += sum(run_random_plans(pair, rule, arguments.examples, end) for rule in (EVERY_OTHER, PROBING))
             print(f"{name}: {count} plans so far", flush=True)
 
 

@@ -23,7 +23,7 @@ class Record:
     """One call of the transformer.
 
     Attributes:
-        branch: The key that the test gave.
+        guidance_branch: The key that the test gave.
         step: Number of calls of that branch before this one.
         reused: Whether the middle blocks were skipped.
         reason: Why, in the words of `CacheStats.decisions`.
@@ -31,7 +31,7 @@ class Record:
         output: The transformer's output.
     """
 
-    branch: Hashable
+    guidance_branch: Hashable
     step: int
     reused: bool
     reason: str
@@ -40,7 +40,7 @@ class Record:
 
 
 @dataclass
-class _Branch:
+class _GuidanceBranch:
     """What is kept for one branch of one generation."""
 
     step: int = 0
@@ -96,7 +96,7 @@ class ReferenceCache:
         self.max_accumulated = max_accumulated_residual_diff_threshold
         self.foretell = foretell
         self.records: list[Record] = []
-        self._branches: dict[Hashable, _Branch] = {}
+        self._guidance_branches: dict[Hashable, _GuidanceBranch] = {}
 
     def __enter__(self) -> ReferenceCache:
         for index, (block, returns) in enumerate(self.blocks):
@@ -107,16 +107,16 @@ class ReferenceCache:
         for block, _returns in self.blocks:
             del block.forward  # The class's own shows again.
 
-    def __call__(self, branch: Hashable, **inputs: Any) -> Tensor:
-        """The transformer's output for the next step of `branch`."""
-        state = self._state = self._branches.setdefault(branch, _Branch())
+    def __call__(self, guidance_branch: Hashable, **inputs: Any) -> Tensor:
+        """The transformer's output for the next step of `guidance_branch`."""
+        state = self._state = self._guidance_branches.setdefault(guidance_branch, _GuidanceBranch())
         timestep = inputs["timestep"].flatten()[0].item()
         if state.first_timestep is None:
             state.first_timestep = timestep
         state.timestep_moved |= timestep != state.first_timestep
         # The class's forward: `stand_in_for_forward` may have put another on the instance.
         output = type(self.transformer).forward(self.transformer, **inputs)[0]
-        self.records.append(Record(branch, state.step, self._reuse, self._reason, self._diff, output))
+        self.records.append(Record(guidance_branch, state.step, self._reuse, self._reason, self._diff, output))
         state.step += 1
         if self._reuse:
             state.reused += 1
@@ -127,19 +127,19 @@ class ReferenceCache:
             state.accumulated = 0.0
         return output
 
-    def of(self, branch: Hashable) -> list[Record]:
+    def of(self, guidance_branch: Hashable) -> list[Record]:
         """The calls of one branch, in order."""
-        return [record for record in self.records if record.branch == branch]
+        return [record for record in self.records if record.guidance_branch == guidance_branch]
 
-    def stand_in_for_forward(self, next_branch: Callable[[], Hashable]) -> Callable[..., tuple[Tensor]]:
+    def stand_in_for_forward(self, next_guidance_branch: Callable[[], Hashable]) -> Callable[..., tuple[Tensor]]:
         """A `forward` for a transformer that is called by a pipeline.
 
         Args:
-            next_branch: Called once per call of the transformer, for its branch.
+            next_guidance_branch: Called once per call of the transformer, for its branch.
         """
 
         def forward(**inputs: Any) -> tuple[Tensor]:
-            return (self(next_branch(), **inputs),)
+            return (self(next_guidance_branch(), **inputs),)
 
         return forward
 
@@ -178,12 +178,12 @@ class ReferenceCache:
         state = self._state
         residual = self._after_first_blocks["hidden_states"] - self._before_first_block
         self._diff: float | None = None
-        self._reason = self._why_not_to_look() or self._look(residual, state.first_residual)
+        self._reason = self._why_not_probed() or self._compare_probe(residual, state.first_residual)
         self._reuse = self._reason in ("threshold-one", "diff-below")
         if not self._reuse:
             state.first_residual = residual
 
-    def _why_not_to_look(self) -> str | None:
+    def _why_not_probed(self) -> str | None:
         """The reason for a decision that does not depend on the diff, if there is one."""
         state = self._state
         if state.step in self.warmup:
@@ -206,7 +206,7 @@ class ReferenceCache:
             return "threshold-one"
         return None
 
-    def _look(self, now: Tensor, before: Tensor) -> str:
+    def _compare_probe(self, now: Tensor, before: Tensor) -> str:
         now, before = now.float(), before.float()
         self._diff = ((now - before).abs().mean() / before.abs().mean()).item()
         if math.isnan(self._diff):

@@ -55,24 +55,24 @@ class Span:
     since: nn.Module | None = None
     reused: list[bool] = field(default_factory=list)
     diffs: list[float | None] = field(default_factory=list)
-    seen: Tensor | None = None
+    last_probe: Tensor | None = None
     entered: dict[str, Tensor] = field(default_factory=dict)
     residuals: dict[str, Tensor] = field(default_factory=dict)
     start: Tensor | None = None
 
     def enter(self, streams: dict[str, Tensor]) -> None:
         """Decides about this step."""
-        looked_at = streams["hidden_states"]
+        probe = streams["hidden_states"]
         if self.since is not None:
             assert self.start is not None
-            looked_at = looked_at - self.start
-        diff = None if self.seen is None else relative_l1(looked_at, self.seen)
+            probe = probe - self.start
+        diff = None if self.last_probe is None else relative_l1(probe, self.last_probe)
         computes = self.decide(len(self.reused), diff)
         self.reused.append(not computes)
         self.diffs.append(diff)
         self.entered = streams
         if computes:
-            self.seen = looked_at.clone()
+            self.last_probe = probe.clone()
 
     @property
     def cached_steps(self) -> list[int]:

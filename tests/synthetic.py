@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 
 from cachedit_fx import CacheConfig
 from cachedit_fx.frontend.capture import copy_graph
-from cachedit_fx.passes.guard import stored_examples
-from cachedit_fx.passes.pipeline import Plan, plan_graph
+from cachedit_fx.passes.manager import plan_graph
+from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.region import Region
+from cachedit_fx.passes.transforms.insert_conditionals import cached_examples
 from cachedit_fx.patterns import Mismatch
 
 BATCH, IMAGE, TEXT = 2, 6, 5  # Latent tokens and text tokens differ, or the streams' shapes would be equal.
@@ -329,7 +330,7 @@ def make_inputs(model: nn.Module, seed: int = 0, time: float = 0.9, tokens: int 
 
 @dataclass
 class Captured:
-    """What `look` found in a graph, and how Dynamo called the graph."""
+    """What `rewrite` found in a graph, and how Dynamo called the graph."""
 
     found: Any = None
     arguments: tuple[Any, ...] = ()
@@ -342,13 +343,13 @@ class Captured:
 
 
 def capture(
-    model: nn.Module, inputs: dict[str, Any], look: Callable[[fx.GraphModule], Any], *, dynamic: bool | None = None
+    model: nn.Module, inputs: dict[str, Any], rewrite: Callable[[fx.GraphModule], Any], *, dynamic: bool | None = None
 ) -> Captured:
-    """Captures the model as one graph and calls `look` with its labelled copy, while Dynamo is still there."""
+    """Captures the model as one graph and calls `rewrite` with its labelled copy, while Dynamo is still there."""
     captured = Captured()
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        captured.found = look(copy_graph(gm, example_inputs))
+        captured.found = rewrite(copy_graph(gm, example_inputs))
 
         def run(*arguments: Any) -> Any:
             captured.arguments = arguments
@@ -375,24 +376,24 @@ class HandStep:
     """A `Step` that computes where there is nothing to reuse, and remembers what it was told.
 
     Args:
-        kept: What an earlier step was told to keep: region -> (residual, stored).
+        cached: What an earlier step was told to keep: region -> (residual, stored).
     """
 
-    def __init__(self, regions: tuple[Region, ...], kept: dict[int, Any] | None = None) -> None:
-        self.regions, self.given = regions, kept or {}
-        self.kept: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+    def __init__(self, regions: tuple[Region, ...], cached: dict[int, Any] | None = None) -> None:
+        self.regions, self.given = regions, cached or {}
+        self.updates: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self.probes: list[list[float]] = []
 
     def before(self, region: int) -> Tensor:
-        example = stored_examples(self.regions[region])[0]
+        example = cached_examples(self.regions[region])[0]
         return self.given[region][0] if self.given else torch.ones(example.shape, dtype=example.dtype)
 
     def decide(self, region: int, probe: Tensor) -> bool:
         self.probes.append(probe.tolist())
         return not self.given
 
-    def stored(self, region: int) -> tuple[Tensor | None, ...]:
-        return self.given[region][1] if self.given else (None,) * len(self.regions[region].carried)
+    def cached(self, region: int) -> tuple[Tensor | None, ...]:
+        return self.given[region][1] if self.given else (None,) * len(self.regions[region].live_outs)
 
-    def keep(self, region: int, residual: Tensor, stored: tuple[Tensor, ...]) -> None:
-        self.kept[region] = (residual, stored)
+    def update(self, region: int, residual: Tensor, cached: tuple[Tensor, ...]) -> None:
+        self.updates[region] = (residual, cached)

@@ -154,7 +154,7 @@ def test_each_list_with_a_modifier_has_its_own_decisions(swapped):
     assert_bitwise(outputs[:1], generate(hybrid.build())[:1])
 
 
-def test_each_list_looks_at_its_own_diffs():
+def test_each_list_has_its_own_diffs():
     limits = 0.02, 0.12
     modifiers = [ParamsModifier(residual_diff_threshold=limit) for limit in limits]
     model = hybrid.build()
@@ -270,10 +270,10 @@ def test_both_transformers_of_wan_2_2_have_their_own_modifier():
     assert_bitwise([tiny.run(pipe, num_steps=2)], [uncached])  # One step in each.
     tiny.run(pipe, num_steps=6)
     found = {(stats.module, stats.session): stats.cached_steps for stats in cachedit_fx.summary(pipe, logging=False)}
-    branches = "cond", "uncond"
+    guidance_branches = "cond", "uncond"
     assert found == {
-        **{("transformer", branch): [2] for branch in branches},
-        **{("transformer_2", branch): [1] for branch in branches},
+        **{("transformer", guidance_branch): [2] for guidance_branch in guidance_branches},
+        **{("transformer_2", guidance_branch): [1] for guidance_branch in guidance_branches},
     }
 
 

@@ -255,7 +255,7 @@ def test_a_modifier_that_cannot_be_names_the_field(make, parts):
         make()
 
 
-def test_a_modifier_that_leaves_nothing_to_look_at_is_told_when_the_cache_is_enabled(model):
+def test_a_modifier_that_leaves_no_probe_is_told_when_the_cache_is_enabled(model):
     adapter = BlockAdapter(
         transformer=model, blocks=model.blocks, forward_pattern=P1, params_modifiers=ParamsModifier(Fn_compute_blocks=0)
     )

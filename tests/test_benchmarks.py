@@ -23,7 +23,7 @@ def test_every_work_reuses_half_of_its_steps_at_least(name):
     work = WORKS[name]
     assert work.mask[: work.warmup] == (1,) * work.warmup
     assert sum(work.mask) <= work.num_steps / 2
-    assert len(work.text) == len(work.branches)
+    assert len(work.text) == len(work.guidance_branches)
 
 
 def test_streams_have_the_size_of_what_blocks_hand_on():
@@ -62,7 +62,9 @@ def test_gaps_do_not_count_what_another_stream_covers():
 def _results(seconds: dict[str, list[list[float]]]) -> Results:
     results = Results(list(seconds))
     for name, rounds in seconds.items():
-        results.variants[name]["rounds"] = [{"steps": [{"cpu": lap} for lap in laps]} for laps in rounds]
+        results.variants[name]["rounds"] = [
+            {"steps": [{"cpu": step_time} for step_time in step_times]} for step_times in rounds
+        ]
     return results
 
 
@@ -103,7 +105,7 @@ def test_a_quick_run_checks_the_decisions_and_describes_itself(tmp_path, monkeyp
     (generation,) = ours["rounds"]
     assert generation["reused"] == {"cond": [2, 3, 5], "uncond": [2, 3, 5]}
     assert len(generation["steps"]) == 6 and all(step["cpu"] > 0 and step["wall"] > 0 for step in generation["steps"])
-    # Per branch what the guard looks at and one stream: 48 tokens of width 32 in float32.
+    # Per branch the probe and one stream: 48 tokens of width 32 in float32.
     assert (generation["state_bytes"], generation["state_bytes_after"]) == (2 * 2 * 48 * 32 * 4, 0)
     assert ours["memory"]["peak"] > generation["state_bytes"]
     assert found["targets"]["computed step / plain"] > 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import cachedit_fx
 from cachedit_fx.runtime.session import MAX_SESSIONS
 from tests import tiny
-from tests.lights import enabled
+from tests.fast_dispatches import enabled
 from tests.sessions import every_session
 from tests.tiny import TIMES, build, generate, latents, prompt, ran_blocks, step
 

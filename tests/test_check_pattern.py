@@ -14,7 +14,7 @@ import cachedit_fx
 import cachedit_fx.testing.pattern_check
 from cachedit_fx import BlockTemplate, ConfigError
 from cachedit_fx.patterns import BUILT_IN, templates
-from cachedit_fx.patterns.chain import ENCODER, HIDDEN
+from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.runtime.instances import instances_in
 from cachedit_fx.testing.pattern_check import UncheckableError, check_pattern
@@ -94,7 +94,7 @@ def test_a_built_in_pattern_is_right_for_its_model(number, fn, bn):
 
 
 @pytest.mark.parametrize(("kinds", "bn"), [({HIDDEN: "value"}, 0), pytest.param({ENCODER: "value"}, 1, marks=SLOW)])
-def test_streams_may_be_kept_as_values(kinds, bn):
+def test_streams_may_be_cached_as_values(kinds, bn):
     template = two_scales(cached=kinds)
     assert check_pattern(template, make(), TWO_SCALES, Bn_compute_blocks=bn).difference == 0
 
@@ -108,7 +108,7 @@ def test_a_template_that_names_its_streams_is_right(hidden):
         r"template 'two-scale' is right: 3 blocks, of which a reused step skips layers\[1:3\]\n"
         r"  computed \(step 0, 2\): what the model returns by itself, bitwise\n"
         r"  reused \(step 1\): what the reference returns, bitwise; a computed step is [\d.]+% away\n"
-        r"  the guard looks at hidden_states: it moved by 0\.\d+ at step 1",
+        r"  the probe is hidden_states: it moved by 0\.\d+ at step 1",
         str(check),
     )
 
@@ -118,7 +118,7 @@ def test_arguments_of_other_names_are_told_by_their_positions():
 
 
 @SLOW
-def test_nothing_is_looked_at_without_fn_blocks():
+def test_there_is_no_probe_without_fn_blocks():
     model = Transformer()
     check = check_pattern(BUILT_IN[3], model, make_inputs(model), Fn_compute_blocks=0)
     assert check.decisions == ("warmup", "mask-static", "mask") and check.diff is None
@@ -230,7 +230,7 @@ def test_too_few_blocks_are_told():
 @pytest.mark.parametrize(
     "template", [two_scales(returns=BOTH[::-1]), two_scales(hidden="coarse")], ids=["returns", "streams"]
 )
-def test_a_swapped_order_that_no_source_tells_is_seen_at_the_next_block(template):
+def test_a_swapped_order_that_no_source_tells_is_noticed_at_the_next_block(template):
     first, second = template.returns
     text = (
         rf"takes, returns and streams contradict each other.*\n  expected: value 1 of what layers\.0 returns is "
@@ -241,12 +241,12 @@ def test_a_swapped_order_that_no_source_tells_is_seen_at_the_next_block(template
 
 
 @SLOW
-def test_a_swapped_order_of_arguments_without_names_is_seen():
+def test_a_swapped_order_of_arguments_without_names_is_noticed():
     with pytest.raises(AssertionError, match=r"layers\.1 takes it as `b`, which is hidden_states"):
         check_pattern(two_scales(takes=BOTH[::-1]), make(NamelessBlock), TWO_SCALES)
 
 
-def test_a_guard_that_looks_at_another_stream_is_seen():
+def test_a_probe_of_another_stream_is_noticed():
     template = two_scales(takes=BOTH[::-1], returns=BOTH[::-1])  # Consistent, but "fine" is what the code calls `a`.
     with pytest.raises(AssertionError, match=r"looks at another stream .*\n  expected: a change of 0\.\d+ .*\n.*found"):
         check_pattern(template, make(NamelessBlock), TWO_SCALES)
@@ -275,7 +275,7 @@ def test_a_block_that_returns_fewer_values_than_declared_is_told():
         check_pattern(BUILT_IN[4], model, make_inputs(model))
 
 
-def test_a_graph_that_keeps_another_thing_than_the_template_says_is_seen(monkeypatch):
+def test_a_graph_that_caches_another_thing_than_the_template_says_is_noticed(monkeypatch):
     other = two_scales(cached={ENCODER: "value"})
     monkeypatch.setattr(
         cachedit_fx.testing.pattern_check, "Declaration", lambda patterns: Declaration(patterns=(other,))

@@ -232,7 +232,7 @@ def test_fields_are_those_of_the_dataclass():
         pytest.param({"steps_computation_policy": "static"}, id="static-without-a-mask"),
     ],
 )
-def test_nothing_to_look_at_needs_a_static_mask(fields):
+def test_no_probe_needs_a_static_mask(fields):
     config = CacheConfig(Fn_compute_blocks=0, **fields)  # A partial configuration may say so.
     for use in (
         check_together,
@@ -254,7 +254,7 @@ def test_nothing_to_look_at_needs_a_static_mask(fields):
         DBPruneConfig(0),
     ],
 )
-def test_a_static_mask_looks_at_nothing_and_pruning_at_the_blocks_inputs(config):
+def test_a_static_mask_has_no_probe_and_pruning_probes_the_blocks_inputs(config):
     check_together(config)
     Backend(config)
 

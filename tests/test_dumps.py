@@ -50,9 +50,9 @@ def test_a_folder_per_graph_with_a_pair_of_files_per_pass(tmp_path):
             "drop-numpy-calls",
             "hoist-symbols",
             "narrow-contexts",
-            "replace-writes",
+            "functionalize-writes",
         ),
-        *("insert-guards", "split-pieces"),
+        *("insert-conditionals", "split-pieces"),
     ]
     found = names(graph)
     numbers = {name: [f for f in found if f"_{name}." in f] for name in passes}
@@ -62,8 +62,8 @@ def test_a_folder_per_graph_with_a_pair_of_files_per_pass(tmp_path):
     assert order == sorted(order)
     assert {"00_captured.py", "report.json", "graph.json", "reproduce.py"} <= set(found)
     assert any("locate-blocks.json" in name for name in found) and any("cut-regions.json" in name for name in found)
-    after = next(graph.glob("*_insert-guards.after.py")).read_text()
-    before = next(graph.glob("*_insert-guards.before.py")).read_text()
+    after = next(graph.glob("*_insert-conditionals.after.py")).read_text()
+    before = next(graph.glob("*_insert-conditionals.before.py")).read_text()
     assert "step.decide(0" in after and "decide" not in before
     assert next(graph.glob("*_split-pieces.before.py")).read_text() == after
 
@@ -122,7 +122,7 @@ def test_a_pass_that_fails_leaves_what_came_before_and_the_error(tmp_path, monke
     def fail(*_args, **_kwargs):
         raise ZeroDivisionError("no way")
 
-    monkeypatch.setattr(backends, "insert_guards", fail)
+    monkeypatch.setattr(backends, "insert_conditionals", fail)
     plain = tiny.build()
     call = hybrid.calls()[0]
     torch.testing.assert_close(compile_once(tiny.build(), tmp_path, call), plain(**call), rtol=0, atol=0)
@@ -156,5 +156,5 @@ def test_torch_logs_show_a_line_per_graph_and_tlparse_gets_the_graphs(tmp_path):
     assert len([line for line in lines if re.search(r"\bI\d{4}.*cached: blocks", line)]) == 1
     assert any(re.search(r"\bV\d{4}.*matched single_blocks", line) for line in lines)
     trace = "".join(path.read_text() for path in tmp_path.iterdir())
-    for name in ("cachedit_fx_plan", "cachedit_fx_guarded_graph"):
+    for name in ("cachedit_fx_plan", "cachedit_fx_cached_graph"):
         assert f'"name": "{name}"' in trace

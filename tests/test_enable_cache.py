@@ -78,8 +78,8 @@ def test_only_reused_steps_differ_and_disabling_leaves_no_trace(tiny):
         rest = stats.num_steps - WARMUP_STEPS
         assert stats.decisions == ["warmup"] * WARMUP_STEPS + ["threshold-one"] * rest
         assert stats.peak_state_bytes > 0
-    if tiny.branches:
-        assert [stats.session for stats in last] == [*tiny.branches] * len(tiny.transformers)
+    if tiny.guidance_branches:
+        assert [stats.session for stats in last] == [*tiny.guidance_branches] * len(tiny.transformers)
     for module in transformers(tiny, pipe):
         if hasattr(module, "cache_context"):  # So diffusers tells it when a pipeline's call is over.
             assert [len(instance._sessions) for instance in instances_in(module)] == [0]

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 import cachedit_fx
 from cachedit_fx import ConfigError
-from cachedit_fx.runtime.guarded_call import MAX_POLICIES
+from cachedit_fx.runtime.cached_call import MAX_POLICIES
 from cachedit_fx.runtime.instances import instances_in
 from tests import tiny
 from tests.sessions import every_session

@@ -79,9 +79,9 @@ def alone(seed: int = 1, guidance: float = 2.0, **fields: Any) -> tuple[Referenc
     model = WAN.build()
     pipe = WAN.pipeline(model)
     pipe.set_progress_bar_config(disable=True)
-    branches = itertools.cycle(("cond", "uncond") if guidance > 1 else ("cond",))
+    guidance_branches = itertools.cycle(("cond", "uncond") if guidance > 1 else ("cond",))
     with ReferenceCache(model, WAN.chain(model), **settings(WAN) | fields) as reference:
-        model.forward = reference.stand_in_for_forward(lambda: next(branches))
+        model.forward = reference.stand_in_for_forward(lambda: next(guidance_branches))
         latents = call(pipe, WAN.prompt(seed), seed, guidance)
     assert_worth_comparing(reference.of("cond"))
     return reference, latents
@@ -91,7 +91,7 @@ def assert_alone(pipe: DiffusionPipeline, output: Tensor, expected: tuple[Refere
     """The output is bitwise that of the call alone, and so are the decisions of the last sessions."""
     reference, latents = expected
     last = cachedit_fx.summary(pipe, logging=False)
-    assert [stats.session for stats in last] == [*dict.fromkeys(record.branch for record in reference.records)]
+    assert [stats.session for stats in last] == [*dict.fromkeys(record.guidance_branch for record in reference.records)]
     for stats in last:
         assert_same_decisions(stats, reference.of(stats.session))
     assert_bitwise([output], [latents])
@@ -116,7 +116,7 @@ def test_a_generation_is_that_of_the_reference_and_leaves_no_session_open(family
     assert_newest_sessions(pipe.transformer, family, reference)
     assert_nothing_open(pipe)
     shown = cachedit_fx.summary(pipe, logging=False)
-    assert [stats.session for stats in shown] == [*family.branches]
+    assert [stats.session for stats in shown] == [*family.guidance_branches]
     assert all(stats.peak_state_bytes > 0 for stats in shown)
 
 
@@ -269,9 +269,9 @@ def test_pipelines_in_two_threads_with_one_transformer_run_as_if_alone():
     assert sorted(stats.session for stats in found) == ["cond", "cond", "uncond", "uncond"]
     for seed, (reference, latents) in expected.items():
         assert_bitwise([outputs[seed]], [latents])
-        for branch in WAN.branches:
-            reasons = [record.reason for record in reference.of(branch)]
-            assert reasons in [stats.decisions for stats in found if stats.session == branch]
+        for guidance_branch in WAN.guidance_branches:
+            reasons = [record.reason for record in reference.of(guidance_branch)]
+            assert reasons in [stats.decisions for stats in found if stats.session == guidance_branch]
 
 
 def test_interleaved_requests_of_one_thread_are_told_apart_by_their_names():
@@ -289,8 +289,8 @@ def test_interleaved_requests_of_one_thread_are_told_apart_by_their_names():
     outputs: list[list[Tensor]] = [[], []]
 
     def request(number: int) -> Callable[..., Tensor]:
-        def run(branch: str, **inputs: Any) -> Tensor:
-            with cachedit_fx.session(number), model.cache_context(branch):
+        def run(guidance_branch: str, **inputs: Any) -> Tensor:
+            with cachedit_fx.session(number), model.cache_context(guidance_branch):
                 outputs[number].append(model(**inputs)[0])
             return outputs[number][-1]
 
@@ -305,4 +305,4 @@ def test_interleaved_requests_of_one_thread_are_told_apart_by_their_names():
     for found, wanted in zip(outputs, expected, strict=True):
         assert_bitwise(found, wanted)
     names = {stats.session for stats in every_session(model)}
-    assert names == {f"{number}, {branch}" for number in (0, 1) for branch in ("cond", "uncond")}
+    assert names == {f"{number}, {guidance_branch}" for number in (0, 1) for guidance_branch in ("cond", "uncond")}

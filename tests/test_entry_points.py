@@ -31,7 +31,7 @@ def test_a_method_that_passes_the_cache_by_is_told_once_and_counted(method, said
         outputs = called(model, method)
     (warning,) = said()
     assert f"Guided.{method} runs without caching" in warning and f'enable_cache(model, method="{method}")' in warning
-    assert (counts(model).unseen, counts(model).total) == (2 * CALLS, 2 * CALLS)
+    assert (counts(model).bypassed, counts(model).total) == (2 * CALLS, 2 * CALLS)
     cachedit_fx.disable_cache(model)
     assert method not in vars(model)
     tiny.assert_bitwise(called(model, method), outputs)

@@ -65,7 +65,7 @@ def test_the_chain_its_parts_and_the_region():
     assert "conditioning" in [value.label for value in graph.lists[0].invariants]
     (region,) = graph.regions
     assert region.name == "transformer_blocks[1:3]+single_transformer_blocks[0:3]"
-    assert {kept.value.role for kept in region.kept} == {"hidden_states", "encoder_hidden_states"}
+    assert {cached.value.role for cached in region.cached} == {"hidden_states", "encoder_hidden_states"}
     assert (graph.timestep, graph.conditioning) == ("timestep", "encoder_hidden_states")
 
 

@@ -221,7 +221,7 @@ def test_a_forecaster_is_told_of_the_steps_that_were_reused() -> None:
     assert_close(found, expected)
 
 
-def test_what_is_kept_may_be_no_value_at_all() -> None:
+def test_a_cached_value_may_be_no_value_at_all() -> None:
     def average(values: list[tuple[float, np.ndarray]], now: float) -> np.ndarray:
         mean = values[0][1]
         for _, value in values[1:]:
@@ -304,7 +304,9 @@ def test_another_forecaster_compiles_no_graph_anew() -> None:
         pytest.param(dict(steps_computation_mask=None, residual_diff_threshold=0.3), id="what-is-looked-at"),
     ],
 )
-def test_a_copy_is_kept_where_buffers_are_written_over(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
+def test_a_copy_is_cached_where_buffers_are_written_over(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
     expected = outputs_of(enabled(**fields, compile_blocks="inline"), moving())
 
     def with_buffers(_: InnerCompiler, gm: Any, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -383,8 +385,8 @@ def test_real_transformers_and_guidance_branches_go_as_the_reference(name: str) 
     model = family.build()
     recorder = Recorder(torch.compile(model, backend=backend(**fields | {"forecaster": "taylorseer"}), fullgraph=True))
     denoise(recorder, family, family.prompt(1), family.latents(1), NUM_STEPS)
-    for branch, stats in zip(family.branches, every_session(model), strict=True):
-        assert stats.cached_steps == [r.step for r in references[0].of(branch) if r.reused]
+    for guidance_branch, stats in zip(family.guidance_branches, every_session(model), strict=True):
+        assert stats.cached_steps == [r.step for r in references[0].of(guidance_branch) if r.reused]
         assert stats.cached_steps and len(stats.cached_steps) < NUM_STEPS - 3
     assert_close(recorder.outputs, [record.output for record in references[0].records])
     assert not torch.allclose(recorder.outputs[-1], references[1].records[-1].output, **CLOSE)

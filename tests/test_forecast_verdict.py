@@ -14,7 +14,7 @@ import cachedit_fx
 from cachedit_fx import CacheConfig, FoCaCalibratorConfig, PolynomialCalibratorConfig, explain
 from cachedit_fx.forecasters.compile import EagerForecaster
 from cachedit_fx.forecasters.verdict import choose, is_gap, is_jump, judge, terms, unproven
-from cachedit_fx.runtime.cached_values import Forecast, Kept
+from cachedit_fx.runtime.cached_values import CachedValue, Forecast
 from tests import tiny
 from tests.hybrid import moving
 from tests.sessions import every_session
@@ -122,16 +122,16 @@ def test_explain_counts_what_a_forecaster_keeps(forecaster: Any) -> None:
 # Value by value.
 
 
-def kept_of(values: list[Tensor], *, is_static: bool = False) -> list[Kept]:
+def cached_values_of(values: list[Tensor], *, is_static: bool = False) -> list[CachedValue]:
     """What is kept of a stream after each of these values, each at a step of its own."""
-    forecast, found = Forecast(LINE, EagerForecaster(LINE)), [Kept()]
+    forecast, found = Forecast(LINE, EagerForecaster(LINE)), [CachedValue()]
     for step, value in enumerate(values):
         found.append(found[-1].taking_in(value, float(step), ((), ()), forecast, is_static=is_static))
     return found[1:]
 
 
 def verdicts(values: list[Tensor], **fields: bool) -> list[list[bool]]:
-    return [kept.verdict.tolist() for kept in kept_of(values, **fields) if kept.verdict is not None]
+    return [cached.verdict.tolist() for cached in cached_values_of(values, **fields) if cached.verdict is not None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -140,10 +140,10 @@ def test_a_sample_that_lost_repeats_its_last_value_until_it_wins(dtype: torch.dt
     steady, turning = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 2.0, 1.0, 2.0, 3.0, 4.0]
     shape = torch.ones(2, 3, 4, dtype=dtype)
     values = [shape * torch.tensor(pair, dtype=dtype).view(2, 1, 1) for pair in zip(steady, turning, strict=True)]
-    found = kept_of(values)
+    found = cached_values_of(values)
     expected = [[True, True], [True, True], [True, False], [True, False], [True, True], [True, True]]
     # At 3 the line from 1 to 2 is right for the first time.
-    assert [kept.verdict.tolist() for kept in found if kept.verdict is not None] == [
+    assert [cached.verdict.tolist() for cached in found if cached.verdict is not None] == [
         *expected[:3], [True, False], [True, True], [True, True]
     ]  # fmt: skip
     forecast = Forecast(LINE, EagerForecaster(LINE))

@@ -58,7 +58,7 @@ def refusal(case: Case) -> str:
 
 
 def test_the_model_does_not_match_without_its_functor(case):
-    assert case.miss in flat(refusal(case))
+    assert case.mismatch in flat(refusal(case))
 
 
 def test_a_stream_that_the_last_block_loses_is_told_as_such():

@@ -34,7 +34,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 # Calls are counted.
 
 
-@pytest.mark.parametrize("is_fast", [True, False], ids=["light", "dynamo"])
+@pytest.mark.parametrize("is_fast", [True, False], ids=["fast_dispatch", "dynamo"])
 def test_computed_and_reused_calls_are_counted(is_fast):
     model = enabled(fast_dispatch=is_fast)
     run(model)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx.frontend import attempts
+from cachedit_fx.frontend import capture_strategies
 from tests import tiny
-from tests.lights import enabled
+from tests.fast_dispatches import enabled
 from tests.sessions import every_session
 from tests.tiny import TIMES, build, frozen, latents, prompt
 
@@ -24,7 +24,9 @@ REUSED = [1, 3, 5, 7]
 
 @pytest.fixture(autouse=True)
 def few_compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(attempts, "_graphs", weakref.WeakKeyDictionary())  # Those of other tests may be alive.
+    monkeypatch.setattr(
+        capture_strategies, "_graphs", weakref.WeakKeyDictionary()
+    )  # Those of other tests may be alive.
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=LIMIT):
         yield
 
@@ -81,7 +83,7 @@ def test_lengths_that_are_each_used_again_keep_the_cache(cls: type[tiny.Transfor
 
 
 def test_the_room_for_graphs_has_an_end(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    monkeypatch.setattr(attempts, "MAX_GRAPHS", LIMIT + 1)
+    monkeypatch.setattr(capture_strategies, "MAX_GRAPHS", LIMIT + 1)
     module = enabled(build(), dynamic=False)
     for length in range(5, 10):
         tiny.generate(module, prompt(length=length), latents())

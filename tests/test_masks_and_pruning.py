@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 
 import cachedit_fx
 from cachedit_fx import BlockAdapter, CacheConfig
-from cachedit_fx.passes.guard import insert_guards
-from cachedit_fx.passes.pipeline import Plan, plan_graph
+from cachedit_fx.passes.manager import plan_graph
+from cachedit_fx.passes.plan import Plan
+from cachedit_fx.passes.transforms.insert_conditionals import insert_conditionals
 from tests import tiny
 from tests.hybrid import calls, moving
 from tests.regions import Decide, Span, assert_diffs, at_steps, runs, threshold
@@ -55,18 +56,18 @@ def middle(decide: Decide, Fn: int = 1, Bn: int = 0) -> tuple[nn.Module, Span]:
 # A mask alone decides.
 
 
-def guarded(model: nn.Module, **fields: Any) -> Any:
-    """The guarded graph, with one region."""
+def cached_graph(model: nn.Module, **fields: Any) -> Any:
+    """The cached graph, with one region."""
 
-    def look(gm: fx.GraphModule) -> fx.GraphModule:
+    def rewrite(gm: fx.GraphModule) -> fx.GraphModule:
         plan = plan_graph(gm, CacheConfig(inner_backend="eager", **fields))
         assert isinstance(plan, Plan), plan
         assert [region.name for region in plan.regions] == [
             "blocks" if not fields["Fn_compute_blocks"] else "blocks[1:4]"
         ]
-        return insert_guards(plan.gm, plan.program, plan.regions, plan.timestep).gm
+        return insert_conditionals(plan.gm, plan.program, plan.regions, plan.timestep).gm
 
-    return capture(model, calls()[0], look).found
+    return capture(model, calls()[0], rewrite).found
 
 
 def num_probed(gm: Any) -> int:
@@ -75,19 +76,19 @@ def num_probed(gm: Any) -> int:
     return len(stack.args[0])
 
 
-def test_a_static_mask_over_the_whole_chain_looks_at_nothing_but_the_timestep():
-    gm = guarded(tiny.build(), **STATIC)
+def test_a_static_mask_over_the_whole_chain_probes_nothing_but_the_timestep():
+    gm = cached_graph(tiny.build(), **STATIC)
     assert num_probed(gm) == 1
     methods = [node.target for node in gm.graph.nodes if node.op == "call_method"]
-    assert methods == ["decide", "stored", "keep"]
-    (keep,) = (node for node in gm.graph.nodes if node.target == "keep")
-    assert keep.args[2] is None
+    assert methods == ["decide", "cached", "update"]
+    (update,) = (node for node in gm.graph.nodes if node.target == "update")
+    assert update.args[2] is None
     assert not any(
         node.target in ("abs", "mean", torch.sub) for node in gm.head.graph.nodes if node.op != "placeholder"
     )
-    looking = guarded(tiny.build(), **STATIC | {"Fn_compute_blocks": 1})
-    assert num_probed(looking) == 2
-    assert "before" in [node.target for node in looking.graph.nodes]
+    probing = cached_graph(tiny.build(), **STATIC | {"Fn_compute_blocks": 1})
+    assert num_probed(probing) == 2
+    assert "before" in [node.target for node in probing.graph.nodes]
 
 
 def test_a_static_mask_reuses_the_whole_chain_where_it_is_0():
@@ -126,13 +127,13 @@ def test_a_static_mask_with_blocks_that_always_run(Bn):
     assert_bitwise(outputs, runs(reference, [span], moving()))
 
 
-def test_a_dynamic_mask_looks_where_it_is_0():
+def test_a_dynamic_mask_probes_where_it_is_0():
     limit = 0.08
     model = enabled(**tiny.fields(steps_computation_mask=MASK))
     outputs = outputs_of(model, moving())
     (stats,) = every_session(model)
-    looks = threshold(limit)
-    reference, span = middle(lambda step, diff: bool(MASK[step]) or looks(step, diff))
+    probes = threshold(limit)
+    reference, span = middle(lambda step, diff: bool(MASK[step]) or probes(step, diff))
     assert_bitwise(outputs, runs(reference, [span], moving()))
     assert stats.cached_steps == span.cached_steps
     assert 0 < len(stats.cached_steps) < MASK.count(0)
@@ -160,7 +161,7 @@ def test_a_refresh_computes_and_warms_up_within_the_session(policy, expected, re
     assert_bitwise(outputs, runs(reference, [span], calls()))
 
 
-def test_a_refresh_forgets_what_was_stored():
+def test_a_refresh_forgets_what_was_cached():
     model = enabled(**tiny.fields(force_refresh_step_hint=3, max_warmup_steps=0))
     outputs_of(model, calls())
     (stats,) = every_session(model)
@@ -191,7 +192,7 @@ def test_num_inference_steps_does_not_keep_a_session_alive():
 # Guidance branches that share a diff.
 
 
-def two_branches(
+def two_guidance_branches(
     declare: Callable[[nn.Module], Any] = lambda model: model, **fields: Any
 ) -> tuple[list[cachedit_fx.CacheStats], list[list[Tensor]]]:
     """Statistics and outputs of two branches that take turns, each with its own prompt and latents."""
@@ -200,8 +201,8 @@ def two_branches(
     given = moving(1), moving(2)
     outputs: list[list[Tensor]] = [[], []]
     for step in range(len(TIMES)):
-        for branch in range(2):
-            outputs[branch].append(model(**given[branch][step])[0])
+        for guidance_branch in range(2):
+            outputs[guidance_branch].append(model(**given[guidance_branch][step])[0])
     return every_session(model), outputs
 
 
@@ -210,8 +211,8 @@ def separate_by_adapter(model: nn.Module) -> BlockAdapter:
 
 
 @pytest.mark.parametrize("declare", [lambda model: model, separate_by_adapter], ids=["model", "adapter"])
-def test_a_branch_that_does_not_look_takes_the_diff_of_the_one_before_it(declare):
-    (cond, uncond), outputs = two_branches(declare, cfg_diff_compute_separate=False)
+def test_a_guidance_branch_that_does_not_probe_takes_the_diff_of_the_one_before_it(declare):
+    (cond, uncond), outputs = two_guidance_branches(declare, cfg_diff_compute_separate=False)
     assert uncond.residual_diffs == cond.residual_diffs != {}
     assert uncond.cached_steps == cond.cached_steps
     first, first_span = middle(threshold(0.06))
@@ -234,8 +235,8 @@ SEPARATE = [
 
 
 @pytest.mark.parametrize("fields", SEPARATE)
-def test_otherwise_every_branch_looks_itself(fields):
-    (cond, uncond), outputs = two_branches(**fields)
+def test_otherwise_every_guidance_branch_probes_itself(fields):
+    (cond, uncond), outputs = two_guidance_branches(**fields)
     for seed, stats, found in ((1, cond, outputs[0]), (2, uncond, outputs[1])):
         reference, span = middle(threshold(0.06))
         assert_bitwise(found, runs(reference, [span], moving(seed)))
@@ -253,11 +254,11 @@ def test_otherwise_every_branch_looks_itself(fields):
     ],
 )
 def test_a_branch_that_takes_a_diff_keeps_to_limits_of_its_own(limits, expected):
-    (cond, uncond), _ = two_branches(cfg_diff_compute_separate=False, residual_diff_threshold=0.9, **limits)
+    (cond, uncond), _ = two_guidance_branches(cfg_diff_compute_separate=False, residual_diff_threshold=0.9, **limits)
     assert cond.cached_steps == uncond.cached_steps == expected
 
 
-def test_a_branch_that_began_later_looks_itself():
+def test_a_guidance_branch_that_began_later_probes_itself():
     model = enabled(**tiny.fields(cfg_diff_compute_separate=False))
     given = moving(1), moving(2)
     for step in range(len(TIMES)):

@@ -17,9 +17,9 @@ from cachedit_fx.frontend.uncached import (
     WhyUncached,
     why_another_cache,
     why_call_uncached,
+    why_not_counted,
     why_of,
     why_past_limit,
-    why_unseen,
 )
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.cause import Cause
@@ -38,17 +38,17 @@ PARTS = {
     ("cachedit_fx/integrations/config_files.py", "_yaml", "ValueError"),
     ("cachedit_fx/runtime/shapes.py", "SizeRule.__init__", "UnknownSizeError"),
     # Why Dynamo makes every call of a module: a reason that is logged as information, and part of a warning.
-    ("cachedit_fx/frontend/frame.py", "path_of", "ValueError"),
-    ("cachedit_fx/frontend/frame.py", "Binder.__init__", "ValueError"),
-    ("cachedit_fx/frontend/fast_dispatch.py", "LightCalls.learn", "NotServed"),
-    ("cachedit_fx/frontend/fast_dispatch.py", "light_call", "NotServed"),
-    ("cachedit_fx/frontend/fast_dispatch.py", "light_call", "RuntimeError"),
+    ("cachedit_fx/frontend/input_fetcher.py", "path_of", "ValueError"),
+    ("cachedit_fx/frontend/input_fetcher.py", "Binder.__init__", "ValueError"),
+    ("cachedit_fx/frontend/fast_dispatch.py", "FastDispatcher.learn", "NotServed"),
+    ("cachedit_fx/frontend/fast_dispatch.py", "fast_call_for", "NotServed"),
+    ("cachedit_fx/frontend/fast_dispatch.py", "fast_call_for", "RuntimeError"),
     ("cachedit_fx/frontend/fast_dispatch.py", "_guards_of", "NotServed"),
     ("cachedit_fx/frontend/fast_dispatch.py", "_rebuilder", "NotServed"),
 }
 BANNED = re.compile(
     r"\b(invalid|unexpected|illegal|failed to|something went wrong)\b|Traceback \(|\bFile \"|\bself\.|\bfx\.|"
-    r"\b(GraphModule|Declaration|Mismatch|GuardedGraph|RegionPlan|SizeRule|Rewritten|BackendCompilerFailed)\b|"
+    r"\b(GraphModule|Declaration|Mismatch|CachedGraph|RegionPlan|SizeRule|Rewritten|BackendCompilerFailed)\b|"
     r"object at 0x| \.(?![\w.])",
     re.IGNORECASE,
 )
@@ -92,14 +92,16 @@ def test_every_row_has_a_name_of_its_own():
 @pytest.mark.parametrize("cause", Cause, ids=lambda cause: cause.value)
 def test_every_cause_of_a_fallback_is_told_with_its_cure(cause: Cause):
     template = None if cause in (Cause.TRAINING, Cause.GRADIENTS, Cause.EMPTY, Cause.NO_CHAIN) else BUILT_IN[0]
-    miss = Mismatch(template, cause, "expected two streams, found one", "single_blocks_0", "transformer.py:214", 19, 57)
-    text = why_of((miss,), None).text
+    mismatch = Mismatch(
+        template, cause, "expected two streams, found one", "single_blocks_0", "transformer.py:214", 19, 57
+    )
+    text = why_of((mismatch,), None).text
     is_readable(text)
     for part in (
         "this graph runs without caching.",
         f"{cause.value}:\n  expected: two streams\n  found:    one\n",
         "  at:       `single_blocks_0` in transformer.py:214\n",
-        f"What to do: {miss.cure}.",
+        f"What to do: {mismatch.cure}.",
         "See every verdict: cachedit_fx.explain(model, *inputs)",
     ):
         assert part in text
@@ -128,7 +130,7 @@ def test_a_model_in_parts_is_told_where_it_stops():
         (lambda model: why_call_uncached(hooked(model), [], ""), "hooks:    AlignDevicesHook around its layers\n"),
         (why_another_cache, "found:    a cache of diffusers is enabled for it as well\n"),
         (lambda model: why_past_limit(model, 10), "expected: at most 10 graphs of one function"),
-        (lambda model: why_unseen(model, "decode"), 'enable_cache(model, method="decode") caches this method'),
+        (lambda model: why_not_counted(model, "decode"), 'enable_cache(model, method="decode") caches this method'),
     ],
     ids=["no-graph", "hooks", "another-cache", "limit", "method"],
 )

@@ -12,7 +12,7 @@ import torch
 
 import cachedit_fx
 from cachedit_fx import CacheConfig, Explanation
-from cachedit_fx.inspect.explanation.recorder import Recorded
+from cachedit_fx.inspect.explanation.dynamo_recorder import RecordedGraph
 from cachedit_fx.inspect.reports import RunReport
 from cachedit_fx.runtime.stats import CacheStats, StepError, Summary
 from tests import hybrid
@@ -169,7 +169,7 @@ def hostile(explanation: Explanation) -> Explanation:
     blocks = (report.blocks[0], block, *report.blocks[2:])
     report = dataclasses.replace(report, cls=HOSTILE, blocks=blocks, lists=lists, verdicts=(verdict,), timestep=HOSTILE)
     modules = [dataclasses.replace(explanation.modules[0], cls=HOSTILE, why=HOSTILE, config={"mode": HOSTILE})]
-    return Explanation(HOSTILE, modules, [Recorded(report, explanation._graphs[0])], [HOSTILE])
+    return Explanation(HOSTILE, modules, [RecordedGraph(report, explanation._graphs[0])], [HOSTILE])
 
 
 def test_text_never_becomes_markup(chromium: Any, flux: tuple[Explanation, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From a graph to its regions and to the guarded graph, one pass after the other."""
+"""From a graph to its regions and to the cached graph, one pass after the other."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
-from cachedit_fx.passes.cut import cut_regions
-from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.passes.locate import locate_blocks
-from cachedit_fx.passes.pipeline import group_lists
-from cachedit_fx.patterns.chain import ENCODER, HIDDEN
+from cachedit_fx.passes.analysis.cut_regions import cut_regions
+from cachedit_fx.passes.analysis.dataflow import Program
+from cachedit_fx.passes.analysis.locate_blocks import locate_blocks
+from cachedit_fx.passes.manager import group_lists
+from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 from cachedit_fx.patterns.declaration import Declaration
 from tests.models import FLUX
 from tests.reference import ReferenceCache
@@ -61,8 +61,8 @@ def flux() -> Captured:
 
 def paths_of(model: nn.Module) -> list[str]:
     """Paths of all block lists that were located and carry a stream."""
-    look: Callable[[fx.GraphModule], Any] = lambda gm: locate_blocks(Program(gm.graph))  # noqa: E731
-    return [blocks.path for blocks in capture(model.eval(), make_inputs(model), look).found if blocks.is_carried]
+    analyse: Callable[[fx.GraphModule], Any] = lambda gm: locate_blocks(Program(gm.graph))  # noqa: E731
+    return [blocks.path for blocks in capture(model.eval(), make_inputs(model), analyse).found if blocks.has_stream]
 
 
 # Locate.
@@ -224,13 +224,13 @@ def test_streams_are_paired_across_the_region(fn, bn, name):
     (region,) = planned(DualStream(), Fn_compute_blocks=fn, Bn_compute_blocks=bn).regions
     assert region.name == name
     roles = [HIDDEN, ENCODER] if bn else [HIDDEN]  # Without Bn blocks nobody reads the text after the region.
-    assert {pair.role for pair in region.carried} == set(roles)
-    assert all(pair.before is not None for pair in region.carried)
+    assert {pair.role for pair in region.live_outs} == set(roles)
+    assert all(pair.before is not None for pair in region.live_outs)
 
 
 def test_what_blocks_emit_is_cached_as_it_is():
     (region,) = planned(Emitting()).regions
-    stream, emitted = sorted(region.carried, key=lambda pair: pair.before is None)
+    stream, emitted = sorted(region.live_outs, key=lambda pair: pair.before is None)
     assert (stream.role, emitted.before) == (HIDDEN, None)
     assert emitted.after.name.startswith(ENCODER)
 
@@ -246,9 +246,9 @@ class AddsBetween(Variant):
 def test_work_between_two_blocks_belongs_to_the_one_before():
     (region,) = planned(AddsBetween(), Fn_compute_blocks=2, Bn_compute_blocks=1).regions
     subtractions = [node for node in region.nodes if node.target is operator.sub]
-    assert region.looked_at.target is operator.sub and region.looked_at not in region.nodes
+    assert region.probed_at.target is operator.sub and region.probed_at not in region.nodes
     assert len(subtractions) == 1
-    assert [pair.after for pair in region.carried] == subtractions
+    assert [pair.after for pair in region.live_outs] == subtractions
     assert subtractions[0] is region.nodes[-1]
 
 
@@ -278,7 +278,7 @@ def test_a_value_that_depends_on_no_stream_is_hoisted_if_a_bn_block_needs_it():
     (region,) = planned(Slices(), Bn_compute_blocks=1).regions
     assert [node.target for node in region.hoisted] == [operator.getitem, F.silu]
     assert not set(region.hoisted) & set(region.nodes)
-    assert [pair.role for pair in region.carried] == [HIDDEN]
+    assert [pair.role for pair in region.live_outs] == [HIDDEN]
 
 
 class Skips(Variant):
@@ -298,14 +298,14 @@ class Skips(Variant):
 
 def test_a_skip_from_an_fn_block_passes_the_region_by():
     (region,) = planned(Skips(source=0), Bn_compute_blocks=1).regions
-    assert [pair.role for pair in region.carried] == [HIDDEN]
+    assert [pair.role for pair in region.live_outs] == [HIDDEN]
     assert not [node for node in region.nodes if node.target == "tanh"]
 
 
 def test_a_skip_out_of_the_region_is_cached_as_it_is():
     (region,) = planned(Skips(source=1), Bn_compute_blocks=1).regions
-    values = [pair for pair in region.carried if pair.before is None]
-    assert [pair.role for pair in region.carried if pair.before is not None] == [HIDDEN]
+    values = [pair for pair in region.live_outs if pair.before is None]
+    assert [pair.role for pair in region.live_outs if pair.before is not None] == [HIDDEN]
     assert [pair.after.target for pair in values] == ["tanh"]
 
 

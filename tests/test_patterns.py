@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 
 import cachedit_fx
 from cachedit_fx import BlockTemplate, ConfigError, register_pattern, unregister_pattern
-from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.passes.locate import locate_blocks
-from cachedit_fx.passes.pipeline import Plan
+from cachedit_fx.passes.analysis.dataflow import Program
+from cachedit_fx.passes.analysis.locate_blocks import locate_blocks
+from cachedit_fx.passes.plan import Plan
 from cachedit_fx.patterns import BUILT_IN, BlockList, Cause, Match, Mismatch, match_any, match_list, templates
-from cachedit_fx.patterns.chain import ENCODER, HIDDEN
+from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 from tests import synthetic
 from tests.sessions import every_session
 from tests.synthetic import (
@@ -58,16 +58,16 @@ def no_registered_patterns():
 def blocks_of(model: nn.Module) -> BlockList:
     """The list at `blocks`, whether or not it is a chain."""
 
-    def look(gm: fx.GraphModule) -> BlockList:
+    def analyse(gm: fx.GraphModule) -> BlockList:
         return next(blocks for blocks in locate_blocks(Program(gm.graph)) if blocks.path == "blocks")
 
-    return capture(model.eval(), make_inputs(model), look).found
+    return capture(model.eval(), make_inputs(model), analyse).found
 
 
 def matched(model: nn.Module) -> Match:
     """The one match of a model that fits."""
     found = plan(model.eval())
-    assert isinstance(found, Plan), [str(miss) for miss in found]
+    assert isinstance(found, Plan), [str(mismatch) for mismatch in found]
     (match,) = found.chain
     return match
 
@@ -153,7 +153,7 @@ SWAPPED = r"returns \(encoder_hidden_states, hidden_states\), found `return hidd
 
 # Model, pattern, cause, detail, node, what the user's line holds, blocks that fitted. A None: nothing in the graph
 # is to blame.
-NEAR_MISSES = [
+NEAR_MISMATCHES = [
     pytest.param(DropsText, 0, Cause.STREAM_COUNT, r"expected 2 streams .* from block 1 into block 2 .* found 1",
                  r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 1, id="0-text-dropped"),
     pytest.param(DropsText, 1, Cause.STREAM_COUNT, r"expected 2 streams .* from block 1 into block 2 .* found 1",
@@ -186,27 +186,27 @@ NEAR_MISSES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "number", "cause", "detail", "node", "line", "progress"), NEAR_MISSES)
-def test_a_near_miss_says_why_and_where(model, number, cause, detail, node, line, progress):
-    miss = match_list(blocks_of(model()), BUILT_IN[number])
-    assert isinstance(miss, Mismatch) and not miss
-    assert miss.cause is cause
-    assert re.search(detail, miss.detail)
-    assert (miss.template, miss.progress, miss.total) == (BUILT_IN[number], progress, synthetic.DEPTH)
+@pytest.mark.parametrize(("model", "number", "cause", "detail", "node", "line", "progress"), NEAR_MISMATCHES)
+def test_a_mismatch_says_why_and_where(model, number, cause, detail, node, line, progress):
+    mismatch = match_list(blocks_of(model()), BUILT_IN[number])
+    assert isinstance(mismatch, Mismatch) and not mismatch
+    assert mismatch.cause is cause
+    assert re.search(detail, mismatch.detail)
+    assert (mismatch.template, mismatch.progress, mismatch.total) == (BUILT_IN[number], progress, synthetic.DEPTH)
     if node is None:
-        assert miss.node is None
-        assert not miss.where or source_at(miss.where).strip().startswith("return ")
+        assert mismatch.node is None
+        assert not mismatch.where or source_at(mismatch.where).strip().startswith("return ")
     else:
-        assert re.fullmatch(node, miss.node or "nothing named")
-        assert line in source_at(miss.where)
-        assert miss.where in str(miss) and f"`{miss.node}`" in str(miss)
+        assert re.fullmatch(node, mismatch.node or "nothing named")
+        assert line in source_at(mismatch.where)
+        assert mismatch.where in str(mismatch) and f"`{mismatch.node}`" in str(mismatch)
 
 
 def test_without_a_match_every_template_has_a_verdict_nearest_first():
     verdicts = match_any(blocks_of(DropsText()))
     assert isinstance(verdicts, tuple)
-    assert [miss.template.number for miss in verdicts] == [0, 1, 2, 3, 4, 5]
-    assert [miss.progress for miss in verdicts] == [1, 1, 0, 0, 0, 0]
+    assert [mismatch.template.number for mismatch in verdicts] == [0, 1, 2, 3, 4, 5]
+    assert [mismatch.progress for mismatch in verdicts] == [1, 1, 0, 0, 0, 0]
 
 
 def test_a_plan_that_fails_at_matching_gives_the_verdicts():
@@ -244,10 +244,10 @@ class Anonymous(TextTransformer):
 
 
 def test_streams_whose_names_tell_nothing_are_a_mismatch():
-    miss = match_list(blocks_of(Anonymous()), BUILT_IN[0])
-    assert miss.cause is Cause.STREAM_NAME
-    assert re.search(r"found c, x .*BlockTemplate\(streams=\.\.\.\)", miss.detail)
-    assert miss.progress == synthetic.DEPTH - 1
+    mismatch = match_list(blocks_of(Anonymous()), BUILT_IN[0])
+    assert mismatch.cause is Cause.STREAM_NAME
+    assert re.search(r"found c, x .*BlockTemplate\(streams=\.\.\.\)", mismatch.detail)
+    assert mismatch.progress == synthetic.DEPTH - 1
 
 
 @pytest.mark.parametrize("order", [(HIDDEN, ENCODER), (ENCODER, HIDDEN)], ids=["x-c", "c-x"])
@@ -260,18 +260,18 @@ def test_a_template_names_the_streams_of_a_model(hidden, order):
         assert isinstance(found, Match)
         assert found.label == "template 'mine'"
         region = plan(Anonymous().eval()).regions[0]
-        entered = {pair.role: pair.before.name for pair in region.carried}
+        entered = {pair.role: pair.before.name for pair in region.live_outs}
         assert {role: name.partition("_")[0] for role, name in entered.items()} == names
-        assert region.looked_from.name == hidden
+        assert region.probed_since.name == hidden
     else:
         assert found.cause is Cause.RETURN_ORDER and "`return x, c`" in found.detail
 
 
 def test_a_template_whose_stream_names_the_model_lacks_is_a_mismatch():
     mine = BlockTemplate(MINE, (HIDDEN,), (HIDDEN,), streams={HIDDEN: "latents"})
-    miss = match_list(blocks_of(Transformer()), mine)
-    assert miss.cause is Cause.STREAM_NAME
-    assert re.search(r"stream hidden_states under the name 'latents', found hidden_states", miss.detail)
+    mismatch = match_list(blocks_of(Transformer()), mine)
+    assert mismatch.cause is Cause.STREAM_NAME
+    assert re.search(r"stream hidden_states under the name 'latents', found hidden_states", mismatch.detail)
 
 
 def test_a_registered_template_is_tried_before_the_built_in_ones():

@@ -24,7 +24,7 @@ from tests.reference import ReferenceCache
 from tests.sessions import every_session
 from tests.several import Several
 
-BRANCHES = ("cond", "uncond")
+GUIDANCE_BRANCHES = ("cond", "uncond")
 # Those with a forecast of what a reused step adds: nothing here makes one yet.
 COMPARED = [case for case in CASES if not case.taylorseer_order]
 
@@ -57,8 +57,8 @@ def run(case: Case, transformer: nn.Module) -> tuple[dict[str, dict[str, list[ca
     for stats in every_session(transformer):
         if stats.session not in names:
             names.append(stats.session)
-        number = names.index(stats.session) % len(FAMILIES[case.family].branches)
-        found.setdefault(BRANCHES[number], {}).setdefault(stats.region, []).append(stats)
+        number = names.index(stats.session) % len(FAMILIES[case.family].guidance_branches)
+        found.setdefault(GUIDANCE_BRANCHES[number], {}).setdefault(stats.region, []).append(stats)
     return found, latents
 
 
@@ -112,9 +112,11 @@ def over_generations(entries: list[cachedit_fx.CacheStats]) -> tuple[list[int], 
 def assert_same(case: Case, found: dict[str, dict[str, list[cachedit_fx.CacheStats]]], latents: Tensor) -> None:
     wanted = recorded(case)
     assert set(found) == set(wanted["branches"]), case
-    for branch, regions in wanted["branches"].items():
+    for guidance_branch, regions in wanted["branches"].items():
         for name, want in regions.items():
-            mine = {region: over_generations(e) for region, e in found[branch].items() if belongs(region, name)}
+            mine = {
+                region: over_generations(e) for region, e in found[guidance_branch].items() if belongs(region, name)
+            }
             (assert_same_pruning if case.prune else assert_same_steps)(case, want, mine)
     first = np.array(wanted["latents"]["first"], dtype=np.float32)
     scale = wanted["latents"]["mean_abs"]
@@ -184,9 +186,11 @@ def reference(case: Case) -> list[list[int]]:
     fields.pop("num_inference_steps", None)
     for seed in range(case.seed, case.seed + case.generations):
         model = family.build()
-        branches = itertools.cycle(family.branches)
+        guidance_branches = itertools.cycle(family.guidance_branches)
         with ReferenceCache(model, family.chain(model), **fields) as cache:
-            model.forward = cache.stand_in_for_forward(lambda branches=branches: next(branches))
+            model.forward = cache.stand_in_for_forward(
+                lambda guidance_branches=guidance_branches: next(guidance_branches)
+            )
             family.generate(family.pipeline(model), family.prompt(seed), family.latents(seed), case.num_steps)
         found.append([record.step for record in cache.of("cond") if record.reused])
     return found
@@ -241,14 +245,14 @@ def test_the_diff_is_computed_in_float32_whatever_the_dtype():
     assert len(diffs) and not torch.equal(diffs.bfloat16().float(), diffs)
 
 
-def pruned(case: Case, branch: str) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+def pruned(case: Case, guidance_branch: str) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
     """Step -> blocks that were pruned: here, and as recorded."""
     found, _ = run(case, enabled(case))
     mine: dict[int, set[int]] = defaultdict(set)
-    for region, [entry] in found[branch].items():
+    for region, [entry] in found[guidance_branch].items():
         for step in entry.cached_steps:
             mine[step].add(block_number(region, case))
-    [want] = recorded(case)["branches"][branch].values()
+    [want] = recorded(case)["branches"][guidance_branch].values()
     return mine, {int(step): set(blocks) for step, blocks in want["pruned_blocks"].items() if blocks}
 
 

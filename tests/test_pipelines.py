@@ -75,8 +75,8 @@ def test_the_reference_without_warmup_is_first_block_cache_of_diffusers(family):
     model.enable_cache(FirstBlockCacheConfig(threshold=family.threshold))
     outputs = []
 
-    def call(branch, **inputs):
-        with model.cache_context(branch):
+    def call(guidance_branch, **inputs):
+        with model.cache_context(guidance_branch):
             outputs.append(model(**inputs)[0])
         return outputs[-1]
 
@@ -121,8 +121,8 @@ def test_a_second_generation_from_the_same_prompt_objects_starts_afresh(family):
     for seed in (1, 2):
         with ReferenceCache(model, family.chain(model), **fields) as reference:
             denoise(reference, family, prompt, family.latents(seed), NUM_STEPS)
-        for branch in family.branches:
-            assert_worth_comparing(reference.of(branch))
+        for guidance_branch in family.guidance_branches:
+            assert_worth_comparing(reference.of(guidance_branch))
         seen = Recorder(module)
         denoise(seen, family, prompt, family.latents(seed), NUM_STEPS)
         assert_newest_sessions(module, family, reference)
@@ -179,10 +179,12 @@ def assert_both_sessions_found(module: nn.Module, family: Family, references: li
     def by_diffs(diffs):
         return [diff for diff in diffs if diff is not None]
 
-    records = [reference.of(branch) for reference in references for branch in family.branches]
+    records = [
+        reference.of(guidance_branch) for reference in references for guidance_branch in family.guidance_branches
+    ]
     found = [stats for stats in every_session(module) if stats.num_steps == NUM_STEPS]
     assert len(found) == len(records)
-    records.sort(key=lambda branch: by_diffs(record.diff for record in branch))
+    records.sort(key=lambda guidance_branch: by_diffs(record.diff for record in guidance_branch))
     found.sort(key=lambda stats: list(stats.residual_diffs.values()))
     for stats, expected in zip(found, records, strict=True):
         assert_same_decisions(stats, expected)
@@ -268,7 +270,7 @@ def test_one_graph_without_breaks_serves_all_steps_and_generations(family):
             denoise(Recorder(module), family, family.prompt(seed), family.latents(seed), NUM_STEPS)
     assert not counters["stats"]["unique_graphs"]
     assert not counters["graph_break"]
-    for stats in every_session(module)[-2 * len(family.branches) :]:
+    for stats in every_session(module)[-2 * len(family.guidance_branches) :]:
         assert stats.num_steps == NUM_STEPS
         assert 0 < len(stats.cached_steps) < NUM_STEPS - WARMUP_STEPS
 
@@ -282,8 +284,8 @@ def test_inductor_gives_the_outputs_of_the_reference(family):
     seen = Recorder(module)
     records = iter(reference.records)
 
-    def call(branch, **inputs):
-        seen(branch, **inputs)
+    def call(guidance_branch, **inputs):
+        seen(guidance_branch, **inputs)
         return next(records).output  # On with the reference's latents: errors do not add up over the steps.
 
     denoise(call, family, family.prompt(1), family.latents(1), NUM_STEPS)

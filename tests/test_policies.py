@@ -36,7 +36,7 @@ def run(config: CacheConfig, diffs: list[float], *, still: int = 0) -> list[Deci
         if needs_refresh(config, history):
             history = history.refreshed()
         known = replace(history, has_moved=number > still)
-        found.append(decide(config, known, diff, is_stored=history.num_steps > 0))
+        found.append(decide(config, known, diff, is_cached=history.num_steps > 0))
         history = known.after(found[-1])
     return found
 
@@ -88,7 +88,7 @@ def test_a_budget_says_what_was_spent() -> None:
     found = run(budget(), [9, 0.125, 0.0625, 0.0625, math.nan])
     assert [d.reason for d in found] == ["warmup", "budget-below", "budget-below", "budget-above", "nan"]
     assert [d.accumulated for d in found[:4]] == [None, 0.125, 0.1875, 0.25]
-    assert all(d.looked and d.threshold == 0.25 for d in found[1:])
+    assert all(d.probed and d.threshold == 0.25 for d in found[1:])
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -119,7 +119,7 @@ def by_mag_cache(ratios: tuple[float, ...], threshold: float, total: int) -> str
 def test_magnitudes_decide_as_mag_cache_does(threshold: float) -> None:
     found = run(magnitude(residual_diff_threshold=threshold), [math.nan] * len(RATIOS))
     assert drawn(found) == by_mag_cache(RATIOS, threshold, len(RATIOS))
-    assert not any(d.looked for d in found)
+    assert not any(d.probed for d in found)
 
 
 def test_magnitudes_beyond_their_end_compute() -> None:
@@ -175,7 +175,7 @@ def test_limits_hold_under_every_rule(rule: str, fields: dict[str, Any], diffs: 
     assert config.residual_diff_threshold > 0 or "C" not in steps
     spent = 0.0
     for decision, diff in zip(found, diffs, strict=True):
-        if decision.looked and diff != diff:
+        if decision.probed and diff != diff:
             assert decision.compute
         if not decision.compute and config.decision_rule == "budget":
             assert decision.accumulated is not None
@@ -214,7 +214,7 @@ def test_what_a_decider_is_shown_adds_up() -> None:
     decider = Scripted([True, False, False, True])
     run(CacheConfig(residual_diff_threshold=0.3, num_inference_steps=8, decider=decider), [math.inf, 0.25, 0.5, 0.125])
     first, *others = decider.views
-    assert (first.number, first.is_stored, first.diff != first.diff) == (0, False, True)
+    assert (first.number, first.is_cached, first.diff != first.diff) == (0, False, True)
     assert [(v.number, v.diff, v.history.accumulated_diff) for v in others] == [
         (1, 0.25, 0),
         (2, 0.5, 0.25),

@@ -22,7 +22,7 @@ def run(config, diffs, *, first_still=0):
         if needs_refresh(config, history):
             history = history.refreshed()
         moved = replace(history, has_moved=number > first_still)
-        decision = decide(config, moved, diff, is_stored=history.num_steps > 0)
+        decision = decide(config, moved, diff, is_cached=history.num_steps > 0)
         assert decision.compute == (decision.reason not in REUSED)
         reasons.append(decision.reason)
         history = history.after(decision)
@@ -44,7 +44,7 @@ ALL = dict(
         residual_diff_threshold=0.0,
     ),
     history=dict(num_steps=4, num_cached=2, num_continuous=1, accumulated_diff=0.1, has_moved=False),
-    is_stored=False,
+    is_cached=False,
     diff=math.nan,
 )
 
@@ -71,37 +71,37 @@ MOVED = dict(has_moved=True)
         pytest.param(without(config=PAST_RUN), Decision(True, "accumulated-diff"), id="4-accumulated"),
         pytest.param(without(config=PAST_CAP), Decision(True, "threshold-zero"), id="5-threshold-zero"),
         pytest.param(without(config=PAST_ZERO), Decision(True, "nothing-stored"), id="6-nothing-stored"),
-        pytest.param(without(config=PAST_ZERO, is_stored=True), Decision(True, "timestep-still"), id="7-still"),
+        pytest.param(without(config=PAST_ZERO, is_cached=True), Decision(True, "timestep-still"), id="7-still"),
         pytest.param(
-            without(config=PAST_ZERO_ONE, is_stored=True, history=MOVED),
+            without(config=PAST_ZERO_ONE, is_cached=True, history=MOVED),
             Decision(False, "threshold-one"),
             id="8-threshold-one",
         ),
         pytest.param(
-            without(config=PAST_ZERO, is_stored=True, history=MOVED),
-            Decision(True, "nan", looked=True),
+            without(config=PAST_ZERO, is_cached=True, history=MOVED),
+            Decision(True, "nan", probed=True),
             id="9-nan",
         ),
         pytest.param(
-            without(config=PAST_ZERO, is_stored=True, history=MOVED, diff=0.19),
-            Decision(False, "diff-below", looked=True),
+            without(config=PAST_ZERO, is_cached=True, history=MOVED, diff=0.19),
+            Decision(False, "diff-below", probed=True),
             id="9-below",
         ),
         pytest.param(
-            without(config=PAST_ZERO, is_stored=True, history=MOVED, diff=0.2),
-            Decision(True, "diff-above", looked=True),
+            without(config=PAST_ZERO, is_cached=True, history=MOVED, diff=0.2),
+            Decision(True, "diff-above", probed=True),
             id="9-equal-is-above",
         ),
         pytest.param(
-            without(config=PAST_ZERO, is_stored=True, history=MOVED, diff=math.inf),
-            Decision(True, "diff-above", looked=True),
+            without(config=PAST_ZERO, is_cached=True, history=MOVED, diff=math.inf),
+            Decision(True, "diff-above", probed=True),
             id="9-infinite",
         ),
     ],
 )
 def test_the_first_check_that_applies_decides(situation, expected):
     config = CacheConfig(**situation["config"])
-    found = decide(config, History(**situation["history"]), situation["diff"], is_stored=situation["is_stored"])
+    found = decide(config, History(**situation["history"]), situation["diff"], is_cached=situation["is_cached"])
     assert found == expected
 
 
@@ -144,7 +144,7 @@ def test_a_session_goes_as_drawn(fields, diffs, expected):
     assert pattern(run(config, diffs)) == expected
 
 
-def test_a_step_that_was_not_looked_at_adds_nothing_to_the_accumulated_diff():
+def test_a_step_that_was_not_probed_adds_nothing_to_the_accumulated_diff():
     config = CacheConfig(max_warmup_steps=1, residual_diff_threshold=1.0, max_accumulated_residual_diff_threshold=0.1)
     assert pattern(run(config, [0.0, 5.0, 5.0, math.nan, 5.0])) == ".CCCC"
 
@@ -206,7 +206,7 @@ def test_a_mask_says_why_it_computes_and_why_it_reuses():
     assert run(static, [0.0] * 6) == ["warmup", "warmup", "mask", "mask-static", "mask", "mask-static"]
 
 
-def test_a_static_policy_without_a_mask_looks():
+def test_a_static_policy_without_a_mask_probes():
     config = CacheConfig(max_warmup_steps=1, residual_diff_threshold=0.1, steps_computation_policy="static")
     assert run(config, [0.0, 0.0, 0.5]) == ["warmup", "diff-below", "diff-above"]
 
@@ -216,10 +216,10 @@ def test_a_static_mask_reuses_nothing_before_the_timestep_has_moved():
     assert run(config, [0.0] * 4, first_still=1) == ["warmup", "timestep-still", "mask-static", "mask-static"]
 
 
-def test_a_step_that_a_static_mask_reuses_was_not_looked_at():
+def test_a_step_that_a_static_mask_reuses_was_not_probed():
     config = CacheConfig(steps_computation_mask=[1, 0], steps_computation_policy="static")
-    decision = decide(config, History(num_steps=1, has_moved=True), 0.01, is_stored=True)
-    assert decision == Decision(False, "mask-static", looked=False)
+    decision = decide(config, History(num_steps=1, has_moved=True), 0.01, is_cached=True)
+    assert decision == Decision(False, "mask-static", probed=False)
 
 
 # Refreshing.
@@ -284,14 +284,14 @@ def test_a_dynamic_threshold_follows_the_diffs_before_it(earlier, fields, thresh
     config = CacheConfig(**base | fields)
     history = History(num_steps=9, has_moved=True)
     for diff, reason in ((threshold * 0.999, "diff-below"), (threshold * 1.001, "diff-above")):
-        decision = decide(config, history, diff, is_stored=True, earlier=earlier)
-        assert decision == Decision(reason == "diff-above", reason, looked=True)
+        decision = decide(config, history, diff, is_cached=True, earlier=earlier)
+        assert decision == Decision(reason == "diff-above", reason, probed=True)
 
 
 # The same from the record alone.
 
 
-def reference_decision(fields, record, diff, is_stored, has_moved):
+def reference_decision(fields, record, diff, is_cached, has_moved):
     """`record`: per step (reason, diff). Counts from scratch at every step, in the order of the documentation."""
     threshold = fields["residual_diff_threshold"]
     mask = fields["steps_computation_mask"]
@@ -308,7 +308,7 @@ def reference_decision(fields, record, diff, is_stored, has_moved):
     if bit == 1:
         return "mask"
     if bit == 0 and fields["steps_computation_policy"] == "static":
-        return "nothing-stored" if not is_stored else "mask-static" if has_moved else "timestep-still"
+        return "nothing-stored" if not is_cached else "mask-static" if has_moved else "timestep-still"
     if 0 <= fields["max_cached_steps"] <= len(reused):
         return "max-cached"
     if 0 <= fields["max_continuous_cached_steps"] <= len(run):
@@ -318,7 +318,7 @@ def reference_decision(fields, record, diff, is_stored, has_moved):
         return "accumulated-diff"
     if threshold <= 0:
         return "threshold-zero"
-    if not is_stored:
+    if not is_cached:
         return "nothing-stored"
     if not has_moved:
         return "timestep-still"
@@ -364,13 +364,13 @@ steps = st.lists(
 )  # fmt: skip
 def test_any_session_goes_as_in_the_reference(fields, steps):
     config, history, record = CacheConfig(**fields), History(), []
-    for diff, is_stored, has_moved in steps:
+    for diff, is_cached, has_moved in steps:
         known = replace(history, has_moved=has_moved)
-        decision = decide(config, known, diff, is_stored=is_stored)
-        expected = reference_decision(fields, record, diff, is_stored, has_moved)
+        decision = decide(config, known, diff, is_cached=is_cached)
+        expected = reference_decision(fields, record, diff, is_cached, has_moved)
         assert decision.reason == expected
         assert decision.compute == (expected not in REUSED)
-        assert decision.looked == (expected in ("diff-below", "diff-above", "nan"))
+        assert decision.probed == (expected in ("diff-below", "diff-above", "nan"))
         record.append((decision.reason, diff))
         history = known.after(decision)
         assert history.has_moved == has_moved

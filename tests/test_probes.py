@@ -1,4 +1,4 @@
-"""What the guard looks at: the residual of the Fn blocks, the first block's modulated input, or nothing."""
+"""The probe: the residual of the Fn blocks, the first block's modulated input, or nothing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, fx, nn
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
-from cachedit_fx.passes.diff import append_diff
+from cachedit_fx.passes.analysis.find_probe import Probe, per_sample
 from cachedit_fx.passes.extract import extract
-from cachedit_fx.passes.pipeline import Plan
-from cachedit_fx.passes.probe import Look, by_samples
+from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.region import Group, Region
+from cachedit_fx.passes.transforms.append_probe import append_diff
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.mismatch import Mismatch
 from tests.synthetic import PATTERNS, AdaNorm, DualStream, SelfBlock, Transformer, capture_plan, make_inputs, plan
-from tests.test_reach import Step, guarded
+from tests.test_reach_output import Step, cached_graph
 from tests.zoo import VARIANTS
 
 MODULATED: dict[str, Any] = dict(Fn_compute_blocks=0, probe="modulated_input", reach="blocks")
@@ -42,18 +42,18 @@ def modulated_of(model: Transformer, hidden_states: Tensor, timestep: Tensor, **
 
 
 @pytest.mark.parametrize("number", [0, 2, 4])
-def test_the_first_blocks_modulated_input_is_looked_at(number: int):
+def test_the_first_blocks_modulated_input_is_the_probe(number: int):
     model = PATTERNS[number]().eval()
     inputs = [make_inputs(model, seed, time) for seed, time in ((1, 0.9), (2, 0.8))]
-    captured = guarded(model, inputs[0], **MODULATED)
+    captured = cached_graph(model, inputs[0], **MODULATED)
     first = Step(captured.found.regions)
     computed = captured.found.gm(first, *captured.arguments)
     torch.testing.assert_close(computed, captured.output, rtol=0, atol=0)
-    second = Step(first.regions, first.kept)
+    second = Step(first.regions, first.updates)
     captured.found.gm(second, *captured.arguments_with(*inputs))
     before, now = (modulated_of(model, **one) for one in inputs)
-    torch.testing.assert_close(first.kept[0][0], before, rtol=0, atol=0)
-    torch.testing.assert_close(second.kept[0][0], now, rtol=0, atol=0)
+    torch.testing.assert_close(first.updates[0][0], before, rtol=0, atol=0)
+    torch.testing.assert_close(second.updates[0][0], now, rtol=0, atol=0)
     diff = (now - before).abs().mean() / before.abs().mean()
     assert second.probes[0].tolist() == pytest.approx([diff.item(), 0.8])
 
@@ -61,17 +61,17 @@ def test_the_first_blocks_modulated_input_is_looked_at(number: int):
 def test_only_what_makes_it_runs_before_the_region():
     found = planned(DualStream())
     (region,) = found.regions
-    assert (region.name, region.first, region.last) == ("blocks", 0, 4) and region.looked_from is None
+    assert (region.name, region.first, region.last) == ("blocks", 0, 4) and region.probed_since is None
     assert {node.meta["cachedit_block"] for node in region.hoisted} == {0}
     heavy = [n for n in region.hoisted if found.program.flops[found.program.position[n]]]
     assert len(heavy) == 1  # The time embedding to shift and scale.
-    assert region.looked_at in region.hoisted and not set(region.hoisted) & set(region.nodes)
+    assert region.probed_at in region.hoisted and not set(region.hoisted) & set(region.nodes)
 
 
-def test_it_may_be_looked_at_beside_fn_blocks():
+def test_it_may_be_the_probe_beside_fn_blocks():
     (region,) = planned(DualStream(), Fn_compute_blocks=2, Bn_compute_blocks=1).regions
     (other,) = planned(DualStream()).regions
-    assert region.name == "blocks[2:3]" and region.looked_at.name == other.looked_at.name and not region.hoisted
+    assert region.name == "blocks[2:3]" and region.probed_at.name == other.probed_at.name and not region.hoisted
 
 
 class Late(SelfBlock):
@@ -101,10 +101,10 @@ class Plain(AdaNorm):
 def test_arguments_that_lend_a_dtype_lend_no_values():
     model = Transformer()
     model.blocks[0].norm = Plain()
-    assert "norm" in str(planned(model).regions[0].looked_at.meta["nn_module_stack"])
+    assert "norm" in str(planned(model).regions[0].probed_at.meta["nn_module_stack"])
 
 
-class Clockless(Transformer):
+class WithoutTimestep(Transformer):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
         return super().forward(hidden_states, hidden_states.mean((1, 2)))
 
@@ -114,14 +114,14 @@ class Clockless(Transformer):
     [
         (Transformer(Late), r"expected blocks\.0 to modulate .* by l_timestep_ before its first matrix product .*none"),
         (Transformer(Unread), r"expected blocks\.0 to modulate"),
-        (Clockless(), r"expected a timestep among the graph's inputs \(probe='modulated_input'\), found none"),
+        (WithoutTimestep(), r"expected a timestep among the graph's inputs \(probe='modulated_input'\), found none"),
     ],
-    ids=["late", "unread", "clockless"],
+    ids=["late", "unread", "without-timestep"],
 )
 def test_a_block_without_a_modulated_input_is_refused(model: nn.Module, detail: str):
-    (miss,) = plan(model.eval(), make_inputs(model), **MODULATED)
-    assert isinstance(miss, Mismatch) and miss.cause is Cause.NO_PROBE
-    assert re.search(detail, miss.detail) and "probe='fn_residual'" in miss.cure
+    (mismatch,) = plan(model.eval(), make_inputs(model), **MODULATED)
+    assert isinstance(mismatch, Mismatch) and mismatch.cause is Cause.NO_PROBE
+    assert re.search(detail, mismatch.detail) and "probe='fn_residual'" in mismatch.cure
 
 
 class Autocast(SelfBlock):
@@ -132,18 +132,18 @@ class Autocast(SelfBlock):
 
 def test_a_modulated_input_that_is_made_in_a_context_is_refused():
     model = Transformer(Autocast)
-    (miss,) = plan(model.eval(), make_inputs(model), **MODULATED)
-    assert miss.cause is Cause.STATE and "the modulated input" in miss.detail
+    (mismatch,) = plan(model.eval(), make_inputs(model), **MODULATED)
+    assert mismatch.cause is Cause.STATE and "the modulated input" in mismatch.detail
 
 
 @pytest.mark.parametrize("probe", ["none", "timestep"])
-def test_nothing_is_looked_at(probe: str):
+def test_there_is_no_probe(probe: str):
     model = DualStream().eval()
-    captured = guarded(model, make_inputs(model), Fn_compute_blocks=1, probe=probe, reach="blocks")
+    captured = cached_graph(model, make_inputs(model), Fn_compute_blocks=1, probe=probe, reach="blocks")
     step = Step(captured.found.regions)
     captured.found.gm(step, *captured.arguments)
-    assert captured.found.regions[0].looked_at is None
-    assert step.probes[0].tolist() == pytest.approx([0.9]) and step.kept[0][0] is None
+    assert captured.found.regions[0].probed_at is None
+    assert step.probes[0].tolist() == pytest.approx([0.9]) and step.updates[0][0] is None
 
 
 # Each sample on its own.
@@ -199,7 +199,7 @@ def node_of(*shape: int) -> fx.Node:
 
 
 @pytest.mark.parametrize(
-    ("looked", "timestep", "dim"),
+    ("probed", "timestep", "dim"),
     [
         ((2, 6, 4), (2,), 0),
         ((6, 2, 4), (2,), 1),  # Tokens first.
@@ -209,10 +209,10 @@ def node_of(*shape: int) -> fx.Node:
         ((6, 4), (2,), None),  # The tokens of one sample.
     ],
 )
-def test_samples_are_as_many_as_timesteps(looked: tuple[int, ...], timestep: tuple[int, ...] | None, dim: int | None):
+def test_samples_are_as_many_as_timesteps(probed: tuple[int, ...], timestep: tuple[int, ...] | None, dim: int | None):
     group = Group((), CacheConfig(batch_decision="any"))
-    clock = node_of(*timestep) if timestep is not None else None
-    assert by_samples(Look(node_of(*looked)), group, clock).sample_dim == dim
+    timestep_node = node_of(*timestep) if timestep is not None else None
+    assert per_sample(Probe(node_of(*probed)), group, timestep_node).sample_dim == dim
 
 
 # Real models.
@@ -227,16 +227,16 @@ def test_real_blocks_have_a_modulated_input(name: str):
     assert isinstance(found, Plan), found
     (region,) = found.regions
     stream = found.chain[0].blocks.boundaries[0]["hidden_states"].meta["example_value"]
-    assert region.looked_at.meta["example_value"].shape == stream.shape
-    assert all(found.program.position[node] <= found.program.position[region.looked_at] for node in region.hoisted)
+    assert region.probed_at.meta["example_value"].shape == stream.shape
+    assert all(found.program.position[node] <= found.program.position[region.probed_at] for node in region.hoisted)
 
 
-def test_explain_says_what_is_looked_at():
+def test_explain_names_the_probe():
     model = DualStream().eval()
     config = CacheConfig(**MODULATED, batch_decision="any")
     explanation = cachedit_fx.explain(model, **make_inputs(model), cache_config=config)
     (region,) = explanation.graphs[0].regions
     words = ": the first block's input, normed and modulated by the timestep; each sample on its own"
-    assert region.looks_at.endswith(words) and words in str(explanation)
+    assert region.probe.endswith(words) and words in str(explanation)
     saved, total = region.cost.flops, explanation.graphs[0].cost.flops
     assert saved < total and explanation.graphs[0].saved_flops == pytest.approx(saved / total)

@@ -19,7 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import cachedit_fx
 from cachedit_fx import CacheConfig
 from cachedit_fx.frontend import backend
-from cachedit_fx.passes.pipeline import Plan
+from cachedit_fx.passes.plan import Plan
 from cachedit_fx.patterns import Cause, Mismatch
 from cachedit_fx.runtime import step as steps
 from tests.line_reference import LineReference
@@ -103,8 +103,8 @@ class Outcome:
     def adds_late(self) -> bool:
         """Whether the text gets a residual; where only a later list of a region takes it, it may be kept as it is."""
         assert isinstance(self.plan, Plan)
-        carried = [pair for region in self.plan.regions for pair in region.carried]
-        return any(pair.role == "encoder_hidden_states" and pair.before is not None for pair in carried)
+        live_outs = [pair for region in self.plan.regions for pair in region.live_outs]
+        return any(pair.role == "encoder_hidden_states" and pair.before is not None for pair in live_outs)
 
 
 def run(case: Case) -> Outcome:
@@ -148,7 +148,7 @@ def check(case: Case) -> Outcome:
 
 
 def check_refused(case: Case, found: Outcome) -> None:
-    assert isinstance(found.plan, tuple) and all(isinstance(miss.cause, Cause) for miss in found.plan)
+    assert isinstance(found.plan, tuple) and all(isinstance(mismatch.cause, Cause) for mismatch in found.plan)
     assert_equal(found.outputs, found.plain)
     torch._dynamo.reset()
     compiled = torch.compile(build(write(case.spec)), backend=cachedit_fx.Backend(case.config(on_no_match="raise")))
@@ -172,9 +172,9 @@ def check_cached(case: Case, found: Outcome) -> None:
         assert_equal(found.outputs[step], found.plain[step])
     assert_equal(found.outputs[REUSED], expected[REUSED], case.tolerance)
     assert (found.outputs[REUSED][0] - found.plain[REUSED][0]).abs().max() > MOVED
-    looked_at = [reference.looked_at(call) for call in calls]
-    if len(regions) == 1 and looked_at[0] is not None:
-        diffs = [relative_l1(now, looked_at[0]) for now in looked_at[1:]]
+    probed_at = [reference.probed_at(call) for call in calls]
+    if len(regions) == 1 and probed_at[0] is not None:
+        diffs = [relative_l1(now, probed_at[0]) for now in probed_at[1:]]
         # Means over a few hundred elements; a sum in float32 here and in another order there.
         assert found.diffs[1:] == pytest.approx(diffs, rel=1e-4), "something else is looked at"
 
@@ -193,7 +193,7 @@ def test_a_random_model_is_cached_rightly_or_refused_with_a_reason(case: Case):
 @pytest.mark.slow
 @settings(max_examples=20)
 @given(case=cases(odd=USUAL))
-def test_a_usual_model_is_cached_and_every_value_that_is_kept_counts(case: Case):
+def test_a_usual_model_is_cached_and_every_cached_value_counts(case: Case):
     found = check(case)
     is_left = case.fn + case.bn < case.spec.depth
     assert isinstance(found.plan, Plan) or not is_left, str(found.plan[0])
@@ -203,8 +203,8 @@ def test_a_usual_model_is_cached_and_every_value_that_is_kept_counts(case: Case)
         reference = LineReference(code, build(code), found.chain, regions, adds_late=found.adds_late)
         reference(calls[0])
         (expected, *_) = reference(calls[REUSED], reuse=True)
-        assert reference.kept
-        for name in reference.kept:
+        assert reference.cached
+        for name in reference.cached:
             (without, *_) = reference(calls[REUSED], reuse=True, forget=name)
             assert (without - expected).abs().max() > MOVED, name
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from tests.random_requests import Plan, plans
-from tests.random_server import EVERY_OTHER, LOOKING, Pair, Server
+from tests.random_server import EVERY_OTHER, PROBING, Pair, Server
 from tests.zoo import VARIANTS
 
 NAMES = ("Flux", "QwenImage", "Wan")
@@ -23,7 +23,7 @@ pair = functools.cache(lambda name: Pair.build(VARIANTS[name]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.shares_graphs(f"requests-{n}")) for n in NAMES])
-@pytest.mark.parametrize("rule", [EVERY_OTHER, LOOKING], ids=["every other", "looking"])
+@pytest.mark.parametrize("rule", [EVERY_OTHER, PROBING], ids=["every other", "looking"])
 @settings(max_examples=15)
 @given(plan=plans())
 def test_every_request_gets_what_it_gets_alone(name: str, rule: dict[str, object], plan: Plan):

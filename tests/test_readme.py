@@ -10,7 +10,7 @@ import torch
 
 import cachedit_fx
 from cachedit_fx.config.cache_config import FIELD_NAMES
-from cachedit_fx.passes.pipeline import Plan
+from cachedit_fx.passes.plan import Plan
 from tests.models import FAMILIES, Family
 from tests.synthetic import plan
 

@@ -16,10 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
-from cachedit_fx.passes.inplace import is_in_place
-from cachedit_fx.passes.pipeline import Plan
+from cachedit_fx.passes.analysis.writes import is_in_place
+from cachedit_fx.passes.plan import Plan
 from cachedit_fx.patterns import Cause
-from cachedit_fx.patterns.chain import HIDDEN, value_of
+from cachedit_fx.patterns.blocks import HIDDEN
+from cachedit_fx.patterns.nodes import value_of
 from tests.messages import flat
 from tests.synthetic import (
     BATCH,
@@ -71,10 +72,10 @@ class Writes(Variant):
     ],
 )
 def test_a_region_that_writes_into_what_was_made_before_it_is_refused(write, found):
-    miss = refused(Writes(write))
-    assert miss.cause is Cause.IN_PLACE
-    assert re.search(r"in place.*, found .*" + found, miss.detail)
-    path, _, line = miss.where.rpartition(":")
+    mismatch = refused(Writes(write))
+    assert mismatch.cause is Cause.IN_PLACE
+    assert re.search(r"in place.*, found .*" + found, mismatch.detail)
+    path, _, line = mismatch.where.rpartition(":")
     assert (path, int(line)) == (__file__, write.__code__.co_firstlineno)
 
 
@@ -118,9 +119,9 @@ class OwnKernels(SelfBlock):
 
 
 def test_a_state_that_is_set_right_where_a_cut_would_be_is_refused():
-    miss = refused(Transformer(OwnKernels))  # It would stay set where the region is skipped.
-    assert miss.cause is Cause.STATE
-    assert re.search(r"begin and end in one state, found .*_sdpa_kernel", miss.detail)
+    mismatch = refused(Transformer(OwnKernels))  # It would stay set where the region is skipped.
+    assert mismatch.cause is Cause.STATE
+    assert re.search(r"begin and end in one state, found .*_sdpa_kernel", mismatch.detail)
 
 
 class OneContext(Variant):
@@ -136,9 +137,9 @@ class OneContext(Variant):
 
 
 def test_what_a_context_changes_is_not_moved_out_of_it():
-    miss = refused(OneContext())
-    assert miss.cause is Cause.STATE
-    assert "made outside a context" in miss.detail
+    mismatch = refused(OneContext())
+    assert mismatch.cause is Cause.STATE
+    assert "made outside a context" in mismatch.detail
 
 
 ADDITIONS = [
@@ -183,7 +184,7 @@ class Fills(Variant):
 
 
 def test_a_stream_may_be_filled_in_place_before_the_first_block():
-    assert planned(Fills()).regions[0].looked_from.name == "joint"
+    assert planned(Fills()).regions[0].probed_since.name == "joint"
 
 
 class Reads(Variant):
@@ -197,9 +198,9 @@ class Reads(Variant):
 
 def test_a_number_read_from_the_stream_cannot_leave_the_region():
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        miss = refused(Reads())
-    assert miss.cause is Cause.DYNAMIC
-    assert re.search(r"only tensors to leave the region, found \w+", miss.detail)
+        mismatch = refused(Reads())
+    assert mismatch.cause is Cause.DYNAMIC
+    assert re.search(r"only tensors to leave the region, found \w+", mismatch.detail)
 
 
 class Joined(TextTransformer):
@@ -230,17 +231,17 @@ def test_the_cut_lies_behind_the_slice_that_takes_joined_streams_apart():
     found = planned(Joined())
     (region,) = found.regions
     assert region.name == "blocks[1:2]+joint_blocks"
-    (pair,) = region.carried
+    (pair,) = region.live_outs
     assert (pair.role, pair.after.target, pair.after is region.nodes[-1]) == (HIDDEN, operator.getitem, True)
     assert value_of(pair.before).shape == value_of(pair.after).shape == (BATCH, IMAGE, WIDTH)
 
 
 def test_a_cut_between_blocks_of_joined_streams_pairs_them_with_the_streams_joined_at_the_first_cut():
     (region,) = planned(Joined(), Bn_compute_blocks=1).regions
-    (pair,) = region.carried
+    (pair,) = region.live_outs
     assert value_of(pair.before).shape == value_of(pair.after).shape == (BATCH, IMAGE + TEXT, WIDTH)
-    assert pair.replay is not None
-    assert {node.target for node, same_as in pair.replay.steps if same_as is None} == {torch.cat}
+    assert pair.joins is not None
+    assert {node.target for node, same_as in pair.joins.steps if same_as is None} == {torch.cat}
 
 
 class JoinedByWeights(Joined):
@@ -256,19 +257,20 @@ class JoinedByWeights(Joined):
 
 
 def test_streams_joined_by_a_layer_of_their_own_are_unpaired():
-    miss = refused(JoinedByWeights(), Bn_compute_blocks=1)
-    assert miss.cause is Cause.UNPAIRED
+    mismatch = refused(JoinedByWeights(), Bn_compute_blocks=1)
+    assert mismatch.cause is Cause.UNPAIRED
     assert re.search(
-        r"hidden_states_\d float32\[2, 6, 16\].*, found hidden_states_\d+ float32\[2, 11, 16\]", miss.detail
+        r"hidden_states_\d float32\[2, 6, 16\].*, found hidden_states_\d+ float32\[2, 11, 16\]", mismatch.detail
     )
 
 
 @pytest.mark.parametrize(("fn", "bn"), [(4, 0), (3, 1), (1, 8)])
 def test_fn_and_bn_leave_at_least_one_block(fn, bn):
-    miss = refused(Transformer(), Fn_compute_blocks=fn, Bn_compute_blocks=bn)
-    assert miss.cause is Cause.TOO_FEW_BLOCKS
+    mismatch = refused(Transformer(), Fn_compute_blocks=fn, Bn_compute_blocks=bn)
+    assert mismatch.cause is Cause.TOO_FEW_BLOCKS
     assert re.search(
-        rf"Fn_compute_blocks \+ Bn_compute_blocks < 4, the number of blocks of blocks, found {fn} \+ {bn}$", miss.detail
+        rf"Fn_compute_blocks \+ Bn_compute_blocks < 4, the number of blocks of blocks, found {fn} \+ {bn}$",
+        mismatch.detail,
     )
 
 
@@ -281,18 +283,18 @@ class NoBlocks(Transformer):
     "model", [pytest.param(NoBlocks, id="no-list"), pytest.param(lambda: Transformer(depth=1), id="a-list-of-one")]
 )
 def test_a_model_without_a_loop_of_blocks_has_no_chain(model):
-    miss = refused(model())
-    assert (miss.cause, miss.template) == (Cause.NO_CHAIN, None)
-    assert "a list of blocks that hand a stream on" in miss.detail
-    assert "TORCH_LOGS=graph_breaks" in miss.cure
+    mismatch = refused(model())
+    assert (mismatch.cause, mismatch.template) == (Cause.NO_CHAIN, None)
+    assert "a list of blocks that hand a stream on" in mismatch.detail
+    assert "TORCH_LOGS=graph_breaks" in mismatch.cure
 
 
 def test_a_graph_that_needs_gradients_is_refused():
     with torch.enable_grad():
-        miss = refused(Transformer())
+        mismatch = refused(Transformer())
         assert isinstance(plan(Transformer().requires_grad_(False)), Plan)
-    assert miss.cause is Cause.GRADIENTS
-    assert "under torch.no_grad()" in miss.cure
+    assert mismatch.cause is Cause.GRADIENTS
+    assert "under torch.no_grad()" in mismatch.cure
 
 
 def test_an_empty_batch_is_refused():
@@ -315,6 +317,6 @@ def test_a_module_in_training_mode_is_refused():
 
 
 def test_every_cause_is_provoked_by_a_test():
-    names = ("test_refusals.py", "test_patterns.py", "test_reach.py", "test_probes.py")
+    names = ("test_refusals.py", "test_patterns.py", "test_reach_output.py", "test_probes.py")
     tests = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names)
     assert [cause for cause in Cause if f"Cause.{cause.name}" not in tests] == []

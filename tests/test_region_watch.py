@@ -16,7 +16,7 @@ from cachedit_fx.frontend import dict_versions
 from cachedit_fx.frontend.dict_versions import DictVersions
 from cachedit_fx.frontend.region_watch import RegionWatch
 from tests import tiny
-from tests.lights import warm
+from tests.fast_dispatches import warm
 from tests.zoo import VARIANTS
 
 
@@ -68,13 +68,13 @@ OTHERS: dict[str, Callable[[Model], object]] = {
 @pytest.fixture(params=[True, False], ids=["by versions", "without versions"])
 def _versions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not request.param:
-        monkeypatch.setattr(dict_versions, "_guards", None)
+        monkeypatch.setattr(dict_versions, "_version_of", None)
     yield
 
 
 @pytest.mark.usefixtures("_versions")
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_another_one_is_seen(change: str):
+def test_what_is_another_one_is_noticed(change: str):
     model = Model().requires_grad_(False)
     watch = RegionWatch(model, ["blocks.1", "blocks.2"])
     assert not watch.has_changed()

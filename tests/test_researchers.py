@@ -19,7 +19,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 import cachedit_fx
 from cachedit_fx import CacheConfig
 from cachedit_fx.frontend import backend
-from cachedit_fx.passes.pipeline import Plan, plan_graph
+from cachedit_fx.passes.manager import plan_graph
+from cachedit_fx.passes.plan import Plan
 from tests.messages import flat
 from tests.researchers.by_hand import ByHand, build, tensors_of
 from tests.researchers.case import Cached, Case, Refused

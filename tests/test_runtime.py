@@ -147,7 +147,7 @@ def test_a_threshold_of_zero_or_less_is_bitwise_the_plain_model(threshold, field
     assert every_session(module)[0].decisions == ["warmup", *["threshold-zero"] * 7]
 
 
-def test_a_threshold_of_one_or_more_reuses_without_a_look():
+def test_a_threshold_of_one_or_more_reuses_without_a_probe():
     module, text = compiled(build(), residual_diff_threshold=1.0), prompt()
     step(module, text, 1.0, latents(1))
     ran = [ran_blocks(module, text, timestep, latents(seed)) for seed, timestep in enumerate(TIMES[1:4], 5)]
@@ -248,7 +248,7 @@ def test_blocks_compiled_once_or_inline_give_the_outputs_of_the_reference(compil
 # Tensors.
 
 
-def test_what_is_kept_is_handed_over_in_the_layout_that_the_graph_wants():
+def test_a_cached_value_is_handed_over_in_the_layout_that_the_graph_wants():
     kept = torch.arange(6.0).reshape(2, 3)
     assert in_layout(kept, (3, 1)) is kept
     other = in_layout(kept, (1, 2))
@@ -259,7 +259,7 @@ def test_what_is_kept_is_handed_over_in_the_layout_that_the_graph_wants():
 @pytest.mark.parametrize("fields", [{}, {"Bn_compute_blocks": 1}], ids=["F1B0", "F1B1"])
 @pytest.mark.parametrize("compile_blocks", ["once", "inline"])
 @pytest.mark.parametrize("make", [build, lambda: frozen(tiny.Bare())], ids=["projected", "bare"])
-def test_what_is_kept_aliases_neither_inputs_nor_outputs(make, compile_blocks, fields):
+def test_a_cached_value_aliases_neither_inputs_nor_outputs(make, compile_blocks, fields):
     model = make()
     width = 4 if isinstance(model, tiny.Transformer) else tiny.WIDTH
     noise = latents().repeat(1, 1, width // 4)

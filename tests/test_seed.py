@@ -249,7 +249,9 @@ def test_one_line_caches_any_pipeline_until_it_is_disabled(eager, monkeypatch):
     assert scope["pipe"] is pipe
     assert_equal(scope["output"][0], expected)
     ran = decisions(pipe.transformer)
-    assert {*ran} == {(branch, f"transformer_blocks[1:{NUM_BLOCKS}]") for branch in ("cond", "uncond")}
+    assert {*ran} == {
+        (guidance_branch, f"transformer_blocks[1:{NUM_BLOCKS}]") for guidance_branch in ("cond", "uncond")
+    }
     assert [*ran.values()] == [NOTHING_REUSED] * 2
     assert not is_enabled(pipe.transformer) and not cachedit_fx.is_cached(pipe.transformer)
     assert_equal(pipe(...)[0], expected)
@@ -263,7 +265,9 @@ def test_one_line_runs_with_inductor(monkeypatch):
     from_hub(pipe, monkeypatch)
     output = run("one line", pipe)["output"][0]
     ran = decisions(pipe.transformer)
-    assert {*ran} == {(branch, f"transformer_blocks[1:{NUM_BLOCKS}]") for branch in ("cond", "uncond")}
+    assert {*ran} == {
+        (guidance_branch, f"transformer_blocks[1:{NUM_BLOCKS}]") for guidance_branch in ("cond", "uncond")
+    }
     assert [*ran.values()] == [NOTHING_REUSED] * 2
     # Latents of order 1. Fused float32 kernels round differently, and a random transformer feeds its error back for
     # eleven steps.
@@ -340,7 +344,7 @@ def test_each_transformer_of_wan_22_keeps_its_own_limits(eager):
     steps = 0
     for module, warmup, cached in zip(modules, (4, 2), (8, 20), strict=True):
         found = decisions(module)
-        assert {*found} == {(branch, f"blocks[1:{NUM_BLOCKS}]") for branch in ("cond", "uncond")}
+        assert {*found} == {(guidance_branch, f"blocks[1:{NUM_BLOCKS}]") for guidance_branch in ("cond", "uncond")}
         for reasons in found.values():
             rest = len(reasons) - warmup - cached
             assert rest > 0
@@ -388,7 +392,7 @@ def test_summary_gives_the_table_shown_and_with_details_a_line_per_step(eager, c
     cachedit_fx.enable_cache(pipe, Fn_compute_blocks=1, max_warmup_steps=2)
     pipe(...)
     stats = run("summary", pipe)["stats"]
-    ran = [("transformer", branch, NUM_STEPS) for branch in ("cond", "uncond")]
+    ran = [("transformer", guidance_branch, NUM_STEPS) for guidance_branch in ("cond", "uncond")]
     assert [(entry.module, entry.session, entry.num_steps) for entry in stats] == ran
     assert str(stats) in capsys.readouterr().out
     title, empty, header, rule, row = TABLE.strip().splitlines()

@@ -99,10 +99,10 @@ def test_guidance_branches_are_told_apart_by_their_prompt_objects():
     for _generation in range(2):
         outputs = {1: [], 2: []}
         for timestep in TIMES:
-            for branch, text in texts.items():
-                outputs[branch].append(step(module, text, timestep, latents(branch)))
-        for branch in texts:
-            tiny.assert_bitwise(outputs[branch], alone(branch))
+            for guidance_branch, text in texts.items():
+                outputs[guidance_branch].append(step(module, text, timestep, latents(guidance_branch)))
+        for guidance_branch in texts:
+            tiny.assert_bitwise(outputs[guidance_branch], alone(guidance_branch))
     assert len(every_session(module)) == 4
 
 
@@ -134,10 +134,10 @@ def test_a_prompt_rebuilt_at_every_call_continues_by_its_content():
     module = compiled(build())
     outputs = {1: [], 2: []}
     for timestep in TIMES:
-        for branch, kept in outputs.items():
-            kept.append(step(module, prompt(branch), timestep, latents(branch)))
-    for branch, kept in outputs.items():
-        tiny.assert_bitwise(kept, alone(branch))
+        for guidance_branch, kept in outputs.items():
+            kept.append(step(module, prompt(guidance_branch), timestep, latents(guidance_branch)))
+    for guidance_branch, kept in outputs.items():
+        tiny.assert_bitwise(kept, alone(guidance_branch))
     assert [stats.num_steps for stats in every_session(module)] == [8, 8]
 
 

@@ -69,13 +69,13 @@ def test_the_errors_are_those_of_blocks_left_out_by_hand():
         with cached(span):
             span.decide = at_steps([*range(100)] if step == 0 else [])
             if step:
-                before = dict(span.residuals), span.seen
+                before = dict(span.residuals), span.last_probe
                 reused = model(**call)[0]
                 error = stats.errors[step]
                 assert error.reused == (step in stats.cached_steps)
                 assert error.output == pytest.approx(relative_l2(reused, computed), rel=1e-4)
                 assert error.streams["hidden_states"] == pytest.approx(relative_l2(left[-1], left[-2]), rel=1e-4)
-                span.residuals, span.seen = before
+                span.residuals, span.last_probe = before
             if step not in stats.cached_steps:  # The policy computes: from here on that is what is kept.
                 span.decide = at_steps(range(100))
                 model(**call)

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from cachedit_fx import PolynomialCalibratorConfig
 from tests import tiny
-from tests.lights import enabled
+from tests.fast_dispatches import enabled
 from tests.tiny import build, generate, latents, prompt
 
 TOKENS = (6, 8, 10)  # Of the latents.

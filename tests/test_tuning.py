@@ -23,11 +23,11 @@ from cachedit_fx.tuning import TuneResult, check_signature, generations, load_tu
 from cachedit_fx.tuning.cached import measure_cached, threshold_config
 from cachedit_fx.tuning.calls import as_tensor, calls_of
 from cachedit_fx.tuning.measure import Measured, Meter
-from cachedit_fx.tuning.record import Recorder, Steps, handled
-from cachedit_fx.tuning.replay import Replay
+from cachedit_fx.tuning.recording import Recorder, Steps, handled
 from cachedit_fx.tuning.saved import config_to
 from cachedit_fx.tuning.schedule import Schedule
 from cachedit_fx.tuning.search import Pace
+from cachedit_fx.tuning.simulate import Simulation
 from cachedit_fx.tuning.targets import Budget, Target
 from tests import tiny
 from tests.tiny_pipelines import PIPELINES
@@ -110,7 +110,7 @@ def test_the_target_is_reached_by_few_steps_and_holds_for_other_calls(result):
     (new,) = calls_of([call])
     schedule = Schedule(result.config.forecaster, tuple(i for i, m in enumerate(mask) if m), NUM_STEPS)
     reference = new.run(pipe)
-    with Replay(pipe.transformer, schedule).replaying():
+    with Simulation(pipe.transformer, schedule).simulating():
         error = (new.run(pipe) - reference).square().mean()
     assert 10 * math.log10((reference.max() - reference.min()) ** 2 / error) > 40  # Other noise, another peak.
 
@@ -167,15 +167,15 @@ def test_a_search_goes_on_from_its_file(tmp_path):
 def test_a_replay_computes_and_forecasts_as_the_schedule_says():
     pipe, schedule = Pipe(), Schedule(LINEAR, (0, 1, 4), 6)
     seen: list[Tensor] = []
-    replay = Replay(pipe.transformer, schedule)
-    with replay.replaying():
+    simulation = Simulation(pipe.transformer, schedule)
+    with simulation.simulating():
         run = pipe.transformer._compiled_call_impl
         pipe.transformer._compiled_call_impl = lambda *a, **k: seen.append(run(*a, **k)[0]) or (seen[-1],)
         calls_of(calls())[0].run(lambda **given: pipe(num_inference_steps=6, **given))
         pipe.transformer._compiled_call_impl = run
-    assert (replay.num_computed, replay.num_calls, pipe.transformer.num_runs) == (6, 12, 6)
-    for branch in (0, 1):
-        made = seen[branch::2]
+    assert (simulation.num_computed, simulation.num_calls, pipe.transformer.num_runs) == (6, 12, 6)
+    for guidance_branch in (0, 1):
+        made = seen[guidance_branch::2]
         at = [k / 6 for k in range(6)]
         for step, known in ((2, (1, 0)), (3, (1, 0)), (5, (4, 1))):
             factors = LINEAR.numbers(Times(tuple(at[k] for k in known), at[step]))
@@ -187,7 +187,7 @@ def test_a_replay_computes_and_forecasts_as_the_schedule_says():
 def test_all_steps_computed_changes_no_bit():
     pipe, (call, _) = Pipe(), calls_of(calls())
     reference = call.run(pipe)
-    with Replay(pipe.transformer, Schedule(LINEAR, tuple(range(NUM_STEPS)), NUM_STEPS)).replaying():
+    with Simulation(pipe.transformer, Schedule(LINEAR, tuple(range(NUM_STEPS)), NUM_STEPS)).simulating():
         assert torch.equal(call.run(pipe), reference)
 
 
@@ -199,12 +199,12 @@ def test_branches_and_steps_of_real_pipelines(name):
     with recorder.recording():
         reference = real.run(pipe, num_steps=5)
     trajectories = recorder.trajectories()
-    assert recorder.num_steps == 5 and len(trajectories) == max(1, len(real.branches))
+    assert recorder.num_steps == 5 and len(trajectories) == max(1, len(real.guidance_branches))
     for trajectory in trajectories:
         assert trajectory.gram.shape == (5, 5) and len({*trajectory.timesteps}) == 5
-    with Replay(pipe.transformer, Schedule(LINEAR, (0, 1, 2, 3, 4), 5)).replaying():
+    with Simulation(pipe.transformer, Schedule(LINEAR, (0, 1, 2, 3, 4), 5)).simulating():
         assert torch.equal(as_tensor((real.run(pipe, num_steps=5),)), as_tensor((reference,)))
-    with Replay(pipe.transformer, Schedule(LINEAR, (0, 1, 3), 5)).replaying():
+    with Simulation(pipe.transformer, Schedule(LINEAR, (0, 1, 3), 5)).simulating():
         assert as_tensor((real.run(pipe, num_steps=5),)).isfinite().all()
 
 
@@ -214,7 +214,7 @@ def test_a_solver_that_calls_twice_at_a_timestep_is_one_branch():
 
     def at(moment: float, with_prompt: Tensor) -> tuple[int, int]:
         step = steps.next((torch.zeros(1, 6), torch.tensor([moment]), with_prompt), {})
-        return step.branch, step.number
+        return step.guidance_branch, step.number
 
     assert [at(t, prompt) for t in (1.0, 0.8, 0.8, 0.6)] == [(0, 0), (0, 1), (0, 2), (0, 3)]
     steps = Steps(Field())
@@ -375,7 +375,7 @@ def test_the_cache_does_what_the_replay_says_and_is_taken_off_again():
     assert found.is_confirmed and "_compiled_call_impl" not in pipe.transformer.__dict__
     mask, made = found.config.steps_computation_mask, calls_of(given)
     meter = Meter(pipe, pipe.transformer, made, [call.run(pipe) for call in made], 1.0)
-    replayed = meter.replay(Schedule(LINEAR, tuple(i for i, m in enumerate(mask) if m), len(mask)))
+    replayed = meter.simulation(Schedule(LINEAR, tuple(i for i, m in enumerate(mask) if m), len(mask)))
     assert replayed.rel_l2 > 1e-4
     assert found.verified.rel_l2 == pytest.approx(replayed.rel_l2, rel=1e-2)  # The graph rounds in another way.
 

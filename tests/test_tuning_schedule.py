@@ -11,8 +11,8 @@ import pytest
 from cachedit_fx.forecasters.forecaster import LinearForecaster, Times
 from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
 from cachedit_fx.forecasters.taylorseer import TaylorSeerCalibratorConfig
-from cachedit_fx.tuning.problems import Recorded, problems_of, weights_of
-from cachedit_fx.tuning.record import Trajectory
+from cachedit_fx.tuning.problems import RecordedRun, problems_of, weights_of
+from cachedit_fx.tuning.recording import Trajectory
 from cachedit_fx.tuning.schedule import NUM_FIRST, Problem, best_schedules, cost_of
 
 NUM_STEPS = 9
@@ -114,11 +114,11 @@ def test_weights_are_how_far_the_scheduler_goes(scheduler, timesteps, expected):
 def test_generations_with_the_same_timesteps_are_one_problem_and_count_the_same():
     grams = [outputs(seed) @ outputs(seed).T * scale for seed, scale in ((0, 1.0), (1, 100.0))]
     moments, weights = tuple(np.linspace(1, 0.1, NUM_STEPS)), np.ones(NUM_STEPS)
-    recorded = [Recorded(Trajectory(gram, moments), weights) for gram in grams]
+    recorded = [RecordedRun(Trajectory(gram, moments), weights) for gram in grams]
     (both,) = problems_of(recorded, "timestep")
     assert both.positions[0] == 0 and both.positions[-1] == pytest.approx(0.9)
     scaled = [gram / (weights @ gram @ weights) for gram in grams]
     np.testing.assert_allclose(both.gram, (scaled[0] + scaled[1]) / 2)
-    other = Recorded(Trajectory(grams[0], tuple(np.linspace(1, 0.2, NUM_STEPS))), weights)
+    other = RecordedRun(Trajectory(grams[0], tuple(np.linspace(1, 0.2, NUM_STEPS))), weights)
     assert len(problems_of([*recorded, other], "timestep")) == 2
     assert len(problems_of([*recorded, other], "step")) == 1

@@ -62,7 +62,7 @@ def test_steps_are_those_of_the_model_or_of_blocks_skipped_by_hand(variant: Vari
         with subtests.test("Fn, Bn; image size, text length", cut=cut, shape=shape):
             generation.check()
     with subtests.test("one graph, unless Dynamo breaks the model up"):
-        assert cached.num_graphs == 1 or variant.clock == "model"
+        assert cached.num_graphs == 1 or variant.timestep_input == "model"
     with subtests.test("docs/models.md is as found; if it is stale, run `make models`"):
         if is_fixed:
             assert cached.row in ROWS

@@ -63,8 +63,8 @@ class TinyPipeline:
         transformer_kind: The class of its transformers.
         config: Their configuration, besides `_SMALL` and the numbers of blocks.
         inputs: seed -> arguments of a call, in new tensors; see `arguments` for what all have in common.
-        branches: Labels that the pipeline gives to `cache_context` in each step of a call with `arguments`, in order.
-            Empty for a pipeline that gives none.
+        guidance_branches: Labels that the pipeline gives to `cache_context` in each step of a call with `arguments`, in
+            order. Empty for a pipeline that gives none.
         scheduler: Makes its scheduler.
         transformers: Components that hold a diffusion transformer.
         others: Makes what it has besides; whatever else its class asks for is None.
@@ -75,7 +75,7 @@ class TinyPipeline:
     transformer_kind: type[nn.Module]
     config: dict[str, Any]
     inputs: Callable[[int], dict[str, Any]]
-    branches: tuple[str, ...] = ()
+    guidance_branches: tuple[str, ...] = ()
     scheduler: Callable[[], Any] = diffusers.FlowMatchEulerDiscreteScheduler
     transformers: tuple[str, ...] = ("transformer",)
     others: Callable[[], dict[str, Any]] = dict
@@ -225,7 +225,7 @@ _TABLE = (
         diffusers.FluxTransformer2DModel,
         _FLUX,
         lambda seed: _distilled(seed) | dict(latents=_packed(seed, 64)),
-        branches=("cond",),
+        guidance_branches=("cond",),
     ),
     TinyPipeline(
         "flux_img2img",  # Runs only `strength` of the steps; takes an image of 16 channels for an encoded one.
@@ -247,7 +247,7 @@ _TABLE = (
         diffusers.QwenImageTransformer2DModel,
         dict(in_channels=16, axes_dims_rope=(8, 4, 4)),
         _qwen_inputs,
-        branches=("cond", "uncond"),
+        guidance_branches=("cond", "uncond"),
     ),
     TinyPipeline(
         "wan",
@@ -255,7 +255,7 @@ _TABLE = (
         diffusers.WanTransformer3DModel,
         _WAN,
         lambda seed: _prompts(seed) | _video(seed),
-        branches=("cond", "uncond"),
+        guidance_branches=("cond", "uncond"),
         scheduler=_FLOW_UNIPC,
     ),
     TinyPipeline(
@@ -264,7 +264,7 @@ _TABLE = (
         diffusers.WanTransformer3DModel,
         _WAN,
         lambda seed: _prompts(seed) | _video(seed),
-        branches=("cond", "uncond"),
+        guidance_branches=("cond", "uncond"),
         scheduler=_FLOW_UNIPC,
         transformers=("transformer", "transformer_2"),
         others=lambda: dict(boundary_ratio=0.8),
@@ -275,7 +275,7 @@ _TABLE = (
         diffusers.HunyuanVideoTransformer3DModel,
         dict(guidance_embeds=True, rope_axes_dim=(4, 4, 8)),
         lambda seed: _distilled(seed) | _video(seed) | dict(prompt_attention_mask=_padding_mask(1)),
-        branches=("cond",),
+        guidance_branches=("cond",),
     ),
     TinyPipeline(
         "ltx",
@@ -287,7 +287,7 @@ _TABLE = (
             | _video(seed, compression=8)
             | dict(latents=_noise(seed, 1, FRAMES * SIDE**2, 4), height=32 * SIDE, width=32 * SIDE)
         ),
-        branches=("cond_uncond",),
+        guidance_branches=("cond_uncond",),
     ),
     TinyPipeline(
         "cogvideox",
@@ -295,7 +295,7 @@ _TABLE = (
         diffusers.CogVideoXTransformer3DModel,
         dict(sample_width=SIDE, sample_height=SIDE, max_text_seq_length=TEXT, use_rotary_positional_embeddings=True),
         lambda seed: _prompts(seed) | _video(seed) | dict(latents=_noise(seed, 1, FRAMES, 4, SIDE, SIDE)),
-        branches=("cond_uncond",),
+        guidance_branches=("cond_uncond",),
         scheduler=partial(diffusers.CogVideoXDDIMScheduler, **_V_PREDICTION),
     ),
     TinyPipeline(
@@ -386,7 +386,7 @@ _TABLE = (
         diffusers.MochiTransformer3DModel,
         dict(max_sequence_length=TEXT),
         lambda seed: _masked_prompts(seed, torch.bool) | _video(seed, compression=6),
-        branches=("cond_uncond",),
+        guidance_branches=("cond_uncond",),
         scheduler=partial(diffusers.FlowMatchEulerDiscreteScheduler, invert_sigmas=True),
     ),
     TinyPipeline(
@@ -402,7 +402,7 @@ _TABLE = (
         diffusers.CogView4Transformer2DModel,
         dict(condition_dim=4),
         lambda seed: _prompts(seed) | dict(latents=_image(seed)),
-        branches=("cond", "uncond"),
+        guidance_branches=("cond", "uncond"),
     ),
     TinyPipeline(
         "hunyuan_image",
@@ -410,7 +410,7 @@ _TABLE = (
         diffusers.HunyuanImageTransformer2DModel,
         dict(patch_size=(2, 2), text_embed_2_dim=12, rope_axes_dim=(8, 8)),
         lambda seed: _both(seed, _hunyuan_image_prompt) | dict(latents=_image(seed), height=32 * SIDE, width=32 * SIDE),
-        branches=("pred_cond", "pred_uncond"),
+        guidance_branches=("pred_cond", "pred_uncond"),
         # Has the scale of guidance; `ocr_guider` takes its place for prompts with text to write.
         others=lambda: dict(
             guider=diffusers.AdaptiveProjectedMixGuidance(), ocr_guider=diffusers.AdaptiveProjectedMixGuidance()

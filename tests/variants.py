@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cachedit_fx.passes.pipeline import Plan
+from cachedit_fx.passes.plan import Plan
 from cachedit_fx.patterns import Mismatch
 from tests.synthetic import Transformer, plan
 
 
 def planned(model: nn.Module, inputs: dict[str, Any] | None = None, **fields: Any) -> Plan:
     found = plan(model.eval(), inputs, **fields)
-    assert isinstance(found, Plan), [str(miss) for miss in found]
+    assert isinstance(found, Plan), [str(mismatch) for mismatch in found]
     return found
 
 

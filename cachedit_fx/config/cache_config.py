@@ -14,7 +14,7 @@ from cachedit_fx.config.checks import check_together as check_together
 from cachedit_fx.errors import ConfigError, did_you_mean, listed, shown
 from cachedit_fx.forecasters.foca import FoCaCalibratorConfig
 from cachedit_fx.forecasters.forecaster import Forecaster
-from cachedit_fx.forecasters.registry import as_mapping, forecasters
+from cachedit_fx.forecasters.forecaster_registry import as_mapping, forecasters
 
 if TYPE_CHECKING:
     from cachedit_fx.policies.decider import Decider
@@ -41,7 +41,7 @@ class CacheConfig:
     class made them.
 
     Attributes:
-        Fn_compute_blocks: Blocks at the front that always run; the residual over them is what the guard looks at. 0
+        Fn_compute_blocks: Blocks at the front that always run; the residual over them is the probe. 0
             makes the whole chain the region: for a mask of policy "static", where nothing is looked at, or with another
             `probe`.
         Bn_compute_blocks: Blocks at the end that always run, and so correct what a reused step added.
@@ -82,7 +82,7 @@ class CacheConfig:
             as files have it, `{"type": "taylorseer"}`. It remembers more than one residual, which costs memory.
         reach: What a reused step leaves out: "blocks" the middle blocks of the chain, "output" all from the Fn blocks
             to what the model returns, so that with `Fn_compute_blocks=0` next to nothing runs.
-        probe: What the guard looks at: "fn_residual" what the Fn blocks added, "modulated_input" the first block's
+        probe: The probe: "fn_residual" what the Fn blocks added, "modulated_input" the first block's
             time-modulated norm, so that no block needs to run, "timestep" nothing but the step's place in
             `magnitude_ratios`, "none" nothing (for a mask of policy "static", or a `decider`).
         batch_decision: "mean" takes the diff over the whole batch; "any" computes if any sample's own is too large.
@@ -102,7 +102,7 @@ class CacheConfig:
             been (`CacheStats.errors`). A step costs up to two, and one more host read.
         debug_dir: A folder that gets the graph before and after every pass, the match report as JSON and a script that
             repeats it; one subfolder per graph.
-        max_state_bytes: What all sessions of a transformer may keep together, in bytes: residuals, what the guard
+        max_state_bytes: What all sessions of a transformer may keep together, in bytes: residuals, what the conditional
             looked at, and what a forecaster remembers. Beyond it the generation that was used least recently is
             dropped, and computes anew where it comes back. The one that runs is never dropped, however much it keeps.
             None: any number of bytes.

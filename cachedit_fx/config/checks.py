@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachedit_fx.errors import ConfigError, did_you_mean, shown
 from cachedit_fx.forecasters.forecaster import Forecaster
-from cachedit_fx.forecasters.registry import forecaster_from
+from cachedit_fx.forecasters.forecaster_registry import forecaster_from
 
 if TYPE_CHECKING:
     from cachedit_fx.config.cache_config import CacheConfig

@@ -136,8 +136,8 @@ def widened(value: torch.Tensor) -> torch.Tensor:
 def distinct(positions: Sequence[float]) -> list[int]:
     """Which of the computed steps stand apart, newest first: a scheduler may ask twice at one timestep, and between
     two values at one position there is no slope; the newer one counts."""
-    kept: list[int] = []
+    indices: list[int] = []
     for i, position in enumerate(positions):
-        if not kept or position < positions[kept[-1]]:
-            kept.append(i)
-    return kept
+        if not indices or position < positions[indices[-1]]:
+            indices.append(i)
+    return indices

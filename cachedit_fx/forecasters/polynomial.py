@@ -38,11 +38,11 @@ class PolynomialCalibratorConfig(LinearForecaster):
 
     def numbers(self, times: Times) -> Sequence[float]:
         """The factor of each computed value, newest first."""
-        kept = distinct(times.computed)
+        indices = distinct(times.computed)
         factors = [0.0] * len(times.computed)
-        for i in kept:
+        for i in indices:
             factors[i] = 1.0
-            for j in kept:
+            for j in indices:
                 if j != i:
                     factors[i] *= (times.now - times.computed[j]) / (times.computed[i] - times.computed[j])
         return factors

@@ -44,12 +44,12 @@ class TaylorSeerCalibratorConfig(LinearForecaster):
 
     def numbers(self, times: Times) -> Sequence[float]:
         """The factor of each computed value, newest first."""
-        kept = distinct(times.computed)
-        at = [times.computed[i] for i in kept]
+        indices = distinct(times.computed)
+        at = [times.computed[i] for i in indices]
         # Row j holds the factors that make d(i) of the j-th computed step; each round raises i by one.
-        rows = np.eye(len(times.computed))[kept]
+        rows = np.eye(len(times.computed))[indices]
         total, elapsed = rows[0], times.now - at[0]
-        for i in range(1, len(kept)):
+        for i in range(1, len(indices)):
             gaps = np.subtract(at[: len(rows) - 1], at[1 : len(rows)])
             rows = (rows[:-1] - rows[1:]) / gaps[:, None]
             total = total + rows[0] * (elapsed**i / math.factorial(i))

@@ -18,19 +18,20 @@ from cachedit_fx.errors import PassError, PatternError, cut
 from cachedit_fx.frontend.capture import captured_module, copy_graph, forget_examples, sources_of
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
 from cachedit_fx.frontend.uncached import BUG, UncachedGraph, WhyUncached, report_bare, why_of
-from cachedit_fx.passes.dataflow import is_weight
-from cachedit_fx.passes.dedupe import Piece, split_pieces
-from cachedit_fx.passes.effects import effect_of
-from cachedit_fx.passes.guard import GuardedGraph, insert_guards, stored_examples
-from cachedit_fx.passes.inplace import written_outside
-from cachedit_fx.passes.pipeline import Plan, plan_graph
+from cachedit_fx.passes.analysis.dataflow import is_weight
+from cachedit_fx.passes.analysis.effects import effect_of
+from cachedit_fx.passes.analysis.writes import written_outside
+from cachedit_fx.passes.manager import plan_graph
+from cachedit_fx.passes.observer import Observer, observer_for
+from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.region import Region
-from cachedit_fx.passes.watch import Watch, watch_for
+from cachedit_fx.passes.transforms.insert_conditionals import CachedGraph, cached_examples, insert_conditionals
+from cachedit_fx.passes.transforms.split_pieces import Piece, split_pieces
 from cachedit_fx.patterns.cause import Cause
-from cachedit_fx.patterns.chain import call_text, is_tensor, source_line, value_of
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch
-from cachedit_fx.runtime.guarded_call import GuardedCall
+from cachedit_fx.patterns.nodes import call_text, is_tensor, source_line, value_of
+from cachedit_fx.runtime.cached_call import CachedCall
 from cachedit_fx.runtime.instances import instance_of_weights
 from cachedit_fx.runtime.session import current_call
 from cachedit_fx.runtime.shapes import SizeRule, UnknownSizeError
@@ -106,20 +107,20 @@ class Backend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Compiled:
-        """Compiles one graph: guarded if it matches, else as the inner backend alone would, with the reason logged."""
+        """Compiles a graph: with the cache if it matches, else as the inner backend alone would. Logs the reason."""
         config, given = split_options(options or {}, self.config)
         compiler = InnerCompiler(config, mode or self.mode, {**self.inner_options, **given})
         copied = copy_graph(gm, example_inputs)
         module = captured_module()
         name = type(module).__name__ if module is not None else "graph"
-        watch = watch_for(name, config, self.declared)
+        observer = observer_for(name, config, self.declared)
         try:
-            planned = refusal() or rewrite(copied, config, self.declared, exact=compiler.is_exact, watch=watch)
-            watch.finish(copied, planned if isinstance(planned, tuple) else ())
+            planned = refusal() or rewrite(copied, config, self.declared, exact=compiler.is_exact, observer=observer)
+            observer.finish(copied, planned if isinstance(planned, tuple) else ())
         except PatternError:
             raise
         except Exception as error:
-            watch.fail()
+            observer.fail()
             why = _report_bug(error, config)
             return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)
         _trace_artifacts(planned)
@@ -127,7 +128,7 @@ class Backend:
             owner = self.owner if self.policy_per_call else (config, self.declared)
             try:
                 per_call = self.policy_per_call
-                return compile_guarded(planned, config, compiler, owner, sources_of(gm), policy_per_call=per_call)
+                return compile_cached_graph(planned, config, compiler, owner, sources_of(gm), policy_per_call=per_call)
             except RestartAnalysis:
                 raise  # To Dynamo, which captures the graph anew, as where a number has to be specialised.
             except Exception as error:  # Of the whole graph the inner compiler may make more than of a part.
@@ -159,23 +160,23 @@ def refusal() -> tuple[Mismatch, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """A guarded graph, cut into pieces that are still to be compiled.
+    """A cached graph, cut into pieces that are still to be compiled.
 
     Attributes:
         weights: Of every block a weight, to tell module instances apart: its position among the arguments, or itself.
     """
 
     plan: Plan
-    guarded: GuardedGraph
+    cached_graph: CachedGraph
     pieces: list[Piece]
     regions: list[RegionPlan]
     weights: tuple[int | torch.Tensor, ...]
 
 
 def rewrite(
-    gm: fx.GraphModule, config: CacheConfig, declared: Declaration, *, exact: bool, watch: Watch | None = None
+    gm: fx.GraphModule, config: CacheConfig, declared: Declaration, *, exact: bool, observer: Observer | None = None
 ) -> Rewritten | tuple[Mismatch, ...]:
-    """The guarded graph in pieces, or why there is none, nearest miss first. Compiles nothing.
+    """The cached graph in pieces, or why there is none, nearest miss first. Compiles nothing.
 
     Args:
         exact: Do nothing that changes rounding.
@@ -183,8 +184,8 @@ def rewrite(
     Raises:
         PatternError: The graph contradicts what was declared.
     """
-    watch = watch or Watch()
-    plan = plan_graph(gm, config, declared, watch)
+    observer = observer or Observer()
+    plan = plan_graph(gm, config, declared, observer)
     if not isinstance(plan, Plan):
         return plan
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
@@ -192,24 +193,26 @@ def rewrite(
         regions = [_region_plan(region, placeholders) for region in plan.regions]
     except UnknownSizeError as error:
         return (Mismatch(None, Cause.DYNAMIC, str(error)),)
-    written = written_outside(plan.program, [*plan.program.born(0, len(plan.program.nodes))]) if config.shadow else None
+    written = (
+        written_outside(plan.program, [*plan.program.nodes_in(0, len(plan.program.nodes))]) if config.shadow else None
+    )
     if written is not None:
         detail = f"expected a graph that may run twice on its inputs (shadow=True), found `{call_text(written)}`"
         return (Mismatch(None, Cause.IN_PLACE, detail, written.name, source_line(written)),)
-    guarded = insert_guards(
+    cached_graph = insert_conditionals(
         plan.gm,
         plan.program,
         plan.regions,
         plan.timestep,
-        watched=_written_unnoticed(plan.conditioning),
+        checksummed=_written_unnoticed(plan.conditioning),
         same_strides=not exact,
         observed=config.shadow,
     )
-    watch.guarded(guarded)
+    observer.rewritten(cached_graph)
     weights = _find_weights(plan, placeholders)
-    pieces = split_pieces(_segments(guarded), share_blocks=config.compile_blocks == "once", free_strides=not exact)
-    watch.pieces(guarded, pieces)
-    return Rewritten(plan, guarded, pieces, regions, weights)
+    pieces = split_pieces(_segments(cached_graph), share_blocks=config.compile_blocks == "once", free_strides=not exact)
+    observer.pieces(cached_graph, pieces)
+    return Rewritten(plan, cached_graph, pieces, regions, weights)
 
 
 def _written_unnoticed(conditioning: fx.Node | None) -> fx.Node | None:
@@ -226,12 +229,12 @@ def _trace_artifacts(planned: Rewritten | tuple[Mismatch, ...]) -> None:
     if isinstance(planned, tuple):
         trace_structured_artifact("cachedit_fx_mismatch", "string", lambda: "\n".join(map(str, planned)))
         return
-    gm = planned.guarded.gm
+    gm = planned.cached_graph.gm
     trace_structured_artifact("cachedit_fx_plan", "string", lambda: str(planned.plan))
-    trace_structured_artifact("cachedit_fx_guarded_graph", "string", lambda: gm.print_readable(print_output=False))
+    trace_structured_artifact("cachedit_fx_cached_graph", "string", lambda: gm.print_readable(print_output=False))
 
 
-def compile_guarded(
+def compile_cached_graph(
     rewritten: Rewritten,
     config: CacheConfig,
     compiler: InnerCompiler,
@@ -240,7 +243,7 @@ def compile_guarded(
     *,
     policy_per_call: bool,
 ) -> Compiled:
-    """Compiles the pieces of a guarded graph; returns what Dynamo is to call in place of its graph.
+    """Compiles the pieces of a cached graph; returns what Dynamo is to call in place of its graph.
 
     Args:
         owner: Sessions of another owner are none of its own.
@@ -251,18 +254,18 @@ def compile_guarded(
     for piece in pieces:
         compiler.compile_piece(piece)
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
-    _mark_guarded(rewritten.weights, placeholders, policy_per_call=policy_per_call)
-    forget_examples(plan.gm, rewritten.guarded.gm, *(piece.gm for piece in pieces))
+    _mark_cached(rewritten.weights, placeholders, policy_per_call=policy_per_call)
+    forget_examples(plan.gm, rewritten.cached_graph.gm, *(piece.gm for piece in pieces))
     log.info("cached: %s; %d pieces, %d of them blocks", plan, len(pieces), sum(bool(p.blocks) for p in pieces))
-    return GuardedCall(
-        rewritten.guarded.gm,
+    return CachedCall(
+        rewritten.cached_graph.gm,
         owner,
         config,
         rewritten.regions,
         weights=rewritten.weights,
         conditioning=placeholders.index(plan.conditioning) if plan.conditioning is not None else None,
-        has_clock=plan.timestep is not None,
-        num_checksums=rewritten.guarded.num_checksums,
+        has_timestep=plan.timestep is not None,
+        num_checksums=rewritten.cached_graph.num_checksums,
         policy_per_call=policy_per_call,
         copy_state=compiler.owns_buffers,
         inner=compiler,
@@ -297,22 +300,22 @@ def _paths_of_regions(plan: Plan) -> list[str]:
     return found
 
 
-def _segments(guarded: GuardedGraph) -> list[fx.GraphModule]:
-    return [module for _, module in guarded.gm.named_children() if isinstance(module, fx.GraphModule)]
+def _segments(cached_graph: CachedGraph) -> list[fx.GraphModule]:
+    return [module for _, module in cached_graph.gm.named_children() if isinstance(module, fx.GraphModule)]
 
 
 def _region_plan(region: Region, placeholders: list[fx.Node]) -> RegionPlan:
-    kept = stored_examples(region)
-    measured = (*[False] * (region.looked_at is not None), *(pair.is_measured for pair in region.carried))
+    examples = cached_examples(region)
+    measured = (*[False] * (region.probed_at is not None), *(pair.is_measured for pair in region.live_outs))
     return RegionPlan(
         name=region.name,
-        own=region.own,
-        looks=region.looked_at is not None,
-        sizes=SizeRule([t for t, is_measured in zip(kept, measured, strict=True) if not is_measured], placeholders),
+        overrides=region.overrides,
+        has_probe=region.probed_at is not None,
+        sizes=SizeRule([t for t, is_measured in zip(examples, measured, strict=True) if not is_measured], placeholders),
         measured=measured,
-        dtypes=tuple(tensor.dtype for tensor in kept),
-        device=kept[-1].device,
-        roles=tuple(pair.role for pair in region.carried),
+        dtypes=tuple(tensor.dtype for tensor in examples),
+        device=examples[-1].device,
+        roles=tuple(pair.role for pair in region.live_outs),
     )
 
 
@@ -341,14 +344,14 @@ def _first_weight(plan: Plan, nodes: Sequence[fx.Node]) -> fx.Node | torch.Tenso
     return None
 
 
-def _mark_guarded(weights: Sequence[int | torch.Tensor], placeholders: list[fx.Node], *, policy_per_call: bool) -> None:
+def _mark_cached(weights: Sequence[int | torch.Tensor], placeholders: list[fx.Node], *, policy_per_call: bool) -> None:
     """Notes that the module that is being compiled is cached."""
     call = current_call() if policy_per_call else None
     if call is not None and call.instance is not None:
-        call.instance.is_guarded = True
+        call.instance.has_cached_graph = True
         return
     examples = [w if isinstance(w, torch.Tensor) else placeholders[w].meta["cachedit_example"] for w in weights]
-    instance_of_weights(examples).is_guarded = True
+    instance_of_weights(examples).has_cached_graph = True
 
 
 def _compile_uncached(

@@ -1,41 +1,34 @@
-"""Whether dictionaries have been written to: to ask this of hundreds of them costs less than to compare their contents.
+"""Whether dictionaries have been written to: a look at hundreds of them costs less than a look at what they hold.
 
 The attributes and children of a module are dictionaries. The interpreter numbers the writes to every dictionary, and
-Dynamo's guards compare these numbers in compiled code.
+Dynamo's guards can read that number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-# Private to torch. Without it no dictionary is known to be unwritten, and callers compare the contents.
-_guards = getattr(torch._C._dynamo, "guards", None)
+# Private to torch; there since 2.0. Without it nothing is known to be unwritten, and callers look for themselves.
+_version_of: Callable[[dict[Any, Any]], int] | None = getattr(
+    getattr(torch._C._dynamo, "guards", None), "dict_version", None
+)
 
 
 class DictVersions:
     """Remembers dictionaries as they are now, by their versions."""
 
-    __slots__ = ("_dicts", "_root")
+    __slots__ = ("_dicts", "_known")
 
     def __init__(self, dicts: Iterable[dict[Any, Any]]) -> None:
-        self._dicts = tuple({id(one): one for one in dicts}.values())
-        self._root = _guards_on(self._dicts)
+        self._dicts = [*{id(one): one for one in dicts}.values()]
+        self._known = self._look()
 
     def are_same(self) -> bool:
-        """Whether nothing was written to any of them since. If not, their contents may still be the same."""
-        return self._root is not None and bool(self._root.check(self._dicts))
+        """Whether nothing was written to any of them since. If not, what they hold may be the same all the same."""
+        return self._known is not None and self._look() == self._known
 
-
-def _guards_on(dicts: tuple[dict[Any, Any], ...]) -> Any:
-    """One guard for each dictionary, under a root that is checked with `dicts`; None where torch has no such guards."""
-    try:
-        root = _guards.RootGuardManager()  # type: ignore[union-attr]
-        for number, one in enumerate(dicts):
-            found = root.tuple_getitem_manager(number, "", one, torch._dynamo.guards.GuardManagerType.GUARD_MANAGER)
-            found.add_dict_version_guard(one, ["dictionary version"], None)
-    except (AttributeError, TypeError):
-        return None
-    return root
+    def _look(self) -> list[int] | None:
+        return [*map(_version_of, self._dicts)] if _version_of is not None else None

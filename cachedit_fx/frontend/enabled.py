@@ -19,21 +19,21 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import PassError, PatternError, cut
-from cachedit_fx.frontend.attempts import Attempt, Attempts
 from cachedit_fx.frontend.backend import Backend
+from cachedit_fx.frontend.capture_strategies import CaptureStrategies, CaptureStrategy
 from cachedit_fx.frontend.entry_points import has_tensor
-from cachedit_fx.frontend.fast_dispatch import MISSED, LightCalls
+from cachedit_fx.frontend.fast_dispatch import NOT_SERVED, FastDispatcher
 from cachedit_fx.frontend.region_watch import RegionWatch
 from cachedit_fx.frontend.uncached import (
     WhyUncached,
     report_uncached,
     why_another_cache,
     why_call_uncached,
+    why_not_counted,
     why_past_limit,
-    why_unseen,
 )
 from cachedit_fx.functors.functor import PatchFunctor
-from cachedit_fx.passes.inputs import conditioning_names, timestep_name
+from cachedit_fx.passes.analysis.model_inputs import conditioning_names, timestep_name
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.runtime.instances import instance_of, standing_in
 from cachedit_fx.runtime.session import ModelCall, current_call, within_call
@@ -106,12 +106,13 @@ class Enabled:
         self.module = weakref.ref(module)
         self.instance = instance_of(module)
         self.instance.is_enabled = True
-        self.instance.is_guarded = False  # Of what was compiled for an earlier configuration nothing is known here.
+        # Nothing is known of what was compiled for an earlier configuration.
+        self.instance.has_cached_graph = False
         self._watch: RegionWatch | None = None
         self._watch_lock = threading.Lock()
-        self.light = LightCalls(module, is_on=settings.config.fast_dispatch and settings.method is None)
-        self.compiled = Attempts(module, backend, settings.of_dynamo, call=called if settings.method else None)
-        self._cached_way: Attempt | None = None  # The last way to capture the module that was worth caching.
+        self.fast_dispatch = FastDispatcher(module, is_on=settings.config.fast_dispatch and settings.method is None)
+        self.compiled = CaptureStrategies(module, backend, settings.of_dynamo, call=called if settings.method else None)
+        self._cached_strategy: CaptureStrategy | None = None  # The last one whose graphs were worth caching.
         self._may_have_another = hasattr(type(module), "is_cache_enabled")
 
     @property
@@ -127,8 +128,8 @@ class Enabled:
         if module is not None and watch is not None and watch.has_changed():
             self._begin_anew(module, watch)
         with within_call(call):
-            result = self.light(args, kwargs)
-            if result is MISSED:
+            result = self.fast_dispatch(args, kwargs)
+            if result is NOT_SERVED:
                 result = self._by_dynamo(args, kwargs)
         if call.ran and module is not None:
             self._learn(module, call, (args, kwargs), result)
@@ -137,11 +138,11 @@ class Enabled:
             return result
         if self.compiled.full_at:
             return self._uncached(call, why_past_limit(module, self.compiled.full_at), result)
-        why = why_call_uncached(module, call.misses, self.compiled.why_in_parts)
-        has_another_way = self.compiled.way != self._cached_way and self.compiled.give_up()
-        if has_another_way and self.settings.config.on_no_match == "raise":
+        why = why_call_uncached(module, call.uncached_graphs, self.compiled.why_in_parts)
+        has_another_strategy = self.compiled.strategy != self._cached_strategy and self.compiled.give_up()
+        if has_another_strategy and self.settings.config.on_no_match == "raise":
             return self(*args, **kwargs)  # What this call returned is not needed, only the verdict.
-        return self._uncached(call, why, result, is_certain=not has_another_way)
+        return self._uncached(call, why, result, is_certain=not has_another_strategy)
 
     def _begin_anew(self, module: nn.Module, changed: RegionWatch) -> None:
         """Ends what was cached from modules or weights that are gone.
@@ -165,8 +166,8 @@ class Enabled:
 
     def _learn(self, module: nn.Module, call: ModelCall, given: tuple[Any, Any], result: Any) -> None:
         """Takes in a call that Dynamo served with the cache."""
-        self._cached_way = self.compiled.way
-        self.light.learn(module, given, call.ran, result)
+        self._cached_strategy = self.compiled.strategy
+        self.fast_dispatch.learn(module, given, call.ran, result)
         paths = call.ran[0][0].region_paths
         if self._watch is None or self._watch.paths != paths:
             self._watch = RegionWatch(module, paths)
@@ -177,23 +178,23 @@ class Enabled:
         Args:
             is_certain: Whether there is no other way to capture the module, which the next call would try.
         """
-        if self._cached_way is not None or self.compiled.full_at:
+        if self._cached_strategy is not None or self.compiled.full_at:
             self.instance.pass_by(call)
-        self.instance.is_guarded = False
-        self.instance.calls.missed(why.reason)
+        self.instance.has_cached_graph = False
+        self.instance.calls.not_served(why.reason)
         if is_certain:
             report_uncached(why, self.settings.config, self.instance.told)
         return result
 
-    def unseen(self, module: nn.Module, method: str, call: Callable[[], Any]) -> Any:
+    def uncounted_call(self, module: nn.Module, method: str, call: Callable[[], Any]) -> Any:
         """Makes a call of a method that runs the module's blocks, and counts it if that passed the cache by."""
         known, within = self.instance.calls.counts.total, current_call()
         result = call()
         is_inside = within is not None and within.instance is self.instance
         if is_inside or self.instance.calls.counts.total != known or not has_tensor(result):
             return result
-        why = why_unseen(module, method)
-        self.instance.calls.missed(why.reason, is_seen=False)
+        why = why_not_counted(module, method)
+        self.instance.calls.not_served(why.reason, reached_cache=False)
         report_uncached(why, self.settings.config, self.instance.told)
         return result
 
@@ -224,12 +225,14 @@ class Enabled:
         made = memo.get(id(module))  # Where a module is copied, its copy is there before its attributes are.
         if made is None:
             return None
-        return _copied(made, *self._carried(lambda settings: copy.deepcopy(settings, memo)))
+        return _copied(made, *self._transferred(lambda settings: copy.deepcopy(settings, memo)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _copied, (self.module(), *self._carried(lambda settings: pickle.loads(pickle.dumps(settings))))
+        return _copied, (self.module(), *self._transferred(lambda settings: pickle.loads(pickle.dumps(settings))))
 
-    def _carried(self, copied: Callable[[Settings], Settings]) -> tuple[Settings | None, str, bool, tuple[int, ...]]:
+    def _transferred(
+        self, copied: Callable[[Settings], Settings]
+    ) -> tuple[Settings | None, str, bool, tuple[int, ...]]:
         """What a copy of the module is enabled with; no settings, with a warning, where they cannot be copied."""
         settings, why = None, ""
         if self.settings.functor is not None:
@@ -268,10 +271,10 @@ def enabled_of(module: nn.Module) -> Enabled | None:
     return found
 
 
-def call_unseen(module: nn.Module, method: str, call: Callable[[], Any]) -> Any:
+def uncounted_call(module: nn.Module, method: str, call: Callable[[], Any]) -> Any:
     """Makes a call of a watched method (see `entry_points`)."""
     enabled = enabled_of(module)
-    return call() if enabled is None else enabled.unseen(module, method, call)
+    return call() if enabled is None else enabled.uncounted_call(module, method, call)
 
 
 def _first_tensor(value: Any) -> Any:

@@ -80,7 +80,7 @@ def _reached(name: str, methods: dict[str, list[types.FunctionType]]) -> set[str
     """Attributes of the module that a method reads, and those that the methods among them read in turn."""
     found, todo = {name}, [name]
     while todo:
-        new = {own for function in methods.get(todo.pop(), ()) for own in _own_names(function)} - found
+        new = {name for function in methods.get(todo.pop(), ()) for name in _own_names(function)} - found
         found |= new
         todo += new
     return found

@@ -28,11 +28,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from cachedit_fx.errors import cut
-from cachedit_fx.frontend.frame import Binder, Fetch, Locals, Path, path_of
-from cachedit_fx.passes.flat import FlatGraph, flatten
+from cachedit_fx.frontend.input_fetcher import Binder, Fetch, Locals, Path, path_of
+from cachedit_fx.passes.transforms.flatten import FlatGraph, flatten
 
 if TYPE_CHECKING:
-    from cachedit_fx.runtime.guarded_call import GuardedCall
+    from cachedit_fx.runtime.cached_call import CachedCall
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 # is served; but the tests have not run there.
 TESTED_VERSIONS = ("2.13.",)
 
-MISSED = object()  # What a light call returns where Dynamo has to be asked.
+NOT_SERVED = object()  # What a fast call returns where Dynamo has to be asked.
 _STALE = object()  # The same, and the front has run before that was known.
 
 
@@ -48,7 +48,7 @@ class NotServed(Exception):
     """Why Dynamo has to make the calls of a module; the text follows `because`."""
 
 
-class LightCalls:
+class FastDispatcher:
     """All that are known of a module.
 
     Attributes:
@@ -60,9 +60,9 @@ class LightCalls:
         self._name = type(module).__name__
         self._module = weakref.ref(module)
         self._lock = threading.Lock()  # Held to change what follows; calls only read `_known`.
-        self._known: tuple[LightCall, ...] = ()
-        self._tried: weakref.WeakSet[GuardedCall] = weakref.WeakSet()
-        self._changed: weakref.WeakSet[GuardedCall] = weakref.WeakSet()  # All of their guards are checked at first.
+        self._known: tuple[FastCall, ...] = ()
+        self._tried: weakref.WeakSet[CachedCall] = weakref.WeakSet()
+        self._changed: weakref.WeakSet[CachedCall] = weakref.WeakSet()  # All of their guards are checked at first.
         self._reason = "no call has been made yet"
 
     @property
@@ -71,27 +71,27 @@ class LightCalls:
         return self._reason if self.is_on else "fast_dispatch is False"
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the module's forward returns, or `MISSED`; then nothing has changed."""
+        """What the module's forward returns, or `NOT_SERVED`; then nothing has changed."""
         module = self._module() if self._known and self.is_on else None
         if module is None or not _is_plain(module):
-            return MISSED
-        for light in self._known:
-            if not light.is_live:
-                self._drop(light, "Dynamo has dropped the graph")
+            return NOT_SERVED
+        for fast_call in self._known:
+            if not fast_call.is_live:
+                self._drop(fast_call, "Dynamo has dropped the graph")
                 continue
-            result = light(module, args, kwargs)
+            result = fast_call(module, args, kwargs)
             if result is _STALE:
-                self._changed.add(light.guarded)
-                self._drop(light, "a guard of Dynamo's on the region's blocks failed, as where a block was changed")
-            elif result is not MISSED:
+                self._changed.add(fast_call.cached_call)
+                self._drop(fast_call, "a guard of Dynamo's on the region's blocks failed, as where a block was changed")
+            elif result is not NOT_SERVED:
                 return result
-        return MISSED
+        return NOT_SERVED
 
     def learn(
         self,
         module: nn.Module,
         given: tuple[tuple[Any, ...], dict[str, Any]],
-        ran: Sequence[tuple[GuardedCall, Sequence[Any], Sequence[Any]]],
+        ran: Sequence[tuple[CachedCall, Sequence[Any], Sequence[Any]]],
         result: Any,
     ) -> None:
         """Takes in a call that Dynamo served.
@@ -101,15 +101,17 @@ class LightCalls:
             ran: The guarded graphs that Dynamo ran for it, with their arguments and outputs.
             result: What the module returned.
         """
-        guarded, args, outputs = ran[0]
-        if not self.is_on or guarded in self._tried:
+        cached_call, args, outputs = ran[0]
+        if not self.is_on or cached_call in self._tried:
             return
         with self._lock:
-            self._tried.add(guarded)
+            self._tried.add(cached_call)
         try:
             if len(ran) > 1:
                 raise NotServed(f"Dynamo breaks the forward up into {len(ran)} graphs with a cache")
-            found = light_call(guarded, module, given, args, outputs, result, at_once=guarded in self._changed)
+            found = fast_call_for(
+                cached_call, module, given, args, outputs, result, at_once=cached_call in self._changed
+            )
             found.is_live, _is_plain(module)  # What a call will ask of Dynamo.
         except NotServed as why:
             self._tell(str(why))
@@ -122,11 +124,11 @@ class LightCalls:
             with self._lock:
                 self._known = (*self._known, found)
 
-    def _drop(self, light: LightCall, reason: str) -> None:
+    def _drop(self, fast_call: FastCall, reason: str) -> None:
         """Forgets what does not hold any more. It is learned again where Dynamo runs its graph again."""
         with self._lock:
-            self._known = tuple(known for known in self._known if known is not light)
-            self._tried.discard(light.guarded)
+            self._known = tuple(known for known in self._known if known is not fast_call)
+            self._tried.discard(fast_call.cached_call)
         self._reason = reason
 
     def _tell(self, reason: str) -> None:
@@ -135,11 +137,11 @@ class LightCalls:
         self._reason = reason
 
 
-class LightCall:
-    """One guarded graph of one module. Made by `light_call`.
+class FastCall:
+    """One guarded graph of one module. Made by `fast_call_for`.
 
     Args:
-        guarded: Whose pieces run.
+        cached_call: Whose pieces run.
         flat: These.
         guards: Dynamo's for this graph.
         function: The module's forward.
@@ -150,7 +152,7 @@ class LightCall:
 
     def __init__(
         self,
-        guarded: GuardedCall,
+        cached_call: CachedCall,
         flat: FlatGraph,
         guards: Any,
         function: types.FunctionType,
@@ -159,14 +161,14 @@ class LightCall:
         *,
         at_once: bool = False,
     ) -> None:
-        self.guarded, self._guards, self._rebuild = guarded, guards, rebuild
+        self.cached_call, self._guards, self._rebuild = cached_call, guards, rebuild
         self._at_once = at_once
-        few = guards if at_once else guards.root.clone_manager(_outside(guarded.region_paths))
+        few = guards if at_once else guards.root.clone_manager(_outside(cached_call.region_paths))
         self._check_few, self._check_all = few.check, guards.check
         self._function, self._bind = function, Binder(function)
         front, reuse, compute = flat.front, flat.reuse, flat.compute
         self._front, self._reuse, self._compute = front.call, reuse.call, compute.call
-        self._early = sorted({*front.positions, *reuse.positions, *guarded.asked})
+        self._early = sorted({*front.positions, *reuse.positions, *cached_call.asked})
         self._late = sorted({*compute.positions} - {*self._early})
         self._positions = front.positions, reuse.positions, compute.positions
         self._fetch_early = Fetch([paths[i] for i in self._early], function.__globals__)
@@ -178,24 +180,24 @@ class LightCall:
         return self._guards.extra_state is not None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the module's forward returns, or `MISSED`, or `_STALE`; then nothing has changed."""
+        """What the module's forward returns, or `NOT_SERVED`, or `_STALE`; then nothing has changed."""
         if getattr(module.forward, "__func__", None) is not self._function:
-            return MISSED
+            return NOT_SERVED
         frame = self._bind((module, *args), kwargs)
         if frame is None or not self._check_few(frame):  # What the forward does not take it is to say itself.
-            return MISSED
+            return NOT_SERVED
         held = dict(zip(self._early, self._fetch_early(frame), strict=True))
-        run = self.guarded.begin(held)
+        run = self.cached_call.begin(held)
         if run.step.asks_decider and not self._check_all(frame):
             run.give_up()
-            return MISSED
+            return NOT_SERVED
         front, reuse, compute = self._positions
-        computes, *kept = self._front(run.step, *map(held.__getitem__, front))
+        computes, *needed = self._front(run.step, *map(held.__getitem__, front))
         if not computes:
-            outputs = self._reuse(run.step, *kept, *map(held.__getitem__, reuse))
+            outputs = self._reuse(run.step, *needed, *map(held.__getitem__, reuse))
         elif self._at_once or self._check_all(frame):
             held.update(zip(self._late, self._fetch_late(frame), strict=True))
-            outputs = self._compute(run.step, *kept, *map(held.__getitem__, compute))
+            outputs = self._compute(run.step, *needed, *map(held.__getitem__, compute))
         else:
             run.give_up()
             return _STALE
@@ -203,8 +205,8 @@ class LightCall:
         return self._rebuild(outputs)
 
 
-def light_call(
-    guarded: GuardedCall,
+def fast_call_for(
+    cached_call: CachedCall,
     module: nn.Module,
     given: tuple[tuple[Any, ...], dict[str, Any]],
     args: Sequence[Any],
@@ -212,7 +214,7 @@ def light_call(
     result: Any,
     *,
     at_once: bool = False,
-) -> LightCall:
+) -> FastCall:
     """What takes Dynamo's place for calls like the one that was just made.
 
     Args:
@@ -226,29 +228,29 @@ def light_call(
     function = getattr(module.forward, "__func__", None)
     if not isinstance(function, types.FunctionType):
         raise NotServed("its forward is no plain method")
-    if guarded.config.shadow:
+    if cached_call.config.shadow:
         raise NotServed("shadow mode runs a step twice")
-    if guarded.sources.error:
-        raise RuntimeError(guarded.sources.error)
-    if guarded.sources.reason:
-        raise NotServed(guarded.sources.reason)
+    if cached_call.sources.error:
+        raise RuntimeError(cached_call.sources.error)
+    if cached_call.sources.reason:
+        raise NotServed(cached_call.sources.reason)
     try:
-        paths = [path_of(source) for source in guarded.sources.expressions]
+        paths = [path_of(source) for source in cached_call.sources.expressions]
         frame = Binder(function)((module, *given[0]), given[1]) or {}  # It took them when Dynamo ran it.
     except ValueError as error:
         raise NotServed(str(error)) from error
-    guards = _guards_of(guarded, function, frame)
-    flat = flatten(guarded.graph)
+    guards = _guards_of(cached_call, function, frame)
+    flat = flatten(cached_call.graph)
     if flat is None:
         raise NotServed("it decides more than once in a step")
     rebuild = _rebuilder(outputs, result)
-    early = {*flat.front.positions, *flat.reuse.positions, *guarded.asked}
-    if any(_is_below(paths[i], guarded.region_paths) for i in early):
+    early = {*flat.front.positions, *flat.reuse.positions, *cached_call.asked}
+    if any(_is_below(paths[i], cached_call.region_paths) for i in early):
         raise NotServed("the region's blocks share a weight with what runs without them")
     found = Fetch(paths, function.__globals__)(frame)
     if not all(_is_same(one, other) for one, other in zip(found, args, strict=True)):
         raise NotServed("what stands where Dynamo looks is not what it passed, as where the forward changes it")
-    return LightCall(guarded, flat, guards, function, paths, rebuild, at_once=at_once)
+    return FastCall(cached_call, flat, guards, function, paths, rebuild, at_once=at_once)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -264,8 +266,8 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _guards_of(guarded: GuardedCall, function: types.FunctionType, frame: Locals) -> Any:
-    """The guards that Dynamo holds before it runs `guarded` for `frame`.
+def _guards_of(cached_call: CachedCall, function: types.FunctionType, frame: Locals) -> Any:
+    """The guards that Dynamo holds before it runs `cached_call` for `frame`.
 
     One function may have graphs of several backends, as of an earlier configuration, whose guards hold as well.
     """
@@ -274,7 +276,7 @@ def _guards_of(guarded: GuardedCall, function: types.FunctionType, frame: Locals
     for entry in _debug_get_cache_entry_list(function.__code__):
         names = [name for name in entry.code.co_names if name.startswith(("__compiled_fn", "__resume_at"))]
         compiled = [innermost_fn(function.__globals__[name]) for name in names if name in function.__globals__]
-        if compiled == [guarded] and entry.guard_manager.check(frame):
+        if compiled == [cached_call] and entry.guard_manager.check(frame):
             return entry.guard_manager
     raise NotServed("the forward is more than one graph, or Dynamo's guards do not hold after the call")
 

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from cachedit_fx.config.cache_config import CacheConfig
-from cachedit_fx.passes.dedupe import Piece
 from cachedit_fx.passes.extract import generate_code
+from cachedit_fx.passes.transforms.split_pieces import Piece
 
 # Backends that run the graph's own operations: nothing is compiled, and what they return is compared bit by bit.
 _RUNS_AS_IS = ("eager", "eager_noexcept", "eager_debug")

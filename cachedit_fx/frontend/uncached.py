@@ -56,7 +56,7 @@ class UncachedGraph:
     def __call__(self, *args: Any) -> Any:
         call = current_call()
         if call is not None:
-            call.misses.append(self)
+            call.uncached_graphs.append(self)
         return self.run(*args)
 
 
@@ -103,7 +103,7 @@ def report_bare(reasons: Sequence[Mismatch], config: CacheConfig) -> None:
     is_whole = captured is model and not is_resumed()
     if is_whole:
         for instance in instances_in(model):
-            instance.is_guarded = False
+            instance.has_cached_graph = False
     told = {*known} if is_whole or not known else {*known, why.kind}
     report_uncached(why, config, told)
     known.setdefault(why.kind, why.reason)
@@ -157,19 +157,19 @@ def why_of(reasons: Sequence[Mismatch], model: nn.Module | None) -> WhyUncached:
     return WhyUncached(nearest.cause.value, f"{nearest.cause.value}: {nearest.detail}", text)
 
 
-def why_call_uncached(module: nn.Module, misses: Sequence[UncachedGraph], why_in_parts: str) -> WhyUncached:
+def why_call_uncached(module: nn.Module, graphs: Sequence[UncachedGraph], why_in_parts: str) -> WhyUncached:
     """Why a call of an enabled module ran none of its graphs with the cache.
 
     Args:
-        misses: The graphs that ran; one may have run several times.
+        graphs: The graphs that ran; one may have run several times.
         why_in_parts: What Dynamo said where it could not capture the module whole; empty where it could.
     """
-    if misses and not why_in_parts:
-        return max(misses, key=lambda miss: miss.num_nodes).why
+    if graphs and not why_in_parts:
+        return max(graphs, key=lambda graph: graph.num_nodes).why
     name, hooks = type(module).__name__, hooks_of(module)
     stops = f" (it stops at {why_in_parts})" if why_in_parts else ""
-    count = len({*misses})
-    found = f"Dynamo captures it only in {count} graphs{stops}" if misses else f"Dynamo ran no graph of it{stops}"
+    count = len({*graphs})
+    found = f"Dynamo captures it only in {count} graphs{stops}" if graphs else f"Dynamo ran no graph of it{stops}"
     reason = found.replace(f"{count} graphs", "parts")  # Their number may change from call to call.
     around = f"; there are hooks around its layers: {', '.join(hooks)}" if hooks else ""
     text = "\n".join(
@@ -182,7 +182,7 @@ def why_call_uncached(module: nn.Module, misses: Sequence[UncachedGraph], why_in
             _SEE,
         )
     )
-    return WhyUncached("in-parts" if misses else "no-graph", f"{reason}{around}", text)
+    return WhyUncached("in-parts" if graphs else "no-graph", f"{reason}{around}", text)
 
 
 def _cure(cls: str, hooks: Sequence[str], why_in_parts: str) -> str:
@@ -262,7 +262,7 @@ def why_past_limit(module: nn.Module, limit: int) -> WhyUncached:
     return WhyUncached("limit", f"{reason}{around}", text)
 
 
-def why_unseen(module: nn.Module, method: str) -> WhyUncached:
+def why_not_counted(module: nn.Module, method: str) -> WhyUncached:
     """Why a call of another method than the one that is cached runs without the cache."""
     name = type(module).__name__
     text = "\n".join(

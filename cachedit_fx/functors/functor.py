@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 
 from cachedit_fx.errors import ConfigError, shown
-from cachedit_fx.passes.calls import module_lists
-from cachedit_fx.passes.dataflow import Program
+from cachedit_fx.passes.analysis.dataflow import Program
+from cachedit_fx.passes.analysis.module_calls import module_lists
 
 _MISSING = object()
 
@@ -65,11 +65,13 @@ class PatchFunctor:
             ConfigError: `module` has no method `name`.
         """
         if not callable(getattr(module, name, None)):
-            near = difflib.get_close_matches(name, [own for own in dir(type(module)) if own[:1] != "_"], n=1)
+            near = difflib.get_close_matches(
+                name, [name_of_class for name_of_class in dir(type(module)) if name_of_class[:1] != "_"], n=1
+            )
             hint = f". Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"cachedit_fx: {type(module).__name__} has no method {name!r} to replace{hint}")
-        kept = self._replaced.setdefault(module, {})
-        kept.setdefault(name, module.__dict__.get(name, _MISSING))
+        replaced = self._replaced.setdefault(module, {})
+        replaced.setdefault(name, module.__dict__.get(name, _MISSING))
         module.__dict__[name] = types.MethodType(function, module)
 
     def restore(self, transformer: nn.Module) -> None:

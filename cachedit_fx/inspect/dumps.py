@@ -29,12 +29,12 @@ from cachedit_fx.errors import ConfigError
 from cachedit_fx.inspect.explanation.build import build_report
 from cachedit_fx.inspect.explanation.trace import Trace
 from cachedit_fx.inspect.graph_json import to_json
-from cachedit_fx.passes import watch
-from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.passes.dedupe import Piece
-from cachedit_fx.passes.guard import GuardedGraph
-from cachedit_fx.passes.pipeline import Plan
-from cachedit_fx.patterns.chain import BlockList
+from cachedit_fx.passes import observer
+from cachedit_fx.passes.analysis.dataflow import Program
+from cachedit_fx.passes.plan import Plan
+from cachedit_fx.passes.transforms.insert_conditionals import CachedGraph
+from cachedit_fx.passes.transforms.split_pieces import Piece
+from cachedit_fx.patterns.blocks import BlockList
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Match, Mismatch
 
@@ -106,27 +106,27 @@ class Dump(Trace):
         super().planned(plan)
         name = f"{next(self._numbers):02d}_cut-regions.json"
         if not isinstance(plan, Plan):
-            self._write(name, [str(miss) for miss in plan])
+            self._write(name, [str(mismatch) for mismatch in plan])
             return
         regions = [
             {
                 "name": region.name,
                 "nodes": [node.name for node in region.nodes],
                 "hoisted": [node.name for node in region.hoisted],
-                "kept": {p.after.name: p.before.name if p.before is not None else None for p in region.carried},
-                "looks_at": [str(region.looked_at), str(region.looked_from)],
+                "cached": {p.after.name: p.before.name if p.before is not None else None for p in region.live_outs},
+                "probe": [str(region.probed_at), str(region.probed_since)],
             }
             for region in plan.regions
         ]
         self._write(name, regions)
 
-    def guarded(self, guarded: GuardedGraph) -> None:
-        super().guarded(guarded)
-        self._pass("insert-guards", _readable(guarded.gm))
+    def rewritten(self, cached_graph: CachedGraph) -> None:
+        super().rewritten(cached_graph)
+        self._pass("insert-conditionals", _readable(cached_graph.gm))
 
-    def pieces(self, guarded: GuardedGraph, pieces: Sequence[Piece]) -> None:
-        super().pieces(guarded, pieces)
-        self._pass("split-pieces", _readable(guarded.gm))
+    def pieces(self, cached_graph: CachedGraph, pieces: Sequence[Piece]) -> None:
+        super().pieces(cached_graph, pieces)
+        self._pass("split-pieces", _readable(cached_graph.gm))
 
     def finish(self, gm: fx.GraphModule, reasons: tuple[Mismatch, ...] = ()) -> None:
         """Writes the report. `reasons` are those that no pass knows."""
@@ -197,4 +197,4 @@ def _list_of(blocks: BlockList) -> dict[str, Any]:
     }
 
 
-watch.new_dump = Dump
+observer.new_dump = Dump

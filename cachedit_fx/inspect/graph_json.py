@@ -19,7 +19,7 @@ from torch.fx.node import _get_qualified_name
 
 from cachedit_fx.frontend.capture import GraphInput
 from cachedit_fx.inspect.explanation.costs import hint
-from cachedit_fx.patterns.chain import value_of
+from cachedit_fx.patterns.nodes import value_of
 
 # Attribute that holds what they wrap.
 _NUMPY_WRAPPERS = {numpy_to_tensor_wrapper: "f", numpy_method_wrapper: "method", numpy_operator_wrapper: "op"}

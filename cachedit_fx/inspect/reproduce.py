@@ -11,17 +11,17 @@ import torch
 from torch import fx
 
 from cachedit_fx.config.cache_config import CacheConfig
-from cachedit_fx.frontend.backend import Rewritten, compile_guarded, rewrite
+from cachedit_fx.frontend.backend import Rewritten, compile_cached_graph, rewrite
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
 from cachedit_fx.inspect.explanation.build import build_report
 from cachedit_fx.inspect.explanation.data import Captured
+from cachedit_fx.inspect.explanation.dynamo_recorder import RecordedGraph
 from cachedit_fx.inspect.explanation.graphs import snapshot
-from cachedit_fx.inspect.explanation.recorder import Recorded
 from cachedit_fx.inspect.explanation.result import Explanation
 from cachedit_fx.inspect.explanation.trace import Trace
 from cachedit_fx.inspect.graph_json import from_json
-from cachedit_fx.patterns.chain import value_of
 from cachedit_fx.patterns.declaration import Declaration
+from cachedit_fx.patterns.nodes import value_of
 from cachedit_fx.runtime.instances import instance_of_weights
 from cachedit_fx.runtime.request import session
 from cachedit_fx.runtime.stats import CacheStats
@@ -36,10 +36,10 @@ def explain_saved(folder: str | Path) -> Explanation:
     data = _read(folder)
     gm, config, trace = from_json(data), _config(data), Trace()
     with torch.no_grad():
-        rewrite(gm, config, Declaration(), exact=True, watch=trace)
+        rewrite(gm, config, Declaration(), exact=True, observer=trace)
         report = build_report(gm, trace, config, Declaration(), cls=data["cls"], number=0)
     how = Captured("", data["cls"], "from a file", "", "", dict(config.plain_changes))
-    return Explanation(data["cls"], [how], [Recorded(report, trace.graphs())])
+    return Explanation(data["cls"], [how], [RecordedGraph(report, trace.graphs())])
 
 
 def run_saved(folder: str | Path) -> list[CacheStats]:
@@ -70,7 +70,7 @@ def run_saved(folder: str | Path) -> list[CacheStats]:
             )
             raise ValueError("\n".join(lines))
         steps = _random_steps(plain, found.plan.timestep.name if found.plan.timestep is not None else "")
-        compiled = compile_guarded(found, config, InnerCompiler(config, None, {}), "saved", policy_per_call=False)
+        compiled = compile_cached_graph(found, config, InnerCompiler(config, None, {}), "saved", policy_per_call=False)
         with session("saved"):
             outputs = [compiled(*inputs) for inputs in steps]
         for i in (0, 2):

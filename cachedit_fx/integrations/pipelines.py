@@ -12,7 +12,7 @@ from torch import nn
 from cachedit_fx.config.cache_config import FIELD_NAMES, CacheConfig, unknown_option
 from cachedit_fx.errors import ConfigError, did_you_mean, shown
 from cachedit_fx.frontend.backend import Backend
-from cachedit_fx.frontend.enabled import MISSING, Enabled, Settings, call_unseen, enabled_of
+from cachedit_fx.frontend.enabled import MISSING, Enabled, Settings, enabled_of, uncounted_call
 from cachedit_fx.frontend.entry_points import unwatch_methods, watch_methods
 from cachedit_fx.integrations.adapter_registry import adapter_for, modules_of
 from cachedit_fx.integrations.block_adapter import BlockAdapter, Nested, transformers_of, with_calibrator
@@ -161,7 +161,7 @@ def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
         # The functor that prepared the module stays: it knows what to put back.
         known.settings = replace(settings, functor=known.settings.functor)
         known.policy = settings.config.policy
-        known.light.is_on = settings.config.fast_dispatch and settings.method is None
+        known.fast_dispatch.is_on = settings.config.fast_dispatch and settings.method is None
         return
     _disable(module)
     try:
@@ -176,7 +176,7 @@ def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
         raise
     module.__dict__[KEY] = module.__dict__[enabled.place] = enabled
     if settings.method is None:
-        watch_methods(module, call_unseen)
+        watch_methods(module, uncounted_call)
 
 
 def _require_plain(name: str, module: nn.Module) -> None:
@@ -189,10 +189,10 @@ def _require_plain(name: str, module: nn.Module) -> None:
 def _require_method(module: nn.Module, method: str | None) -> None:
     if method is None or (isinstance(method, str) and callable(getattr(type(module), method, None))):
         return
-    own = {*dir(type(module))} - {*dir(nn.Module)} | {"forward"}
+    methods = {*dir(type(module))} - {*dir(nn.Module)} | {"forward"}
     raise ConfigError(
         f"cachedit_fx: method must be the name of a method of {type(module).__name__}, got {shown(method)}."
-        f"{did_you_mean(method, own)}"
+        f"{did_you_mean(method, methods)}"
     )
 
 
@@ -202,7 +202,7 @@ def _disable(module: nn.Module) -> None:
     if not isinstance(enabled, Enabled) or enabled.module() is not module:  # A shallow copy has what another holds.
         return
     end_generation(module, everyone=True)
-    enabled.instance.is_enabled = enabled.instance.is_guarded = False
+    enabled.instance.is_enabled = enabled.instance.has_cached_graph = False
     is_in_place = module.__dict__.get(enabled.place) is enabled  # Something else may have been put there since.
     if is_in_place:
         if enabled.before is MISSING:

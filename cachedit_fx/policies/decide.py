@@ -23,7 +23,7 @@ def decide(
     history: History,
     diff: float,
     *,
-    is_stored: bool,
+    is_cached: bool,
     earlier: Sequence[float] = (),
     timestep: float | None = None,
     region: str = "",
@@ -32,7 +32,7 @@ def decide(
 
     Args:
         diff: Relative L1 distance, dimensionless, >= 0 or NaN.
-        is_stored: Whether there is a residual of this call's shapes.
+        is_cached: Whether there is a residual of this call's shapes.
         earlier: Diffs of the regions before this one at the same step, for a dynamic prune threshold.
         timestep, region: For a decider.
 
@@ -42,16 +42,16 @@ def decide(
     threshold = relaxed_threshold(config, earlier)
     answer = None
     if config.decider is not None:
-        diff = diff if is_stored else math.nan
+        diff = diff if is_cached else math.nan
         steps = config.num_inference_steps
-        view = StepView(region, history.number, steps, timestep, diff, threshold, is_stored, history)
+        view = StepView(region, history.number, steps, timestep, diff, threshold, is_cached, history)
         answer = ask(config.decider, view)
     if answer:
         return _as_asked(Decision(True, "decider-compute"), config, history, diff)
     forbidden = _forbidden(config, history, threshold) if answer is None else None
     if forbidden is not None:
         return Decision(True, forbidden)
-    if not is_stored:
+    if not is_cached:
         return Decision(True, "nothing-stored")
     if not history.has_moved:
         # One-step generations that share a prompt look just like this; nothing tells them apart, so compute.
@@ -68,7 +68,7 @@ def _as_asked(decision: Decision, config: CacheConfig, history: History, diff: f
     if diff != diff:
         return decision
     total = history.accumulated_diff + rescaled(config.rescale_coefficients, diff)
-    return replace(decision, looked=True, accumulated=total)
+    return replace(decision, probed=True, accumulated=total)
 
 
 def _by_rule(config: CacheConfig, threshold: float, history: History, diff: float) -> Decision:

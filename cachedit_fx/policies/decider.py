@@ -21,7 +21,7 @@ class StepView:
         diff: Relative L1 distance of what is looked at, from the last computed step (with decision_rule "budget": from
             the step before); NaN where nothing is looked at or nothing is kept.
         threshold: What the rules would hold it against.
-        is_stored: Whether anything is kept that may be reused; without it the step is computed, whatever is answered.
+        is_cached: Whether anything is kept that may be reused; without it the step is computed, whatever is answered.
         history: What the region did before.
     """
 
@@ -31,7 +31,7 @@ class StepView:
     timestep: float | None
     diff: float
     threshold: float
-    is_stored: bool
+    is_cached: bool
     history: History
 
 

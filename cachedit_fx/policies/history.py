@@ -64,7 +64,7 @@ class Decision:
 
     compute: bool
     reason: str
-    looked: bool = False
+    probed: bool = False
     threshold: float | None = field(default=None, compare=False)
     accumulated: float | None = field(default=None, compare=False)
 

@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cachedit_fx.runtime.branch import FIRST_TURN, BranchKey, SessionKey, Turn
+from cachedit_fx.runtime.guidance_branch import LOOP_START, GuidanceBranchKey, LoopPosition, SessionKey
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.session import Session
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 64  # Per module.
-MAX_BRANCHES = 8  # Sessions that are taken for branches of one generation while it makes its first step.
+MAX_GUIDANCE_BRANCHES = 8  # Sessions that are taken for branches of one generation while it makes its first step.
 
 # Why a session was dropped, and that one was not though it should have been (`CacheStats.bound`).
 BYTES, NUMBER, OVER = "dropped-bytes", "dropped-number", "kept-over"
@@ -38,20 +38,24 @@ class Bounds:
         self._has_warned = False
 
     def too_much(
-        self, sessions: Sequence[Session], turns: Mapping[BranchKey, Turn], running: Session, max_bytes: int | None
+        self,
+        sessions: Sequence[Session],
+        loop_positions: Mapping[GuidanceBranchKey, LoopPosition],
+        running: Session,
+        max_bytes: int | None,
     ) -> list[tuple[Session, str]]:
         """The sessions that have to go, with the reason.
 
         Args:
             sessions: All of them, the one used least recently first.
-            turns: Where their branches stand.
+            loop_positions: Where their branches stand.
             running: Has just made a step: its generation stays, however much that keeps.
         """
         self.max_bytes, self.over = max_bytes, 0
         going: dict[SessionKey, tuple[Session, str]] = {}
         total = sum(session.num_bytes for session in sessions)
         if max_bytes is not None and total > max_bytes:
-            stays = generation_of(running, sessions, turns)
+            stays = generation_of(running, sessions, loop_positions)
             may_go = [session for session in sessions if session.key not in stays]
             while total > max_bytes and may_go:
                 generation = [session for session in may_go if _overlap(session, may_go[0])]
@@ -69,17 +73,17 @@ class Bounds:
         if len(self._gone) > MAX_SESSIONS:
             self._gone.popitem(last=False)
 
-    def is_going_on(self, key: SessionKey, timestep: float | None, turn: Turn) -> bool:
+    def is_going_on(self, key: SessionKey, timestep: float | None, loop_position: LoopPosition) -> bool:
         """Whether a step goes on with a generation whose session was dropped; that is asked once.
 
         Args:
             timestep: Of the step.
-            turn: Where the branch stands after it.
+            loop_position: Where the branch stands after it.
         """
         if key not in self._gone:
             return False
         before, direction = self._gone.pop(key)
-        if turn.schedule is not None or before is None or timestep is None:
+        if loop_position.scheduler_run is not None or before is None or timestep is None:
             return True
         moved = timestep - before
         return moved != 0 and moved * direction >= 0
@@ -115,22 +119,24 @@ class Bounds:
         return found
 
 
-def generation_of(running: Session, sessions: Sequence[Session], turns: Mapping[BranchKey, Turn]) -> set[SessionKey]:
+def generation_of(
+    running: Session, sessions: Sequence[Session], loop_positions: Mapping[GuidanceBranchKey, LoopPosition]
+) -> set[SessionKey]:
     """The sessions that are branches of the generation of `running`, itself among them."""
-    here, found = turns.get(running.key.branch, FIRST_TURN), {running.key}
+    here, found = loop_positions.get(running.key.guidance_branch, LOOP_START), {running.key}
     beginning = 0
     for session in reversed(sessions):
-        branch = session.key.branch
-        there = turns.get(branch, FIRST_TURN)
-        if branch.who != running.key.branch.who:
+        guidance_branch = session.key.guidance_branch
+        there = loop_positions.get(guidance_branch, LOOP_START)
+        if guidance_branch.who != running.key.guidance_branch.who:
             continue
-        if here.schedule is not None or there.schedule is not None:
-            is_same = there.goes_on_in(here.schedule)
+        if here.scheduler_run is not None or there.scheduler_run is not None:
+            is_same = there.goes_on_in(here.scheduler_run)
         else:
-            is_same = branch == running.key.branch or _overlap(session, running)
+            is_same = guidance_branch == running.key.guidance_branch or _overlap(session, running)
             # At the first step of a generation its branches have not taken turns yet; they are at one timestep.
             has_place = here.timestep is not None or running.is_named
-            if not is_same and has_place and here.timestep == there.timestep and beginning < MAX_BRANCHES:
+            if not is_same and has_place and here.timestep == there.timestep and beginning < MAX_GUIDANCE_BRANCHES:
                 is_same, beginning = True, beginning + 1
         if is_same:
             found.add(session.key)
@@ -139,4 +145,8 @@ def generation_of(running: Session, sessions: Sequence[Session], turns: Mapping[
 
 def _overlap(one: Session, other: Session) -> bool:
     """Whether the two took turns, as the branches of a generation do."""
-    return one.key.branch.who == other.key.branch.who and one.last >= other.first and other.last >= one.first
+    return (
+        one.key.guidance_branch.who == other.key.guidance_branch.who
+        and one.last >= other.first
+        and other.last >= one.first
+    )

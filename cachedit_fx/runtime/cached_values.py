@@ -10,7 +10,7 @@ import torch
 
 from cachedit_fx.forecasters.forecaster import Forecaster, Times
 from cachedit_fx.forecasters.verdict import unproven
-from cachedit_fx.patterns.chain import HIDDEN
+from cachedit_fx.patterns.blocks import HIDDEN
 
 # Positions of the steps reused since the last computed one, and of those between it and the one before (`Times`).
 Reused = tuple[tuple[float, ...], tuple[float, ...]]
@@ -56,12 +56,12 @@ class Forecast:
 def covered(forecaster: Forecaster, roles: Sequence[str]) -> tuple[bool, ...]:
     """Of what leaves a region, which values are forecast. The first stands for the hidden stream if none is it."""
     main = HIDDEN if HIDDEN in roles else next(iter(roles), HIDDEN)
-    own, others = forecaster.enable_calibrator, forecaster.enable_encoder_calibrator
-    return tuple(own if role == main else others for role in roles)
+    hidden, others = forecaster.enable_calibrator, forecaster.enable_encoder_calibrator
+    return tuple(hidden if role == main else others for role in roles)
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class CachedValue:
     """One value that leaves a region, as it was at the last computed steps.
 
     Attributes:
@@ -96,10 +96,10 @@ class Kept:
         forecast: Forecast | None,
         *,
         is_static: bool,
-    ) -> Kept:
+    ) -> CachedValue:
         """With the value of a computed step, which the forecast of it is compared with."""
         if value is None or forecast is None or not value.is_floating_point():
-            return Kept((value,) if value is not None else ())
+            return CachedValue((value,) if value is not None else ())
         ages = tuple(now - position for position in self.positions)
         verdict = self.verdict
         if not forecast.forecaster.holds_values:
@@ -110,7 +110,7 @@ class Kept:
             times = Times(self.positions, now, *between)
             verdict = forecast.functions.judge(self.tensors, value, verdict, times, is_static=is_static)
         tensors = forecast.functions.update(self.tensors, value, ages)
-        return Kept(tensors, (now, *self.positions)[: forecast.forecaster.depth], verdict)
+        return CachedValue(tensors, (now, *self.positions)[: forecast.forecaster.depth], verdict)
 
     def at(self, now: float, between: Reused, forecast: Forecast | None, *, is_outdated: bool) -> torch.Tensor | None:
         """The value at a reused step: the last one where nothing is forecast, or the history is outdated."""

@@ -19,20 +19,20 @@ class CallCounts:
         computed: Calls that ran every block; what they made may be reused later.
         reused: Calls that reused what an earlier one made, in one region at least.
         uncached: Calls that ran without the cache, as if it was not enabled.
-        unseen: Calls of another method of the module, which runs its blocks where the cache does not see it.
+        bypassed: Calls of another method of the module, which runs its blocks where the cache does not see it.
         reasons: Why calls were uncached or unseen, a sentence each, with the number of these calls.
     """
 
     computed: int = 0
     reused: int = 0
     uncached: int = 0
-    unseen: int = 0
+    bypassed: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """All calls, in whatever way they were served."""
-        return self.computed + self.reused + self.uncached + self.unseen
+        return self.computed + self.reused + self.uncached + self.bypassed
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""
@@ -46,7 +46,7 @@ class CallCounts:
                 "method that enable_cache(model, method=...) named; model.forward(...) and other methods run without "
                 "the cache"
             )
-        names = ("computed", "reused", "uncached", "unseen")
+        names = ("computed", "reused", "uncached", "bypassed")
         parts = [f"{getattr(self, name)} {name}" for name in names if getattr(self, name) or name in names[:2]]
         calls = f"{self.total} call{'s' * (self.total != 1)} since the cache was enabled"
         why = (f"\n  {count} without the cache: {reason}" for reason, count in self.reasons.items())
@@ -63,7 +63,7 @@ class CallTally:
     def clear(self) -> None:
         """Begins at zero."""
         with self._lock:
-            self._computed = self._reused = self._uncached = self._unseen = 0
+            self._computed = self._reused = self._uncached = self._bypassed = 0
             self._reasons: dict[str, int] = {}
 
     def served(self, *, is_reused: bool) -> None:
@@ -74,16 +74,16 @@ class CallTally:
             else:
                 self._computed += 1
 
-    def missed(self, reason: str, *, is_seen: bool = True) -> None:
+    def not_served(self, reason: str, *, reached_cache: bool = True) -> None:
         """Counts a call that the cache did not serve.
 
         Args:
             reason: Why, in a sentence.
-            is_seen: Whether the call came by the cache.
+            reached_cache: Whether the call came by the cache.
         """
         with self._lock:
-            self._uncached += is_seen
-            self._unseen += not is_seen
+            self._uncached += reached_cache
+            self._bypassed += not reached_cache
             if reason not in self._reasons and len(self._reasons) >= MAX_REASONS:
                 reason = next(reversed(self._reasons))
             self._reasons[reason] = self._reasons.get(reason, 0) + 1
@@ -91,5 +91,5 @@ class CallTally:
     @property
     def counts(self) -> CallCounts:
         with self._lock:
-            counted = self._computed, self._reused, self._uncached, self._unseen
+            counted = self._computed, self._reused, self._uncached, self._bypassed
             return CallCounts(*counted, dict(self._reasons))

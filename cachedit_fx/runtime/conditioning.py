@@ -95,10 +95,10 @@ class ConditioningTable:
     def _left_to_the_model(self, content: Hashable) -> _Entry | None:
         """A live object of this content that the model alone still holds, taken off the table."""
         tensor: torch.Tensor | None = torch.empty(0)
-        own = sys.getrefcount(tensor)  # This variable and the question itself.
+        ours = sys.getrefcount(tensor)  # This variable and the question itself.
         for key, entry in self._live.items():
             tensor = entry.ref() if entry.ref is not None and entry.fingerprint == content else None
-            references = sys.getrefcount(tensor) - own
+            references = sys.getrefcount(tensor) - ours
             if tensor is not None and self._is_let_go(tensor, references):
                 del self._live[key]
                 return entry

@@ -85,12 +85,12 @@ def is_cached(module: torch.nn.Module) -> bool:
     """Whether the cache serves `module`.
 
     Where `enable_cache` was called: whether the last call went through the cache. Behind the bare backend: whether a
-    graph was compiled with a guard in it, and none without one since that is the whole forward.
+    graph was compiled with a conditional in it, and none without one since that is the whole forward.
     """
     found = instances_in(module)
     enabled = [instance for instance in found if instance.is_enabled]
     standing = [_instances.get(inner) for inner in module.modules() if standing_in(inner) is not None]
-    return any(instance.is_guarded for instance in (standing if enabled else found) if instance is not None)
+    return any(instance.has_cached_graph for instance in (standing if enabled else found) if instance is not None)
 
 
 def standing_in(module: torch.nn.Module) -> Any:
@@ -138,4 +138,4 @@ def notes_of(module: torch.nn.Module) -> list[str]:
 
 def _are_one_generation(one: Record, last: Record) -> bool:
     """Guidance branches of a generation take turns, so the times at which they ran overlap."""
-    return one.key.branch.who == last.key.branch.who and one.last >= last.first
+    return one.key.guidance_branch.who == last.key.guidance_branch.who and one.last >= last.first

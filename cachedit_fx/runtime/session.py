@@ -19,21 +19,21 @@ import torch
 from cachedit_fx.config.cache_config import Changes
 from cachedit_fx.runtime.bounds import MAX_SESSIONS as MAX_SESSIONS
 from cachedit_fx.runtime.bounds import OVER, Bounds
-from cachedit_fx.runtime.branch import FIRST_TURN, BranchKey, SessionKey, Turn
 from cachedit_fx.runtime.cached_values import NotForecast
 from cachedit_fx.runtime.call_counts import CallTally
 from cachedit_fx.runtime.conditioning import ConditioningTable
+from cachedit_fx.runtime.guidance_branch import LOOP_START, GuidanceBranchKey, LoopPosition, SessionKey
 from cachedit_fx.runtime.request import current_owner, current_request
-from cachedit_fx.runtime.schedule import Schedule, find_schedule
+from cachedit_fx.runtime.scheduler_run import SchedulerRun, find_scheduler_run
 from cachedit_fx.runtime.snapshot import Snapshot
 from cachedit_fx.runtime.stats import CacheStats
-from cachedit_fx.runtime.stopwatch import Laps
+from cachedit_fx.runtime.stopwatch import PieceTimes
 
 MAX_FINISHED = 64  # Sessions per module whose statistics are kept.
 
 _label: ContextVar[str | None] = ContextVar("cachedit_fx_label", default=None)
 _call: ContextVar[ModelCall | None] = ContextVar("cachedit_fx_call", default=None)
-_clock = itertools.count(1)  # Numbers the steps of all sessions.
+_step_numbers = itertools.count(1)  # Numbers the steps of all sessions.
 
 
 class ModelCall:
@@ -42,14 +42,23 @@ class ModelCall:
     Attributes:
         conditioning: The tensor whose identity tells requests and guidance branches apart.
         policy: When to reuse, whatever the graphs were compiled with; None for that.
-        ran: Guarded graphs that Dynamo ran during this call, each with its arguments and outputs.
-        misses: Graphs that ran without the cache during this call (`UncachedGraph`), each as often as it ran.
-        num_served: Guarded graphs that ran during this call, whoever ran them.
+        ran: Cached graphs that Dynamo ran during this call, each with its arguments and outputs.
+        uncached_graphs: Graphs that ran without the cache during this call (`UncachedGraph`), each as often as it ran.
+        num_served: Cached graphs that ran during this call, whoever ran them.
         has_reused: Whether one of these reused what was kept.
         instance: The sessions of the model; None where its weights tell.
     """
 
-    __slots__ = ("_timestep", "conditioning", "has_reused", "instance", "misses", "num_served", "policy", "ran")
+    __slots__ = (
+        "_timestep",
+        "conditioning",
+        "has_reused",
+        "instance",
+        "num_served",
+        "policy",
+        "ran",
+        "uncached_graphs",
+    )
 
     def __init__(
         self,
@@ -63,7 +72,7 @@ class ModelCall:
         self.conditioning = conditioning
         self.policy = policy
         self.ran: list[tuple[Any, tuple[Any, ...], Any]] = []
-        self.misses: list[Any] = []
+        self.uncached_graphs: list[Any] = []
         self.num_served, self.has_reused = 0, False
 
     @property
@@ -123,11 +132,11 @@ class Session:
 
     @property
     def name(self) -> str:
-        key = self.key.branch
-        branch = key.label or ("" if key.token is None else f"conditioning {key.token}")
+        key = self.key.guidance_branch
+        guidance_branch = key.label or ("" if key.token is None else f"conditioning {key.token}")
         named = "" if self.request is None else str(self.request)
         further = f"call {self.key.ordinal + 1} of a step" if self.key.ordinal else ""
-        return ", ".join(filter(None, (named, branch, further))) or "unnamed"
+        return ", ".join(filter(None, (named, guidance_branch, further))) or "unnamed"
 
     def stats(self, *, finished: bool, num_dropped: int = 0) -> list[CacheStats]:
         return [
@@ -136,14 +145,14 @@ class Session:
                 session=self.name,
                 num_steps=len(state.decisions),
                 cached_steps=[i for i, decision in enumerate(state.decisions) if not decision.compute],
-                residual_diffs={i: d for i, d in enumerate(state.diffs) if state.decisions[i].looked},
+                residual_diffs={i: d for i, d in enumerate(state.diffs) if state.decisions[i].probed},
                 decisions=[decision.reason for decision in state.decisions],
                 state_bytes=0 if finished else state.num_bytes,
                 peak_state_bytes=state.num_bytes,
                 began=self.snapshot.began,
                 timesteps=list(self.snapshot.timesteps),
                 thresholds={i: d.threshold for i, d in enumerate(state.decisions) if d.threshold is not None},
-                step_seconds=Laps(self.snapshot.laps),
+                step_seconds=PieceTimes(self.snapshot.piece_times),
                 errors={i: error for i, error in enumerate(state.errors) if error is not None},
                 accumulated={i: d.accumulated for i, d in enumerate(state.decisions) if d.accumulated is not None},
                 not_forecast=NotForecast(state.verdicts),
@@ -173,8 +182,8 @@ class Instance:
     Attributes:
         bounds: How much the sessions may keep, and what was dropped.
         weights: Counts the times that modules or weights of the module were seen to be others.
-        is_guarded: Whether a graph of the module has a guard; where the cache is enabled, whether the last call ran
-            such a graph.
+        has_cached_graph: Whether a graph of the module has a conditional; where the cache is enabled, whether the last
+            call ran such a graph.
         is_enabled: Whether `enable_cache` was called for the module, and `disable_cache` was not since.
         calls: How the calls of an enabled module were served.
         told: Kinds of reasons for running uncached that the user was told of.
@@ -186,33 +195,35 @@ class Instance:
         self._module = weakref.ref(module) if module is not None else None
         self.conditioning = ConditioningTable(self._conditioning_ended, self._lock, self._is_let_go)
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()  # The one used last stands last.
-        self._turns: dict[BranchKey, Turn] = {}  # Of the branches that have sessions, or had.
+        self._loop_positions: dict[GuidanceBranchKey, LoopPosition] = {}  # Of the branches that have sessions, or had.
         self._finished: deque[Record] = deque(maxlen=MAX_FINISHED)
         self.bounds = Bounds()
         self.weights = 0
-        self.is_guarded = self.is_enabled = False
+        self.has_cached_graph = self.is_enabled = False
         self.calls = CallTally()
         self.told: set[str] = set()
 
     def open(
-        self, owner: Hashable, conditioning: torch.Tensor | None, schedule: Schedule | None = None
-    ) -> tuple[Session, Turn]:
+        self, owner: Hashable, conditioning: torch.Tensor | None, scheduler_run: SchedulerRun | None = None
+    ) -> tuple[Session, LoopPosition]:
         """The session that this call seems to belong to, and where its branch stands; nothing changes before `commit`.
 
         Which of a step's calls it is, is known for certain once its timestep is: see `at`.
         """
         token = self.conditioning.token(conditioning) if conditioning is not None else None
         request = current_request()
-        key = BranchKey(owner, current_owner(request), _label.get(), token)
+        key = GuidanceBranchKey(owner, current_owner(request), _label.get(), token)
         with self._lock:
-            turn = self._turns.get(key) or self._turns.get(replace(key, owner=None), FIRST_TURN)
-            foreseen = SessionKey(key, turn.foreseen(schedule))
-            known = self._sessions.get(foreseen)
-        return known or Session(foreseen, request, self._epoch), turn
+            loop_position = self._loop_positions.get(key) or self._loop_positions.get(
+                replace(key, owner=None), LOOP_START
+            )
+            predicted = SessionKey(key, loop_position.predicted_ordinal(scheduler_run))
+            known = self._sessions.get(predicted)
+        return known or Session(predicted, request, self._epoch), loop_position
 
     def at(self, session: Session, ordinal: int) -> Session:
         """The session of another of the calls that the branch of `session` makes at a step."""
-        key = SessionKey(session.key.branch, ordinal)
+        key = SessionKey(session.key.guidance_branch, ordinal)
         with self._lock:
             known = self._sessions.get(key)
         return known or Session(key, session.request, session.epoch)
@@ -220,28 +231,30 @@ class Instance:
     def pass_by(self, call: ModelCall) -> None:
         """Counts a call that none of the graphs served: what follows at the same step is not taken for it."""
         token = self.conditioning.token(call.conditioning) if call.conditioning is not None else None
-        schedule, timestep = find_schedule(), call.timestep
-        mine = BranchKey(None, current_owner(current_request()), _label.get(), token)
+        scheduler_run, timestep = find_scheduler_run(), call.timestep
+        mine = GuidanceBranchKey(None, current_owner(current_request()), _label.get(), token)
         with self._lock:
-            for key in [mine, *(key for key in self._turns if replace(key, owner=None) == mine)]:
-                turn = self._turns.get(key, FIRST_TURN)
-                ordinal = turn.ordinal_at(timestep, schedule)
-                self._turns.pop(key, None)
-                self._turns[key] = turn.after(ordinal, timestep, schedule, is_first=turn is FIRST_TURN)
-            self._bound_turns()
+            for key in [mine, *(key for key in self._loop_positions if replace(key, owner=None) == mine)]:
+                loop_position = self._loop_positions.get(key, LOOP_START)
+                ordinal = loop_position.ordinal_at(timestep, scheduler_run)
+                self._loop_positions.pop(key, None)
+                self._loop_positions[key] = loop_position.after(
+                    ordinal, timestep, scheduler_run, is_first=loop_position is LOOP_START
+                )
+            self._bound_loop_positions()
 
     def take_back(self, session: Session) -> None:
         """Undoes `open` for a call that was given up and will be made anew: its prompt has not served it."""
-        token = session.key.branch.token
+        token = session.key.guidance_branch.token
         if token is not None:
             self.conditioning.take_back(token)
 
     def partner(self, session: Session) -> Session | None:
         """The session of another guidance branch of the same request that made the last step before this."""
-        mine, ordinal = session.key.branch, session.key.ordinal
+        mine, ordinal = session.key.guidance_branch, session.key.ordinal
 
         def is_partner(key: SessionKey) -> bool:
-            other = key.branch
+            other = key.guidance_branch
             same = (other.owner, other.who, key.ordinal) == (mine.owner, mine.who, ordinal)
             return same and other != mine
 
@@ -252,7 +265,7 @@ class Instance:
         self,
         session: Session,
         snapshot: Snapshot,
-        turn: Turn,
+        loop_position: LoopPosition,
         *,
         is_new_generation: bool,
         max_bytes: int | None = None,
@@ -260,7 +273,7 @@ class Instance:
         """Takes a finished step. A new generation under an old key ends the old session first.
 
         Args:
-            turn: Where the branch stands now.
+            loop_position: Where the branch stands now.
             max_bytes: That all sessions may keep; None for any number.
         """
         with self._lock:
@@ -269,18 +282,20 @@ class Instance:
             if is_new_generation:
                 self._end_generation_of(session)
                 session = Session(session.key, session.request, session.epoch)
-            is_going_on = self.bounds.is_going_on(session.key, snapshot.timestep, turn) and not is_new_generation
+            is_going_on = (
+                self.bounds.is_going_on(session.key, snapshot.timestep, loop_position) and not is_new_generation
+            )
             if is_going_on and not session.first:
                 self.bounds.warn()
                 snapshot = replace(snapshot, began="state-dropped")
-            self._turns[session.key.branch] = turn
-            session.last = next(_clock)
+            self._loop_positions[session.key.guidance_branch] = loop_position
+            session.last = next(_step_numbers)
             session.first = session.first or session.last
             session.snapshot = snapshot
             session.num_bytes = sum(region.num_bytes for region in snapshot.regions.values())
             self._sessions[session.key] = session
             self._sessions.move_to_end(session.key)
-            for old, why in self.bounds.too_much([*self._sessions.values()], self._turns, session, max_bytes):
+            for old, why in self.bounds.too_much([*self._sessions.values()], self._loop_positions, session, max_bytes):
                 self._drop(old, why)
             session.bound = OVER if self.bounds.over else ""
 
@@ -294,24 +309,28 @@ class Instance:
 
         A pipeline ends its own: another one may be in the middle of its loop, further up the stack.
         """
-        schedule, who = find_schedule(), current_owner(current_request())
+        scheduler_run, who = find_scheduler_run(), current_owner(current_request())
 
-        def is_asked(branch: BranchKey) -> bool:
-            turn = self._turns.get(branch, FIRST_TURN)
-            is_other = schedule is not None and turn.schedule is not None and not turn.goes_on_in(schedule)
-            return branch.who == who and not is_other
+        def is_asked(guidance_branch: GuidanceBranchKey) -> bool:
+            loop_position = self._loop_positions.get(guidance_branch, LOOP_START)
+            is_other = (
+                scheduler_run is not None
+                and loop_position.scheduler_run is not None
+                and not loop_position.goes_on_in(scheduler_run)
+            )
+            return guidance_branch.who == who and not is_other
 
         with self._lock:
             self._epoch += everyone  # So that steps that are running now leave nothing behind.
-            for session in [s for s in self._sessions.values() if everyone or is_asked(s.key.branch)]:
+            for session in [s for s in self._sessions.values() if everyone or is_asked(s.key.guidance_branch)]:
                 self._finish(session)
-            self._forget_turns(lambda branch: everyone or is_asked(branch))
+            self._forget_loop_positions(lambda guidance_branch: everyone or is_asked(guidance_branch))
 
     def clear(self) -> None:
         with self._lock:
             self._epoch += 1
             self._sessions.clear()
-            self._turns.clear()
+            self._loop_positions.clear()
             self._finished.clear()
             self.bounds = Bounds()
             self.conditioning.clear()
@@ -319,38 +338,42 @@ class Instance:
 
     def _end_generation_of(self, session: Session) -> None:
         """Ends what the session did before, and with the first of a step's calls what the further ones did."""
-        branch, ordinal = session.key.branch, session.key.ordinal
-        ended = [s for k, s in self._sessions.items() if k.branch == branch and (k.ordinal == ordinal or not ordinal)]
+        guidance_branch, ordinal = session.key.guidance_branch, session.key.ordinal
+        ended = [
+            s
+            for k, s in self._sessions.items()
+            if k.guidance_branch == guidance_branch and (k.ordinal == ordinal or not ordinal)
+        ]
         for old in ended:
             self._finish(old)
 
     def _drop(self, session: Session, why: str) -> None:
         """Lets go of a session whose generation may go on: its branch keeps its turn, for it may be within a step."""
-        branch, turn = session.key.branch, self._turns[session.key.branch]
+        guidance_branch, loop_position = session.key.guidance_branch, self._loop_positions[session.key.guidance_branch]
         session.bound, snapshot = why, session.snapshot
         self._finish(session)
         self.bounds.drop(session.key, snapshot.timestep, snapshot.direction, why)
-        self._turns.pop(branch, None)
-        self._turns[branch] = turn
-        self._bound_turns()
+        self._loop_positions.pop(guidance_branch, None)
+        self._loop_positions[guidance_branch] = loop_position
+        self._bound_loop_positions()
 
-    def _bound_turns(self) -> None:
+    def _bound_loop_positions(self) -> None:
         """Lets go of those that were used least recently, of branches without sessions."""
-        have_sessions = {key.branch for key in self._sessions}
-        for branch in [b for b in self._turns if b not in have_sessions][:-MAX_SESSIONS]:
-            del self._turns[branch]
+        have_sessions = {key.guidance_branch for key in self._sessions}
+        for guidance_branch in [b for b in self._loop_positions if b not in have_sessions][:-MAX_SESSIONS]:
+            del self._loop_positions[guidance_branch]
 
     def _finish(self, session: Session) -> None:
         self._finished.append(self._record(session, finished=True))
         self._sessions.pop(session.key, None)
-        self._forget_turns(lambda branch: branch == session.key.branch)
+        self._forget_loop_positions(lambda guidance_branch: guidance_branch == session.key.guidance_branch)
         session.snapshot, session.num_bytes = Snapshot(), 0
 
-    def _forget_turns(self, is_meant: Callable[[BranchKey], bool]) -> None:
+    def _forget_loop_positions(self, is_meant: Callable[[GuidanceBranchKey], bool]) -> None:
         """Those of branches without sessions."""
-        have_sessions = {key.branch for key in self._sessions}
-        for branch in [b for b in self._turns if is_meant(b) and b not in have_sessions]:
-            del self._turns[branch]
+        have_sessions = {key.guidance_branch for key in self._sessions}
+        for guidance_branch in [b for b in self._loop_positions if is_meant(b) and b not in have_sessions]:
+            del self._loop_positions[guidance_branch]
 
     def _record(self, session: Session, *, finished: bool) -> Record:
         num_dropped = self.bounds.dropped.total()
@@ -367,6 +390,6 @@ class Instance:
 
     def _conditioning_ended(self, token: int) -> None:
         with self._lock:
-            for session in [s for s in self._sessions.values() if s.key.branch.token == token]:
+            for session in [s for s in self._sessions.values() if s.key.guidance_branch.token == token]:
                 self._finish(session)
-            self._forget_turns(lambda branch: branch.token == token)
+            self._forget_loop_positions(lambda guidance_branch: guidance_branch.token == token)

@@ -20,7 +20,7 @@ from cachedit_fx.runtime.step import StepRun
 
 
 @dataclass(slots=True)
-class _Seen:
+class _Observed:
     """A region during the first run.
 
     Attributes:
@@ -38,17 +38,17 @@ class _Seen:
 class ShadowedStep(StepRun):
     """The first run: decides as ever, and computes all the same."""
 
-    __slots__ = ("_seen",)
+    __slots__ = ("_observed",)
 
-    def decide(self, region: int, probe: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
-        computes = super().decide(region, probe, streams)
+    def decide(self, region: int, probe_vector: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
+        computes = super().decide(region, probe_vector, streams)
         run = self._runs[region]
         if region == 0:
-            self._seen: list[_Seen] = []
-        self._seen.append(_Seen(run.state, run.fits, not computes))
+            self._observed: list[_Observed] = []
+        self._observed.append(_Observed(run.state, run.fits, not computes))
         return True
 
-    def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
+    def cached(self, region: int) -> tuple[torch.Tensor | None, ...]:
         return (None,) * len(self._runs[region].plan.roles)
 
     def residual(self, region: int, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
@@ -56,19 +56,19 @@ class ShadowedStep(StepRun):
 
     def observe(self, region: int, outputs: tuple[torch.Tensor, ...]) -> None:
         """Takes what leaves a region."""
-        self._seen[region].outputs = outputs
+        self._observed[region].outputs = outputs
 
     def compare(self, forward: Callable[..., Any], output: Any) -> None:
         """Runs the step again, reusing, and notes how far off every region and the model's output are."""
-        seen = self._seen
-        asked = [one.reuses for one in seen]
-        reused = [one.fits and (one.reuses or not any(asked)) for one in seen]
-        second = _Reusing(self, seen, reused)
-        errors: list[StepError | None] = [None] * len(seen)
+        observed = self._observed
+        asked = [one.reuses for one in observed]
+        reused = [one.fits and (one.reuses or not any(asked)) for one in observed]
+        second = _Reusing(self, observed, reused)
+        errors: list[StepError | None] = [None] * len(observed)
         if any(reused):
             again = forward(second, *self._args)
             of_output = _relative_l2(_floats(again), _floats(output))
-            for i, one in enumerate(seen):
+            for i, one in enumerate(observed):
                 if reused[i]:
                     pairs = zip(self._runs[i].plan.roles, second.outputs[i], one.outputs, strict=True)
                     streams = {role: _relative_l2([a], [b]) for role, a, b in pairs}
@@ -80,21 +80,21 @@ class ShadowedStep(StepRun):
 class _Reusing:
     """The second run: a `Step` that reuses what it is told to, and keeps nothing."""
 
-    def __init__(self, first: ShadowedStep, seen: Sequence[_Seen], reused: Sequence[bool]) -> None:
-        self._first, self._seen, self._reused = first, seen, reused
-        self.outputs: list[tuple[torch.Tensor, ...]] = [()] * len(seen)
+    def __init__(self, first: ShadowedStep, observed: Sequence[_Observed], reused: Sequence[bool]) -> None:
+        self._first, self._observed, self._reused = first, observed, reused
+        self.outputs: list[tuple[torch.Tensor, ...]] = [()] * len(observed)
 
     def before(self, region: int) -> torch.Tensor:
         return self._first.before(region)
 
-    def decide(self, region: int, probe: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
+    def decide(self, region: int, probe_vector: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
         return not self._reused[region]
 
-    def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
+    def cached(self, region: int) -> tuple[torch.Tensor | None, ...]:
         run = self._first._runs[region]
         if not self._reused[region]:
             return (None,) * len(run.plan.roles)
-        return self._first.reusable(run, self._seen[region].state)
+        return self._first.reusable(run, self._observed[region].state)
 
     def residual(self, region: int, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
         return after
@@ -102,7 +102,7 @@ class _Reusing:
     def observe(self, region: int, outputs: tuple[torch.Tensor, ...]) -> None:
         self.outputs[region] = outputs
 
-    def keep(self, region: int, seen: torch.Tensor | None, stored: tuple[torch.Tensor | None, ...]) -> None:
+    def update(self, region: int, probe: torch.Tensor | None, cached: tuple[torch.Tensor | None, ...]) -> None:
         """Nothing: the first run kept what is to be kept."""
 
 

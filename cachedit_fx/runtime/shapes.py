@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils._sympy.printers import PythonPrinter
 
-from cachedit_fx.patterns.chain import size_key, value_of
+from cachedit_fx.patterns.nodes import size_key, value_of
 
 Size = tuple[tuple[int, ...], tuple[int, ...]]  # shape, strides
 Sizes = tuple[Size, ...]

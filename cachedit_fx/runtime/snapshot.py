@@ -9,9 +9,9 @@ from types import MappingProxyType
 import torch
 
 from cachedit_fx.policies import Decision, History
-from cachedit_fx.runtime.cached_values import Kept, Reused, Unread
+from cachedit_fx.runtime.cached_values import CachedValue, Reused, Unread
 from cachedit_fx.runtime.stats import StepError
-from cachedit_fx.runtime.stopwatch import Lap
+from cachedit_fx.runtime.stopwatch import PieceTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +19,17 @@ class RegionState:
     """What one region keeps from its last computed steps, and the record of its decisions.
 
     Attributes:
-        seen: What the guard looked at, at the last computed step or, where a budget decides, at the last step; None
+        probe: The probe at the last computed step or, where a budget decides, at the last step; None
             before the first, or where it looks at nothing.
-        stored: One per value that leaves the region; none before the first computed step.
+        cached: One per value that leaves the region; none before the first computed step.
         reused: Positions of the steps reused since the last computed one, and of those between it and the computed one
             before it; for a forecaster alone.
         is_outdated: Whether a gap or a jump has come since the last computed step.
         verdicts: Of the reused steps that may not have used the forecaster.
     """
 
-    seen: torch.Tensor | None = None
-    stored: tuple[Kept, ...] = ()
+    probe: torch.Tensor | None = None
+    cached: tuple[CachedValue, ...] = ()
     reused: Reused = ((), ())
     history: History = field(default_factory=History)
     decisions: tuple[Decision, ...] = ()
@@ -40,7 +40,9 @@ class RegionState:
 
     @property
     def num_bytes(self) -> int:
-        return sum(kept.num_bytes for kept in self.stored) + (self.seen.nbytes if self.seen is not None else 0)
+        return sum(cached_value.num_bytes for cached_value in self.cached) + (
+            self.probe.nbytes if self.probe is not None else 0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,8 @@ class Snapshot:
         direction: Sign in which the timestep moves; 0 while it has not.
         num_steps: Steps so far.
         began: Why the generation began (see `CacheStats.began`).
-        timesteps, laps: Of every step.
-        graph: Number of the guarded graph that made the last computed step.
+        timesteps, piece_times: Of every step.
+        graph: Number of the cached graph that made the last computed step.
         weights: What the instance's weights were at the last computed step (see `Instance.weights`).
         checksum: Of the conditioning's values; empty where the graph takes none.
     """
@@ -66,5 +68,5 @@ class Snapshot:
     checksum: tuple[float, ...] = ()
     began: str = "new"
     timesteps: tuple[float | None, ...] = ()
-    laps: tuple[Lap, ...] = ()
+    piece_times: tuple[PieceTime, ...] = ()
     regions: Mapping[str, RegionState] = field(default_factory=lambda: MappingProxyType({}))

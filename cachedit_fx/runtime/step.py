@@ -1,4 +1,4 @@
-"""One step of one session: what a guarded graph asks of its caller, and what the step leaves behind."""
+"""One step of one session: what a cached graph asks of its caller, and what the step leaves behind."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from cachedit_fx.config.cache_config import CacheConfig, Changes
 from cachedit_fx.forecasters.verdict import is_gap, is_jump
 from cachedit_fx.policies import Decision, History, decide, needs_refresh
-from cachedit_fx.runtime.branch import Turn
-from cachedit_fx.runtime.cached_values import Forecast, Kept
-from cachedit_fx.runtime.schedule import Schedule
+from cachedit_fx.runtime.cached_values import CachedValue, Forecast
+from cachedit_fx.runtime.guidance_branch import LoopPosition
+from cachedit_fx.runtime.scheduler_run import SchedulerRun
 from cachedit_fx.runtime.session import Instance, Session
 from cachedit_fx.runtime.shapes import Size, SizeRule
 from cachedit_fx.runtime.snapshot import RegionState, Snapshot
-from cachedit_fx.runtime.stopwatch import Lap
+from cachedit_fx.runtime.stopwatch import PieceTime
 
 if TYPE_CHECKING:
-    from cachedit_fx.runtime.guarded_call import GuardedCall
+    from cachedit_fx.runtime.cached_call import CachedCall
 
 PartialSizes = tuple[Size | None, ...]
 
@@ -32,15 +32,15 @@ class RegionPlan:
     """What the runtime knows of a region.
 
     Attributes:
-        own: What of the configuration is for this region alone.
-        looks: Whether the guard looks at a value; then it is the first in `sizes` and `dtypes`, before what is stored.
+        overrides: What of the configuration is for this region alone.
+        has_probe: Whether the conditional has a probe; it is then the first in `sizes` and `dtypes`.
         measured: For each of `dtypes`, whether its size depends on data: `sizes` leaves it out, a step measures it.
         roles: What leaves the region, in order.
     """
 
     name: str
-    own: Changes | None
-    looks: bool
+    overrides: Changes | None
+    has_probe: bool
     sizes: SizeRule
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
@@ -101,26 +101,26 @@ class RegionRun:
 
 
 class StepRun:
-    """One step of one session: the `Step` that a guarded graph asks. Changes nothing before `commit`."""
+    """One step of one session: the `Step` that a cached graph asks. Changes nothing before `commit`."""
 
     __slots__ = (
-        *("_args", "_call", "_instance", "_is_new", "_policy", "_runs", "_schedule", "_session", "_snapshot"),
-        *("_ticked", "_turn", "_was_foreseen"),
+        *("_args", "_call", "_instance", "_is_new", "_policy", "_runs", "_scheduler_run", "_session", "_snapshot"),
+        *("_ticked", "_loop_position", "_was_predicted"),
     )
 
     def __init__(
         self,
-        call: GuardedCall,
+        call: CachedCall,
         policy: Policy,
         instance: Instance,
-        opened: tuple[Session, Turn],
-        schedule: Schedule | None,
+        opened: tuple[Session, LoopPosition],
+        scheduler_run: SchedulerRun | None,
         args: Sequence[Any] | Mapping[int, Any],
     ) -> None:
         self._call, self._policy, self._instance, self._args = call, policy, instance, args
-        self._schedule = schedule
-        self._session, self._turn = opened
-        self._ticked, self._was_foreseen = False, True
+        self._scheduler_run = scheduler_run
+        self._session, self._loop_position = opened
+        self._ticked, self._was_predicted = False, True
         self._runs: list[RegionRun] = []
         self._enter(self._session)
 
@@ -128,35 +128,35 @@ class StepRun:
         """Takes the step to be one of `session`."""
         self._session, self._snapshot, self._is_new = session, session.snapshot, False
         length = self._policy.config.num_inference_steps
-        if not self._turn.goes_on_in(self._schedule):
+        if not self._loop_position.goes_on_in(self._scheduler_run):
             self._begin_generation("new-schedule" if session.first else "new")
-        elif length is not None and self._schedule is None and session.snapshot.num_steps >= length:
+        elif length is not None and self._scheduler_run is None and session.snapshot.num_steps >= length:
             self._begin_generation("length-reached")
 
     def before(self, region: int) -> torch.Tensor:
         """What was looked at at the last computed step (by a budget: at the last step), or zeros: then nobody looks."""
         run = self._run(region)
         shape, strides = run.sizes[0] or ((), ())  # What is looked at has a known size.
-        if run.fits and run.state.seen is not None:
-            return in_layout(run.state.seen, strides)
+        if run.fits and run.state.probe is not None:
+            return in_layout(run.state.probe, strides)
         return torch.empty_strided(shape, strides, dtype=run.plan.dtypes[0], device=run.plan.device).zero_()
 
-    def decide(self, region: int, probe: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
+    def decide(self, region: int, probe_vector: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
         """Whether to compute. Reads the probe: the one time in a call (and region) that the host waits."""
         run = self._run(region)
         if streams:
             run.sizes = run.plan.sizes_at(self._args, streams)
             run.fits = self._is_of_this_graph and _fits(run.plan, run.state, run.sizes)
-        values = probe.tolist() if probe is not None else []
+        values = probe_vector.tolist() if probe_vector is not None else []
         if region == 0 and not self._ticked:
             checksum = tuple(values.pop() for _ in range(self._call.num_checksums))
-            self.tick(values.pop() if self._call.has_clock else None, checksum)
-            if not self._was_foreseen:  # The head compared with what another session keeps.
+            self.tick(values.pop() if self._call.has_timestep else None, checksum)
+            if not self._was_predicted:  # The head compared with what another session keeps.
                 self._runs.clear()
                 run = self._run(region)
         if self._is_new:  # What it had kept is let go of.
             run.state, run.fits = RegionState(), False
-        diff = values[0] if run.plan.looks and self._was_foreseen else math.nan
+        diff = values[0] if run.plan.has_probe and self._was_predicted else math.nan
         shared = self._shared_diff(run)
         run.diff = diff if shared is None else shared
         if run.forecast is not None:
@@ -164,32 +164,32 @@ class StepRun:
         run.history, has_moved = run.state.history, self._snapshot.direction != 0
         if run.history.has_moved != has_moved:
             run.history = replace(run.history, has_moved=has_moved)
-        earlier = [r.diff for r in self._runs[:region] if r.decision is not None and r.decision.looked]
+        earlier = [r.diff for r in self._runs[:region] if r.decision is not None and r.decision.probed]
         run.decision = decide(
             run.config,
             run.history,
             run.diff,
-            is_stored=run.fits,
+            is_cached=run.fits,
             earlier=earlier,
             timestep=self._snapshot.timestep,
             region=run.plan.name,
         )
         return run.decision.compute
 
-    def stored(self, region: int) -> tuple[torch.Tensor | None, ...]:
+    def cached(self, region: int) -> tuple[torch.Tensor | None, ...]:
         run = self._runs[region]
         if run.decision is None or run.decision.compute:
-            return (None,) * (len(run.plan.dtypes) - run.plan.looks)
+            return (None,) * (len(run.plan.dtypes) - run.plan.has_probe)
         return self.reusable(run, run.state)
 
     def reusable(self, run: RegionRun, state: RegionState) -> tuple[torch.Tensor | None, ...]:
         """What a reused step takes of what `state` keeps, in the layout of this call."""
         now, covered = self._position(run), _covered(run)
         values = [
-            kept.at(now, state.reused, run.forecast if is_covered else None, is_outdated=run.is_outdated)
-            for kept, is_covered in zip(state.stored, covered, strict=True)
+            cached.at(now, state.reused, run.forecast if is_covered else None, is_outdated=run.is_outdated)
+            for cached, is_covered in zip(state.cached, covered, strict=True)
         ]
-        sizes = run.sizes[run.plan.looks :]
+        sizes = run.sizes[run.plan.has_probe :]
         return tuple(in_layout(t, s[1]) if t is not None and s else t for t, s in zip(values, sizes, strict=True))
 
     def residual(self, region: int, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
@@ -199,18 +199,20 @@ class StepRun:
             return after
         return after - before if after.shape == before.shape else None
 
-    def keep(self, region: int, seen: torch.Tensor | None, stored: tuple[torch.Tensor | None, ...]) -> None:
+    def update(self, region: int, probe: torch.Tensor | None, cached: tuple[torch.Tensor | None, ...]) -> None:
         run = self._runs[region]
         assert run.decision is not None
         if run.decision.compute:
             weights = self._instance.weights
             self._snapshot = replace(self._snapshot, graph=self._call.number, weights=weights)
             between = run.state.reused[0] if run.fits and not run.is_outdated else ()
-            taken = self._taken_in(run, stored)
-            run.state = replace(run.state, seen=self._own(seen), stored=taken, reused=((), between), is_outdated=False)
+            taken = self._taken_in(run, cached)
+            run.state = replace(
+                run.state, probe=self._copied(probe), cached=taken, reused=((), between), is_outdated=False
+            )
         else:
             if run.config.decision_rule == "budget":
-                run.state = replace(run.state, seen=self._own(seen))
+                run.state = replace(run.state, probe=self._copied(probe))
             if run.forecast is not None:
                 run.state = self._noting_forecast(run)
         run.state = replace(
@@ -225,8 +227,8 @@ class StepRun:
         assert run.forecast is not None
         (since, between), state = run.state.reused, run.state
         found = [
-            kept.verdict_at(run.forecast, is_outdated=run.is_outdated)
-            for kept, is_covered in zip(state.stored, _covered(run), strict=True)
+            cached.verdict_at(run.forecast, is_outdated=run.is_outdated)
+            for cached, is_covered in zip(state.cached, _covered(run), strict=True)
             if is_covered
         ]
         unread = state.verdicts
@@ -242,26 +244,26 @@ class StepRun:
         snapshot = self._snapshot
         return is_gap((*snapshot.timesteps[-4:], snapshot.timestep))
 
-    def _taken_in(self, run: RegionRun, values: tuple[torch.Tensor | None, ...]) -> tuple[Kept, ...]:
+    def _taken_in(self, run: RegionRun, values: tuple[torch.Tensor | None, ...]) -> tuple[CachedValue, ...]:
         """What is kept now, with the values of this computed step. Of what has another size, or is behind a gap or a
         jump, nothing is left."""
         is_continued = run.fits and not run.is_outdated
-        before = run.state.stored if is_continued else (Kept(),) * len(values)
+        before = run.state.cached if is_continued else (CachedValue(),) * len(values)
         now, found = self._position(run), []
         for old, value, is_covered in zip(before, values, _covered(run), strict=True):
-            kept = old.taking_in(
+            cached = old.taking_in(
                 value,
                 now,
                 run.state.reused,
                 run.forecast if is_covered else None,
                 is_static=run.config.is_static,
             )
-            mine = (t if any(t is known for known in old.tensors) else self._own(t) for t in kept.tensors)
+            mine = (t if any(t is known for known in old.tensors) else self._copied(t) for t in cached.tensors)
             tensors = tuple(t for t in mine if t is not None)
-            found.append(replace(kept, tensors=tensors, verdict=self._own(kept.verdict)))
+            found.append(replace(cached, tensors=tensors, verdict=self._copied(cached.verdict)))
         return tuple(found)
 
-    def _own(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def _copied(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """`tensor`, or a copy where the inner compiler will write over it."""
         return tensor.clone() if tensor is not None and self._call.copy_state else tensor
 
@@ -273,20 +275,22 @@ class StepRun:
             return abs(snapshot.timestep - first) if first is not None else float(snapshot.num_steps)
         return float(snapshot.num_steps)
 
-    def commit(self, lap: Lap) -> None:
-        """Makes the step part of its session; it took as long as `lap`."""
+    def commit(self, piece_time: PieceTime) -> None:
+        """Makes the step part of its session; it took as long as `piece_time`."""
         before = self._snapshot
         snapshot = replace(
             before,
             regions=MappingProxyType({**before.regions, **{run.plan.name: run.state for run in self._runs}}),
             num_steps=before.num_steps + 1,
             timesteps=(*before.timesteps, before.timestep),
-            laps=(*before.laps, lap),
+            piece_times=(*before.piece_times, piece_time),
         )
         is_first = before.num_steps == 0
-        turn = self._turn.after(self._session.key.ordinal, before.timestep, self._schedule, is_first=is_first)
+        loop_position = self._loop_position.after(
+            self._session.key.ordinal, before.timestep, self._scheduler_run, is_first=is_first
+        )
         limit = self._policy.config.max_state_bytes
-        self._instance.commit(self._session, snapshot, turn, is_new_generation=self._is_new, max_bytes=limit)
+        self._instance.commit(self._session, snapshot, loop_position, is_new_generation=self._is_new, max_bytes=limit)
 
     def give_up(self) -> None:
         """Undoes what finding the session did: this step will be made anew."""
@@ -304,30 +308,30 @@ class StepRun:
         return self._policy.asks_decider
 
     def tick(self, timestep: float | None, checksum: tuple[float, ...] = ()) -> None:
-        """Moves the session's clock, once it is known which of a step's calls this is.
+        """Moves the session's timestep, once it is known which of a step's calls this is.
 
         A timestep that turns back starts a new generation, and so do other values of the conditioning in the same
         tensor. Inside one run of a pipeline the scheduler tells: there the timestep may turn or stay.
         """
         self._ticked = True
-        ordinal = self._turn.ordinal_at(timestep, self._schedule)
+        ordinal = self._loop_position.ordinal_at(timestep, self._scheduler_run)
         if ordinal != self._session.key.ordinal:
-            self._was_foreseen = False
+            self._was_predicted = False
             self._enter(self._instance.at(self._session, ordinal))
         if self._snapshot.checksum not in ((), checksum):
             self._begin_generation("conditioning-changed")
         last, direction = self._snapshot.timestep, self._snapshot.direction
-        has_stepped = self._turn.is_next_step(self._schedule) and not self._is_new
+        has_stepped = self._loop_position.is_next_step(self._scheduler_run) and not self._is_new
         if timestep is None:
-            # Without a clock a request with a name, or a pipeline that counts its steps, is known to be one generation.
+            # Without a timestep a named request, or a pipeline that counts its steps, is known to be one generation.
             is_known = self._session.is_named or has_stepped
             self._snapshot = replace(self._snapshot, checksum=checksum, direction=int(is_known))
             return
-        turn = 0 if last is None or math.isnan(timestep) else (timestep > last) - (timestep < last)
-        if turn * direction < 0 and not has_stepped:
+        sign = 0 if last is None or math.isnan(timestep) else (timestep > last) - (timestep < last)
+        if sign * direction < 0 and not has_stepped:
             self._begin_generation("timestep-turned")
-            turn, direction = 0, 0
-        direction = turn or direction or int(has_stepped)
+            sign, direction = 0, 0
+        direction = sign or direction or int(has_stepped)
         self._snapshot = replace(self._snapshot, checksum=checksum, timestep=timestep, direction=direction)
 
     def _begin_generation(self, reason: str) -> None:
@@ -344,7 +348,7 @@ class StepRun:
             plan, config = self._call.regions[region], self._policy.regions[region]
             state = self._snapshot.regions.get(plan.name) or RegionState()
             if needs_refresh(config, state.history):
-                state = replace(state, seen=None, stored=(), reused=((), ()), history=state.history.refreshed())
+                state = replace(state, probe=None, cached=(), reused=((), ()), history=state.history.refreshed())
             sizes = plan.sizes_at(self._args)
             forecast = self._call.forecast(config.forecaster)
             fits = self._is_of_this_graph and _fits(plan, state, sizes)
@@ -361,7 +365,7 @@ class StepRun:
         if partner is None or other is None or partner.snapshot.timestep != self._snapshot.timestep:
             return None
         is_same_step = len(other.decisions) == len(run.state.decisions) + 1
-        return other.diffs[-1] if is_same_step and other.decisions[-1].looked else None
+        return other.diffs[-1] if is_same_step and other.decisions[-1].probed else None
 
 
 def _covered(run: RegionRun) -> tuple[bool, ...]:
@@ -371,11 +375,11 @@ def _covered(run: RegionRun) -> tuple[bool, ...]:
 
 def _fits(plan: RegionPlan, state: RegionState, sizes: PartialSizes) -> bool:
     """Whether all is kept, in the sizes that are known so far."""
-    kept = (*((state.seen,) if plan.looks else ()), *(kept.last for kept in state.stored))
-    return len(kept) == len(plan.dtypes) and all(
+    tensors = (*((state.probe,) if plan.has_probe else ()), *(cached.last for cached in state.cached))
+    return len(tensors) == len(plan.dtypes) and all(
         tensor is not None
         and (size is None or tensor.shape == size[0])
         and tensor.dtype == dtype
         and tensor.device == plan.device
-        for tensor, size, dtype in zip(kept, sizes, plan.dtypes, strict=True)
+        for tensor, size, dtype in zip(tensors, sizes, plan.dtypes, strict=True)
     )

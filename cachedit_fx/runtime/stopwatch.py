@@ -18,11 +18,11 @@ class Stopwatch:
         self._device = device
         self._start = _mark(device)
 
-    def stop(self) -> Lap:
-        return Lap(self._start, _mark(self._device))
+    def stop(self) -> PieceTime:
+        return PieceTime(self._start, _mark(self._device))
 
 
-class Lap:
+class PieceTime:
     """Two moments; `seconds` waits for the second, where that is an event."""
 
     __slots__ = ("_start", "_stop")
@@ -38,13 +38,13 @@ class Lap:
         return float(self._start.elapsed_time(self._stop)) / 1000
 
 
-class Laps(Sequence[float]):
+class PieceTimes(Sequence[float]):
     """Seconds, told when they are asked for: a record is made before the device is done."""
 
-    __slots__ = ("_laps",)
+    __slots__ = ("_piece_times",)
 
-    def __init__(self, laps: Sequence[Lap]) -> None:
-        self._laps = tuple(laps)
+    def __init__(self, piece_times: Sequence[PieceTime]) -> None:
+        self._piece_times = tuple(piece_times)
 
     @overload
     def __getitem__(self, index: int) -> float: ...
@@ -52,14 +52,14 @@ class Laps(Sequence[float]):
     def __getitem__(self, index: slice) -> Sequence[float]: ...
     def __getitem__(self, index: int | slice) -> float | Sequence[float]:
         if isinstance(index, slice):
-            return [lap.seconds for lap in self._laps[index]]
-        return self._laps[index].seconds
+            return [piece_time.seconds for piece_time in self._piece_times[index]]
+        return self._piece_times[index].seconds
 
     def __len__(self) -> int:
-        return len(self._laps)
+        return len(self._piece_times)
 
     def __iter__(self) -> Iterator[float]:
-        return (lap.seconds for lap in self._laps)
+        return (piece_time.seconds for piece_time in self._piece_times)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import ConfigError, PatternError, cut, shown
-from cachedit_fx.frontend.attempts import Attempts
 from cachedit_fx.frontend.backend import Backend
+from cachedit_fx.frontend.capture_strategies import CaptureStrategies
 from cachedit_fx.frontend.enabled import enabled_of
 from cachedit_fx.inspect.explanation.data import GraphReport
+from cachedit_fx.inspect.explanation.dynamo_recorder import isolated
 from cachedit_fx.inspect.explanation.explain import explain
-from cachedit_fx.inspect.explanation.recorder import isolated
 from cachedit_fx.integrations.block_adapter import BlockAdapter
-from cachedit_fx.patterns.chain import HIDDEN
+from cachedit_fx.patterns.blocks import HIDDEN
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
 from cachedit_fx.patterns.template import BlockTemplate
@@ -43,7 +43,7 @@ class PatternCheck:
         decisions: Why each step was computed or reused, as in `CacheStats.decisions`; step 1 is the reused one.
         difference: Largest absolute difference between the reused step's output and the reference's.
         distance: How far the reused step's output is from a computed one's: relative L2, dimensionless, above 0.
-        diff: The relative L1 change of `hidden_states` that the guard measured at step 1; None where it did not look.
+        diff: The relative L1 change of `hidden_states` that was measured at step 1; None where nothing was probed.
     """
 
     template: BlockTemplate
@@ -57,13 +57,11 @@ class PatternCheck:
     def __str__(self) -> str:
         computed = ", ".join(str(i) for i in range(len(self.decisions)) if i != 1)
         how = "bitwise" if not self.difference else f"within {self.difference:.2g}"
-        looked = (
-            "" if self.diff is None else f"\n  the guard looks at hidden_states: it moved by {self.diff:.3f} at step 1"
-        )
+        probed = "" if self.diff is None else f"\n  the probe is hidden_states: it moved by {self.diff:.3f} at step 1"
         return (
             f"{self.template} is right: {self.num_blocks} blocks, of which a reused step skips {self.region}\n"
             f"  computed (step {computed}): what the model returns by itself, bitwise\n"
-            f"  reused (step 1): what the reference returns, {how}; a computed step is {self.distance:.1%} away{looked}"
+            f"  reused (step 1): what the reference returns, {how}; a computed step is {self.distance:.1%} away{probed}"
         )
 
 
@@ -145,18 +143,18 @@ def _compare(
 ) -> PatternCheck:
     """Runs the model by itself, by the reference and compiled."""
     model, template = reference.model, reference.template
-    own = [tensors_of(model(**call)) for call in calls]
-    require(all(bool(t.isfinite().all()) for output in own for t in output), "the model returns NaN or infinity")
-    require(not _apart(own[0], tensors_of(model(**calls[0]))), "the model is not deterministic: two calls differ")
+    alone = [tensors_of(model(**call)) for call in calls]
+    require(all(bool(t.isfinite().all()) for output in alone for t in output), "the model returns NaN or infinity")
+    require(not _apart(alone[0], tensors_of(model(**calls[0]))), "the model is not deterministic: two calls differ")
     reference.run(calls[0], reuse=False)
-    again = _distance(reference.run(calls[0], reuse=True), own[0])
+    again = _distance(reference.run(calls[0], reuse=True), alone[0])
     require(
-        again <= max(_ROUNDING, *(16 * torch.finfo(t.dtype).eps for t in own[0] if t.is_floating_point())),
+        again <= max(_ROUNDING, *(16 * torch.finfo(t.dtype).eps for t in alone[0] if t.is_floating_point())),
         f"on the inputs of step 0 its reference returns something else than the model, {again:.1%} away, so more runs "
         "from block to block than the streams of the template",
     )
     expected = reference.run(calls[1], reuse=True)
-    distance = _distance(expected, own[1])
+    distance = _distance(expected, alone[1])
     require(
         distance > 0,
         "a reused step returns what a computed one does, so nothing can be seen; are gates, or the output projection, "
@@ -164,11 +162,11 @@ def _compare(
     )
     moved = reference.moved
     if moved is not None and config.Fn_compute_blocks:
-        # Any threshold that the diff is below of; from 1 on the guard would not look.
+        # Any threshold that the diff is below of; from 1 on the conditional would not look.
         config = config.override(residual_diff_threshold=(1 + moved) / 2 if moved < 1 else 1.0)
     outputs, stats = _run_compiled(model, template, calls, config)
     _check_decisions(template, stats, moved)
-    for i, (found, computed) in enumerate(zip(outputs, own, strict=True)):
+    for i, (found, computed) in enumerate(zip(outputs, alone, strict=True)):
         if i != 1 and _apart(found, computed):
             raise AssertionError(
                 f"cachedit_fx: {template}: step {i}, which is computed, is not what the model returns by itself.\n"
@@ -186,24 +184,24 @@ def _compare(
 
 def _reused_differs(reference: Reference, graph: GraphReport, found: list[Tensor], expected: list[Tensor]) -> str:
     template, region = reference.template, graph.regions[0]
-    kept = {kept.value.role: kept.kept_as for kept in region.kept}
-    beside = [role for role in kept if role not in template.carried]
+    cached = {cached.value.role: cached.cached_as for cached in region.cached}
+    beside = [role for role in cached if role not in template.streams_out]
     require(
         len(beside) <= len(template.emitted),
         f"the loop makes more of what the blocks return than the streams, and uses it after them: {', '.join(beside)}",
     )
     streams = []
-    for role in template.carried:
+    for role in template.streams_out:
         want = template.cached.get(role, "residual")
-        if kept.get(role) != want:
-            streams.append(f"  stream {role}: expected to be kept as {want}, found {kept.get(role, 'not kept')}")
+        if cached.get(role) != want:
+            streams.append(f"  stream {role}: expected to be kept as {want}, found {cached.get(role, 'not kept')}")
     first, last = reference.blocks[reference.fn][0], reference.blocks[reference.stop - 1][0]
     lines = [
         f"cachedit_fx: {template}: step 1, which is reused, is not what the template says.",
         f"  expected: {first} to {last} skipped, and per stream what entered {first} and what they added before",
         f"  found:    {_apart(found, expected)}",
         *streams,
-        f"The graph keeps {', '.join(f'{role} as {how}' for role, how in kept.items())}.",
+        f"The graph keeps {', '.join(f'{role} as {how}' for role, how in cached.items())}.",
         "What to do: a difference of rounding (see tolerance=) is none of the template; else correct takes, returns, "
         "streams and cached by what cachedit_fx.explain(model, **inputs) shows of the blocks.",
     ]
@@ -215,7 +213,7 @@ def _check_decisions(template: BlockTemplate, stats: CacheStats, moved: float | 
     # The same sums over the same values, in an order of their own: 1e-3 is far above the rounding of float32.
     if diff is not None and moved is not None and abs(diff - moved) > 1e-3 * max(moved, 1e-3):
         raise AssertionError(
-            f"cachedit_fx: {template}: the guard looks at another stream than the template's {HIDDEN}.\n"
+            f"cachedit_fx: {template}: the graph's probe is another stream than the template's {HIDDEN}.\n"
             f"  expected: a change of {moved:.4f} between step 0 and step 1, that of {HIDDEN} as the blocks take it\n"
             f"  found:    {diff:.4f}\n"
             f"What to do: name {HIDDEN} in streams={{...}} as the code of the blocks does."
@@ -231,7 +229,7 @@ def _run_compiled(
     model: nn.Module, template: BlockTemplate, calls: Sequence[Call], config: CacheConfig
 ) -> tuple[list[list[Tensor]], CacheStats]:
     backend = Backend(config, declared=Declaration(patterns=(template,)))
-    compiled = Attempts(model, backend, isolated())
+    compiled = CaptureStrategies(model, backend, isolated())
     with session("check_pattern"):
         outputs = [tensors_of(compiled(**call)) for call in calls]
     found = [stats for record in records_of(model, every_generation=True) for stats in record.stats]
@@ -257,8 +255,14 @@ def _matched_graph(template: BlockTemplate, model: nn.Module, call: Call, config
     except PatternError as error:
         if error.mismatch is None:
             raise
-        miss, fits = error.mismatch, str(error).splitlines()[-1].partition(". ")[0]
-        lines = [f"  {miss.cause.value}:", *miss.lines, f"What to do: {miss.cure}.", f"{fits.rstrip('.')}.", see]
+        mismatch, fits = error.mismatch, str(error).splitlines()[-1].partition(". ")[0]
+        lines = [
+            f"  {mismatch.cause.value}:",
+            *mismatch.lines,
+            f"What to do: {mismatch.cure}.",
+            f"{fits.rstrip('.')}.",
+            see,
+        ]
         raise AssertionError("\n".join((head, *lines))) from None
     cached = [graph for graph in explanation.graphs if graph.is_cached]
     if not cached:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cachedit_fx.patterns.chain import HIDDEN
+from cachedit_fx.patterns.blocks import HIDDEN
 from cachedit_fx.patterns.template import BlockTemplate
 
 Call = Mapping[str, Any]  # The keyword arguments of one call.
@@ -48,7 +48,7 @@ class Reference:
         self._left: dict[str, Tensor] = {}  # What left the last of them then, and
         self._added: dict[str, Tensor] = {}  # what they added.
         self._is_handed_on = True  # From the last of them to the next block, as it is.
-        self._seen: Tensor | None = None  # What the Fn blocks added to hidden_states then.
+        self._last_probe: Tensor | None = None  # What the Fn blocks added to hidden_states then.
 
     def run(self, call: Call, *, reuse: bool) -> list[Tensor]:
         """The tensors that the model returns."""
@@ -81,7 +81,7 @@ class Reference:
         The first block returns something else than at the computed step, and no later block may hear of it.
         """
         number, given = self._next(block, args, kwargs)
-        for role in self.template.carried if number > 1 else ():
+        for role in self.template.streams_out if number > 1 else ():
             known = self._received.get((number, role))
             require(
                 known is None or torch.equal(given[self._place(number, given, role)], known),
@@ -92,7 +92,7 @@ class Reference:
 
     def _call(self, block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         number, given = self._next(block, args, kwargs)
-        places = {role: self._place(number, given, role) for role in self.template.carried}
+        places = {role: self._place(number, given, role) for role in self.template.streams_out}
         streams = {role: given[place] for role, place in places.items()}
         if number and not self._reuse:
             self._follow(number, given, places)
@@ -105,7 +105,7 @@ class Reference:
         if number == 0:
             self._start = streams[HIDDEN].clone()
         if number == self.fn:
-            self._look(streams[HIDDEN])
+            self._compare_probe(streams[HIDDEN])
             self._entered = {role: stream.clone() for role, stream in streams.items()}
         if self.fn <= number < self.stop and self._reuse:
             return self._skip(number)
@@ -152,9 +152,9 @@ class Reference:
                     "What to do: give returns the order of the block's return statement, and say in streams what the "
                     "block calls each of them (or give takes the order of its arguments)."
                 )
-        own = {id(given[place]) for place in places.values()}
+        given_ids = {id(given[place]) for place in places.values()}
         beside = [v for v in self._values if isinstance(v, Tensor) and any(v is g for g in given.values())]
-        is_all = all(id(value) in own for value in beside)
+        is_all = all(id(value) in given_ids for value in beside)
         require(is_all, f"{before} hands more on to {path} than the streams of the template")
 
     def _role(self, index: int) -> str:
@@ -176,7 +176,7 @@ class Reference:
         if not self._reuse:
             self._results[number] = _with_values(result, [_cloned(value) for value in self._values])
             if number == self.stop - 1:
-                self._leave({role: self._values[self._index[role]] for role in self.template.carried})
+                self._leave({role: self._values[self._index[role]] for role in self.template.streams_out})
 
     def _leave(self, streams: Mapping[str, Any]) -> None:
         """Notes what leaves the blocks that may be skipped; the last block of a model may drop a stream."""
@@ -220,14 +220,14 @@ class Reference:
             values[index] = value
         return _with_values(result, values)
 
-    def _look(self, hidden: Tensor) -> None:
+    def _compare_probe(self, hidden: Tensor) -> None:
         if not self.fn or hidden.shape != self._start.shape:
             return
-        seen = (hidden - self._start).float()
-        if self._reuse and self._seen is not None and self._seen.shape == seen.shape:
-            self.moved = float((seen - self._seen).abs().mean() / self._seen.abs().mean())
+        probe = (hidden - self._start).float()
+        if self._reuse and self._last_probe is not None and self._last_probe.shape == probe.shape:
+            self.moved = float((probe - self._last_probe).abs().mean() / self._last_probe.abs().mean())
         elif not self._reuse:
-            self._seen = seen
+            self._last_probe = probe
 
 
 @contextlib.contextmanager

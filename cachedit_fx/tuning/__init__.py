@@ -1,8 +1,8 @@
 """Finds from a few calls of a pipeline which steps to compute, for a quality or a speed that is wanted."""
 
 from cachedit_fx.integrations.signature import check_signature
-from cachedit_fx.tuning.result import Point, Quality, TuneResult
 from cachedit_fx.tuning.saved import load_tuned
 from cachedit_fx.tuning.tune import tune
+from cachedit_fx.tuning.tuning_result import Point, Quality, TuneResult
 
 __all__ = ["Point", "Quality", "TuneResult", "check_signature", "load_tuned", "tune"]

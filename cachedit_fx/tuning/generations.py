@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.integrations.block_adapter import transformers_of
 from cachedit_fx.tuning.calls import Call
-from cachedit_fx.tuning.problems import Recorded, weights_of
-from cachedit_fx.tuning.record import Recorder
+from cachedit_fx.tuning.problems import RecordedRun, weights_of
+from cachedit_fx.tuning.recording import Recorder
 from cachedit_fx.tuning.schedule import NUM_FIRST
 from cachedit_fx.tuning.search import Pace
 
@@ -33,7 +33,7 @@ class Recording:
 
     module: nn.Module
     outputs: list[Tensor]
-    recorded: list[Recorded]
+    recorded: list[RecordedRun]
     inputs: dict[str, tuple[int, ...]]
     pace: Pace
 
@@ -48,11 +48,11 @@ def record(pipe: Any, calls: Sequence[Call], max_bytes: int) -> Recording:
     for name, module in modules.items():
         _require_uncached(name, module)
     outputs: list[Tensor] = []
-    recorded: list[Recorded] = []
+    recorded: list[RecordedRun] = []
     used: dict[str, Recorder] = {}
     lengths: list[int] = []
     others: list[float] = []  # Seconds of the pipeline beside its model.
-    laps: list[float] = []
+    piece_times: list[float] = []
     for call in calls:
         recorders = {name: Recorder(module, max_bytes) for name, module in modules.items()}
         with ExitStack() as stack:
@@ -70,17 +70,17 @@ def record(pipe: Any, calls: Sequence[Call], max_bytes: int) -> Recording:
             )
         (recorder,) = used.values()
         lengths.append(recorder.num_steps)
-        own = [lap.seconds for lap in recorder.laps]
-        others.append(max(0.0, seconds - sum(own)))
-        laps += own
+        in_model = [piece_time.seconds for piece_time in recorder.piece_times]
+        others.append(max(0.0, seconds - sum(in_model)))
+        piece_times += in_model
         for trajectory in recorder.trajectories():
             weights = weights_of(getattr(pipe, "scheduler", None), trajectory.timesteps, recorder.num_steps)
-            recorded.append(Recorded(trajectory, weights))
+            recorded.append(RecordedRun(trajectory, weights))
     if len({*lengths}) > 1 or lengths[0] <= NUM_FIRST:
         raise ConfigError(
             f"cachedit_fx: calls must all have one number of steps, more than {NUM_FIRST}, got {shown(lengths)}"
         )
-    step = statistics.median(laps) * len(laps) / sum(lengths)
+    step = statistics.median(piece_times) * len(piece_times) / sum(lengths)
     generation = statistics.median(others) + step * lengths[0]
     return Recording(recorder.module, outputs, recorded, recorder.inputs, Pace(generation, step, lengths[0]))
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.tuning.calls import Call
-from cachedit_fx.tuning.replay import Replay
 from cachedit_fx.tuning.schedule import Schedule
+from cachedit_fx.tuning.simulate import Simulation
 
 _MARGIN_DB = 0.5  # Where a single image tells nothing of the spread.
 _MOST_DB = 150.0  # For outputs that are equal: infinity cannot be averaged, nor written as JSON.
@@ -91,16 +91,16 @@ class Meter:
     def is_known(self, key: str) -> bool:
         return key in self.measured
 
-    def replay(self, schedule: Schedule) -> Measured:
+    def simulation(self, schedule: Schedule) -> Measured:
         """The calls with the steps of a schedule left out."""
         counts = [0, 0]
 
         def run(call: Call) -> Tensor:
-            replay = Replay(self.module, schedule)
-            with replay.replaying():
+            simulation = Simulation(self.module, schedule)
+            with simulation.simulating():
                 output = call.run(self.pipe)
-            counts[0] += replay.num_computed
-            counts[1] += replay.num_calls
+            counts[0] += simulation.num_computed
+            counts[1] += simulation.num_calls
             return output
 
         return self.measure(schedule.key, run, lambda: counts[0] / counts[1])

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cachedit_fx.tuning.record import Trajectory
-from cachedit_fx.tuning.replay import position
+from cachedit_fx.tuning.recording import Trajectory
 from cachedit_fx.tuning.schedule import Problem
+from cachedit_fx.tuning.simulate import position
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedRun:
     """A guidance branch's trajectory with the weights of its steps, float64 [S]."""
 
     trajectory: Trajectory
@@ -38,7 +38,7 @@ def weights_of(scheduler: Any, timesteps: Sequence[float] | None, num_steps: int
     return np.ones(num_steps)
 
 
-def problems_of(recorded: Sequence[Recorded], by: str) -> list[Problem]:
+def problems_of(recorded: Sequence[RecordedRun], by: str) -> list[Problem]:
     """One problem per course of the timesteps, each with the mean of its generations."""
     groups: dict[tuple[Any, ...], list[Problem]] = {}
     for each in recorded:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import ConfigError
-from cachedit_fx.forecasters.registry import as_mapping
+from cachedit_fx.forecasters.forecaster_registry import as_mapping
 from cachedit_fx.integrations.signature import Signature
 
 

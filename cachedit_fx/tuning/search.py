@@ -114,7 +114,7 @@ class Search:
             cost = cost_of(problems, forecaster, computed)
             if self.budget.share_used > _WEIGHED_SHARE or len(computed) == num_steps:
                 break
-            measured = self._replayed(Schedule(forecaster, computed, num_steps, cost))
+            measured = self._simulated(Schedule(forecaster, computed, num_steps, cost))
             if cost > 0 and (error := sum(measured.errors)) > 0:
                 known.append((start + (gap - 1) / 2, math.log(error / cost)))
         if not known:
@@ -179,13 +179,13 @@ class Search:
 
     def _measure(self, schedule: Schedule) -> Measured:
         if schedule not in self.found:
-            self.found[schedule] = measured = self._replayed(schedule)
+            self.found[schedule] = measured = self._simulated(schedule)
             self.told(f"{len(schedule.computed)} of {schedule.num_steps} steps: PSNR {measured.psnr:.1f} dB")
         return self.found[schedule]
 
-    def _replayed(self, schedule: Schedule) -> Measured:
+    def _simulated(self, schedule: Schedule) -> Measured:
         self.budget.used += not self.meter.is_known(schedule.key)
-        return self.meter.replay(schedule)
+        return self.meter.simulation(schedule)
 
     def _reaches(self, count: int) -> bool:
         return any(self.is_reached(m) for s, m in self.found.items() if len(s.computed) == count)

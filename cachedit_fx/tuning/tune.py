@@ -26,9 +26,9 @@ from cachedit_fx.tuning.generations import record
 from cachedit_fx.tuning.measure import Measured, Meter
 from cachedit_fx.tuning.problems import problems_of
 from cachedit_fx.tuning.progress import Told, shown_progress
-from cachedit_fx.tuning.result import Point, Quality, TuneResult
 from cachedit_fx.tuning.search import Pace, Search
 from cachedit_fx.tuning.targets import Budget, Target
+from cachedit_fx.tuning.tuning_result import Point, Quality, TuneResult
 
 log = logging.getLogger(__name__)
 

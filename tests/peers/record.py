@@ -40,8 +40,8 @@ class Observer:
         self.case = case
         self.manager = transformer._context_manager
         self.num_calls = 0
-        self.names = FAMILIES[case.family].branches
-        self.branches: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in self.names}
+        self.names = FAMILIES[case.family].guidance_branches
+        self.guidance_branches: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in self.names}
         self._diff: float | None = None
         self._can_cache, self._add_residual_diff = self.manager.can_cache, self.manager.add_residual_diff
         self.manager.can_cache, self.manager.add_residual_diff = self.can_cache, self.add_residual_diff
@@ -59,9 +59,11 @@ class Observer:
         reuse = bool(self._can_cache(states, prefix=prefix, **others))
         place = _PREFIX.fullmatch(prefix)
         assert place is not None, prefix
-        step, branch = divmod(self.num_calls - 1, len(self.names))
+        step, guidance_branch = divmod(self.num_calls - 1, len(self.names))
         name = place["list"] if self.case.regions == "per_list" else "merged"
-        region = self.branches[self.names[branch]].setdefault(name, {"cached_steps": [], "residual_diffs": {}})
+        region = self.guidance_branches[self.names[guidance_branch]].setdefault(
+            name, {"cached_steps": [], "residual_diffs": {}}
+        )
         if reuse and step not in region["cached_steps"]:
             region["cached_steps"].append(step)
         if not self.case.prune:
@@ -81,8 +83,14 @@ class Observer:
             if context.transformer_executed_steps != self.num_calls:
                 continue
             name = re.sub(r"_\d+$", "", context.name) if self.case.regions == "per_list" else "merged"
-            for branch, told in zip(self.names, (context.cached_steps, context.cfg_cached_steps), strict=False):
-                assert self.branches[branch][name]["cached_steps"] == told, (str(self.case), branch, name)
+            for guidance_branch, told in zip(
+                self.names, (context.cached_steps, context.cfg_cached_steps), strict=False
+            ):
+                assert self.guidance_branches[guidance_branch][name]["cached_steps"] == told, (
+                    str(self.case),
+                    guidance_branch,
+                    name,
+                )
 
 
 def record(case: Case) -> dict[str, Any]:
@@ -106,7 +114,7 @@ def record(case: Case) -> dict[str, Any]:
     observer.check()
     return {
         "case": case.as_json(),
-        "branches": observer.branches,
+        "branches": observer.guidance_branches,
         "latents": {
             "shape": list(latents.shape),
             "first": [rounded(value) for value in latents.flatten()[:NUM_LATENTS].tolist()],

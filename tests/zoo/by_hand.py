@@ -39,7 +39,7 @@ class ByHand:
         self.chain = variant.chain(model)
         self.fn, self.stop = fn, len(self.chain) - bn
         self.giver, self.taker = self._change_of_layout()
-        self.mode = "compute"  # Or "reuse", or "look": what are the streams that enter in the layout at the end?
+        self.mode = "compute"  # Or "reuse", or "probe": what are the streams that enter in the layout at the end?
         self.entered: Streams = {}  # The streams before block `fn` at this step,
         self.brought: Streams = {}  # the same in the layout at the end, if it is another,
         self.added: Streams = {}  # and what was added to them at the last computed step.
@@ -51,7 +51,7 @@ class ByHand:
         if not skip:
             self.made, self.skips = [], {}
         if not skip and self.taker is not None:
-            self._run("look", inputs)
+            self._run("probe", inputs)
         return tensors_of(self._run("reuse" if skip else "compute", inputs))
 
     def _change_of_layout(self) -> tuple[nn.Module | None, nn.Module | None]:

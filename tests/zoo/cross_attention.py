@@ -97,7 +97,7 @@ def variants() -> Iterator[Variant]:
         ),
         lists=LAYERS,
         call=_lumina2,
-        clock="model",
+        timestep_input="model",
     )
     yield Variant(
         name="LuminaNext",
@@ -123,7 +123,7 @@ def variants() -> Iterator[Variant]:
         ),
         lists=LAYERS,
         call=_omnigen,
-        clock="model",
+        timestep_input="model",
     )
     yield Variant(
         name="Prior",
@@ -170,7 +170,7 @@ def variants() -> Iterator[Variant]:
         call=_amused,
         latents=("input_ids",),
         times=(),
-        clock="none",
+        timestep_input="none",
     )
     yield Variant(
         name="Transformer2D",
@@ -186,5 +186,5 @@ def variants() -> Iterator[Variant]:
         lists=TRANSFORMER_BLOCKS,
         call=_unet_part,
         times=(),
-        clock="none",
+        timestep_input="none",
     )

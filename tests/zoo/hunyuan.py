@@ -128,7 +128,7 @@ def variants() -> Iterator[Variant]:
         ),
         lists={"transformer_blocks": IMAGE_FIRST},
         call=_video15,
-        clock="model",
+        timestep_input="model",
         needs_capture=True,
     )
     yield Variant(

@@ -93,9 +93,9 @@ def capturing(variant: Variant) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def named(variant: Variant, *, has_clock: bool) -> Iterator[None]:
+def named(variant: Variant, *, has_timestep: bool) -> Iterator[None]:
     """Names the request, where nothing else tells that two steps belong to one generation."""
-    with contextlib.nullcontext() if has_clock else cachedit_fx.session(variant.name):
+    with contextlib.nullcontext() if has_timestep else cachedit_fx.session(variant.name):
         yield
 
 
@@ -122,12 +122,12 @@ class Cached:
         self._twins = Twins({cut: config_of(cut) for cut in others})
         target = enable(variant, self._model, config_of(self._first), dynamic=dynamic)
         self.found: dict[tuple[Cut, Shape], Generation] = {}
-        with self._twins.compiled(), watched() as all_seen:
-            with watched() as seen, named(variant, has_clock=variant.clock != "none"):
+        with self._twins.compiled(), watched() as all_observed:
+            with watched() as observed, named(variant, has_timestep=variant.timestep_input != "none"):
                 self._model(**variant.inputs(dtype=torch.bfloat16))
             for shape in shapes:
                 self._run(shape, cuts)
-        self.num_graphs, self.row = all_seen.num_graphs, seen.row(variant)
+        self.num_graphs, self.row = all_observed.num_graphs, observed.row(variant)
         cachedit_fx.disable_cache(target)
         assert dict(vars(self._model)) == before
         call = variant.inputs(dtype=torch.bfloat16)
@@ -140,7 +140,7 @@ class Cached:
         for cut in cuts:
             cachedit_fx.reset()
             instead = contextlib.nullcontext() if cut == self._first else self._twins.instead(cut)
-            with named(variant, has_clock=variant.clock != "none"), instead:
+            with named(variant, has_timestep=variant.timestep_input != "none"), instead:
                 outputs = [tensors_of(model(**call)) for call in calls]
             by_hand = steps_by_hand(variant, self._plain, calls, cut)
             self.found[cut, shape] = Generation(decisions_in(model), outputs, plain, by_hand, atol_of(variant))
@@ -169,7 +169,7 @@ class Compiled:
             calls = variant.generation(size=shape[0], text=shape[1])
             expected = [tensors_of(plain(**call)) for call in calls]
             cachedit_fx.reset()
-            with capturing(variant), named(variant, has_clock=variant.clock == "graph"):
+            with capturing(variant), named(variant, has_timestep=variant.timestep_input == "graph"):
                 outputs = [tensors_of(compiled(**call)) for call in calls]
             by_hand = steps_by_hand(variant, plain, calls, cut)
             self.found[shape] = Generation(decisions_in(model), outputs, expected, by_hand, atol_of(variant))

@@ -37,7 +37,7 @@ COLUMNS = (
 
 
 @dataclass
-class Seen:
+class Observed:
     """What the backend was handed during one call.
 
     Attributes:
@@ -56,20 +56,20 @@ class Seen:
 
 
 @contextmanager
-def watched() -> Iterator[Seen]:
+def watched() -> Iterator[Observed]:
     """Notes what the passes make of every graph, with blocks shared as for Inductor whatever compiles them."""
-    seen, call = Seen(), backends.Backend.__call__
+    observed, call = Observed(), backends.Backend.__call__
 
     def noted(self: backends.Backend, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        seen.num_graphs += 1
+        observed.num_graphs += 1
         copied = copy_graph(gm, example_inputs)
         found = backends.rewrite(copied, self.config, self.declared, exact=False)
-        seen.cells += [_cells(found)] if isinstance(found, backends.Rewritten) else []
+        observed.cells += [_cells(found)] if isinstance(found, backends.Rewritten) else []
         forget_examples(copied)
         return call(self, gm, example_inputs, **kwargs)
 
     with mock.patch.object(backends.Backend, "__call__", noted):
-        yield seen
+        yield observed
 
 
 def row(name: str) -> str:
@@ -87,11 +87,11 @@ def row(name: str) -> str:
         if variant.needs_call:
             model(**call)
         cachedit_fx.enable_cache(target, Fn_compute_blocks=1, on_no_match="raise", inner_backend="eager")
-        with watched() as seen:
+        with watched() as observed:
             model(**call)
     cachedit_fx.disable_cache(target)
     torch._dynamo.reset()
-    return seen.row(variant)
+    return observed.row(variant)
 
 
 def without_counts(row: str) -> list[str]:
@@ -106,15 +106,15 @@ def _cells(found: backends.Rewritten) -> tuple[str, str, str, str]:
         f"({len(match.blocks.blocks)}): {match.label}"
         for match in found.plan.chain
     ]
-    kept = [
+    cached = [
         f"`{pair.role}`{' (as it is)' if pair.before is None else ''}{' (sizes measured)' if pair.is_measured else ''}"
         for region in found.plan.regions
-        for pair in region.carried
+        for pair in region.live_outs
     ]
     shared = [piece.blocks for piece in found.pieces if piece.blocks]
     num_blocks = len({block for blocks in shared for block in blocks})  # One of two halves is counted once.
     regions = ", ".join(f"`{region.name}`" for region in found.plan.regions)
-    return "<br>".join(lists), regions, ", ".join(kept), f"{len(shared)} for {num_blocks}"
+    return "<br>".join(lists), regions, ", ".join(cached), f"{len(shared)} for {num_blocks}"
 
 
 def _needs(variant: Variant) -> str:
@@ -123,9 +123,9 @@ def _needs(variant: Variant) -> str:
         needs.append(f"`{variant.functor.__name__}`")
     if variant.needs_capture:
         needs.append("Dynamo's capture flags, which `enable_cache` sets")
-    if variant.clock == "model":
+    if variant.timestep_input == "model":
         needs.append("`enable_cache`, because the graph of the loop has no timestep")
-    if variant.clock == "none":
+    if variant.timestep_input == "none":
         needs.append("`session(key)`, because there is no timestep")
     if variant.needs_call:
         needs.append("one call before `enable_cache`, to be one graph")

@@ -10,13 +10,13 @@ from unittest import mock
 from torch import fx
 
 from cachedit_fx import Backend, CacheConfig
-from cachedit_fx.frontend.fast_dispatch import MISSED, LightCalls
-from cachedit_fx.runtime.guarded_call import GuardedCall
+from cachedit_fx.frontend.fast_dispatch import NOT_SERVED, FastDispatcher
+from cachedit_fx.runtime.cached_call import CachedCall
 from tests.zoo.variant import Cut
 
 
 class Twins:
-    """The guarded graphs of a module, each with others that were made of the same capture.
+    """The cached graphs of a module, each with others that were made of the same capture.
 
     Args:
         configs: What the others are built by.
@@ -24,7 +24,7 @@ class Twins:
 
     def __init__(self, configs: Mapping[Cut, CacheConfig]) -> None:
         self._backends = {cut: Backend(config, policy_per_call=True) for cut, config in configs.items()}
-        self._twins: dict[tuple[GuardedCall, Cut], GuardedCall] = {}
+        self._twins: dict[tuple[CachedCall, Cut], CachedCall] = {}
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
@@ -33,7 +33,7 @@ class Twins:
 
         def compile_all(backend: Backend, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
             compiled = compile_graph(backend, gm, example_inputs, **kwargs)
-            if isinstance(compiled, GuardedCall):
+            if isinstance(compiled, CachedCall):
                 for cut, other in self._backends.items():
                     self._twins[compiled, cut] = compile_graph(other, gm, example_inputs, **kwargs)
             return compiled
@@ -44,11 +44,11 @@ class Twins:
     @contextmanager
     def instead(self, cut: Cut) -> Iterator[None]:
         """Runs the graphs that are cut so, with the inputs that Dynamo finds for the first."""
-        call, twins = GuardedCall.__call__, self._twins
+        call, twins = CachedCall.__call__, self._twins
 
-        def call_twin(first: GuardedCall, *args: Any) -> Any:
+        def call_twin(first: CachedCall, *args: Any) -> Any:
             return call(twins[first, cut], *args)
 
-        by_dynamo = mock.patch.object(LightCalls, "__call__", lambda *_: MISSED)
-        with mock.patch.object(GuardedCall, "__call__", call_twin), by_dynamo:
+        by_dynamo = mock.patch.object(FastDispatcher, "__call__", lambda *_: NOT_SERVED)
+        with mock.patch.object(CachedCall, "__call__", call_twin), by_dynamo:
             yield

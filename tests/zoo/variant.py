@@ -82,8 +82,8 @@ class Variant:
         call: The arguments of a call, in new tensors; `return_dict` is added.
         latents: Names of the arguments that change from step to step, besides
         times: those that hold the timestep.
-        clock: Where the timestep of a graph with the block loop is found: in the graph's inputs; in the model's only
-            (Dynamo broke it up, and the loop's part has none); nowhere.
+        timestep_input: Where the timestep of a graph with the block loop is found: in the graph's inputs; in the
+            model's only (Dynamo broke it up, and the loop's part has none); nowhere.
         functor: What makes the model one graph.
         needs_capture: Whether the loop is captured only with Dynamo's flags for sizes that depend on data.
         needs_call: Whether it is called once before it is compiled: it then makes tables, at which Dynamo stops.
@@ -100,7 +100,7 @@ class Variant:
     call: Callable[[Setting], Inputs]
     latents: tuple[str, ...] = ("hidden_states",)
     times: tuple[str, ...] = ("timestep",)
-    clock: Literal["graph", "model", "none"] = "graph"
+    timestep_input: Literal["graph", "model", "none"] = "graph"
     functor: type[PatchFunctor] | None = None
     needs_capture: bool = False
     needs_call: bool = False

@@ -8,7 +8,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cachedit_fx.inspect.explanation.costs import at_hint
-from cachedit_fx.patterns.chain import value_of
+from cachedit_fx.patterns.nodes import value_of
 
 
 def aten_view(gm: fx.GraphModule) -> fx.GraphModule:

@@ -14,9 +14,9 @@ from cachedit_fx.inspect.explanation.costs import CostCounter, num_bytes
 from cachedit_fx.inspect.explanation.data import (
     BlockReport,
     BreakReport,
+    CachedValueReport,
     Cost,
     GraphReport,
-    KeptReport,
     ListReport,
     PieceReport,
     RegionReport,
@@ -26,13 +26,14 @@ from cachedit_fx.inspect.explanation.data import (
 )
 from cachedit_fx.inspect.explanation.graphs import code_of, last_frame, statements
 from cachedit_fx.inspect.explanation.trace import Trace
-from cachedit_fx.passes.dataflow import Program, is_weight
-from cachedit_fx.passes.guard import stored_examples
-from cachedit_fx.passes.pipeline import group_lists
+from cachedit_fx.passes.analysis.dataflow import Program, is_weight
+from cachedit_fx.passes.manager import group_lists
 from cachedit_fx.passes.region import Region
-from cachedit_fx.patterns.chain import Block, BlockList, base_name, is_tensor, value_of
+from cachedit_fx.passes.transforms.insert_conditionals import cached_examples
+from cachedit_fx.patterns.blocks import Block, BlockList
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch
+from cachedit_fx.patterns.nodes import base_name, is_tensor, value_of
 from cachedit_fx.runtime.cached_values import covered
 
 
@@ -82,7 +83,7 @@ class _Builder:
             cost=cost,
             lists=tuple(map(self._list, self.trace.found)),
             blocks=blocks,
-            verdicts=() if is_cached else tuple(map(self._verdict, self.trace.misses)),
+            verdicts=() if is_cached else tuple(map(self._verdict, self.trace.mismatches)),
             regions=regions,
             pieces=tuple(self._piece(i) for i in range(len(self.trace.piece_list))),
             timestep=base_name(ends[0]) if ends[0] is not None else "",
@@ -135,22 +136,25 @@ class _Builder:
         return tuple(node.name for node in read if is_tensor(node))
 
     def _parts(self) -> dict[int, tuple[str, int | None]]:
-        """Number of a block -> "Fn", "region" or "Bn" (or "kept", between regions), and its region's number."""
+        """Number of a block -> "Fn", "region" or "Bn" (or "between" two regions), and its region's number."""
         plan = self.trace.plan
         if plan is None or not self.trace.piece_list:
             return {}
         parts: dict[int, tuple[str, int | None]] = {}
         for group in group_lists(self.program, plan.chain, self.config, self.declared):
             numbers = range(group.number, group.number + len(group.blocks))
-            own = [(i, region) for i, region in enumerate(self.regions) if region.first in numbers]
+            inside_group = [(i, region) for i, region in enumerate(self.regions) if region.first in numbers]
             for number in numbers:
-                inside = next((i for i, region in own if region.first <= number < region.last), None)
+                inside = next((i for i, region in inside_group if region.first <= number < region.last), None)
                 if inside is not None:
                     parts[number] = ("region", inside)
-                elif own and number < own[0][1].first:
+                elif inside_group and number < inside_group[0][1].first:
                     parts[number] = ("Fn", None)
                 else:
-                    parts[number] = ("Bn" if not own or number >= own[-1][1].last else "kept", None)
+                    parts[number] = (
+                        "Bn" if not inside_group or number >= inside_group[-1][1].last else "between",
+                        None,
+                    )
         return parts
 
     def _around(self, blocks: Sequence[BlockReport]) -> Cost:
@@ -191,65 +195,65 @@ class _Builder:
         common = set.intersection(*read) - set(entering.values())
         return [node for node in self.program.nodes[:start] if node in common and is_tensor(node)]
 
-    def _verdict(self, miss: Mismatch) -> Verdict:
-        node = self.program.by_name.get(miss.node or "")
+    def _verdict(self, mismatch: Mismatch) -> Verdict:
+        node = self.program.by_name.get(mismatch.node or "")
         position = self.program.position[node] if node is not None else -1
         blocks = (block for found in self.trace.found for block in found.blocks)
         block = next((b.path for b in blocks if b.start <= position < b.span_end), "")
-        path, _, number = miss.where.rpartition(":")
+        path, _, number = mismatch.where.rpartition(":")
         line = linecache.getline(path, int(number)).strip() if number.isdigit() else ""
-        template = str(miss.template) if miss.template is not None else ""
+        template = str(mismatch.template) if mismatch.template is not None else ""
         return Verdict(
-            template, miss.cause.value, miss.expected, miss.found, miss.progress, miss.total,
-            block, miss.node or "", miss.where, line, miss.cure,
+            template, mismatch.cause.value, mismatch.expected, mismatch.found, mismatch.progress, mismatch.total,
+            block, mismatch.node or "", mismatch.where, line, mismatch.cure,
         )  # fmt: skip
 
-    def _looks(self, region: Region) -> str:
-        """What the guard looks at, in words."""
-        config = self.config.override(region.own)
-        if region.looked_at is None:
+    def _probe(self, region: Region) -> str:
+        """The probe, in words."""
+        config = self.config.override(region.overrides)
+        if region.probed_at is None:
             if config.probe == "timestep":
                 return "nothing (magnitude_ratios decide)"
             return f"nothing (a {'static mask' if config.is_static else 'decider'} decides)"
-        looks = region.looked_at.name
-        if region.looked_from is not None:
-            looks = f"{looks} - {region.looked_from.name}: the residual over the Fn blocks"
+        probe = region.probed_at.name
+        if region.probed_since is not None:
+            probe = f"{probe} - {region.probed_since.name}: the residual over the Fn blocks"
         elif config.probe == "modulated_input" and config.cache_type != CacheType.DBPrune:
-            looks += ": the first block's input, normed and modulated by the timestep"
+            probe += ": the first block's input, normed and modulated by the timestep"
         else:
-            looks += ", in front of the block"
-        return looks if region.sample_dim is None else f"{looks}; each sample on its own"
+            probe += ", in front of the block"
+        return probe if region.sample_dim is None else f"{probe}; each sample on its own"
 
     def _region(self, region: Region) -> RegionReport:
         return RegionReport(
             name=region.name,
             first=region.first,
             last=region.last,
-            looks_at=self._looks(region),
-            kept=tuple(
-                KeptReport(
+            probe=self._probe(region),
+            cached=tuple(
+                CachedValueReport(
                     value=value_report(pair.after, base_name(pair.after), pair.role),
-                    kept_as="residual" if pair.before is not None else "value",
+                    cached_as="residual" if pair.before is not None else "value",
                     since=pair.before.name if pair.before is not None else "",
-                    is_joined=pair.replay is not None,
+                    is_joined=pair.joins is not None,
                     is_measured=pair.is_measured,
                 )
-                for pair in region.carried
+                for pair in region.live_outs
             ),
             state_bytes=self._state_bytes(region),
             cost=self.costs.of((*region.deferred, *region.nodes)),
-            threshold=self.config.override(region.own).residual_diff_threshold,
+            threshold=self.config.override(region.overrides).residual_diff_threshold,
             reaches_output=region.reaches_output,
         )
 
     def _state_bytes(self, region: Region) -> int:
         """What a session keeps of a region once a forecaster's history is full."""
-        kept, forecaster = stored_examples(region), self.config.override(region.own).forecaster
-        total = sum(map(num_bytes, kept))
+        examples, forecaster = cached_examples(region), self.config.override(region.overrides).forecaster
+        total = sum(map(num_bytes, examples))
         if forecaster is None:
             return total
-        values = kept[region.looked_at is not None :]
-        roles = tuple(pair.role for pair in region.carried)
+        values = examples[region.probed_at is not None :]
+        roles = tuple(pair.role for pair in region.live_outs)
         for value, is_covered in zip(values, covered(forecaster, roles), strict=True):
             if is_covered and value.is_floating_point():
                 total += (forecaster.depth - 1) * num_bytes(value)

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cachedit_fx.inspect.explanation.data import Cost
-from cachedit_fx.passes.dataflow import Program, is_weight
-from cachedit_fx.passes.dedupe import structure_key
+from cachedit_fx.passes.analysis.dataflow import Program, is_weight
 from cachedit_fx.passes.extract import extract, outputs_of
-from cachedit_fx.patterns.chain import value_of
+from cachedit_fx.passes.transforms.split_pieces import structure_key
+from cachedit_fx.patterns.nodes import value_of
 
 log = logging.getLogger(__name__)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -143,19 +143,19 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptReport:
+class CachedValueReport:
     """A value that a reused step supplies.
 
     Attributes:
         value: Where it leaves the region.
-        kept_as: "residual" (a reused step adds what the region added last time) or "value" (it takes it as it was).
+        cached_as: "residual" (a reused step adds what the region added last time) or "value" (it takes it as it was).
         since: Name of what the residual is taken against; empty for a value.
         is_joined: The residual is taken against the streams joined as the model joins them inside the region.
         is_measured: Its sizes depend on data, so every step measures whether it kept its shape.
     """
 
     value: Value
-    kept_as: str
+    cached_as: str
     since: str
     is_joined: bool
     is_measured: bool
@@ -163,14 +163,14 @@ class KeptReport:
 
 @dataclass(frozen=True, slots=True)
 class RegionReport:
-    """The blocks between two cuts: what the guard runs or skips.
+    """The blocks between two cuts: what the conditional runs or skips.
 
     Attributes:
         name: As in `transformer_blocks[1:]`; followed by `-> output` where it goes on to what the graph returns.
         first, last: Numbers of its first block in the chain, and of the first behind it.
-        looks_at: What the guard looks at, in words.
-        kept: What a reused step supplies.
-        state_bytes: What a session keeps of it at these shapes: what was looked at, and all of `kept`.
+        probe: The probe, in words.
+        cached: What a reused step supplies.
+        state_bytes: What a session keeps of it at these shapes: what was looked at, and all of `cached`.
         cost: Of its nodes: what a reused step saves, but for adding what is kept.
         threshold: `residual_diff_threshold` here.
         reaches_output: It ends where the graph does, and takes in what is before it as far as nothing else reads that.
@@ -179,8 +179,8 @@ class RegionReport:
     name: str
     first: int
     last: int
-    looks_at: str
-    kept: tuple[KeptReport, ...]
+    probe: str
+    cached: tuple[CachedValueReport, ...]
     state_bytes: int
     cost: Cost
     threshold: float
@@ -244,7 +244,7 @@ class GraphReport:
         module: Name of the transformer in the pipeline; empty where a transformer was explained itself.
         cls: Its class.
         number: Of the graph, from 0; a transformer that Dynamo breaks up has several.
-        is_cached: Whether it gets a guard.
+        is_cached: Whether it gets a conditional.
         num_nodes: Nodes as captured, weights and inputs included.
         arguments: What the caller passes, weights left out.
         cost: Of the whole graph.

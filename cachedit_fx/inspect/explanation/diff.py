@@ -12,7 +12,7 @@ from torch import fx
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport
 from cachedit_fx.inspect.explanation.graphs import statements
-from cachedit_fx.passes.guard import guard
+from cachedit_fx.passes.transforms.insert_conditionals import compute_or_reuse
 
 
 def unified_diff(report: GraphReport, graphs: Mapping[str, fx.GraphModule], expand: Sequence[str] | bool = ()) -> str:
@@ -25,15 +25,15 @@ def unified_diff(report: GraphReport, graphs: Mapping[str, fx.GraphModule], expa
     Raises:
         ConfigError: `expand` names a block that the graph does not have.
     """
-    before, after = both_sides(report, graphs, expand)
+    before, after = side_by_side(report, graphs, expand)
     context = len(before) if expand else 3  # What is expanded is to be seen, changed or not.
     return "\n".join(difflib.unified_diff(before, after, "before", "after", lineterm="", n=context))
 
 
-def both_sides(
+def side_by_side(
     report: GraphReport, graphs: Mapping[str, fx.GraphModule], expand: Sequence[str] | bool = ()
 ) -> tuple[list[str], list[str]]:
-    """The lines of the graph as captured, and as it is guarded; both the same where it is not cached.
+    """The lines of the graph as captured, and with its conditionals; both the same where it is not cached.
 
     Raises:
         ConfigError: `expand` names a block that the graph does not have.
@@ -49,7 +49,7 @@ def both_sides(
         )
     writer = _Writer(report.blocks, shown)
     before = writer.lines(graphs["before"])
-    return before, writer.guarded(graphs["after"]) if "after" in graphs else before
+    return before, writer.rewritten_lines(graphs["after"]) if "after" in graphs else before
 
 
 class _Writer:
@@ -86,15 +86,15 @@ class _Writer:
 
     def _part_of(self, block: BlockReport, text: Mapping[str, str]) -> str:
         """A remark where a segment holds but a part of the block: the rest of it was deferred."""
-        names = [name for name, own in self.block_of.items() if own is block]
+        names = [name for name, other in self.block_of.items() if other is block]
         here = sum(name in text for name in names)
         return "" if here == len(names) else f", {here} of them here"
 
-    def guarded(self, after: fx.GraphModule) -> list[str]:
-        """The guarded graph with its segments written out where they are called."""
-        return list(self._guarded(after))
+    def rewritten_lines(self, after: fx.GraphModule) -> list[str]:
+        """The cached graph with its segments written out where they are called."""
+        return list(self._rewritten_lines(after))
 
-    def _guarded(self, after: fx.GraphModule) -> Iterator[str]:
+    def _rewritten_lines(self, after: fx.GraphModule) -> Iterator[str]:
         parts = {name: part for name, part in after.named_children() if isinstance(part, fx.GraphModule)}
         called: dict[fx.Node, list[str]] = {}  # What each call returns, by its names in the segment.
         names: dict[fx.Node, str] = {}
@@ -102,7 +102,7 @@ class _Writer:
             if node.op == "call_module":
                 yield from self.lines(parts[str(node.target)], returns=False)
                 called[node] = _returned(parts[str(node.target)])
-            elif node.target is guard:
+            elif node.target is compute_or_reuse:
                 pred, compute, reuse, _ = node.args
                 yield f"if {pred}:  # {compute}"
                 yield from self.lines(parts[str(compute.target)], returns=False)

@@ -14,21 +14,27 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import ConfigError
-from cachedit_fx.frontend.attempts import ATTEMPTS, Attempt, Attempts
 from cachedit_fx.frontend.backend import Backend
+from cachedit_fx.frontend.capture_strategies import CAPTURE_STRATEGIES, CaptureStrategies, CaptureStrategy
 from cachedit_fx.frontend.enabled import Settings
 from cachedit_fx.frontend.uncached import cure_of_parts
 from cachedit_fx.inspect.explanation.data import Captured
-from cachedit_fx.inspect.explanation.recorder import Recorded, Recorder, Stop, forgotten_sizes, isolated
+from cachedit_fx.inspect.explanation.dynamo_recorder import (
+    DynamoRecorder,
+    RecordedGraph,
+    Stop,
+    forgotten_sizes,
+    isolated,
+)
 from cachedit_fx.inspect.explanation.result import Explanation
 from cachedit_fx.integrations.block_adapter import BlockAdapter, title_of
 from cachedit_fx.integrations.pipelines import enabled_settings, settings_for
 
 _HOW = {
-    Attempt(True, False): "whole",
-    Attempt(True, True): "whole, with sizes that depend on data",
-    Attempt(False, True): "in parts, with sizes that depend on data",
-    Attempt(False, False): "in parts",
+    CaptureStrategy(True, False): "whole",
+    CaptureStrategy(True, True): "whole, with sizes that depend on data",
+    CaptureStrategy(False, True): "in parts, with sizes that depend on data",
+    CaptureStrategy(False, False): "in parts",
 }
 
 
@@ -71,7 +77,7 @@ def explain(target: Any, *args: Any, cache_config: CacheConfig | None = None, **
             f"called none of {', '.join(found)} with these arguments"
         )
     captured: list[Captured] = []
-    recorded: list[Recorded] = []
+    recorded: list[RecordedGraph] = []
     notes = [f"{name} was not called, so nothing is known of it." for name in found if name not in calls]
     if torch.is_grad_enabled() and isinstance(plain, nn.Module):
         notes.append("Captured without gradients. The cache is for inference: call the model under torch.no_grad().")
@@ -116,20 +122,22 @@ def _compiled_config(module: Any) -> CacheConfig | None:
     return None
 
 
-def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> tuple[Captured, list[Recorded]]:
+def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> tuple[Captured, list[RecordedGraph]]:
     """Every graph of one transformer."""
     is_compiled = isinstance(module, torch._dynamo.OptimizedModule)
     module = getattr(module, "_orig_mod", module)
-    recorder = Recorder(settings.backend(), {*inspect.signature(module.forward).parameters, "args"})
+    recorder = DynamoRecorder(settings.backend(), {*inspect.signature(module.forward).parameters, "args"})
     kwargs = {k: v for k, v in settings.compile_kwargs.items() if k in ("fullgraph", "dynamic")}
     kwargs |= {"options": {"guard_filter_fn": recorder.add_risks}, **isolated()}
-    ways = [way for way in ATTEMPTS if not (is_compiled and way.captures_data)]  # That is what enable_cache does.
-    attempts = Attempts(module, recorder, kwargs, before_each=recorder.begin, ways=ways)
+    ways = [
+        way for way in CAPTURE_STRATEGIES if not (is_compiled and way.captures_data)
+    ]  # That is what enable_cache does.
+    strategies = CaptureStrategies(module, recorder, kwargs, before_each=recorder.begin, strategies=ways)
     with _prepared(module, settings), forgotten_sizes(), torch.no_grad():
         try:
-            attempts(*call.args, **call.kwargs)
-            while not any(one.report.is_cached for one in recorder.recorded) and attempts.give_up():
-                attempts(*call.args, **call.kwargs)
+            strategies(*call.args, **call.kwargs)
+            while not any(one.report.is_cached for one in recorder.recorded) and strategies.give_up():
+                strategies(*call.args, **call.kwargs)
         except Stop:
             pass
         except BackendCompilerFailed as error:
@@ -138,12 +146,12 @@ def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> t
     for one in recorded:
         one.report = replace(one.report, module=name, cls=type(module).__name__)
     cls = type(module).__name__
-    is_lost = attempts.why_in_parts and not any(one.report.is_cached for one in recorded)
+    is_lost = strategies.why_in_parts and not any(one.report.is_cached for one in recorded)
     how = Captured(
         module=name,
         cls=cls,
-        how=_HOW[recorder.attempt],
-        why=attempts.why_in_parts,
+        how=_HOW[recorder.strategy],
+        why=strategies.why_in_parts,
         cure=cure_of_parts(cls) if is_lost else "",
         config=dict(settings.config.plain_changes),
     )
@@ -163,32 +171,32 @@ def _prepared(module: nn.Module, settings: Settings) -> Iterator[None]:
         settings.functor.restore(module)
 
 
-class _AllSeen(BaseException):
+class _AllCalled(BaseException):
     """Every transformer was called once. No pipeline catches it."""
 
 
 def _first_calls(run: Callable[[], Any], modules: dict[str, nn.Module]) -> dict[str, _Call]:
     """What each transformer is called with first while `run` runs; it is cut off where all are known."""
-    seen: dict[str, _Call] = {}
+    calls: dict[str, _Call] = {}
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
-            stack.enter_context(_noting(name, module, seen, len(modules)))
-        with contextlib.suppress(_AllSeen):
+            stack.enter_context(_noting(name, module, calls, len(modules)))
+        with contextlib.suppress(_AllCalled):
             run()
-    return {name: seen[name] for name in modules if name in seen}
+    return {name: calls[name] for name in modules if name in calls}
 
 
 @contextlib.contextmanager
-def _noting(name: str, module: nn.Module, seen: dict[str, _Call], count: int) -> Iterator[None]:
+def _noting(name: str, module: nn.Module, calls: dict[str, _Call], count: int) -> Iterator[None]:
     """Takes the module's calls, in place of whatever its compiled call was, and runs them as they are."""
     held = module.__dict__
     had, before = "_compiled_call_impl" in held, held.get("_compiled_call_impl")
     plain = getattr(module, "_orig_mod", module)
 
     def note(*args: Any, **kwargs: Any) -> Any:
-        seen.setdefault(name, _Call(args, kwargs))
-        if len(seen) == count:
-            raise _AllSeen
+        calls.setdefault(name, _Call(args, kwargs))
+        if len(calls) == count:
+            raise _AllCalled
         return plain._call_impl(*args, **kwargs)
 
     held["_compiled_call_impl"] = note

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from cachedit_fx.patterns.chain import value_of
+from cachedit_fx.patterns.nodes import value_of
 
 
 def snapshot(gm: fx.GraphModule) -> fx.GraphModule:

@@ -13,7 +13,7 @@ from cachedit_fx.errors import ConfigError
 from cachedit_fx.inspect.explanation.aten import aten_view
 from cachedit_fx.inspect.explanation.data import Captured, GraphReport
 from cachedit_fx.inspect.explanation.diff import unified_diff
-from cachedit_fx.inspect.explanation.recorder import Recorded
+from cachedit_fx.inspect.explanation.dynamo_recorder import RecordedGraph
 from cachedit_fx.inspect.explanation.text import page
 
 GRAPHS = ("before", "after", "head", "compute", "reuse", "tail")
@@ -30,7 +30,7 @@ class Explanation:
     """
 
     def __init__(
-        self, title: str, modules: Sequence[Captured], recorded: Sequence[Recorded], notes: Sequence[str] = ()
+        self, title: str, modules: Sequence[Captured], recorded: Sequence[RecordedGraph], notes: Sequence[str] = ()
     ) -> None:
         self.title = title
         self.modules = tuple(modules)
@@ -40,7 +40,7 @@ class Explanation:
 
     @property
     def is_cached(self) -> bool:
-        """Whether every transformer has a graph that gets a guard."""
+        """Whether every transformer has a graph that gets a conditional."""
         cached = {report.module for report in self.graphs if report.is_cached}
         return all(captured.module in cached for captured in self.modules)
 
@@ -48,8 +48,8 @@ class Explanation:
         """One of the graphs, to be printed (`print_readable()`, `code`); a copy, whose weights are the model's.
 
         Args:
-            which: "before" (as captured), "after" (guarded), or a part of the latter: "head", "compute", "reuse",
-                "tail".
+            which: "before" (as captured), "after" (with its conditionals), or a part of the latter: "head", "compute",
+                "reuse", "tail".
             index: Which of `graphs`; by default the first that is cached, else the largest.
             region: Of which region, for "compute" and "reuse".
             aten: As aten operations (by functorch), at the shapes of the explained call.

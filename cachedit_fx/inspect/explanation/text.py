@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _SHOWN_VERDICTS = 3
 _SHOWN_RISKS = 8
-_PARTS = {"Fn": "Fn, always runs", "region": "region", "Bn": "Bn, always runs", "kept": "always runs", "": "runs"}
+_PARTS = {"Fn": "Fn, always runs", "region": "region", "Bn": "Bn, always runs", "between": "always runs", "": "runs"}
 
 
 def page(explanation: Explanation) -> str:
@@ -118,7 +118,7 @@ def _value(value: Value) -> str:
 
 
 def chain_lines(graph: GraphReport) -> list[str]:
-    """The chain, a line for each run of blocks that are alike, with the guards between them."""
+    """The chain, a line for each run of blocks that are alike, with the conditionals between them."""
     lines = []
     for _, run in itertools.groupby(graph.blocks, key=_kind):
         lines.append(_run_line(list(run)))
@@ -156,12 +156,12 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
 
 def _region(region: RegionReport) -> Iterator[str]:
     yield f"region {region.name}: {flops(region.cost.flops)} that a reused step does not do"
-    reuses = "" if region.looks_at.startswith("nothing") else f"; reuses below {region.threshold}"
-    yield f"  the guard looks at {region.looks_at}{reuses}"
-    for kept in region.kept:
-        how = f"residual against {kept.since}" if kept.kept_as == "residual" else "value as it is"
-        more = " (joined)" * kept.is_joined + " (sizes measured at every step)" * kept.is_measured
-        yield f"  keeps {kept.value.role or kept.value.label}: {how}{more}, {_value(kept.value)}"
+    reuses = "" if region.probe.startswith("nothing") else f"; reuses below {region.threshold}"
+    yield f"  the probe is {region.probe}{reuses}"
+    for cached in region.cached:
+        how = f"residual against {cached.since}" if cached.cached_as == "residual" else "value as it is"
+        more = " (joined)" * cached.is_joined + " (sizes measured at every step)" * cached.is_measured
+        yield f"  keeps {cached.value.role or cached.value.label}: {how}{more}, {_value(cached.value)}"
 
 
 def _pieces(graph: GraphReport) -> Iterator[str]:

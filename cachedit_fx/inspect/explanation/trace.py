@@ -7,25 +7,25 @@ from collections.abc import Sequence
 from torch import fx
 
 from cachedit_fx.inspect.explanation.graphs import snapshot
-from cachedit_fx.passes.dataflow import Program
-from cachedit_fx.passes.dedupe import Piece
-from cachedit_fx.passes.guard import GuardedGraph
-from cachedit_fx.passes.pipeline import Plan
-from cachedit_fx.passes.watch import Watch
-from cachedit_fx.patterns.chain import BlockList
+from cachedit_fx.passes.analysis.dataflow import Program
+from cachedit_fx.passes.observer import Observer
+from cachedit_fx.passes.plan import Plan
+from cachedit_fx.passes.transforms.insert_conditionals import CachedGraph
+from cachedit_fx.passes.transforms.split_pieces import Piece
+from cachedit_fx.patterns.blocks import BlockList
 from cachedit_fx.patterns.mismatch import Match, Mismatch
 
 
-class Trace(Watch):
+class Trace(Observer):
     """What became of a graph.
 
     Attributes:
         before: As captured. All else is empty (or None) where the way did not get so far.
         program: The tidied graph; `found` and `chain` are block lists in it.
         matched: Path of a list -> the template that it fits.
-        misses: Why templates do not fit, nearest miss first; or why nothing can be cached.
+        mismatches: Why templates do not fit, nearest miss first; or why nothing can be cached.
         plan: What was decided on.
-        after: The guarded graph, its segments whole.
+        after: The cached graph, its segments whole.
         piece_list: What would be compiled.
         segments: Names of the segments, by the object that calls a piece.
     """
@@ -36,7 +36,7 @@ class Trace(Watch):
         self.found: tuple[BlockList, ...] = ()
         self.chain: tuple[BlockList, ...] = ()
         self.matched: dict[str, Match] = {}
-        self.misses: tuple[Mismatch, ...] = ()
+        self.mismatches: tuple[Mismatch, ...] = ()
         self.plan: Plan | None = None
         self.after: fx.GraphModule | None = None
         self.piece_list: tuple[Piece, ...] = ()
@@ -54,24 +54,24 @@ class Trace(Watch):
             if isinstance(verdict, Match):
                 self.matched[blocks.path] = verdict
             else:
-                self.misses = (*self.misses, verdict)
+                self.mismatches = (*self.mismatches, verdict)
 
     def planned(self, plan: Plan | tuple[Mismatch, ...]) -> None:
         if isinstance(plan, Plan):
             self.plan = plan
         else:
-            self.misses = plan
+            self.mismatches = plan
 
-    def guarded(self, guarded: GuardedGraph) -> None:
-        self.after = snapshot(guarded.gm)
+    def rewritten(self, cached_graph: CachedGraph) -> None:
+        self.after = snapshot(cached_graph.gm)
 
-    def pieces(self, guarded: GuardedGraph, pieces: Sequence[Piece]) -> None:
+    def pieces(self, cached_graph: CachedGraph, pieces: Sequence[Piece]) -> None:
         self.piece_list = tuple(pieces)
-        self.segments = {id(module): name for name, module in guarded.gm.named_children()}
+        self.segments = {id(module): name for name, module in cached_graph.gm.named_children()}
 
-    def refuse(self, misses: tuple[Mismatch, ...]) -> None:
+    def refuse(self, mismatches: tuple[Mismatch, ...]) -> None:
         """The graph is not cached after all, for a reason that no pass knows."""
-        self.misses, self.piece_list, self.after = misses, (), None
+        self.mismatches, self.piece_list, self.after = mismatches, (), None
 
     def graphs(self) -> dict[str, fx.GraphModule]:
         """The graphs by name: "before"; "after" and its segments where the graph is cached."""

@@ -1,4 +1,4 @@
-"""The chain of a graph as SVG: blocks, streams, guards and what they let pass."""
+"""The chain of a graph as SVG: blocks, streams, conditionals and what they let pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cachedit_fx.inspect.pages.svg import fit, points, tag, text, title
 TOP = 104.0  # Of the blocks, below the path around a region; where there is none they stand higher:
 TOP_PLAIN = 46.0
 REUSE = 58.0  # Height of the path around a region.
-GUARD_WIDTH, GUARD_HEIGHT = 34.0, 38.0  # Half of a guard's.
+CONDITIONAL_WIDTH, CONDITIONAL_HEIGHT = 34.0, 38.0  # Half of a conditional's.
 JOIN_WIDTH = 10.0  # Half of a join's.
 SKIPS = 46.0  # Room for edges that pass over blocks.
 BARS = 40.0  # Height of the most expensive block's bar.
@@ -22,7 +22,7 @@ ROLES = ("hidden_states", "encoder_hidden_states")
 PARTS = {
     "Fn": ("Fn", "Fn: always runs"),
     "Bn": ("Bn", "Bn: always runs"),
-    "kept": ("runs", "always runs"),
+    "between": ("runs", "always runs"),
     "": ("", "runs"),
 }
 
@@ -37,13 +37,13 @@ def chain_svg(graph: GraphReport, name: str, *, opens: bool = True) -> str:
     return _Drawing(graph, name, opens).svg()
 
 
-_UNSEEN = {"ratios": "the ratios' sum allows it", "decider": "the decider says so", "mask": "the mask says so"}
+_WITHOUT_PROBE = {"ratios": "the ratios' sum allows it", "decider": "the decider says so", "mask": "the mask says so"}
 
 
 def reuses_when(region: RegionReport) -> str:
-    """What lets the guard reuse, in a few words."""
-    if region.looks_at.startswith("nothing"):
-        return next(what for word, what in _UNSEEN.items() if word in region.looks_at)
+    """What lets the conditional reuse, in a few words."""
+    if region.probe.startswith("nothing"):
+        return next(what for word, what in _WITHOUT_PROBE.items() if word in region.probe)
     return "threshold ≥ 1" if region.threshold >= 1 else f"diff < {region.threshold:g}"
 
 
@@ -66,7 +66,7 @@ class _Drawing:
     def svg(self) -> str:
         width, height = self.layout.width, self.base + 20
         parts = [self._defs(), *self._bands(), *self._lists(), *self._streams(), *self._skip_edges()]
-        parts += [*self._invariants(), *self._guards(), *self._ends(), *self._bars(), *self._blocks()]
+        parts += [*self._invariants(), *self._conditionals(), *self._ends(), *self._bars(), *self._blocks()]
         count = f"{len(self.graph.blocks)} blocks"
         label = f"Chain of {count}; the arrow keys go from block to block" if self.opens else f"Chain of {count}"
         return tag(
@@ -162,26 +162,30 @@ class _Drawing:
         said = fit(f"every block reads {names}", last.right - first.x + 30, 10.5)
         yield tag("g", title(f"every block reads {names}"), text(first.x - 12, self.rail + 15, said, "small"))
 
-    def _guards(self) -> Iterator[str]:
+    def _conditionals(self) -> Iterator[str]:
         for band in self.layout.bands:
-            if band.guard is not None and band.join is not None and band.region is not None:
-                yield from self._guard(band, band.guard, band.join)
+            if band.conditional is not None and band.join is not None and band.region is not None:
+                yield from self._conditional(band, band.conditional, band.join)
 
-    def _guard(self, band: Band, x: float, join: float) -> Iterator[str]:
+    def _conditional(self, band: Band, x: float, join: float) -> Iterator[str]:
         region = self.graph.regions[band.region or 0]
         around = (
-            f"M{x:.1f},{self.middle - GUARD_HEIGHT:.1f} V{REUSE + 8:.1f} q0,-8 8,-8 "
+            f"M{x:.1f},{self.middle - CONDITIONAL_HEIGHT:.1f} V{REUSE + 8:.1f} q0,-8 8,-8 "
             f"H{join - 8:.1f} q8,0 8,8 V{self.middle - 31:.1f}"
         )
         yield tag("path", d=around, class_="reuse")
         head = points((join - 5, self.middle - 35), (join, self.middle - 27), (join + 5, self.middle - 35))
         yield tag("polygon", points=head, class_="reuse-head")
         yield from self._reuse_label(x, join, region.state_bytes, region.cost.flops)
-        corners = ((x - GUARD_WIDTH, self.middle), (x, self.middle - GUARD_HEIGHT), (x + GUARD_WIDTH, self.middle))
-        diamond = tag("polygon", points=points(*corners, (x, self.middle + GUARD_HEIGHT)), class_="guard")
-        words = f"The guard of {region.name} looks at {region.looks_at}; reuses if: {reuses_when(region)}"
-        yield tag("g", title(words), diamond, text(x, self.middle + 4, "reuse?", "guard-text", "middle"))
-        yield text(x + 6, self.middle - GUARD_HEIGHT - 5, "yes", "small strong")
+        corners = (
+            (x - CONDITIONAL_WIDTH, self.middle),
+            (x, self.middle - CONDITIONAL_HEIGHT),
+            (x + CONDITIONAL_WIDTH, self.middle),
+        )
+        diamond = tag("polygon", points=points(*corners, (x, self.middle + CONDITIONAL_HEIGHT)), class_="conditional")
+        words = f"The probe of {region.name} is {region.probe}; reuses if: {reuses_when(region)}"
+        yield tag("g", title(words), diamond, text(x, self.middle + 4, "reuse?", "conditional-text", "middle"))
+        yield text(x + 6, self.middle - CONDITIONAL_HEIGHT - 5, "yes", "small strong")
         yield text(x + 19, self.middle - 20, "no", "small strong")
         yield text(x, self.bottom + 16, reuses_when(region), "small", "middle")
         capsule = tag(

@@ -35,7 +35,7 @@ def _diffs(entry: CacheStats, axes: Frame) -> Iterator[str]:
         words = f"step {step}: {_decision(entry, step)}, diff {said}. {why(_reason(entry, step))}"
         if diff is None:
             y = axes.y.start
-            yield tag("g", title(words), mark(axes.x(step), y, step in entry.cached_steps, size=3.6, class_="unseen"))
+            yield tag("g", title(words), mark(axes.x(step), y, step in entry.cached_steps, size=3.6, class_="unprobed"))
         else:
             y = axes.y(diff) if math.isfinite(diff) else axes.y.stop
             yield tag("g", title(words), mark(axes.x(step), y, step in entry.cached_steps))
@@ -62,11 +62,11 @@ def time_chart(entry: CacheStats) -> str:
 def longest_shown(entry: CacheStats) -> float:
     """Seconds of the longest step that is no outlier, as one is that compiles; 0 where nothing was timed."""
     reused = set(entry.cached_steps)
-    own: tuple[list[float], list[float]] = ([], [])
+    by_kind: tuple[list[float], list[float]] = ([], [])
     for step, second in enumerate(entry.step_seconds):
-        own[step in reused].append(second)
-    usual = max((statistics.median(seconds) for seconds in own if seconds), default=0.0)
-    return max((second for seconds in own for second in seconds if second <= _OUTLIER * usual), default=0.0)
+        by_kind[step in reused].append(second)
+    usual = max((statistics.median(seconds) for seconds in by_kind if seconds), default=0.0)
+    return max((second for seconds in by_kind for second in seconds if second <= _OUTLIER * usual), default=0.0)
 
 
 def _times(entry: CacheStats, axes: Frame, seconds: Sequence[float]) -> Iterator[str]:
@@ -154,7 +154,7 @@ def spark(entry: CacheStats, width: float = 150, height: float = 30) -> str:
         diff = entry.compared.get(step)
         value = diff if diff is not None and math.isfinite(diff) else 0.0
         parts.append(
-            mark(x(step), y(value), step in entry.cached_steps, size=3, class_="unseen" if diff is None else "")
+            mark(x(step), y(value), step in entry.cached_steps, size=3, class_="unprobed" if diff is None else "")
         )
     box = dict(viewBox=f"0 0 {width:.0f} {height:.0f}", width=f"{width:.0f}", height=f"{height:.0f}")
     return tag("svg", *parts, class_="ch", role="img", aria_label=f"Diffs, {_counts(entry)}", **box)

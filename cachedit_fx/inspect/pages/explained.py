@@ -14,16 +14,16 @@ from cachedit_fx.inspect.explanation.units import flops, size
 from cachedit_fx.inspect.pages.chain import ROLES, chain_svg, reuses_when
 from cachedit_fx.inspect.pages.pieces import Kind, kinds_of
 from cachedit_fx.inspect.pages.render import as_json, asset, render
-from cachedit_fx.inspect.pages.sides import Chunk, chunks_of
+from cachedit_fx.inspect.pages.side_by_side import Chunk, chunks_of
 
 if TYPE_CHECKING:
     from cachedit_fx.inspect.explanation.data import Captured
     from cachedit_fx.inspect.explanation.result import Explanation
 
 _PARTS = {
-    "Fn": "Fn: always runs, and the guard looks at what it adds",
+    "Fn": "Fn: always runs; what it adds is the probe",
     "Bn": "Bn: always runs",
-    "kept": "always runs, between two regions",
+    "between": "always runs, between two regions",
     "": "runs; the graph is not cached",
 }
 
@@ -64,7 +64,7 @@ class GraphView:
     names: dict[int, str]
 
     def reuses_when(self, region: RegionReport) -> str:
-        """What lets the guard reuse, in a few words."""
+        """What lets the conditional reuse, in a few words."""
         return reuses_when(region)
 
     @property
@@ -132,12 +132,13 @@ def verdict_line(explanation: Explanation) -> str:
     graphs = explanation.graphs
     cached = [graph for graph in graphs if graph.is_cached]
     if explanation.is_cached and len(cached) == 1:
-        saved, kept = cached[0].saved_flops, size(cached[0].state_bytes)
-        return f"Cached: a reused step skips {saved:.1%} of the FLOPs, and a session keeps {kept}."
+        saved, state = cached[0].saved_flops, size(cached[0].state_bytes)
+        return f"Cached: a reused step skips {saved:.1%} of the FLOPs, and a session keeps {state}."
     if cached:
         how = "Cached" if explanation.is_cached else "Cached in part"
         named = ", ".join(f"{graph.module or graph.cls} {graph.saved_flops:.1%}" for graph in cached)
-        return f"{how}: {len(cached)} of {len(graphs)} graphs have a guard; a reused step skips of the FLOPs: {named}."
+        count = f"{len(cached)} of {len(graphs)} graphs"
+        return f"{how}: {count} have a conditional; a reused step skips of the FLOPs: {named}."
     if not graphs:
         return "Not cached: Dynamo captured no graph."
     reason = _why_not(graphs[explanation.index()])
@@ -161,9 +162,9 @@ def _why_not(graph: GraphReport) -> str:
 
 def _modules(explanation: Explanation) -> Iterator[ModuleView]:
     for captured in explanation.modules:
-        own = [(i, report) for i, report in enumerate(explanation.graphs) if report.module == captured.module]
-        main = max((report.num_nodes for _, report in own), default=0)
-        is_cached = any(report.is_cached for _, report in own)
+        of_module = [(i, report) for i, report in enumerate(explanation.graphs) if report.module == captured.module]
+        main = max((report.num_nodes for _, report in of_module), default=0)
+        is_cached = any(report.is_cached for _, report in of_module)
         yield ModuleView(
             captured,
             [
@@ -173,7 +174,7 @@ def _modules(explanation: Explanation) -> Iterator[ModuleView]:
                     explanation._graphs[number],
                     is_main=report.is_cached if is_cached else report.num_nodes == main,
                 )
-                for number, report in own
+                for number, report in of_module
             ],
         )
 
@@ -195,7 +196,7 @@ def _shares(graph: GraphReport) -> list[Share]:
     total = graph.cost.flops
     if not total or not graph.is_cached:
         return []
-    parts = {"Fn": 0, "Bn": 0, "kept": 0}
+    parts = {"Fn": 0, "Bn": 0, "between": 0}
     for block in graph.blocks:
         if block.part in parts:
             parts[block.part] += block.cost.flops
@@ -203,7 +204,7 @@ def _shares(graph: GraphReport) -> list[Share]:
     around = max(0, total - sum(parts.values()) - sum(count for _, count in regions))
     rows = [("around the blocks", around, False), ("Fn blocks", parts["Fn"], False)]
     rows += [(f"region {number}", count, True) for number, (_, count) in enumerate(regions)]
-    rows += [("blocks between regions", parts["kept"], False), ("Bn blocks", parts["Bn"], False)]
+    rows += [("blocks between regions", parts["between"], False), ("Bn blocks", parts["Bn"], False)]
     return [Share(name, count, 100 * count / total, skipped) for name, count, skipped in rows if count]
 
 
@@ -233,8 +234,8 @@ def _facts(graph: GraphReport) -> Iterator[tuple[str, str]]:
         if blocks.in_chain:
             yield blocks.path, f"{blocks.num_blocks} blocks, {blocks.pattern or 'no template fits'}"
     for region in graph.regions:
-        looks = f"reuses if {reuses_when(region)}, keeps {size(region.state_bytes)}"
-        yield f"region {region.name}", f"{flops(region.cost.flops)} that a reused step does not do; {looks}"
+        how = f"reuses if {reuses_when(region)}, keeps {size(region.state_bytes)}"
+        yield f"region {region.name}", f"{flops(region.cost.flops)} that a reused step does not do; {how}"
     if not graph.is_cached and graph.verdicts:
         yield from _nearest(graph.verdicts[0])
 

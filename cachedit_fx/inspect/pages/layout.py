@@ -9,7 +9,7 @@ from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport
 
 MARGIN = 12.0
 END = 58.0  # Width of what lies before and behind the chain.
-GUARD = 112.0  # Room for a guard between two blocks,
+CONDITIONAL = 112.0  # Room for a conditional between two blocks,
 JOIN = 52.0  # and for the place where the paths behind it meet.
 BLOCK_HEIGHT = 74.0
 
@@ -37,7 +37,7 @@ class Band:
     Attributes:
         part, region: As in `BlockReport`.
         first, last: Numbers of its first block, and of the first behind it.
-        guard: Middle of the guard before it; None where there is none.
+        conditional: Middle of the conditional before it; None where there is none.
         join: Middle of where compute and reuse meet behind it.
         x, right: Its ends.
     """
@@ -46,7 +46,7 @@ class Band:
     region: int | None
     first: int
     last: int
-    guard: float | None
+    conditional: float | None
     join: float | None
     x: float
     right: float
@@ -82,15 +82,15 @@ def lay_out(graph: GraphReport) -> Layout:
     is_after_region = False
     for part, run in _runs(graph.blocks):
         is_region = run[0].region is not None and graph.is_cached
-        guard = x + GUARD / 2 if is_region else None
-        x += GUARD if is_region else 22 if is_after_region or not boxes else 30
+        conditional = x + CONDITIONAL / 2 if is_region else None
+        x += CONDITIONAL if is_region else 22 if is_after_region or not boxes else 30
         start = x
         for _ in run:
             boxes.append(Box(x, block))
             x += block + gap
         x -= gap
         join = x + JOIN / 2 if is_region else None
-        bands.append(Band(part, run[0].region, run[0].number, run[-1].number + 1, guard, join, start, x))
+        bands.append(Band(part, run[0].region, run[0].number, run[-1].number + 1, conditional, join, start, x))
         x += JOIN if is_region else 0
         is_after_region = is_region
     x += 10 if is_after_region else 26

@@ -44,7 +44,9 @@ def kinds_of(blocks: Sequence[BlockReport]) -> tuple[list[Kind], list[int]]:
     kinds = []
     for index, key in enumerate(order):
         piece, cls = key
-        names = sorted({block.cls or "block" for block, own in zip(blocks, keys, strict=True) if own == key})
+        names = sorted(
+            {block.cls or "block" for block, block_key in zip(blocks, keys, strict=True) if block_key == key}
+        )
         short = f"p{piece}" if piece is not None else chr(ord("A") + index % 26)
         name = f"piece {piece}: {', '.join(names)}" if piece is not None else cls or "block"
         kinds.append(Kind(index, short, name, keys.count(key)))

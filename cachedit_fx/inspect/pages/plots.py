@@ -82,10 +82,10 @@ def plot_run(stats: Sequence[CacheStats], path: str | Path | None = None) -> Fig
 def _bars(axes: Axes, graph: GraphReport) -> None:
     kinds, kind_of = kinds_of(graph.blocks)
     for kind in kinds:
-        own = [block for block, index in zip(graph.blocks, kind_of, strict=True) if index == kind.index]
+        of_kind = [block for block, index in zip(graph.blocks, kind_of, strict=True) if index == kind.index]
         axes.bar(
-            [block.number for block in own],
-            [block.cost.flops for block in own],
+            [block.number for block in of_kind],
+            [block.cost.flops for block in of_kind],
             width=0.8,
             color=kind.colour,
             edgecolor="#333333",
@@ -120,13 +120,15 @@ def _diffs(axes: Axes, entry: CacheStats) -> None:
     finite = {step: diff for step, diff in entry.compared.items() if math.isfinite(diff)}
     for is_reused, marker, colour, name in ((False, "o", _COMPUTED, "computed"), (True, "D", _REUSED, "reused")):
         steps = [step for step in range(entry.num_steps) if (step in reused) == is_reused]
-        seen = [step for step in steps if step in finite]
+        probed = [step for step in steps if step in finite]
         face = "none" if is_reused else colour
         axes.scatter(
-            seen, [finite[step] for step in seen], marker=marker, edgecolors=colour, facecolors=face, label=name
+            probed, [finite[step] for step in probed], marker=marker, edgecolors=colour, facecolors=face, label=name
         )
-        unseen = [step for step in steps if step not in finite]
-        axes.scatter(unseen, [0.0] * len(unseen), marker=marker, s=14, edgecolors=colour, facecolors=face, alpha=0.5)
+        unprobed = [step for step in steps if step not in finite]
+        axes.scatter(
+            unprobed, [0.0] * len(unprobed), marker=marker, s=14, edgecolors=colour, facecolors=face, alpha=0.5
+        )
     known = sorted(entry.thresholds.items())
     if known:
         axes.step(*zip(*known, strict=True), where="mid", color="#555555", linestyle="--", label="threshold")

@@ -107,7 +107,15 @@ def run_fragment(stats: Summary) -> str:
     below = "".join(f"<div>{escape(line)}</div>" for text in stats.lines for line in text.splitlines())
     if not stats:
         return f"<div>{below or 'no session has run yet'}</div>"
-    heads = ("Session", "Region", "Steps reused", "Diff per step", "Computed (median)", "Reused (median)", "Kept")
+    heads = (
+        "Session",
+        "Region",
+        "Steps reused",
+        "Diff per step",
+        "Computed (median)",
+        "Reused (median)",
+        "CachedValue",
+    )
     lines = ["".join(f'<th style="text-align:left">{head}</th>' for head in heads)]
     for entry in stats:
         times = Times.of([entry])
@@ -146,7 +154,7 @@ def _without_sessions(stats: Sequence[CacheStats]) -> str:
         return "No session has run yet."
     if not stats.calls:
         return "The model runs without the cache."
-    uncached = sum(counts.uncached + counts.unseen for counts in stats.calls.values())
+    uncached = sum(counts.uncached + counts.bypassed for counts in stats.calls.values())
     return f"All {uncached} calls ran without the cache." if uncached else "No call has been seen yet."
 
 

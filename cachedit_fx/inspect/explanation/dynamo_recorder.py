@@ -1,0 +1,132 @@
+"""A backend that follows every graph through the passes and compiles none."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import linecache
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.pgo import get_code_state
+
+from cachedit_fx.config.cache_config import split_options
+from cachedit_fx.frontend.backend import Backend, refusal, rewrite
+from cachedit_fx.frontend.capture import captured_module, copy_graph, forget_examples
+from cachedit_fx.frontend.capture_strategies import CaptureStrategy
+from cachedit_fx.frontend.inner_compiler import runs_as_is
+from cachedit_fx.inspect.explanation.build import build_report
+from cachedit_fx.inspect.explanation.data import BreakReport, GraphReport
+from cachedit_fx.inspect.explanation.risks import risks_of
+from cachedit_fx.inspect.explanation.trace import Trace
+
+
+class Stop(Exception):
+    """The module was captured whole, so nothing of it need run."""
+
+
+@dataclass
+class RecordedGraph:
+    """One graph: its report, and the graphs themselves by what `Explanation.graph` calls them."""
+
+    report: GraphReport
+    graphs: dict[str, fx.GraphModule]
+
+
+class DynamoRecorder(Backend):
+    """What `explain` compiles a module with.
+
+    Attributes:
+        recorded: The graphs of the last strategy that captured any.
+        strategy: The way in which it captured. A module that is to be one graph is not run: `Stop` is raised.
+    """
+
+    def __init__(self, like: Backend, arguments: Collection[str]) -> None:
+        self.__dict__.update(like.__dict__)
+        self._arguments = arguments
+        self.recorded: list[RecordedGraph] = []
+        self.strategy = CaptureStrategy(whole=True, captures_data=False)
+
+    # Equal backends share their compiled graphs, and this one's do not run.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def begin(self, strategy: CaptureStrategy) -> None:
+        """A way to capture the module is tried: what an earlier one captured counts no more."""
+        self.strategy = strategy
+        self.recorded.clear()
+
+    def capturing(self, *, data: bool) -> DynamoRecorder:
+        return self  # What is recorded of every way is the same one's.
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        config, _ = split_options(options or {}, self.config)
+        copied, trace, module = copy_graph(gm, example_inputs), Trace(), captured_module()
+        refused = refusal()
+        found = rewrite(copied, config, self.declared, exact=runs_as_is(config.inner_backend), observer=trace)
+        if refused:
+            trace.refuse(refused)
+        elif isinstance(found, tuple):
+            trace.refuse(found)
+        report = build_report(
+            copied,
+            trace,
+            config,
+            self.declared,
+            cls=type(module).__name__ if module is not None else "",
+            number=len(self.recorded),
+            break_after=_break_after(gm),
+        )
+        forget_examples(copied, *(piece.gm for piece in trace.piece_list))
+        self.recorded.append(RecordedGraph(report, trace.graphs()))
+        return _stop if self.strategy.whole else gm.forward
+
+    def add_risks(self, guards: Sequence[Any]) -> list[bool]:
+        """Takes what the graph captured last was specialised on. Dynamo's `guard_filter_fn`; all guards are kept."""
+        if self.recorded:
+            last = self.recorded[-1]
+            last.report = replace(last.report, risks=risks_of(guards, self._arguments))
+        return [True] * len(guards)
+
+
+def _stop(*_: Any) -> Any:
+    raise Stop
+
+
+def _break_after(gm: fx.GraphModule) -> BreakReport | None:
+    """Why Dynamo ended the graph; None at the end of a function."""
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    where = f"{frame.filename}:{frame.lineno}" if frame is not None else ""
+    line = linecache.getline(frame.filename, frame.lineno or 0).strip() if frame is not None else ""
+    return BreakReport(str(reason.reason).strip(), where, line)
+
+
+@contextlib.contextmanager
+def forgotten_sizes() -> Iterator[None]:
+    """Lets Dynamo forget the sizes that it sees inside: it would take them for dynamic in the user's next call."""
+    state = get_code_state()
+    known = copy.deepcopy(dict(state))
+    try:
+        yield
+    finally:
+        state.clear()
+        state.update(known)
+
+
+def isolated() -> dict[str, Any]:
+    """Arguments that keep what is compiled out of the way of the user's own compilations, where torch has them."""
+    return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}

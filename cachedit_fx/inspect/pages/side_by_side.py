@@ -1,0 +1,100 @@
+"""A graph before and after the rewriting, side by side: lines that belong together in one row."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport
+from cachedit_fx.inspect.explanation.diff import block_line, side_by_side
+
+_SHOWN = 2  # Equal lines at both ends of a run of them whose middle is folded away.
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of one side.
+
+    Attributes:
+        block: The block that it stands for; None for a node.
+        depth: 1 inside of a conditional's compute and reuse.
+    """
+
+    text: str
+    block: BlockReport | None
+    depth: int
+
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """What stands before the block's path, the path, and what stands behind it."""
+        return self.text.partition(self.block.path) if self.block is not None else (self.text, "", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Lines that stand beside each other; at least one of them is there.
+
+    Attributes:
+        kind: "same", "changed", "removed" or "added".
+    """
+
+    kind: str
+    left: Line | None
+    right: Line | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows that are shown, or folded away."""
+
+    rows: tuple[Row, ...]
+    is_folded: bool = False
+
+    @property
+    def what(self) -> str:
+        """What its rows are, where all are alike."""
+        return "blocks" if _same(self.rows[0]) == "block" else "nodes"
+
+
+def chunks_of(report: GraphReport, graphs: Mapping[str, fx.GraphModule]) -> list[Chunk]:
+    """All rows of a graph, long runs of equal ones folded."""
+    before, after = side_by_side(report, graphs)
+    known = {block_line(block): block for block in report.blocks}
+    chunks = []
+    for same, run in itertools.groupby(_rows(_lines(before, known), _lines(after, known)), key=_same):
+        found = tuple(run)
+        if same and len(found) > 2 * _SHOWN + 4:
+            head, middle, tail = found[:_SHOWN], found[_SHOWN:-_SHOWN], found[-_SHOWN:]
+            chunks += [Chunk(head), Chunk(middle, is_folded=True), Chunk(tail)]
+        else:
+            chunks.append(Chunk(found))
+    return chunks
+
+
+def _same(row: Row) -> str:
+    """ "block" or "node" for what is the same on both sides, else nothing."""
+    if row.kind != "same" or row.left is None:
+        return ""
+    return "node" if row.left.block is None else "block"
+
+
+def _lines(texts: Sequence[str], known: Mapping[str, BlockReport]) -> list[Line]:
+    found, depth = [], 0
+    for text in texts:
+        is_branch = text.startswith(("if ", "else:")) and text.rstrip().endswith(tuple("0123456789"))
+        depth = 0 if is_branch or text == "# both" else depth
+        found.append(Line(text, known.get(text), depth))
+        depth = 1 if is_branch else depth
+    return found
+
+
+def _rows(left: Sequence[Line], right: Sequence[Line]) -> Iterator[Row]:
+    matcher = difflib.SequenceMatcher(None, [one.text for one in left], [one.text for one in right], autojunk=False)
+    for what, i, i_end, j, j_end in matcher.get_opcodes():
+        for one, other in itertools.zip_longest(left[i:i_end], right[j:j_end]):
+            kind = "same" if what == "equal" else "added" if one is None else "removed" if other is None else "changed"
+            yield Row(kind, one, other)

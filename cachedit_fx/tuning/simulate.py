@@ -1,0 +1,102 @@
+"""A schedule without the compiler: the model's forward is left out at reused steps, and its output forecast.
+
+What reuses the model's whole output does in the runtime what this does around the forward; nothing has to be compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cachedit_fx.forecasters.compile import EagerForecaster
+from cachedit_fx.forecasters.verdict import is_gap
+from cachedit_fx.runtime.cached_values import CachedValue, Forecast, Reused
+from cachedit_fx.tuning.recording import Step, handled
+from cachedit_fx.tuning.schedule import Schedule
+
+
+@dataclass
+class _GuidanceBranch:
+    """What a guidance branch keeps, as a region's state does: one entry per floating tensor of the output."""
+
+    cached: list[CachedValue] = field(default_factory=list)
+    reused: Reused = ((), ())
+    timesteps: list[float | None] = field(default_factory=list)
+    is_outdated: bool = False  # Whether a gap came since the newest computed step.
+    returned: Any = None  # At the newest computed step: what holds the tensors.
+
+
+@dataclass
+class Simulation:
+    """Runs one generation by a schedule.
+
+    Attributes:
+        num_computed, num_calls: How often the model ran and was called.
+    """
+
+    module: nn.Module
+    schedule: Schedule
+    num_computed: int = 0
+    num_calls: int = 0
+    _guidance_branches: dict[int, _GuidanceBranch] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._forecast = Forecast(self.schedule.forecaster, EagerForecaster(self.schedule.forecaster))
+
+    @contextlib.contextmanager
+    def simulating(self) -> Iterator[None]:
+        with handled(self.module, self._call):
+            yield
+
+    def _call(self, step: Step, run: Callable[[], Any]) -> Any:
+        guidance_branch = self._guidance_branches.setdefault(step.guidance_branch, _GuidanceBranch())
+        guidance_branch.timesteps.append(step.timestep)
+        guidance_branch.is_outdated |= is_gap(guidance_branch.timesteps)
+        now = position(self.schedule.forecaster.by, step.number, step.timestep, guidance_branch.timesteps[0])
+        self.num_calls += 1
+        if (
+            step.number in self.schedule.computed
+            or step.number >= self.schedule.num_steps
+            or not guidance_branch.cached
+        ):
+            self.num_computed += 1
+            return self._compute(guidance_branch, now, run())
+        leaves, spec = pytree.tree_flatten(guidance_branch.returned)
+        cached = iter(guidance_branch.cached)
+        made = [self._value(next(cached), guidance_branch, now) if _is_floating(leaf) else leaf for leaf in leaves]
+        since, between = guidance_branch.reused
+        guidance_branch.reused = (*since, now), between
+        return pytree.tree_unflatten(made, spec)
+
+    def _value(self, cached: CachedValue, guidance_branch: _GuidanceBranch, now: float) -> Tensor:
+        value = cached.at(now, guidance_branch.reused, self._forecast, is_outdated=guidance_branch.is_outdated)
+        assert value is not None
+        return value.clone() if value is cached.last else value  # A pipeline may write into what the model returned.
+
+    def _compute(self, guidance_branch: _GuidanceBranch, now: float, returned: Any) -> Any:
+        tensors = [leaf.clone() for leaf in pytree.tree_leaves(returned) if _is_floating(leaf)]
+        is_continued = guidance_branch.cached and not guidance_branch.is_outdated
+        before = guidance_branch.cached if is_continued else [CachedValue()] * len(tensors)
+        guidance_branch.cached = [
+            old.taking_in(tensor, now, guidance_branch.reused, self._forecast, is_static=True)
+            for old, tensor in zip(before, tensors, strict=True)
+        ]
+        guidance_branch.reused = (), guidance_branch.reused[0] if is_continued else ()
+        guidance_branch.is_outdated, guidance_branch.returned = False, returned
+        return returned
+
+
+def position(by: str, number: int, timestep: float | None, first: float | None) -> float:
+    """Where a step stands, for `Times`: its number, or how far the timestep has moved."""
+    if by == "step" or timestep is None or first is None:
+        return float(number)
+    return abs(timestep - first)
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()

@@ -1,0 +1,362 @@
+"""Which nodes are which block, and which streams run between the blocks. Reads only.
+
+    conv_in -> [blocks.0] -> [blocks.1] -> ... -> norm_out     ->     BlockList("blocks", ...)
+
+`nn_module_stack` says which module call a node belongs to; the dataflow over the places between the calls says what
+the blocks hand on. Names only label what the dataflow found.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from torch import fx
+
+from cachedit_fx.passes.analysis.dataflow import Program, is_addition, is_layout
+from cachedit_fx.passes.analysis.module_calls import Call, Path, module_lists, module_path_of
+from cachedit_fx.patterns.blocks import ENCODER, HIDDEN, Block, BlockList
+from cachedit_fx.patterns.nodes import base_name, is_tensor, may_share_shape, same_shape, shape_key
+
+_MOST_BEHIND = 8  # Nodes behind a block that may complete it.
+
+
+def locate_blocks(program: Program) -> tuple[BlockList, ...]:
+    """Every list of at least two block calls whose blocks hand a stream on (or nearly), in execution order.
+
+    Lists inside the blocks of a list that has streams are not looked at. Two lists that take turns are one.
+    """
+    found: list[BlockList] = []
+    known: set[Path] = set()  # Of all blocks that have streams.
+    taken: set[Path] = set()  # Lists that take turns with one that was found.
+    lists = module_lists(program)
+    for path, calls in sorted(lists.items(), key=lambda item: (len(item[0]), item[1][0].start)):
+        inner = calls[0].path
+        if len(calls) < 2 or path in taken or any(inner[:i] in known for i in range(len(inner))):
+            continue
+        blocks = _trace_turns(program, path, lists) or _trace_list(program, path, _spans(program, calls), calls)
+        if blocks.has_stream:
+            known.update(call.path for call in calls)
+            taken.update(tuple(other.split(".")) for other in blocks.alternates)
+        found.append(blocks)
+    return tuple(sorted((b for b in found if tuple(b.path.split(".")) not in taken), key=lambda b: b.blocks[0].start))
+
+
+def _trace_list(
+    program: Program, path: Path, blocks: tuple[Block, ...], calls: list[Call], alternates: str = ""
+) -> BlockList:
+    boundaries, broken = _trace_streams(program, blocks)
+    labels: dict[str, str] = {}
+    if len(boundaries) == len(blocks) + 1:
+        boundaries, labels = _assign_roles(program, blocks, boundaries)
+    return BlockList(
+        path=".".join(path),
+        blocks=blocks,
+        boundaries=tuple(boundaries),
+        contexts=_contexts(program, blocks, boundaries),
+        emitted=_emitted(program, blocks, boundaries),
+        broken=broken,
+        flops=sum(program.flops[position] for call in calls for position in call.positions),
+        labels=labels,
+        alternates=(alternates,) if alternates else (),
+    )
+
+
+def _trace_turns(program: Program, path: Path, lists: Mapping[Path, list[Call]]) -> BlockList | None:
+    """The list at `path` and one beside it whose blocks take turns with its own (spatial, temporal), as one list.
+
+    A block is then one of each, up to where the stream has its shape again.
+    """
+    calls = lists[path]
+    for other, theirs in lists.items():
+        if other == path or other[:-1] != path[:-1] or len(theirs) != len(calls) or not _adds(program, theirs[0]):
+            continue
+        turns = [call for pair in zip(calls, theirs, strict=True) for call in pair]
+        if any(call.positions[-1] >= then.start for call, then in itertools.pairwise(turns)):
+            continue
+        last = Call(calls[-1].path, calls[-1].cls, 0, [calls[-1].start, _moved_back(program, calls, theirs) - 1])
+        found = _trace_list(program, path, _spans(program, [*calls[:-1], last]), turns, ".".join(other))
+        if found.has_stream:
+            return found
+    return None
+
+
+def _adds(program: Program, call: Call) -> bool:
+    """Whether the call adds to what it was given: what only returns a branch (an adapter) is work behind a block."""
+    start, end = call.start, call.positions[-1] + 1
+    entered = set(program.read_from_before(start, end))
+    made = (n for n in program.nodes_in(start, end) if is_tensor(n) and program.used_in(n, end, len(program.nodes)))
+    return any(entered & program.residual_path(node, start) for node in made)
+
+
+def _moved_back(program: Program, calls: list[Call], theirs: list[Call]) -> int:
+    """Where the last block of a list that takes turns ends: behind what moves its stream to the shape it came in."""
+    entered = program.read_from_before(calls[-1].start, theirs[-1].positions[-1])
+    shapes = {shape_key(node) for node in entered if is_tensor(node)}
+    end = theirs[-1].positions[-1] + 1
+    for stop in range(end, len(program.nodes)):
+        before, node = program.nodes[stop - 1], program.nodes[stop]
+        if is_tensor(before) and shape_key(before) in shapes:
+            return stop
+        if not is_layout(node):
+            break
+    return end
+
+
+def _spans(program: Program, calls: list[Call]) -> tuple[Block, ...]:
+    starts = [call.start for call in calls]
+    blocks: list[Block] = []
+    for i, call in enumerate(calls):
+        is_last = i + 1 == len(calls)
+        limit = call.positions[-1] + 1 if is_last else starts[i + 1]
+        # A block's module may be called on again after the loop; those nodes belong to whatever they stand in.
+        end = max(p for p in call.positions if p < limit) + 1
+        if is_last and blocks:
+            ahead = _completed_ahead(program, blocks[-1].start, blocks[-1].end)
+            if ahead and ahead == _completed_ahead(program, call.start, end):
+                end = limit = end + ahead
+        blocks.append(Block(".".join(call.path), call.cls, call.start, end, limit))
+    return tuple(blocks)
+
+
+def _completed_ahead(program: Program, start: int, end: int) -> int:
+    """How many nodes right behind the block in [start, end) add what it returns to what entered it; 0 if none do.
+
+    A loop may do so (`x = x + block(x)`), with a scale in between.
+    """
+    entered = set(program.read_from_before(start, end))
+    for stop in range(end, min(end + _MOST_BEHIND, len(program.nodes))):
+        node = program.nodes[stop]
+        if node.op not in ("call_function", "call_method") or module_path_of(node) or program.flops[stop]:
+            return 0
+        operands = [a for a in node.all_input_nodes if is_tensor(a) and is_tensor(node) and same_shape(a, node)]
+        if len(operands) == 2 and is_addition(node):
+            return stop + 1 - end if _completes(program, operands, entered, start, end) else 0
+    return 0
+
+
+def _completes(program: Program, operands: list[fx.Node], entered: set[fx.Node], start: int, end: int) -> bool:
+    """Whether one operand is what a block in [start, end) made, and the other the stream that this is added to.
+
+    What holds the stream already is complete; then the sum is a skip.
+    """
+    for stream, branch in (operands, operands[::-1]):
+        made = {node for node in program.ancestors_within(branch, start, len(program.nodes)) if node is not stream}
+        is_made = any(start <= program.position[node] < end for node in made)
+        residual_path = program.residual_path(stream, start)
+        enters = stream in entered or bool(entered & residual_path) or _is_source(program, stream, entered, start)
+        added = program.residual_path(branch, start)
+        if is_made and enters and stream not in added and not entered & added and branch not in residual_path:
+            return True
+    return False
+
+
+def _is_source(program: Program, node: fx.Node, entered: set[fx.Node], start: int) -> bool:
+    """Whether what entered a block was made of `node`, as `norm(x)` of `x`."""
+    position = program.position[node]
+    return position < start and any(
+        program.position[e] > position and node in program.ancestors_within(e, position, start) for e in entered
+    )
+
+
+def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[dict[str, fx.Node]], str]:
+    """The streams at every boundary, under provisional names, as far as they run; and where they were lost."""
+    boundaries: list[dict[str, fx.Node]] = []
+    told: set[str] = set()  # Streams that more than their shape told at every boundary so far.
+    for i, block in enumerate(blocks):
+        is_last = i + 1 == len(blocks)
+        reads = (block.span_end, blocks[i + 1].span_end) if not is_last else (block.end, len(program.nodes))
+        nodes_in = program.nodes_in(block.start, block.span_end)
+        candidates = [node for node in nodes_in if is_tensor(node) and program.used_in(node, *reads)]
+        if not is_last:
+            candidates = _latest(program, block, blocks[i + 1], candidates)
+        if i == 0:
+            # What only the work behind the block reads is no stream of it, but for what is made into what it reads.
+            read = set(program.read_from_before(block.start, block.end))
+            around = program.read_from_before(block.start, block.span_end)
+            entries = [n for n in around if is_tensor(n) and (n in read or _is_source(program, n, read, block.start))]
+            later = {n for n in entries if program.used_in(n, block.span_end, blocks[-1].end)}
+            pairs = _pair(program, block, {node.name: node for node in entries}, candidates, later)
+            pairs = _without_derived(program, block, pairs)
+            boundaries.append({name: program.by_name[name] for name in pairs})
+            told = set(pairs)
+        else:
+            pairs = _pair(program, block, boundaries[-1], candidates, set())
+        alike = {name for name, node in pairs.items() if not _is_told(program, block, boundaries[-1][name], node)}
+        if is_last:  # What is used behind the list may be something else that the last block made.
+            pairs = {name: node for name, node in pairs.items() if name not in alike & told}
+        told -= alike
+        if not pairs:
+            return boundaries, f"no tensor that leaves block {i} has the shape of one that entered it"
+        boundaries.append(pairs)
+    return boundaries, ""
+
+
+def _latest(program: Program, block: Block, following: Block, candidates: list[fx.Node]) -> list[fx.Node]:
+    """`candidates` without those that the work behind the block made into others that the next block goes on from.
+
+    A skip that was put by before a norm is no stream, but `x` is where the loop adds `block(norm(x))` to it.
+    """
+    handed_on = [node for node in program.nodes_in(following.start, following.span_end) if is_tensor(node)]
+    leaving = [node for node in handed_on if program.used_in(node, following.span_end, len(program.nodes))]
+    added_to = {old for node in leaving for old in program.residual_path(node, following.start)}
+
+    def rank(node: fx.Node) -> tuple[bool, bool]:
+        return node in added_to, program.used_in(node, following.start, following.end)
+
+    behind = [node for node in candidates if program.position[node] >= block.end]
+    superseded = {
+        old
+        for node in behind
+        for old in program.ancestors_within(node, block.start, block.span_end) & set(candidates)
+        if old is not node and same_shape(old, node) and rank(old) <= rank(node)
+    }
+    return [node for node in candidates if node not in superseded]
+
+
+def _without_derived(program: Program, block: Block, pairs: dict[str, fx.Node]) -> dict[str, fx.Node]:
+    """Streams that are no more than another one made into something (`norm(x)`, which the next block reads)."""
+    added = {name for name, node in pairs.items() if program.by_name[name] in program.residual_path(node, block.start)}
+    firm = {pairs[name] for name in added}
+
+    def is_derived(name: str) -> bool:
+        first = min((program.position[node] for node in firm), default=block.span_end)
+        return bool(firm & program.ancestors_within(pairs[name], first, block.span_end))
+
+    return {name: node for name, node in pairs.items() if name in added or not is_derived(name)}
+
+
+def _is_told(program: Program, block: Block, before: fx.Node, after: fx.Node) -> bool:
+    """Whether more than shape and a path says that `after` continues `before`."""
+    return before in program.residual_path(after, block.start) or base_name(before) == base_name(after)
+
+
+def _pair(
+    program: Program, block: Block, before: Mapping[str, fx.Node], after: list[fx.Node], avoid: set[fx.Node]
+) -> dict[str, fx.Node]:
+    """Each stream before the block with the one value after it that continues it, best evidence first.
+
+    Required are a path through the block and equal shapes (a path of additions, where sizes depend on data). Evidence
+    is then a path of additions, an equal name, not being read by later blocks (`avoid`: those are invariants), standing
+    late in the block, and having been made late (what was put by earlier is a skip).
+    """
+    scored = []
+    for node in after:
+        reached = program.ancestors_within(node, block.start, block.span_end)
+        if not any(block.start <= program.position[made] < block.end for made in reached):
+            continue  # Made beside the block, as a conditioning that is refined from block to block.
+        close = [(name, old) for name, old in before.items() if old in reached and may_share_shape(old, node)]
+        if not close:
+            continue
+        residual_path = program.residual_path(node, block.start)
+        for name, old in close:
+            if old not in residual_path and not same_shape(old, node):
+                continue
+            told = (old in residual_path, base_name(old) == base_name(node))
+            evidence = (old not in avoid, *told, program.position[node], program.position[old])
+            scored.append((evidence, name, node))
+    pairs: dict[str, fx.Node] = {}
+    for evidence, name, node in sorted(scored, key=lambda item: item[0], reverse=True):
+        if name not in pairs and node not in pairs.values() and (evidence[0] or evidence[1]):
+            pairs[name] = node
+    return {name: pairs[name] for name in before if name in pairs}
+
+
+def _assign_roles(
+    program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]]
+) -> tuple[list[dict[str, fx.Node]], dict[str, str]]:
+    """Provisional names -> roles, told by the names that the blocks gave what they made, then by use afterwards, then
+    by what looks at what: of two streams, one that the blocks make of itself alone cannot be the image; then by the
+    inputs that they start from.
+
+    A stream that cannot be told keeps the name that the model's code uses.
+    """
+    names = list(boundaries[0])
+    labels = {}
+    for name in names:
+        made = Counter(base_name(boundary[name]) for boundary in boundaries[1:] if name in boundary)
+        labels[name] = made.most_common(1)[0][0] if made else name
+    roles = dict.fromkeys(names, "")
+    if len(names) == 1:
+        roles[names[0]] = HIDDEN
+    for name in names:
+        if not roles[name] and labels[name] in (HIDDEN, ENCODER):
+            roles[name] = labels[name]
+    open_names = [name for name in names if not roles[name]]
+    leaving = [name for name in names if name in boundaries[-1]]
+    if HIDDEN not in roles.values() and len(leaving) == 1 and leaving[0] in open_names:
+        roles[leaving[0]] = HIDDEN
+        open_names.remove(leaving[0])
+    if len(names) == len(open_names) == 2:
+        reading = [name for name in names if _reads_beside(program, blocks, boundaries, name)]
+        if len(reading) == 1:
+            roles[reading[0]] = HIDDEN
+            open_names.remove(reading[0])
+    if HIDDEN not in roles.values():  # One that starts from what the model returns another of.
+        latents = [name for name in open_names if program.inputs_behind(boundaries[0][name]) & program.like_outputs]
+        if len(latents) == 1:
+            roles[latents[0]] = HIDDEN
+            open_names.remove(latents[0])
+    if len(names) == 2 and len(open_names) == 1:  # The one that is left is the other one.
+        roles[open_names[0]] = ENCODER if HIDDEN in roles.values() else HIDDEN
+    taken = set(filter(None, roles.values()))
+    for name in names:
+        if not roles[name]:
+            roles[name] = labels[name] if labels[name] not in taken else f"{labels[name]} ({name})"
+            taken.add(roles[name])
+    ordered = sorted(names, key=lambda name: roles[name] != HIDDEN)
+    renamed = [{roles[name]: boundary[name] for name in ordered if name in boundary} for boundary in boundaries]
+    return renamed, {roles[name]: labels[name] for name in ordered}
+
+
+def _reads_beside(program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]], name: str) -> bool:
+    """Whether any block makes the stream `name` from another stream, too."""
+    for block, before, after in zip(blocks, boundaries, boundaries[1:], strict=False):
+        others = {node for other, node in before.items() if other != name}
+        if name in after and others & program.ancestors_within(after[name], block.start, block.span_end):
+            return True
+    return False
+
+
+def _contexts(
+    program: Program, blocks: tuple[Block, ...], boundaries: Iterable[Mapping[str, fx.Node]]
+) -> tuple[fx.Node, ...]:
+    """Sequences that every block reads, made before the list from a conditioning input."""
+    boundaries = list(boundaries)
+    streams = set(boundaries[0].values()) if boundaries else set()
+    latents = program.latent_inputs(boundaries[0].get(HIDDEN) if boundaries else None)
+    found = []
+    for node in program.read_from_before(blocks[0].start, blocks[0].span_end):
+        if node in streams or not program.is_sequence(node):
+            continue
+        made_from = program.conditioning_behind(node) - latents
+        if made_from and _is_read_by_all(program, node, blocks[1:]):
+            found.append(node)
+    return tuple(found)
+
+
+def _is_read_by_all(program: Program, node: fx.Node, blocks: Iterable[Block]) -> bool:
+    reads = sorted(program.position[user] for user in node.users)
+    return all(bisect.bisect_left(reads, block.start) < bisect.bisect_left(reads, block.end) for block in blocks)
+
+
+def _emitted(program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]]) -> tuple[fx.Node, ...]:
+    """What the last block makes, beside its streams, for what stands after the list."""
+    last = blocks[-1]
+    streams = set(boundaries[-1].values()) if boundaries else set()
+    return (
+        tuple(
+            node
+            for node in program.nodes_in(last.start, last.end)
+            if node not in streams
+            and program.is_sequence(node)
+            and program.used_in(node, last.end, len(program.nodes))
+            and any(
+                stream in program.ancestors_within(node, last.start, last.end) for stream in boundaries[-2].values()
+            )
+        )
+        if len(boundaries) > 1
+        else ()
+    )

@@ -1,0 +1,1 @@
+"""Transforms: they rewrite a graph, or build new graphs from it."""

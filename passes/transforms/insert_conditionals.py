@@ -1,0 +1,329 @@
+"""Rewrites a graph so that each region is run or reused, as a host decides between the pieces.
+
+    x -> blocks -> y      ->      head(x, before)                     the diff is in the head
+                                  pred = step.decide(0, probe_vector)
+                                  compute_or_reuse(pred, compute, reuse, (...))  the signature of torch.cond
+                                  step.update(0, residual, ...)
+                                  tail(...)
+
+`step` is the first placeholder: what the runtime knows of this call (see `Step`). All else is tensors and numbers.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from cachedit_fx.passes.analysis.dataflow import Program
+from cachedit_fx.passes.extract import Extract, extract, free_sizes, graph_module, outputs_of
+from cachedit_fx.passes.region import LiveOut, Region
+from cachedit_fx.passes.transforms.append_probe import (
+    NUM_CHECKSUMS,
+    append_checksums,
+    append_diff,
+    append_timestep,
+    probe_example,
+)
+from cachedit_fx.patterns.nodes import size_key, value_of
+
+
+class Step(Protocol):
+    """What a cached graph asks of its caller during one call. `region` counts from 0."""
+
+    def before(self, region: int) -> torch.Tensor:
+        """What was looked at at the last computed step; any tensor of that shape where there is none."""
+
+    def decide(self, region: int, probe_vector: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
+        """True: compute. `probe_vector` is [diff, timestep], float32; reading it is the call's one host read.
+
+        A region that looks at nothing has no diff in it, one after the first no timestep; with neither it is None.
+        `streams` are those at the cut whose sizes depend on data: what was kept has to have their shapes.
+        """
+
+    def cached(self, region: int) -> tuple[torch.Tensor | None, ...]:
+        """What was kept at the last computed step, one per live-out; Nones where there is nothing."""
+
+    def residual(self, region: int, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
+        """What a region added to a stream whose sizes depend on data; None if the stream did not keep its shape.
+
+        On a reused step `after` is what was kept, and is handed back.
+        """
+
+    def observe(self, region: int, outputs: tuple[torch.Tensor, ...]) -> None:
+        """Takes what leaves a region; only of graphs that were built to be observed."""
+
+    def update(self, region: int, probe: torch.Tensor | None, cached: tuple[torch.Tensor | None, ...]) -> None:
+        """Takes what the step leaves behind: what was looked at (None: nothing is), and what a reused step will add.
+
+        Called on every step; a reused step hands back what it was given.
+        """
+
+
+def compute_or_reuse(
+    pred: bool, compute: Callable[..., Any], reuse: Callable[..., Any], operands: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Runs `compute` if `pred`, else `reuse`. As `torch.cond(pred, compute, reuse, operands)`, but on the host."""
+    result: tuple[Any, ...] = (compute if pred else reuse)(*operands)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class CachedGraph:
+    """A graph with its conditionals in.
+
+    Attributes:
+        gm: Takes `step` and then the original placeholders; returns what the original returned.
+        regions: In the order of their numbers.
+        timestep: The placeholder that the first head reads the timestep from, if there is one.
+        num_checksums: How many sums of the conditioning's values the first probe ends with.
+    """
+
+    gm: fx.GraphModule
+    regions: tuple[Region, ...]
+    timestep: fx.Node | None
+    num_checksums: int = 0
+
+
+def insert_conditionals(
+    source: fx.GraphModule,
+    program: Program,
+    regions: tuple[Region, ...],
+    timestep: fx.Node | None,
+    *,
+    checksummed: fx.Node | None = None,
+    same_strides: bool = True,
+    observed: bool = False,
+) -> CachedGraph:
+    """The cached graph. Submodules: head, compute_i, reuse_i, (between_i), tail.
+
+    Args:
+        checksummed: A placeholder whose values are summed up at every call: one that may be written in place unnoticed.
+        observed: Hand what leaves a region to `Step.observe`.
+        same_strides: Make what leaves a region contiguous where the branches would differ in strides: a compiled tail
+            takes one layout. It changes rounding where a kernel looks at strides.
+    """
+    builder = _Builder(source, program, regions, timestep, checksummed, same_strides, observed)
+    return CachedGraph(builder.build(), regions, timestep, NUM_CHECKSUMS if checksummed is not None else 0)
+
+
+class _Builder:
+    """Builds the outer graph, segment after segment."""
+
+    def __init__(
+        self,
+        source: fx.GraphModule,
+        program: Program,
+        regions: tuple[Region, ...],
+        timestep: fx.Node | None,
+        checksummed: fx.Node | None,
+        same_strides: bool,
+        observed: bool,
+    ) -> None:
+        self.source, self.program, self.regions, self.timestep = source, program, regions, timestep
+        self.checksummed, self.same_strides, self.observed = checksummed, same_strides, observed
+        self.graph = fx.Graph()
+        self.root = torch.nn.Module()
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.sizes = free_sizes(source.graph)
+
+    def build(self) -> fx.GraphModule:
+        self.step = self.graph.placeholder("step")
+        for node in self.program.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self.graph.node_copy(node)
+        segments = _segments(self.program, self.regions)
+        for number, region in enumerate(self.regions):
+            self._conditional(number, region, *self._head(segments[number], number, region))
+        self._call(extract(segments[-1], self.sizes), outputs_of(segments[-1]), "tail", [])
+        output = self.program.nodes[-1]
+        self.graph.output(fx.map_arg(output.args[0], lambda node: self._value(node)))
+        gm = fx.GraphModule(self.root, self.graph, class_name="Cached")
+        gm.graph.lint()
+        return gm
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        if node not in self.values:  # An attribute of the model that the output returns as it is.
+            setattr(self.root, str(node.target), getattr(self.source, str(node.target)))
+            self.values[node] = self.graph.node_copy(node)
+        return self.values[node]
+
+    def _head(self, nodes: list[fx.Node], number: int, region: Region) -> tuple[fx.Node | None, fx.Node | None]:
+        """The segment before the region, with the probe. Returns the probe vector and the probe."""
+        head = extract(nodes, self.sizes)
+        timestep = self.timestep if number == 0 else None
+        parts, extra, probe = [], [], None
+        if region.probed_at is not None:
+            before = self.graph.call_method("before", (self.step, number))
+            diff, probe, before_in = append_diff(head, region)
+            head.inputs.append(before_in)
+            self.values[before_in] = before
+            parts.append(diff)
+            extra.append(probe)
+        if timestep is not None:
+            parts.append(append_timestep(head, timestep, value_of(region.live_outs[0].after).device))
+        if self.checksummed is not None and number == 0:
+            parts.extend(append_checksums(head, self.checksummed, value_of(region.live_outs[0].after).device))
+        if parts:
+            probe_vector = head.graph.call_function(torch.stack, (parts,))
+            probe_vector.meta["cachedit_probe"] = True
+            extra.insert(0, probe_vector)
+        name = "head" if number == 0 else f"between_{number - 1}"
+        if not nodes and not parts:
+            return None, None
+        called = self._call(head, outputs_of(nodes), name, extra)
+        return called[0] if parts else None, called[-1] if probe is not None else None
+
+    def _conditional(self, number: int, region: Region, probe_vector: fx.Node | None, probe: fx.Node | None) -> None:
+        compute, reuse, operands = _branches(self.source, region, self.sizes, self.same_strides)
+        measured = tuple(self._value(pair.before) for pair in region.live_outs if pair.before and pair.is_measured)
+        pred = self.graph.call_method("decide", (self.step, number, probe_vector, *((measured,) if measured else ())))
+        cached = self.graph.call_method("cached", (self.step, number))
+        held = [self.graph.call_function(operator.getitem, (cached, i)) for i in range(len(region.live_outs))]
+        self.root.add_module(f"compute_{number}", compute)
+        self.root.add_module(f"reuse_{number}", reuse)
+        branches = (self.graph.get_attr(f"compute_{number}"), self.graph.get_attr(f"reuse_{number}"))
+        arguments = (pred, *branches, (*(self._value(node) for node in operands), *held))
+        result = self.graph.create_node("call_function", compute_or_reuse, arguments, name="conditional")
+        count = len(region.live_outs)
+        out = [self.graph.call_function(operator.getitem, (result, i)) for i in range(2 * count)]
+        for pair, node in zip(region.live_outs, out, strict=False):
+            node.meta = copy.copy(pair.after.meta)
+            self.values[pair.after] = node
+        if self.observed:
+            self.graph.call_method("observe", (self.step, number, tuple(out[:count])))
+        to_cache = out[count:]
+        for i, pair in enumerate(region.live_outs):
+            if pair.before and pair.is_measured:
+                to_cache[i] = self.graph.call_method(
+                    "residual", (self.step, number, to_cache[i], self._value(pair.before))
+                )
+        self.graph.call_method("update", (self.step, number, probe, tuple(to_cache)))
+
+    def _call(self, piece: Extract, outputs: Sequence[fx.Node], name: str, extra: list[fx.Node]) -> list[fx.Node]:
+        """Calls the piece as submodule `name`; its outputs become known values. Returns the nodes of `extra`."""
+        module = piece.finish(self.source, [*(piece.copies[node] for node in outputs), *extra], name.title())
+        self.root.add_module(name, module)
+        call = self.graph.call_module(name, tuple(self._value(node) for node in piece.inputs))
+        items = [self.graph.call_function(operator.getitem, (call, i)) for i in range(len(outputs) + len(extra))]
+        for node, item in zip(outputs, items, strict=False):
+            item.meta = copy.copy(node.meta)
+            self.values[node] = item
+        return items[len(outputs) :]
+
+
+def _segments(program: Program, regions: tuple[Region, ...]) -> list[list[fx.Node]]:
+    """The nodes before, between and after the regions, hoisted ones in front of the region that they lay in."""
+    inside = {node: i for i, region in enumerate(regions) for node in (*region.deferred, *region.nodes)}
+    hoisted = {node: i for i, region in enumerate(regions) for node in region.hoisted}
+    starts = sorted(program.position[region.nodes[0]] for region in regions)
+    segments: list[list[fx.Node]] = [[] for _ in range(len(regions) + 1)]
+    for position, node in enumerate(program.nodes):
+        if node in inside or node.op in ("placeholder", "get_attr", "output"):
+            continue
+        number = hoisted[node] if node in hoisted else bisect.bisect_right(starts, position)
+        segments[number].append(node)
+    return segments
+
+
+def _branches(
+    source: fx.GraphModule, region: Region, sizes: Sequence[fx.Node], same_strides: bool
+) -> tuple[fx.GraphModule, fx.GraphModule, list[fx.Node]]:
+    """`compute` and `reuse`, both over the same operands (values at the cut, then what was cached), both returning
+    the live-outs and then what is to be cached."""
+    body = extract((*region.deferred, *region.nodes), sizes)
+    starts = [_start(body, pair) for pair in region.live_outs]
+    operands = list(body.inputs)
+    outputs = [body.copies[pair.after] for pair in region.live_outs]
+    to_cache = []
+    for pair, start, out in zip(region.live_outs, starts, outputs, strict=True):
+        if pair.is_measured:
+            to_cache.append(out)  # The residual is taken behind the conditional, where the sizes are known.
+            continue
+        # Neither may alias an output: what is kept outlives the call.
+        node = (
+            body.graph.call_function(torch.sub, (out, start))
+            if start is not None
+            else body.graph.call_method("clone", (out,))
+        )
+        node.meta["cachedit_probe"] = True
+        to_cache.append(node)
+    uneven = {pair for pair in region.live_outs if same_strides and _differs_in_strides(pair)}
+    outputs = [_contiguous(out) if p in uneven else out for p, out in zip(region.live_outs, outputs, strict=True)]
+    _placeholders(body.graph, [f"cached_{i}" for i in range(len(region.live_outs))])
+    compute = body.finish(source, [*outputs, *to_cache], "Compute")
+    reuse = _reuse(source, region.live_outs, operands, uneven)
+    for pair in uneven:  # What reads the value after the region is compiled for the layout that both branches give.
+        with torch.no_grad():
+            pair.after.meta["example_value"] = value_of(pair.after).contiguous()
+    return compute, reuse, operands
+
+
+def _start(piece: Extract, pair: LiveOut) -> fx.Node | None:
+    """What the residual of `pair` is taken against, in `piece`; None for a value that is kept as it is."""
+    if pair.before is None:
+        return None
+    return piece.take(pair.before) if pair.joins is None else pair.joins.into(piece.graph, piece.take)
+
+
+def _differs_in_strides(pair: LiveOut) -> bool:
+    with torch.no_grad():
+        held = _cached_example(pair)
+        reused = torch.add(value_of(pair.before), held) if pair.before is not None else held
+    return [size_key(s) for s in reused.stride()] != [size_key(s) for s in value_of(pair.after).stride()]
+
+
+def _contiguous(node: fx.Node) -> fx.Node:
+    copied = node.graph.call_method("contiguous", (node,))
+    copied.meta["cachedit_probe"] = True
+    return copied
+
+
+def _reuse(
+    source: fx.GraphModule, live_outs: tuple[LiveOut, ...], operands: list[fx.Node], uneven: set[LiveOut]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    inputs = {node: graph.placeholder(node.name) for node in operands}
+    for node, placeholder in inputs.items():
+        placeholder.meta = copy.copy(node.meta)
+    piece = Extract(graph, list(operands), dict(inputs))
+    cached = [graph.placeholder(f"cached_{i}") for i in range(len(live_outs))]
+    outputs = []
+    for pair, held in zip(live_outs, cached, strict=True):
+        held.meta = {"example_value": _cached_example(pair)}
+        start = _start(piece, pair)
+        out = (
+            graph.call_function(torch.add, (start, held)) if start is not None else graph.call_method("clone", (held,))
+        )
+        outputs.append(_contiguous(out) if pair in uneven else out)
+    graph.output((*outputs, *cached))
+    return graph_module(source, graph, "Reuse")
+
+
+def cached_examples(region: Region) -> list[torch.Tensor]:
+    """Fakes of what a session keeps of a region: what is looked at, if anything is; then one per live-out."""
+    probe = [probe_example(region)] if region.probed_at is not None else []
+    return [*probe, *(_cached_example(pair) for pair in region.live_outs)]
+
+
+def _cached_example(pair: LiveOut) -> torch.Tensor:
+    """A fake of what is kept for `pair`: contiguous where the stream is, and of no input's storage."""
+    with torch.no_grad():
+        after: torch.Tensor = value_of(pair.after)
+        if pair.before is not None and pair.is_measured:
+            example: torch.Tensor = value_of(pair.before).clone()
+            return example
+        return torch.sub(after, value_of(pair.before)) if pair.before is not None else after.clone()
+
+
+def _placeholders(graph: fx.Graph, names: list[str]) -> None:
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for name in names:
+        with graph.inserting_after(last):
+            last = graph.placeholder(name)

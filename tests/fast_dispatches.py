@@ -1,0 +1,56 @@
+"""Modules with a cache whose calls may go without Dynamo, and which of them do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+import cachedit_fx
+from cachedit_fx.frontend.fast_dispatch import NOT_SERVED
+from cachedit_fx.runtime.instances import end_generation
+from tests import tiny
+
+
+def enabled(module: nn.Module, **others: Any) -> nn.Module:
+    return cachedit_fx.enable_cache(module, **tiny.fields(**others), inner_backend="eager")
+
+
+def warm(module: nn.Module, **others: Any) -> nn.Module:
+    """With the cache, after a generation."""
+    tiny.generate(enabled(module, **others), tiny.prompt(), tiny.latents())
+    end_generation(module)
+    return module
+
+
+@contextmanager
+def served(module: nn.Module) -> Iterator[list[bool]]:
+    """Of every call inside, whether it was served without Dynamo."""
+    calls: list[bool] = []
+    dispatcher = module._compiled_call_impl.fast_dispatch
+
+    class Watched:
+        def __call__(self, args: Any, kwargs: Any) -> Any:
+            result = dispatcher(args, kwargs)
+            calls.append(result is not NOT_SERVED)
+            return result
+
+        learn = staticmethod(dispatcher.learn)
+
+    module._compiled_call_impl.fast_dispatch = Watched()
+    try:
+        yield calls
+    finally:
+        module._compiled_call_impl.fast_dispatch = dispatcher
+
+
+def last(module: nn.Module) -> cachedit_fx.CacheStats:
+    return cachedit_fx.summary(module, logging=False)[-1]
+
+
+def reason(module: nn.Module) -> str:
+    """Why Dynamo makes its calls."""
+    found: str = module._compiled_call_impl.fast_dispatch.reason
+    return found
