@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -35,7 +35,7 @@ def run(config: CacheConfig, diffs: list[float], *, still: int = 0) -> list[Deci
     for number, diff in enumerate(diffs):
         if needs_refresh(config, history):
             history = history.refreshed()
-        known = replace(history, has_moved=number > still)
+        known = history._replace(has_moved=number > still)
         found.append(decide(config, known, diff, is_cached=history.num_steps > 0))
         history = known.after(found[-1])
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -21,7 +20,7 @@ def run(config, diffs, *, first_still=0):
     for number, diff in enumerate(diffs):
         if needs_refresh(config, history):
             history = history.refreshed()
-        moved = replace(history, has_moved=number > first_still)
+        moved = history._replace(has_moved=number > first_still)
         decision = decide(config, moved, diff, is_cached=history.num_steps > 0)
         assert decision.compute == (decision.reason not in REUSED)
         reasons.append(decision.reason)
@@ -365,7 +364,7 @@ steps = st.lists(
 def test_any_session_goes_as_in_the_reference(fields, steps):
     config, history, record = CacheConfig(**fields), History(), []
     for diff, is_cached, has_moved in steps:
-        known = replace(history, has_moved=has_moved)
+        known = history._replace(has_moved=has_moved)
         decision = decide(config, known, diff, is_cached=is_cached)
         expected = reference_decision(fields, record, diff, is_cached, has_moved)
         assert decision.reason == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload
+from typing import NamedTuple, Protocol, overload
 
 import torch
 
@@ -60,8 +60,7 @@ def covered(forecaster: Forecaster, roles: Sequence[str]) -> tuple[bool, ...]:
     return tuple(hidden if role == main else others for role in roles)
 
 
-@dataclass(frozen=True, slots=True)
-class CachedValue:
+class CachedValue(NamedTuple):
     """One value that leaves a region, as it was at the last computed steps.
 
     Attributes:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cachedit_fx.runtime.scheduler_run import SchedulerRun
 
 
-@dataclass(frozen=True, slots=True)
-class GuidanceBranchKey:
+class GuidanceBranchKey(NamedTuple):
     """What tells one guidance branch of one request from another.
 
     Attributes:
@@ -25,8 +24,7 @@ class GuidanceBranchKey:
     token: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class SessionKey:
+class SessionKey(NamedTuple):
     """What tells one session of a module from another.
 
     Attributes:
@@ -39,8 +37,7 @@ class SessionKey:
     ordinal: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class LoopPosition:
+class LoopPosition(NamedTuple):
     """Where a branch stands in its denoising loop: its last call.
 
     Attributes:
@@ -66,7 +63,7 @@ class LoopPosition:
         return (
             scheduler_run is not None
             and self.scheduler_run is not None
-            and scheduler_run.index != self.scheduler_run.index
+            and scheduler_run.step_index != self.scheduler_run.step_index
         )
 
     def predicted_ordinal(self, scheduler_run: SchedulerRun | None) -> int:

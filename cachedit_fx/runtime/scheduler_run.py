@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import sys
 import weakref
-from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerRun:
+class SchedulerRun(NamedTuple):
     """Where a pipeline stands in its denoising loop.
 
     Attributes:
         timesteps: The tensor that the scheduler holds during one run of the pipeline.
-        index: How many steps the scheduler has taken; None where it does not count, or before its first step.
+        step_index: How many steps the scheduler has taken; None where it does not count, or before its first step.
     """
 
     timesteps: weakref.ref[torch.Tensor]
-    index: int | None
+    step_index: int | None
 
     def is_same_run(self, other: SchedulerRun | None) -> bool:
         """Whether both are of one run of one pipeline."""

@@ -10,7 +10,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -215,7 +215,7 @@ class Instance:
         key = GuidanceBranchKey(owner, current_owner(request), _label.get(), token)
         with self._lock:
             loop_position = self._loop_positions.get(key) or self._loop_positions.get(
-                replace(key, owner=None), LOOP_START
+                key._replace(owner=None), LOOP_START
             )
             predicted = SessionKey(key, loop_position.predicted_ordinal(scheduler_run))
             known = self._sessions.get(predicted)
@@ -234,7 +234,7 @@ class Instance:
         scheduler_run, timestep = find_scheduler_run(), call.timestep
         mine = GuidanceBranchKey(None, current_owner(current_request()), _label.get(), token)
         with self._lock:
-            for key in [mine, *(key for key in self._loop_positions if replace(key, owner=None) == mine)]:
+            for key in [mine, *(key for key in self._loop_positions if key._replace(owner=None) == mine)]:
                 loop_position = self._loop_positions.get(key, LOOP_START)
                 ordinal = loop_position.ordinal_at(timestep, scheduler_run)
                 self._loop_positions.pop(key, None)
@@ -287,7 +287,7 @@ class Instance:
             )
             if is_going_on and not session.first:
                 self.bounds.warn()
-                snapshot = replace(snapshot, began="state-dropped")
+                snapshot = snapshot._replace(began="state-dropped")
             self._loop_positions[session.key.guidance_branch] = loop_position
             session.last = next(_step_numbers)
             session.first = session.first or session.last

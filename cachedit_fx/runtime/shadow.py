@@ -8,7 +8,7 @@ have reused (all of them, where it would have reused none), on the same inputs, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class ShadowedStep(StepRun):
                     streams = {role: _relative_l2([a], [b]) for role, a, b in pairs}
                     errors[i] = StepError(one.reuses, streams, of_output)
         for run, error in zip(self._runs, errors, strict=True):
-            run.state = replace(run.state, errors=(*run.state.errors, error))
+            run.state = run.state._replace(errors=(*run.state.errors, error))
 
 
 class _Reusing:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -14,8 +14,7 @@ from cachedit_fx.runtime.stats import StepError
 from cachedit_fx.runtime.stopwatch import PieceTime
 
 
-@dataclass(frozen=True, slots=True)
-class RegionState:
+class RegionState(NamedTuple):
     """What one region keeps from its last computed steps, and the record of its decisions.
 
     Attributes:
@@ -31,7 +30,7 @@ class RegionState:
     probe: torch.Tensor | None = None
     cached: tuple[CachedValue, ...] = ()
     reused: Reused = ((), ())
-    history: History = field(default_factory=History)
+    history: History = History()
     decisions: tuple[Decision, ...] = ()
     diffs: tuple[float, ...] = ()
     errors: tuple[StepError | None, ...] = ()
@@ -45,8 +44,7 @@ class RegionState:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """A session between two steps. Replaced as a whole, so that a step that raises leaves nothing behind.
 
     Attributes:
@@ -69,4 +67,4 @@ class Snapshot:
     began: str = "new"
     timesteps: tuple[float | None, ...] = ()
     piece_times: tuple[PieceTime, ...] = ()
-    regions: Mapping[str, RegionState] = field(default_factory=lambda: MappingProxyType({}))
+    regions: Mapping[str, RegionState] = MappingProxyType({})

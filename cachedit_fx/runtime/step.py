@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +163,7 @@ class StepRun:
             run.is_outdated = run.state.is_outdated or self._has_gap() or is_jump(run.diff, run.state.diffs)
         run.history, has_moved = run.state.history, self._snapshot.direction != 0
         if run.history.has_moved != has_moved:
-            run.history = replace(run.history, has_moved=has_moved)
+            run.history = run.history._replace(has_moved=has_moved)
         earlier = [r.diff for r in self._runs[:region] if r.decision is not None and r.decision.probed]
         run.decision = decide(
             run.config,
@@ -204,19 +204,18 @@ class StepRun:
         assert run.decision is not None
         if run.decision.compute:
             weights = self._instance.weights
-            self._snapshot = replace(self._snapshot, graph=self._call.number, weights=weights)
+            self._snapshot = self._snapshot._replace(graph=self._call.number, weights=weights)
             between = run.state.reused[0] if run.fits and not run.is_outdated else ()
             taken = self._taken_in(run, cached)
-            run.state = replace(
-                run.state, probe=self._copied(probe), cached=taken, reused=((), between), is_outdated=False
+            run.state = run.state._replace(
+                probe=self._copied(probe), cached=taken, reused=((), between), is_outdated=False
             )
         else:
             if run.config.decision_rule == "budget":
-                run.state = replace(run.state, probe=self._copied(probe))
+                run.state = run.state._replace(probe=self._copied(probe))
             if run.forecast is not None:
                 run.state = self._noting_forecast(run)
-        run.state = replace(
-            run.state,
+        run.state = run.state._replace(
             history=run.history.after(run.decision),
             decisions=(*run.state.decisions, run.decision),
             diffs=(*run.state.diffs, run.diff),
@@ -237,7 +236,7 @@ class StepRun:
             is_read = any(verdict is False for verdict in found)  # The host knows that nothing was forecast.
             unread = (*unread, (len(state.decisions), () if is_read else told))
         reused = ((*since, self._position(run)), between)
-        return replace(state, reused=reused, is_outdated=run.is_outdated, verdicts=unread)
+        return state._replace(reused=reused, is_outdated=run.is_outdated, verdicts=unread)
 
     def _has_gap(self) -> bool:
         """Whether the session was left out for some steps before this one."""
@@ -260,7 +259,7 @@ class StepRun:
             )
             mine = (t if any(t is known for known in old.tensors) else self._copied(t) for t in cached.tensors)
             tensors = tuple(t for t in mine if t is not None)
-            found.append(replace(cached, tensors=tensors, verdict=self._copied(cached.verdict)))
+            found.append(cached._replace(tensors=tensors, verdict=self._copied(cached.verdict)))
         return tuple(found)
 
     def _copied(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -278,8 +277,7 @@ class StepRun:
     def commit(self, piece_time: PieceTime) -> None:
         """Makes the step part of its session; it took as long as `piece_time`."""
         before = self._snapshot
-        snapshot = replace(
-            before,
+        snapshot = before._replace(
             regions=MappingProxyType({**before.regions, **{run.plan.name: run.state for run in self._runs}}),
             num_steps=before.num_steps + 1,
             timesteps=(*before.timesteps, before.timestep),
@@ -325,14 +323,14 @@ class StepRun:
         if timestep is None:
             # Without a timestep a named request, or a pipeline that counts its steps, is known to be one generation.
             is_known = self._session.is_named or has_stepped
-            self._snapshot = replace(self._snapshot, checksum=checksum, direction=int(is_known))
+            self._snapshot = self._snapshot._replace(checksum=checksum, direction=int(is_known))
             return
         sign = 0 if last is None or math.isnan(timestep) else (timestep > last) - (timestep < last)
         if sign * direction < 0 and not has_stepped:
             self._begin_generation("timestep-turned")
             sign, direction = 0, 0
         direction = sign or direction or int(has_stepped)
-        self._snapshot = replace(self._snapshot, checksum=checksum, timestep=timestep, direction=direction)
+        self._snapshot = self._snapshot._replace(checksum=checksum, timestep=timestep, direction=direction)
 
     def _begin_generation(self, reason: str) -> None:
         self._is_new, self._snapshot = True, Snapshot(began=reason)
@@ -348,7 +346,7 @@ class StepRun:
             plan, config = self._call.regions[region], self._policy.regions[region]
             state = self._snapshot.regions.get(plan.name) or RegionState()
             if needs_refresh(config, state.history):
-                state = replace(state, probe=None, cached=(), reused=((), ()), history=state.history.refreshed())
+                state = state._replace(probe=None, cached=(), reused=((), ()), history=state.history.refreshed())
             sizes = plan.sizes_at(self._args)
             forecast = self._call.forecast(config.forecaster)
             fits = self._is_of_this_graph and _fits(plan, state, sizes)
