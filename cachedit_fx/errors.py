@@ -27,6 +27,9 @@ def listed(names: Iterable[str]) -> str:
     return textwrap.fill(", ".join(names), _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
+__all__ = ["ConfigError", "NoMatchError", "PassError", "PatternError"]
+
+
 class ConfigError(ValueError):
     """An option is unknown or has a value that it cannot have. Names the field, the value, what is allowed."""
 
