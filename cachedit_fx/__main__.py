@@ -1,4 +1,5 @@
-"""`python -m cachedit_fx explain module:factory`: `explain` from the shell.
+"""`python -m cachedit_fx explain module:factory` is `explain` from the shell, `python -m cachedit_fx options` a list of
+the options.
 
 The factory takes no arguments and returns `(target, inputs)`: a transformer or a pipeline, and the arguments of a
 call, as a dict (keywords), a tuple (positional), or both: `(target, args, kwargs)`.
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cachedit_fx.config.cache_config import CacheConfig, split_options
+from cachedit_fx.config.fields import OPTIONS
+from cachedit_fx.config.reference import options_table, options_text
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.inspect.explanation.explain import explain
 from cachedit_fx.inspect.explanation.result import GRAPHS
@@ -22,8 +25,14 @@ from cachedit_fx.inspect.explanation.result import GRAPHS
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 if every transformer is cached, 1 if one is not, 2 if the arguments are wrong."""
-    parser = _parser()
-    given = parser.parse_args(argv)
+    given = _parser().parse_args(argv)
+    if given.command == "options":
+        print(options_table(OPTIONS) if given.markdown else options_text(OPTIONS))
+        return 0
+    return _explain(given)
+
+
+def _explain(given: argparse.Namespace) -> int:
     try:
         target, args, kwargs = _make(given.factory)
         explanation = explain(target, *args, cache_config=_config(given.option), **kwargs)
@@ -45,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cachedit_fx", description="Caching for compiled transformers.")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    options = commands.add_parser("options", help="every option: its default, what is allowed, what it means")
+    options.add_argument("--markdown", action="store_true", help="as the table of the README")
     command = commands.add_parser(
         "explain",
         help="what the compiler makes of a model, and why",
@@ -53,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("factory", help="module:function, or path.py:function")
-    command.add_argument("-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="of CacheConfig")
+    command.add_argument(
+        "-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="of CacheConfig; see options"
+    )
     command.add_argument("--graph", choices=GRAPHS, help="print this graph in place of the page")
     command.add_argument(
         "--diff", nargs="*", metavar="BLOCK", help="print before against after; blocks to expand, or all"

@@ -6,7 +6,7 @@ from typing import Any
 
 from cachedit_fx import CacheConfig, ParamsModifier
 from cachedit_fx.config.cache_config import check_together
-from cachedit_fx.policies import History, StepView, decide
+from cachedit_fx.policies import Budget, History, StepView, decide
 from tests.messages_table import Row, of_config
 
 
@@ -29,7 +29,7 @@ ROWS = [
         "decider must answer True (compute), False (reuse) or None",
     ),
     of_config("decider", "decider must be a hashable object with a method decide(step)", decider=3),
-    of_config("forecaster", "forecaster must be None, a Forecaster, or the name or mapping of one", forecaster=3),
+    of_config("forecaster", "forecaster must be a Forecaster, its name or its mapping, or None", forecaster=3),
     of_config("coefficients", "rescale_coefficients must be a list of finite numbers", rescale_coefficients=(None,)),
     Row(
         "two-forecasters",
@@ -37,7 +37,7 @@ ROWS = [
         "forecaster=TaylorSeerCalibratorConfig(",
         "calibrator_config and forecaster say the same, got both",
     ),
-    together("no-probe", "got mask None", "probe='none' leaves nothing to look at", probe="none"),
+    together("no-probe", "got None and 'dynamic'", "probe='none' measures nothing", probe="none"),
     together("no-ratios", "magnitude_ratios=()", "need each other", probe="timestep"),
     together(
         "probe-of-pruning",
@@ -46,6 +46,16 @@ ROWS = [
         cache_type="DBPrune",
         probe="none",
     ),
+    of_config("rule", "Did you mean 'budget'?", policy="bugdet"),
+    Row(
+        "policy-and-field",
+        lambda _: CacheConfig(policy=Budget(0.3), residual_diff_threshold=0.2),
+        "policy=Budget(budget=0.3, coefficients=()) means residual_diff_threshold=0.3",
+        "got residual_diff_threshold=0.2 beside it; give one of the two",
+    ),
+    Row("setting", lambda _: Budget(bugdet=0.3), "(given 0.3)", "of Budget is unknown. Did you mean 'budget'?"),
     together("polynomial", "got (1.0,)", "unless decision_rule='budget'", rescale_coefficients=(1.0,)),
-    together("output", "got 1 and 'DBCache'", "reach='output' leaves out all", reach="output", Bn_compute_blocks=1),
+    together(
+        "output", "got 1 and 'DBCache'", "reach='output' leaves out everything", reach="output", Bn_compute_blocks=1
+    ),
 ]

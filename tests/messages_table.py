@@ -133,7 +133,7 @@ CONFIG = [
         "nothing-to-look-at",
         lambda _: Backend(CacheConfig(Fn_compute_blocks=0)),
         "Fn_compute_blocks=0",
-        "What to do: set both, or Fn_compute_blocks=1",
+        "What to do: set both, or set Fn_compute_blocks=1",
     ),
     of_config("mask", "steps_computation_mask must be a list of 0 and 1", steps_computation_mask=(1, 2)),
     of_config("kept-blocks", "non_prune_block_ids must be a list of ints >= 0", non_prune_block_ids=(-1,)),
@@ -152,7 +152,7 @@ ADAPTER = [
         "got 'raise' in a ParamsModifier",
         "on_no_match holds for a whole model, not for one block list",
     ),
-    Row("calibrator", lambda _: ParamsModifier(calibrator_config=1), "got 1", "calibrator_config must be None"),
+    Row("calibrator", lambda _: ParamsModifier(calibrator_config=1), "got 1", "calibrator_config must be a Forecaster"),
     of_adapter(
         "functor-class",
         "got <class 'cachedit_fx.functors.functor.PatchFunctor'>",

@@ -216,7 +216,7 @@ def test_transformers_have_the_names_that_the_pipeline_gives_them():
     [
         pytest.param(
             lambda: ParamsModifier(calibrator_config=object()),
-            ["calibrator_config must be None, a Forecaster, or the name", "got <object"],
+            ["calibrator_config must be a Forecaster, its name or its mapping", "got <object"],
             id="calibrator",
         ),
         pytest.param(
@@ -259,7 +259,7 @@ def test_a_modifier_that_leaves_no_probe_is_told_when_the_cache_is_enabled(model
     adapter = BlockAdapter(
         transformer=model, blocks=model.blocks, forward_pattern=P1, params_modifiers=ParamsModifier(Fn_compute_blocks=0)
     )
-    with pytest.raises(ConfigError, match=told("Fn_compute_blocks=0 leaves nothing to look at")):
+    with pytest.raises(ConfigError, match=told("Fn_compute_blocks=0 leaves no residual to measure")):
         cachedit_fx.enable_cache(adapter, hybrid.config())
 
 
@@ -270,7 +270,7 @@ def test_a_modifier_that_leaves_no_probe_is_told_when_the_cache_is_enabled(model
     ("arguments", "parts"),
     [
         pytest.param(
-            dict(calibrator_config=object()), ["calibrator_config must be None", "got <object"], id="calibrator"
+            dict(calibrator_config=object()), ["calibrator_config must be a Forecaster", "got <object"], id="calibrator"
         ),
         pytest.param(dict(cache_config={}), ["cache_config must be a CacheConfig, got {}"], id="dict"),
         pytest.param(

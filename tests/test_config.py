@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import cachedit_fx
 from cachedit_fx import Backend, CacheConfig, ConfigError, FoCaCalibratorConfig
-from cachedit_fx.config.cache_config import FIELD_NAMES, split_options
+from cachedit_fx.config.cache_config import FIELD_NAMES, OPTION_NAMES, split_options
 from cachedit_fx.errors import listed
 from tests import tiny
 from tests.sessions import every_session
@@ -162,7 +162,7 @@ def test_an_unknown_option_is_told_the_nearest_spelling(option, nearest):
         split_options({option: 0.1})
     message = str(caught.value)
     assert message.startswith(f"cachedit_fx: option {option!r} (given 0.1) is unknown. Did you mean {nearest!r}?")
-    assert all(name in message for name in FIELD_NAMES)
+    assert all(name in message for name in OPTION_NAMES)
 
 
 def test_an_option_like_no_other_gets_no_guess():
@@ -194,7 +194,7 @@ def test_options_are_set_on_top_of_a_config():
         pytest.param(
             {"residual_diff_treshold": 0.1, "inner_backend": "eager"},
             "cachedit_fx: option 'residual_diff_treshold' (given 0.1) is unknown. "
-            f"Did you mean 'residual_diff_threshold'?\n{listed([f'Allowed: {FIELD_NAMES[0]}', *FIELD_NAMES[1:]])}.",
+            f"Did you mean 'residual_diff_threshold'?\n{listed([f'Allowed: {OPTION_NAMES[0]}', *OPTION_NAMES[1:]])}.",
             id="unknown",
         ),
         pytest.param(

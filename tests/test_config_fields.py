@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 import pickle
+import string
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -22,6 +25,8 @@ from cachedit_fx import (
     ParamsModifier,
 )
 from cachedit_fx.config.cache_config import FIELD_NAMES, check_together
+from cachedit_fx.config.fields import OPTIONS
+from cachedit_fx.config.options import option, options_of, settle
 from tests import hybrid
 from tests.hybrid import generate
 from tests.sessions import every_session
@@ -53,16 +58,16 @@ def no_grad():
         ("steps_computation_policy", "fixed", "'dynamic', 'static'"),
         ("steps_computation_policy", None, "'dynamic', 'static'"),
         ("force_refresh_step_policy", "always", "'once', 'repeat'"),
-        ("enable_separate_cfg", 1, "True, False"),
-        ("enable_separate_cfg", "yes", "True, False"),
-        ("cfg_compute_first", None, "True, False"),
-        ("cfg_compute_first", 0, "True, False"),
-        ("cfg_diff_compute_separate", "False", "True, False"),
+        ("enable_separate_cfg", 1, "True or False"),
+        ("enable_separate_cfg", "yes", "True or False"),
+        ("cfg_compute_first", None, "True or False"),
+        ("cfg_compute_first", 0, "True or False"),
+        ("cfg_diff_compute_separate", "False", "True or False"),
         ("cache_type", "prune", "'DBCache', 'DBPrune'"),
         ("cache_type", None, "'DBCache', 'DBPrune'"),
-        ("enable_dynamic_prune_threshold", 1, "True, False"),
-        ("fast_dispatch", "yes", "True, False"),
-        ("fast_dispatch", 1, "True, False"),
+        ("enable_dynamic_prune_threshold", 1, "True or False"),
+        ("fast_dispatch", "yes", "True or False"),
+        ("fast_dispatch", 1, "True or False"),
         *(("max_state_bytes", value, "an int >= 0") for value in (-1, 1e9, True, "4GB")),
         ("max_dynamic_prune_threshold", math.nan, "a finite number"),
         ("max_dynamic_prune_threshold", "0.2", "a finite number"),
@@ -232,7 +237,7 @@ def test_fields_are_those_of_the_dataclass():
         pytest.param({"steps_computation_policy": "static"}, id="static-without-a-mask"),
     ],
 )
-def test_no_probe_needs_a_static_mask(fields):
+def test_without_a_residual_to_measure_a_static_mask_is_needed(fields):
     config = CacheConfig(Fn_compute_blocks=0, **fields)  # A partial configuration may say so.
     for use in (
         check_together,
@@ -243,8 +248,8 @@ def test_no_probe_needs_a_static_mask(fields):
         with pytest.raises(ConfigError) as caught:
             use(config)
         message = str(caught.value)
-        assert message.startswith("cachedit_fx: Fn_compute_blocks=0 leaves nothing to look at, so it needs ")
-        assert f"got mask {config.steps_computation_mask!r} and policy {config.steps_computation_policy!r}" in message
+        assert message.startswith("cachedit_fx: Fn_compute_blocks=0 leaves no residual to measure, so it needs ")
+        assert f"got {config.steps_computation_mask!r} and {config.steps_computation_policy!r}." in message
 
 
 @pytest.mark.parametrize(
@@ -291,3 +296,87 @@ def test_a_modifier_that_sets_a_default_is_not_taken_for_one_that_sets_nothing()
         generate(model)
         found.append(every_session(model)[-2].cached_steps)
     assert found == [[1, 3, 5, 7], [1, 2, 3, 4, 5, 6, 7]]
+
+
+# How a field is declared.
+
+
+@pytest.mark.parametrize("name", FIELD_NAMES)
+def test_every_field_declares_what_it_means_and_a_default_that_it_allows(name):
+    declared = OPTIONS[name]
+    assert declared.doc.endswith((".", ".)")) and declared.doc[0] in string.ascii_uppercase + '"0'
+    assert declared.settled(name, declared.default) == declared.default
+    knows_type = declared.type.removeprefix("Sequence[").removesuffix("]") in ("int", "float", "bool")
+    assert declared.accepts or declared.choices or knows_type
+
+
+def test_the_docstring_of_a_configuration_lists_every_field():
+    text = " ".join(inspect.getdoc(CacheConfig).split())
+    for name, declared in OPTIONS.items():
+        assert f"{name}: {declared.doc}" in text
+
+
+def test_what_a_graph_is_built_by_is_declared():
+    structural = dict(CacheConfig().structure)
+    assert {*structural} == {
+        *("Fn_compute_blocks", "Bn_compute_blocks", "cache_type", "non_prune_block_ids"),
+        *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode", "shadow", "debug_dir"),
+        *("reach", "probe", "batch_decision"),
+    }
+    assert not {*structural} & {*dict(CacheConfig().runtime_fields)}
+    assert {*structural, *dict(CacheConfig().runtime_fields)} == {*FIELD_NAMES}
+
+
+def test_what_cannot_differ_between_block_lists_is_declared():
+    for name, declared in OPTIONS.items():
+        if declared.whole_model:
+            with pytest.raises(ConfigError, match=f"{name} holds for a whole model"):
+                ParamsModifier(**{name: declared.default})
+        else:
+            assert ParamsModifier(**{name: declared.default}).cache_config.given == {name}
+
+
+def test_a_subclass_with_another_default_keeps_the_declaration():
+    options = options_of(DBCacheConfig)
+    assert options["Fn_compute_blocks"] == dataclasses.replace(OPTIONS["Fn_compute_blocks"], default=8)
+    assert options["reach"] == OPTIONS["reach"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    count: int = option(1, doc="A count.", minimum=1)
+    share: float | None = option(None, doc="A share.", above=0)
+    names: str = option("a", doc="A name.", choices=lambda: ("a", "b"))
+    marks: Sequence[int] = option((0,), doc="Marks.", choices=(0, 1), not_empty=True)
+    even: int = option(2, doc="An even number.", accepts=lambda v: v % 2 == 0, allowed="an even number", see="even()")
+    path: str = option("/", doc="A path.", convert=lambda label, value: f"{label}:{value}", accepts=bool)
+
+    def __post_init__(self) -> None:
+        settle(self, "Declared.")
+
+
+def test_a_declared_field_is_converted_and_checked():
+    made = Declared(2, 0.5, "b", [1, 0], 4, "tmp")
+    assert (made.count, made.share, made.names, made.marks, made.even) == (2, 0.5, "b", (1, 0), 4)
+    assert made.path == "Declared.path:tmp"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("count", 0, "an int >= 1, got 0."),
+        ("count", True, "an int >= 1, got True."),
+        ("count", None, "an int >= 1, got None."),
+        ("share", 0, "a number > 0, or None, got 0."),
+        ("share", math.inf, "a number > 0, or None, got inf."),
+        ("names", "c", "one of 'a', 'b', got 'c'."),
+        ("marks", (), "a list of 0 and 1 that is not empty, got ()."),
+        ("marks", "01", "a list of 0 and 1 that is not empty, got '01'."),
+        ("marks", [2], "a list of 0 and 1 that is not empty, got (2,)."),
+        ("even", 3, "an even number, got 3.\nSee all names: even()"),
+    ],
+)
+def test_a_declared_field_tells_what_it_allows(field, value, says):
+    with pytest.raises(ConfigError) as caught:
+        Declared(**{field: value})
+    assert str(caught.value) == f"cachedit_fx: Declared.{field} must be {says}"

@@ -132,7 +132,7 @@ def test_a_pass_that_fails_leaves_what_came_before_and_the_error(tmp_path, monke
 
 
 def test_a_bad_folder_is_told():
-    with pytest.raises(ConfigError, match="debug_dir must be the path of a folder, got 3"):
+    with pytest.raises(ConfigError, match="debug_dir must be the path of a folder, or None, got 3"):
         CacheConfig(debug_dir=3)
 
 

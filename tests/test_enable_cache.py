@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 import cachedit_fx
 from cachedit_fx import BlockAdapter, ConfigError
 from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor, HunyuanImagePatchFunctor
-from cachedit_fx.config.cache_config import FIELD_NAMES
+from cachedit_fx.config.cache_config import OPTION_NAMES
 from cachedit_fx.runtime.instances import instances_in
 from tests import tiny as tiny_model
 from tests.sessions import every_session
@@ -287,7 +287,7 @@ def test_an_unknown_argument_is_named_with_those_that_are_allowed():
     before = dict(vars(model))
     message = refusal(model, residual_threshold=0.1)
     assert "'residual_threshold'" in message
-    for name in ("fullgraph", "dynamic", "mode", "options", *FIELD_NAMES):
+    for name in ("fullgraph", "dynamic", "mode", "options", *OPTION_NAMES):
         assert name in message
     assert vars(model) == before
 
@@ -308,7 +308,7 @@ def test_a_pipeline_without_a_transformer_is_told_what_it_holds():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        pytest.param({"calibrator_config": object()}, "calibrator_config must be None", id="calibrator"),
+        pytest.param({"calibrator_config": object()}, "calibrator_config must be a Forecaster", id="calibrator"),
         pytest.param({"cache_config": {"Fn_compute_blocks": 1}}, "cache_config must be a CacheConfig", id="a-dict"),
         pytest.param({"Fn_compute_blocks": -1}, "Fn_compute_blocks must be an int >= 0, got -1", id="a-value"),
         pytest.param(

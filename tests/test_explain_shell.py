@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from cachedit_fx.__main__ import main
+from cachedit_fx.config.fields import OPTIONS
+from cachedit_fx.config.reference import options_table
 
 FACTORIES = """
 from tests import hybrid
@@ -72,6 +74,17 @@ def test_a_graph_or_the_diff_in_place_of_the_page(capsys):
 def test_wrong_arguments_are_told(arguments, said, capsys):
     assert main(["explain", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_options_are_listed_with_what_they_mean(capsys):
+    assert main(["options"]) == 0
+    listed = capsys.readouterr().out
+    for name, declared in OPTIONS.items():
+        assert name in listed
+        assert " ".join(declared.doc.replace("`", "").split()) in " ".join(listed.split()) or declared.flat_of
+    assert "Budget(coefficients=) or rescale_coefficients  (default: (); a list of finite numbers)" in listed
+    assert main(["options", "--markdown"]) == 0
+    assert capsys.readouterr().out == options_table(OPTIONS) + "\n"
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ def test_enable_cache_takes_what_is_loaded(tmp_path):
         ),
         pytest.param(
             {"steps_computation_mask": [1, 2]},
-            "steps_computation_mask must be a list of 0 and 1, got (1, 2)",
+            "steps_computation_mask must be a list of 0 and 1 that is not empty, or None, got (1, 2).",
             id="mask",
         ),
         pytest.param(

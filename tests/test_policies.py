@@ -312,9 +312,11 @@ def test_a_budget_adds_up_the_changes_from_step_to_step() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        pytest.param(dict(probe="none"), "probe='none' leaves nothing to look at, so it needs", id="nothing"),
+        pytest.param(dict(probe="none"), "probe='none' measures nothing, so it needs", id="nothing"),
         pytest.param(
-            dict(probe="none", steps_computation_mask=[1, 0]), r"got mask \(1, 0\) and policy 'dynamic'", id="dynamic"
+            dict(probe="none", steps_computation_mask=[1, 0]),
+            r"got \(1, 0\) and 'dynamic'",
+            id="dynamic",
         ),
         pytest.param(dict(probe="timestep"), r"magnitude_ratios=\(\) and decision_rule='threshold'", id="no-ratios"),
         pytest.param(MAGNITUDE | dict(decision_rule="threshold"), "need each other", id="ratios-and-a-threshold"),
@@ -357,7 +359,7 @@ def test_fields_that_fit_are_taken(fields: dict[str, Any]) -> None:
         ("rescale_coefficients", "poly", "a list of finite numbers"),
         ("magnitude_ratios", (1, 0), "a list of numbers > 0"),
         ("magnitude_ratios", {1: 2}, "a list of numbers > 0"),
-        ("forecaster", 3, "None, a Forecaster, or the name or mapping of one"),
+        ("forecaster", 3, "a Forecaster, its name or its mapping, or None"),
         ("forecaster", {"type": "taylor"}, "taylorseer"),
         ("decider", 3, "a hashable object with a method decide(step), or None"),
         ("decider", Every, "a hashable object with a method decide(step), or None"),

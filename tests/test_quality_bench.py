@@ -172,7 +172,7 @@ def test_flops_of_ours_are_all_with_nothing_reused_and_fewer_with_a_mask(setup, 
 
 def test_a_configuration_that_cannot_be_had_says_why(setup):
     runner = Ours(setup)
-    with pytest.raises(UnavailableError, match="Fn_compute_blocks=0 leaves nothing to look at"):
+    with pytest.raises(UnavailableError, match="Fn_compute_blocks=0 leaves no residual to measure"):
         runner.configure(Config("ours", "last", "bad", {"Fn_compute_blocks": 0}))
     with pytest.raises(UnavailableError, match=r"cachedit_fx\.forecasters has no Oracle"):
         runner.configure(Config("ours", "Oracle", "bad", {}, ("Oracle", {})))

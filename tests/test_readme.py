@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import cachedit_fx
-from cachedit_fx.config.cache_config import FIELD_NAMES
+from cachedit_fx.config.fields import FIELD_NAMES, OPTION_NAMES, OPTIONS
+from cachedit_fx.config.reference import options_table
 from cachedit_fx.passes.plan import Plan
 from tests.models import FAMILIES, Family
 from tests.synthetic import plan
@@ -38,13 +39,21 @@ def test_the_first_code_block_runs_and_reuses_steps():
     assert [len(stats.cached_steps), 8] == [int(cell) for cell in re.findall(r"\| (\d+) ", shown)]
 
 
+def test_the_table_of_options_is_the_generated_one():
+    """`python -m cachedit_fx options --markdown` prints it."""
+    section = README.split("## Options\n", 1)[1].split("\n## ", 1)[0]
+    assert f"\n\n{options_table(OPTIONS)}\n\n" in section
+
+
 def test_every_option_is_in_the_table_with_its_default():
     listed = {name: row[1] for row in rows("Options") for name in re.findall(r"`(\w+)`", row[0])}
-    assert set(listed) == set(FIELD_NAMES)
-    for name in cachedit_fx.config.cache_config.FIELD_NAMES:
+    assert set(listed) == set(OPTION_NAMES)
+    assert listed["residual_diff_threshold"] == "None"  # Of the rule that is listed last.
+    for name in set(FIELD_NAMES) - {"residual_diff_threshold", "max_state_bytes"}:
         default = getattr(cachedit_fx.CacheConfig(), name)
         shown = f"{type(default).__name__}()" if isinstance(default, cachedit_fx.Forecaster) else str(default)
-        assert shown in listed[name].replace('"', "")
+        assert shown == listed[name].replace('"', "")
+    assert eval(listed["max_state_bytes"]) == cachedit_fx.CacheConfig().max_state_bytes
 
 
 def test_the_defaults_of_cache_dit_are_shown():

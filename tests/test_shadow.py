@@ -141,5 +141,5 @@ def test_a_graph_that_writes_into_its_inputs_cannot_run_twice():
 
 
 def test_shadow_is_a_switch():
-    with pytest.raises(ConfigError, match="shadow must be one of True, False, got 'on'"):
+    with pytest.raises(ConfigError, match="shadow must be True or False, got 'on'"):
         CacheConfig(shadow="on")

@@ -95,7 +95,7 @@ class Enabled:
         self, module: nn.Module, settings: Settings, backend: Backend, *, had_registry: bool | None = None
     ) -> None:
         self.settings = settings
-        self.policy = settings.config.policy
+        self.policy = settings.config.runtime_fields
         self.tuned_size: tuple[int, ...] = ()
         self.before = module.__dict__.get(self.place, MISSING)
         self.had_registry = hasattr(module, "_diffusers_hook") if had_registry is None else had_registry

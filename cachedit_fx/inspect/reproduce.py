@@ -38,7 +38,7 @@ def explain_saved(folder: str | Path) -> Explanation:
     with torch.no_grad():
         rewrite(gm, config, Declaration(), exact=True, observer=trace)
         report = build_report(gm, trace, config, Declaration(), cls=data["cls"], number=0)
-    how = Captured("", data["cls"], "from a file", "", "", dict(config.plain_changes))
+    how = Captured("", data["cls"], "from a file", "", "", config.shown_changes)
     return Explanation(data["cls"], [how], [RecordedGraph(report, trace.graphs())])
 
 

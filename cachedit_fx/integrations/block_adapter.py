@@ -11,6 +11,7 @@ from torch import nn
 
 from cachedit_fx.config.cache_config import CacheConfig, Changes
 from cachedit_fx.config.checks import as_forecaster
+from cachedit_fx.config.fields import OPTIONS
 from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.functors.functor import PatchFunctor
 from cachedit_fx.patterns.declaration import Declaration
@@ -38,10 +39,7 @@ class ParamsModifier:
         if cache_config is not None and not isinstance(cache_config, CacheConfig):
             raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {shown(cache_config)}")
         self.cache_config = with_calibrator((cache_config or CacheConfig()).override(**fields), calibrator_config)
-        whole = self.cache_config.given & {
-            *("inner_backend", "on_no_match", "regions", "compile_blocks", "mode", "shadow", "debug_dir"),
-            *("reach", "probe", "batch_decision", "fast_dispatch", "max_state_bytes"),
-        }
+        whole = self.cache_config.given & {name for name, declared in OPTIONS.items() if declared.whole_model}
         if whole:
             name = sorted(whole)[0]
             raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from cachedit_fx.config.cache_config import FIELD_NAMES, CacheConfig, unknown_option
+from cachedit_fx.config.cache_config import OPTION_NAMES, CacheConfig, unknown_option
 from cachedit_fx.errors import ConfigError, did_you_mean, shown
 from cachedit_fx.frontend.backend import Backend
 from cachedit_fx.frontend.enabled import MISSING, Enabled, Settings, enabled_of, uncounted_call
@@ -119,7 +119,7 @@ def settings_for(
     Raises:
         ConfigError: An argument is unknown or has a value that it cannot have, or there is no transformer.
     """
-    fields = {name: kwargs.pop(name) for name in [*kwargs] if name in FIELD_NAMES and name not in _COMPILE_KWARGS}
+    fields = {name: kwargs.pop(name) for name in [*kwargs] if name in OPTION_NAMES and name not in _COMPILE_KWARGS}
     for name, value in kwargs.items():
         if name not in _COMPILE_KWARGS:
             others = f"and of torch.compile {', '.join(_COMPILE_KWARGS)}"
@@ -128,7 +128,7 @@ def settings_for(
     if cache_config is not None and not isinstance(cache_config, CacheConfig):
         raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {shown(cache_config)}")
     options = dict(kwargs.pop("options", None) or {})
-    fields |= {name: options.pop(name) for name in [*options] if name in FIELD_NAMES}
+    fields |= {name: options.pop(name) for name in [*options] if name in OPTION_NAMES}
     if options:
         kwargs["options"] = options
     config = with_calibrator((cache_config or CacheConfig()).override(**fields), calibrator_config)
@@ -160,7 +160,7 @@ def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
             end_generation(module, everyone=True)
         # The functor that prepared the module stays: it knows what to put back.
         known.settings = replace(settings, functor=known.settings.functor)
-        known.policy = settings.config.policy
+        known.policy = settings.config.runtime_fields
         known.fast_dispatch.is_on = settings.config.fast_dispatch and settings.method is None
         return
     _disable(module)

@@ -1,7 +1,19 @@
-"""When to compute: pure functions of the configuration, what happened so far, and the diff."""
+"""When to compute: the rules that decide, and pure functions of the configuration, the history and the diff."""
 
+from cachedit_fx.config.rules import Budget, Magnitude, Rule, Threshold
 from cachedit_fx.policies.decide import decide
 from cachedit_fx.policies.decider import Decider, StepView
 from cachedit_fx.policies.history import Decision, History, needs_refresh
 
-__all__ = ["Decider", "Decision", "History", "StepView", "decide", "needs_refresh"]
+__all__ = [
+    "Budget",
+    "Decider",
+    "Decision",
+    "History",
+    "Magnitude",
+    "Rule",
+    "StepView",
+    "Threshold",
+    "decide",
+    "needs_refresh",
+]

@@ -293,7 +293,7 @@ class Captured:
         how: "whole", "whole, sizes that depend on data captured" or "in parts".
         why: What Dynamo met where it could not be captured whole.
         cure: What makes it whole, where none of its parts is cached.
-        config: The fields of its `CacheConfig` that were given or are not the default.
+        config: The fields of its `CacheConfig` that were given or are not the default (`CacheConfig.shown_changes`).
     """
 
     module: str

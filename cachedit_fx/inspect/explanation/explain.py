@@ -153,7 +153,7 @@ def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> t
         how=_HOW[recorder.strategy],
         why=strategies.why_in_parts,
         cure=cure_of_parts(cls) if is_lost else "",
-        config=dict(settings.config.plain_changes),
+        config=settings.config.shown_changes,
     )
     return how, recorded
 

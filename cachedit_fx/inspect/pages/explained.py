@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cachedit_fx.config.fields import OPTIONS
+from cachedit_fx.config.reference import POLICY, meaning
 from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport, RegionReport, Verdict
 from cachedit_fx.inspect.explanation.units import flops, size
 from cachedit_fx.inspect.pages.chain import ROLES, chain_svg, reuses_when
@@ -105,6 +107,7 @@ def explanation_page(explanation: Explanation) -> str:
         explanation=explanation,
         verdict=verdict_line(explanation),
         modules=modules,
+        meanings={name: meaning(declared) for name, declared in OPTIONS.items()} | {"policy": POLICY},
         limit=torch._dynamo.config.recompile_limit,
         data=as_json(data),
     )
