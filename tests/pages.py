@@ -68,7 +68,7 @@ class Viewed:
 @contextlib.contextmanager
 def viewed(chromium: Any, path: Path, *, width: int = 1200, dark: bool = False) -> Iterator[Viewed]:
     """Opens a file. At the end it has complained of nothing and asked for nothing."""
-    scheme = "dark" if dark else "fast_dispatch"
+    scheme = "dark" if dark else "light"
     page = chromium.new_page(viewport={"width": width, "height": 850}, color_scheme=scheme)
     found = Viewed(page)
     page.on("console", lambda message: found.complaints.append(message.text))

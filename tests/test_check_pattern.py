@@ -248,7 +248,7 @@ def test_a_swapped_order_of_arguments_without_names_is_noticed():
 
 def test_a_probe_of_another_stream_is_noticed():
     template = two_scales(takes=BOTH[::-1], returns=BOTH[::-1])  # Consistent, but "fine" is what the code calls `a`.
-    with pytest.raises(AssertionError, match=r"looks at another stream .*\n  expected: a change of 0\.\d+ .*\n.*found"):
+    with pytest.raises(AssertionError, match=r"probe is another stream .*\n  expected: a change of 0\.\d+ .*\n.*found"):
         check_pattern(template, make(NamelessBlock), TWO_SCALES)
 
 

@@ -20,7 +20,7 @@ class CallCounts:
         reused: Calls that reused what an earlier one made, in one region at least.
         uncached: Calls that ran without the cache, as if it was not enabled.
         bypassed: Calls of another method of the module, which runs its blocks where the cache does not see it.
-        reasons: Why calls were uncached or unseen, a sentence each, with the number of these calls.
+        reasons: Why calls were uncached or bypassed the cache, a sentence each, with the number of these calls.
     """
 
     computed: int = 0
