@@ -150,11 +150,6 @@ class CacheConfig(Fields, metaclass=_AcceptsPolicy):
             return changes
         return {n: value for n, value in changes.items() if n not in self.policy.flat} | {"policy": self.policy.mapping}
 
-    @property
-    def is_static(self) -> bool:
-        """Whether a mask alone decides, so that nothing has to be measured."""
-        return self.steps_computation_mask is not None and self.steps_computation_policy == "static"
-
 
 CacheConfig.__doc__ = with_attributes(CacheConfig.__doc__, OPTIONS)
 RECOMMENDED = CacheConfig()  # What every way in starts from, by name.

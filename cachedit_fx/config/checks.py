@@ -1,55 +1,12 @@
-"""What fields of `CacheConfig` may have beyond what `Option` says, and what one field asks of the others."""
+"""What one field of a configuration asks of the others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
+from cachedit_fx.config.fields import Fields
 from cachedit_fx.errors import ConfigError, shown
-from cachedit_fx.forecasters.forecaster import Forecaster
-from cachedit_fx.forecasters.forecaster_registry import forecaster_from
-
-if TYPE_CHECKING:
-    from cachedit_fx.config.cache_config import CacheConfig
 
 
-def as_forecaster(field: str, value: object) -> Forecaster | None:
-    """A forecaster as it may be given: itself, or the mapping that a file has in its place.
-
-    Raises:
-        ConfigError: It is neither, or the mapping names no forecaster.
-    """
-    if value is None or isinstance(value, Forecaster):
-        return value
-    if isinstance(value, Mapping | str):
-        return forecaster_from(value)
-    hint = f"; give {value.__name__}()" if isinstance(value, type) and issubclass(value, Forecaster) else ""
-    raise ConfigError(
-        f"cachedit_fx: {field} must be a Forecaster, its name or its mapping, or None, got {shown(value)}{hint}."
-    )
-
-
-def is_decider(value: object) -> bool:
-    """Whether a value can decide, and be part of a configuration, which is hashable."""
-    has_method = not isinstance(value, type) and callable(getattr(value, "decide", None))
-    return has_method and type(value).__hash__ is not None
-
-
-def inner_backends() -> list[str]:
-    """The names of the backends that can compile the pieces."""
-    from torch._dynamo.backends.registry import list_backends
-
-    return [name for name in list_backends(exclude_tags=()) if name != "cachedit"]
-
-
-def compile_modes() -> list[str]:
-    """The modes of `torch.compile`."""
-    from torch._inductor import list_mode_options
-
-    return sorted({"default", *list_mode_options()})
-
-
-def check_together(config: CacheConfig) -> None:
+def check_together(config: Fields) -> None:
     """What one field asks of the others; a partial configuration need not satisfy it.
 
     Raises:
@@ -69,7 +26,7 @@ def check_together(config: CacheConfig) -> None:
         )
 
 
-def _check_probe(config: CacheConfig) -> None:
+def _check_probe(config: Fields) -> None:
     is_pruning = config.cache_type == "DBPrune"
     if is_pruning and config.probe != "fn_residual":
         raise ConfigError(
@@ -95,7 +52,7 @@ def _check_probe(config: CacheConfig) -> None:
         )
 
 
-def _mask(config: CacheConfig, or_else: str = "") -> str:
+def _mask(config: Fields, or_else: str = "") -> str:
     """That a static mask is needed, and what was given."""
     return (
         f"steps_computation_mask and steps_computation_policy='static'{or_else}, got "

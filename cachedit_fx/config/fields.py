@@ -6,16 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
-from cachedit_fx.config.checks import as_forecaster, compile_modes, inner_backends, is_decider
 from cachedit_fx.config.options import option, options_of
 from cachedit_fx.config.rules import Budget, Magnitude, flat_spelling
+from cachedit_fx.config.values import Decides, as_forecaster, compile_modes, inner_backends, is_decider
 from cachedit_fx.forecasters.foca import FoCaCalibratorConfig
 from cachedit_fx.forecasters.forecaster import Forecaster
-
-if TYPE_CHECKING:
-    from cachedit_fx.policies.decider import Decider
 
 
 class CacheType(StrEnum):
@@ -216,7 +212,7 @@ class Fields:
     )
     rescale_coefficients: Sequence[float] = flat_spelling(Budget, "coefficients")
     magnitude_ratios: Sequence[float] = flat_spelling(Magnitude, "ratios")
-    decider: Decider | None = option(
+    decider: Decides | None = option(
         None,
         accepts=is_decider,
         allowed="a hashable object with a method decide(step)",
@@ -254,6 +250,11 @@ class Fields:
         doc="The most bytes that all sessions of a transformer may cache together. Beyond it the generation used least "
         "recently is dropped, and computes again if it continues; the running one never is. None: no limit.",
     )
+
+    @property
+    def is_static(self) -> bool:
+        """Whether a mask alone decides, so that nothing has to be measured."""
+        return self.steps_computation_mask is not None and self.steps_computation_policy == "static"
 
 
 OPTIONS = options_of(Fields)

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from cachedit_fx.config.cache_config import CacheConfig, Changes
-from cachedit_fx.config.checks import as_forecaster
 from cachedit_fx.config.fields import OPTIONS
+from cachedit_fx.config.values import as_forecaster
 from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.functors.functor import PatchFunctor
 from cachedit_fx.patterns.declaration import Declaration
