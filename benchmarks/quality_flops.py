@@ -1,4 +1,4 @@
-"""FLOPs that are really executed: matrix products, attention and convolutions of what runs, wherever it runs."""
+"""FLOPs of the pieces that cachedit_fx runs, counted while they run."""
 
 from __future__ import annotations
 
@@ -8,30 +8,13 @@ from typing import Any
 from unittest import mock
 
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from cachedit_fx.flops import FlopCounter
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
 
 
-class Flops(TorchDispatchMode):
-    """Counts the FLOPs of eager operations; as torch's `FlopCounterMode`, without its count per module: 3x as fast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=out)
-        return out
-
-
 class PieceFlops:
-    """Counts the FLOPs of the pieces that cachedit_fx runs. A mode cannot: Dynamo compiles nothing below one."""
+    """A counter for pieces. `FlopCounter` alone cannot count them: Dynamo compiles nothing within a dispatch mode."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -49,7 +32,7 @@ class PieceFlops:
         def piece(*args: Any) -> Any:
             shapes = tuple(arg.shape if isinstance(arg, Tensor) else None for arg in args)
             if shapes not in known:
-                with Flops() as counter:
+                with FlopCounter() as counter:
                     out = run(*args)
                 known[shapes] = counter.total
             else:

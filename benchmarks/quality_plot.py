@@ -6,14 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib import pyplot as plt
-
 from benchmarks.quality_frontier import TARGETS, frontier
 from benchmarks.quality_metrics import MOST_DB
 from benchmarks.quality_page import families_of, rows_of
-
-matplotlib.use("agg")  # Files only: it also runs where there is no display.
+from cachedit_fx.figure import new_figure, save_figure
 
 COLORS = {"ours": "#1f4e79", "cache-dit": "#f2a541", "fewer steps": "#6b7a86"}
 MARKERS = {"ours": "o", "cache-dit": "s", "fewer steps": "^"}
@@ -21,22 +17,19 @@ MARKERS = {"ours": "o", "cache-dit": "s", "fewer steps": "^"}
 
 def draw(measured: Mapping[str, Any], path: Path, targets: Sequence[float] = TARGETS) -> None:
     """Writes every configuration as a point and every family's frontier as a line; the suffix tells the format."""
-    # Otherwise every run would write other ids and another date into an SVG of the same picture.
-    with plt.rc_context({"svg.hashsalt": "quality", "svg.fonttype": "none"}):
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        for family in families_of(measured):
-            rows = [row for row in rows_of(measured, family) if row["psnr"] < MOST_DB]
-            style: dict[str, Any] = {"color": COLORS.get(family), "marker": MARKERS.get(family)}
-            axes.scatter([r["share"] for r in rows], [r["psnr"] for r in rows], s=10, alpha=0.35, linewidth=0, **style)
-            line = frontier(rows)
-            axes.plot([r["share"] for r in line], [r["psnr"] for r in line], label=family, markersize=4, **style)
-        for target in targets:
-            axes.axhline(target, color="#cccccc", linewidth=0.8, zorder=0)
-        axes.set_xlabel("share of the uncached model's FLOPs")
-        axes.set_ylabel("PSNR against the uncached model (dB)")
-        axes.set_xlim(0, 1)
-        axes.set_ylim(20, 65)
-        axes.legend()
-        dated: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 150}
-        figure.savefig(path, **dated)
-        plt.close(figure)
+    figure = new_figure(8, 5)
+    axes = figure.add_subplot()
+    for family in families_of(measured):
+        rows = [row for row in rows_of(measured, family) if row["psnr"] < MOST_DB]
+        style: dict[str, Any] = {"color": COLORS.get(family), "marker": MARKERS.get(family)}
+        axes.scatter([r["share"] for r in rows], [r["psnr"] for r in rows], s=10, alpha=0.35, linewidth=0, **style)
+        line = frontier(rows)
+        axes.plot([r["share"] for r in line], [r["psnr"] for r in line], label=family, markersize=4, **style)
+    for target in targets:
+        axes.axhline(target, color="#cccccc", linewidth=0.8, zorder=0)
+    axes.set_xlabel("share of the uncached model's FLOPs")
+    axes.set_ylabel("PSNR against the uncached model (dB)")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(20, 65)
+    axes.legend()
+    save_figure(figure, path)

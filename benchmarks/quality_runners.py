@@ -11,9 +11,10 @@ from torch import Tensor
 
 import cachedit_fx
 from benchmarks.quality_configs import Config
-from benchmarks.quality_flops import Flops, PieceFlops
+from benchmarks.quality_flops import PieceFlops
 from benchmarks.quality_setup import Setup
 from benchmarks.quality_solvers import solver
+from cachedit_fx.flops import FlopCounter
 
 
 class UnavailableError(RuntimeError):
@@ -58,7 +59,7 @@ class Runner:
 
     def counting(self) -> AbstractContextManager[Any]:
         """Within this, the `total` of what it gives grows by the FLOPs that are executed."""
-        return Flops()
+        return FlopCounter()
 
 
 class Ours(Runner):

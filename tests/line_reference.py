@@ -1,4 +1,4 @@
-"""A plain-Python reference of block caching for models whose forward is a list of lines (`tests.random_models`).
+"""A plain-Python reference of skipped lines for models whose forward is a list of lines (`tests.random_models`).
 
 It shares no code with the package: it runs the lines one by one, and on a reused step leaves those of a region out.
 What a region is and what a reused step supplies:

@@ -23,14 +23,15 @@ from cachedit_fx import (
     ForwardPattern,
     ParamsModifier,
     PatchFunctor,
+    figure,
 )
 from cachedit_fx.frontend import backend, fast_dispatch
-from cachedit_fx.inspect.pages import plots, render
+from cachedit_fx.inspect.pages import render
 from cachedit_fx.inspect.reproduce import run_saved
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 from cachedit_fx.testing import check_pattern
-from cachedit_fx.testing.reference import Reference
+from cachedit_fx.testing.template_reference import TemplateReference
 from examples.custom_pattern import TwoScaleTransformer
 from tests import hybrid, tiny
 from tests.messages_forecasters import ROWS as FORECASTERS
@@ -192,7 +193,7 @@ class Flat(Transformer):
 
 def follow(template: BlockTemplate, model: Any, inputs: dict[str, Any], *paths: str) -> None:
     with torch.no_grad():
-        Reference(template, model.eval(), paths, 1, 0).run(inputs, reuse=False)
+        TemplateReference(template, model.eval(), paths, 1, 0).run(inputs, reuse=False)
 
 
 def in_another_order() -> None:
@@ -276,7 +277,7 @@ PIPELINES = [
     ),
     Row(
         "no-matplotlib",
-        lambda _: without_package("matplotlib.figure", lambda: plots._figure(1, 1)),
+        lambda _: without_package("matplotlib.figure", lambda: figure.new_figure(1, 1)),
         "matplotlib",
         "pip install cachedit_fx[report]",
     ),

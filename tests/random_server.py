@@ -28,9 +28,9 @@ from torch.utils import _pytree as pytree
 import cachedit_fx
 from tests.random_requests import Plan, Request, plans
 from tests.zoo import VARIANTS
-from tests.zoo.by_hand import ByHand, tensors_of
 from tests.zoo.runs import call_before, enable
 from tests.zoo.variant import Inputs, Variant, another
+from tests.zoo.variant_reference import VariantReference, tensors_of
 
 # With NumPy that runs in its graph: with an inner backend that runs a graph as it is, threads that run it at once set
 # torch's default dtype for one another (docs/reliability.md).
@@ -134,7 +134,7 @@ class Loop:
         self.outputs: list[list[Tensor]] = []
         self.reused: list[bool] = []
         self.is_ended = self.is_disturbed = False
-        self._references: dict[tuple[int, bool], ByHand] = {}
+        self._references: dict[tuple[int, bool], VariantReference] = {}
         self._prepared: dict[tuple[int, int], Inputs] = {}
 
     def prepare(self) -> None:
@@ -200,7 +200,7 @@ class Loop:
             known = self._references.get(place)
             if known is not None and _equal(known(skip=True, **call), output):
                 return True
-        computing = ByHand(self.pair.variant, self.pair.plain, 1, 0)
+        computing = VariantReference(self.pair.variant, self.pair.plain, 1, 0)
         expected = computing(skip=False, **call)
         assert _equal(expected, output), f"step {self.step}, window {window}: neither computed nor its own residual"
         self._references[window, is_second and self.request.kind != "pipeline"] = computing

@@ -1,12 +1,11 @@
-"""A plain-Python reference of block caching, to hold the compiled one against.
+"""A plain-Python reference of the policy of block caching: which step of which guidance branch is reused, and why.
 
-It shares no code with `cachedit_fx`: it replaces the `forward` of every block, runs the model eagerly,
-and is told by the test which generation and guidance branch a call belongs to.
+It shares no code with `cachedit_fx`: it runs the model eagerly, with blocks skipped by `tests.regions`. The test says
+which generation and guidance branch a call belongs to.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Streams = dict[str, Tensor]
+from tests.regions import Streams, cached, relative_l1
+
 Foretell = Callable[[list[tuple[int, Tensor]], int], Tensor]
 
 
@@ -86,9 +86,9 @@ class ReferenceCache:
     ) -> None:
         self.transformer = transformer
         self.blocks = list(blocks)
-        self.first = Fn_compute_blocks  # Index of the first block that a reused step skips,
-        self.last = len(self.blocks) - Bn_compute_blocks - 1  # and of the last.
-        assert 1 <= self.first <= self.last
+        self.since = self.blocks[0][0]
+        self.skipped = self.blocks[Fn_compute_blocks : len(self.blocks) - Bn_compute_blocks]
+        assert Fn_compute_blocks >= 1 and self.skipped
         self.threshold = residual_diff_threshold
         self.warmup = range(0, max_warmup_steps, warmup_interval)
         self.max_cached = max_cached_steps
@@ -99,13 +99,12 @@ class ReferenceCache:
         self._guidance_branches: dict[Hashable, _GuidanceBranch] = {}
 
     def __enter__(self) -> ReferenceCache:
-        for index, (block, returns) in enumerate(self.blocks):
-            block.forward = self._around(index, block, returns)
+        self._cached = cached(self)
+        self._cached.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for block, _returns in self.blocks:
-            del block.forward  # The class's own shows again.
+        self._cached.__exit__(None, None, None)
 
     def __call__(self, guidance_branch: Hashable, **inputs: Any) -> Tensor:
         """The transformer's output for the next step of `guidance_branch`."""
@@ -143,47 +142,28 @@ class ReferenceCache:
 
         return forward
 
-    def _around(self, index: int, block: nn.Module, returns: tuple[str, ...]) -> Callable[..., Any]:
-        original = block.forward
-        signature = inspect.signature(original)
+    def chain(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        return self.skipped
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            arguments = signature.bind(*args, **kwargs).arguments
-            streams = {name: arguments[name] for name in returns}
-            if index == 0:
-                self._before_first_block = streams["hidden_states"]
-            if index == self.first:
-                self._after_first_blocks = streams
-                self._decide()
-            if not self.first <= index <= self.last:
-                return original(*args, **kwargs)
-            if not self._reuse:
-                result = original(*args, **kwargs)
-                if index == self.last:
-                    ends = dict(zip(returns, result if isinstance(result, tuple) else (result,), strict=True))
-                    begins = self._after_first_blocks
-                    self._state.residuals = {name: ends[name] - begins[name] for name in returns}
-                    for name, residual in self._state.residuals.items():
-                        self._state.history.setdefault(name, []).append((self._state.step, residual))
-                return result
-            if index == self.last:
-                step, history = self._state.step, self._state.history
-                streams = {name: streams[name] + self.foretell(history[name], step) for name in returns}
-            result = tuple(streams[name] for name in returns)
-            return result if len(result) > 1 else result[0]
-
-        return forward
-
-    def _decide(self) -> None:
+    def reuses(self, streams: Streams, probe: Tensor) -> bool:
         state = self._state
-        residual = self._after_first_blocks["hidden_states"] - self._before_first_block
         self._diff: float | None = None
-        self._reason = self._why_not_probed() or self._compare_probe(residual, state.first_residual)
+        self._reason = self._why_not_probed(streams) or self._compare_probe(probe, state.first_residual)
         self._reuse = self._reason in ("threshold-one", "diff-below")
         if not self._reuse:
-            state.first_residual = residual
+            state.first_residual = probe
+        return self._reuse
 
-    def _why_not_probed(self) -> str | None:
+    def note(self, entered: Streams, left: Streams) -> None:
+        self._state.residuals = {name: left[name] - entered[name] for name in left}
+        for name, residual in self._state.residuals.items():
+            self._state.history.setdefault(name, []).append((self._state.step, residual))
+
+    def supply(self, entered: Streams) -> Streams:
+        step, history = self._state.step, self._state.history
+        return {name: entered[name] + self.foretell(history[name], step) for name in history}
+
+    def _why_not_probed(self, streams: Streams) -> str | None:
         """The reason for a decision that does not depend on the diff, if there is one."""
         state = self._state
         if state.step in self.warmup:
@@ -198,7 +178,7 @@ class ReferenceCache:
             return "threshold-zero"
         if not state.residuals:
             return "nothing-stored"
-        if any(state.residuals[name].shape != now.shape for name, now in self._after_first_blocks.items()):
+        if any(state.residuals[name].shape != now.shape for name, now in streams.items()):
             return "shape-changed"
         if not state.timestep_moved:
             return "timestep-still"
@@ -207,8 +187,7 @@ class ReferenceCache:
         return None
 
     def _compare_probe(self, now: Tensor, before: Tensor) -> str:
-        now, before = now.float(), before.float()
-        self._diff = ((now - before).abs().mean() / before.abs().mean()).item()
+        self._diff = relative_l1(now, before)
         if math.isnan(self._diff):
             return "nan"
         return "diff-below" if self._diff < self.threshold else "diff-above"

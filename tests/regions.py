@@ -1,7 +1,8 @@
-"""A plain-Python reference of any number of regions, each with a decision of its own.
+"""How blocks are skipped by hand where their streams are parameters of them, and a reference of several regions.
 
-It shares no code with what it stands for: it replaces the `forward` of every block that it is told of and runs the
-model eagerly, one generation and one guidance branch at a time.
+It shares no code with `cachedit_fx`: it replaces the `forward` of every block of a region and runs the model eagerly.
+`Span` decides about a region by a function, for one generation and one guidance branch at a time;
+`tests.reference.ReferenceCache` decides by the whole policy, for several.
 """
 
 from __future__ import annotations
@@ -10,14 +11,37 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 from torch import Tensor, nn
 
 from cachedit_fx import CacheStats
 
+Streams = dict[str, Tensor]
 Decide = Callable[[int, float | None], bool]
+
+
+class Region(Protocol):
+    """Blocks that are run or skipped together.
+
+    Attributes:
+        since: The block whose input is subtracted from the probe; None to probe the input of the region as it is.
+    """
+
+    since: nn.Module | None
+
+    def chain(self) -> Sequence[tuple[nn.Module, tuple[str, ...]]]:
+        """The blocks in execution order, each with the names of what it returns, in order; it takes the same names."""
+
+    def reuses(self, streams: Streams, probe: Tensor) -> bool:
+        """Whether this step skips the blocks; called once per step with the streams that enter the first of them."""
+
+    def note(self, entered: Streams, left: Streams) -> None:
+        """Takes what entered and what left the blocks at a computed step."""
+
+    def supply(self, entered: Streams) -> Streams:
+        """What leaves the blocks at a reused step."""
 
 
 def relative_l1(now: Tensor, before: Tensor) -> float:
@@ -38,15 +62,15 @@ def at_steps(computed: Sequence[int]) -> Decide:
 
 @dataclass
 class Span:
-    """Blocks that are run or skipped together.
+    """A region that a function decides about.
 
     Attributes:
         blocks: In execution order; each returns the streams that it took.
         returns: Names of what a block returns, in order; they are parameters of it too.
-        decide: Step and diff -> whether to compute. The diff is None as long as nothing was computed.
-        since: The block whose input is taken off what is looked at; None to look at the input of the span as it is.
+        decide: Step and residual diff -> whether to compute. The diff is None as long as nothing was computed.
+        since: As in `Region`.
         reused: Whether each step so far was reused.
-        diffs: What was looked at against that of the last computed step; None at the first.
+        diffs: The probe against that of the last computed step; None at the first.
     """
 
     blocks: Sequence[nn.Module]
@@ -56,23 +80,25 @@ class Span:
     reused: list[bool] = field(default_factory=list)
     diffs: list[float | None] = field(default_factory=list)
     last_probe: Tensor | None = None
-    entered: dict[str, Tensor] = field(default_factory=dict)
-    residuals: dict[str, Tensor] = field(default_factory=dict)
-    start: Tensor | None = None
+    residuals: Streams = field(default_factory=dict)
 
-    def enter(self, streams: dict[str, Tensor]) -> None:
-        """Decides about this step."""
-        probe = streams["hidden_states"]
-        if self.since is not None:
-            assert self.start is not None
-            probe = probe - self.start
+    def chain(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        return [(block, self.returns) for block in self.blocks]
+
+    def reuses(self, streams: Streams, probe: Tensor) -> bool:
         diff = None if self.last_probe is None else relative_l1(probe, self.last_probe)
         computes = self.decide(len(self.reused), diff)
         self.reused.append(not computes)
         self.diffs.append(diff)
-        self.entered = streams
         if computes:
             self.last_probe = probe.clone()
+        return not computes
+
+    def note(self, entered: Streams, left: Streams) -> None:
+        self.residuals = {name: left[name] - entered[name] for name in left}
+
+    def supply(self, entered: Streams) -> Streams:
+        return {name: stream + self.residuals[name] for name, stream in entered.items()}
 
     @property
     def cached_steps(self) -> list[int]:
@@ -80,13 +106,14 @@ class Span:
 
 
 @contextmanager
-def cached(*spans: Span) -> Iterator[None]:
-    """Lets the blocks of `spans` be skipped as they decide, until the block is left."""
+def cached(*regions: Region) -> Iterator[None]:
+    """Lets the blocks of `regions` be skipped as they decide, until the block is left."""
     originals: list[nn.Module] = []
     try:
-        for span in spans:
-            for block in dict.fromkeys((*span.blocks, *filter(None, (span.since,)))):
-                block.forward = _around(span, block, block.forward)
+        for region in regions:
+            stand_in = _StandIn(region)
+            for block in stand_in.blocks:
+                block.forward = stand_in.around(block)
                 originals.append(block)
         yield
     finally:
@@ -94,31 +121,40 @@ def cached(*spans: Span) -> Iterator[None]:
             block.__dict__.pop("forward", None)  # The class's own shows again.
 
 
-def _around(span: Span, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
+class _StandIn:
+    """The forwards of a region's blocks, and of the block `since`."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        streams = {name: given[name] for name in span.returns}
-        if block is span.since:
-            span.start = streams["hidden_states"]
-        if block is span.blocks[0]:
-            span.enter(streams)
-        if all(block is not own for own in span.blocks):
-            return original(*args, **kwargs)
-        is_last = block is span.blocks[-1]
-        if not span.reused[-1]:
+    def __init__(self, region: Region) -> None:
+        self.region, self.names = region, dict(region.chain())
+        self.first, *_ = self.names
+        *_, self.last = self.names
+        self.blocks = dict.fromkeys((*self.names, *filter(None, (region.since,))))
+
+    def around(self, block: nn.Module) -> Callable[..., Any]:
+        original, signature = block.forward, inspect.signature(block.forward)
+        names = self.names.get(block, ("hidden_states",))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            streams = {name: given[name] for name in names}
+            if block is self.region.since:
+                self.start = streams["hidden_states"]
+            if block is self.first:
+                hidden, self.entered = streams["hidden_states"], streams
+                self.is_reused = self.region.reuses(
+                    streams, hidden if self.region.since is None else hidden - self.start
+                )
+            if block in self.names and self.is_reused:
+                streams = self.region.supply(self.entered) if block is self.last else streams
+                return tuple(streams[name] for name in names) if len(names) > 1 else streams[names[0]]
             result = original(*args, **kwargs)
-            if is_last:
-                left = dict(zip(span.returns, result if isinstance(result, tuple) else (result,), strict=True))
-                span.residuals = {name: left[name] - span.entered[name] for name in span.returns}
+            if block is self.last:
+                left = dict(zip(names, result if isinstance(result, tuple) else (result,), strict=True))
+                self.region.note(self.entered, left)
             return result
-        if is_last:
-            streams = {name: stream + span.residuals[name] for name, stream in span.entered.items()}
-        return tuple(streams[name] for name in span.returns) if len(span.returns) > 1 else streams[span.returns[0]]
 
-    forward.__signature__ = signature  # type: ignore[attr-defined]  # A block may be wrapped twice.
-    return forward
+        forward.__signature__ = signature  # type: ignore[attr-defined]  # A block may be wrapped twice.
+        return forward
 
 
 def runs(model: nn.Module, spans: Sequence[Span], calls: Sequence[dict[str, Any]]) -> list[Tensor]:

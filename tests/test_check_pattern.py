@@ -21,8 +21,8 @@ from cachedit_fx.testing.pattern_check import UncheckableError, check_pattern
 from examples.custom_pattern import Block, TwoScaleTransformer
 from tests import synthetic
 from tests.messages import flat
-from tests.researchers.by_hand import build
 from tests.researchers.cases import CASES
+from tests.researchers.port_reference import build
 from tests.synthetic import PATTERNS, SelfBlock, TextTransformer, Transformer, make_inputs
 
 BOTH = (HIDDEN, ENCODER)

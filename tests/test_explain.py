@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils.flop_counter import FlopCounterMode
 
 import cachedit_fx
 from cachedit_fx import BlockAdapter, CacheConfig, ConfigError, explain
 from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor
+from cachedit_fx.flops import FlopCounter
 from cachedit_fx.inspect.explanation.result import Explanation
 from tests import hybrid
 from tests.models import FAMILIES
@@ -71,11 +71,10 @@ def test_the_chain_its_parts_and_the_region():
 
 def test_the_flops_are_those_of_the_model():
     model, call, explanation = explained()
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), FlopCounter() as counter:
         model(**call)
     (graph,) = explanation.graphs
-    assert graph.cost.flops == counter.get_total_flops()
+    assert graph.cost.flops == counter.total
     weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
     assert graph.cost.weight_bytes == sum(weights.values())
     inside = sum(block.cost.flops for block in graph.blocks if block.part == "region")

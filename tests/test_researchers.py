@@ -22,9 +22,9 @@ from cachedit_fx.frontend import backend
 from cachedit_fx.passes.manager import plan_graph
 from cachedit_fx.passes.plan import Plan
 from tests.messages import flat
-from tests.researchers.by_hand import ByHand, build, tensors_of
 from tests.researchers.case import Cached, Case, Refused
 from tests.researchers.cases import BARE_ONLY, CASES, TAKE_TURNS
+from tests.researchers.port_reference import PortReference, build, tensors_of
 from tests.sessions import every_session
 
 SETTINGS = dict(
@@ -103,7 +103,7 @@ def reused(case: Case) -> list[int]:
 
 def by_hand(case: Case, counts: str) -> list[list[Tensor]]:
     model = build(case.model)
-    reference = ByHand(model, model.block_calls(), case.port, *case.ran.get(counts, COUNTS[counts]))
+    reference = PortReference(model, model.block_calls(), case.port, *case.ran.get(counts, COUNTS[counts]))
     return run(case, lambda number, call: reference.step(call, reuse=number in reused(case)))
 
 

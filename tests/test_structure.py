@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "cachedit_fx"
 # From the bottom to the top. What stands in one line may not import its neighbours either.
 ROOMS = (
     ("_version", "errors"),
-    ("forecasters",),
+    ("forecasters", "figure"),
     ("config",),
     ("patterns", "policies"),
+    ("flops",),
     ("passes",),
     ("functors", "runtime"),
     ("frontend", "cache_factory"),

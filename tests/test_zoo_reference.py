@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.zoo import VARIANTS
-from tests.zoo.by_hand import ByHand
 from tests.zoo.runs import cuts_of, every_variant
 from tests.zoo.variant import Cut, Variant
+from tests.zoo.variant_reference import VariantReference
 
 # The cut that is farthest in: what is skipped before it is skipped by the others, too.
 CASES = {f"{v.name}-F{cut[0]}B{cut[1]}": (v, cut) for v in VARIANTS.values() for cut in cuts_of(v)[-1:]}
@@ -17,7 +17,7 @@ CASES = {f"{v.name}-F{cut[0]}B{cut[1]}": (v, cut) for v in VARIANTS.values() for
 @pytest.mark.parametrize(("variant", "cut"), CASES.values(), ids=CASES)
 def test_by_hand_a_reused_step_gives_what_the_computed_one_gave_for_equal_inputs(variant: Variant, cut: Cut):
     call, *_ = variant.generation()
-    by_hand = ByHand(variant, variant.build(), *cut)
+    by_hand = VariantReference(variant, variant.build(), *cut)
     with torch.no_grad():
         computed = by_hand(skip=False, **call)
         # a + (b - a) for b, in float32, at values around 1, seen through the blocks that follow.

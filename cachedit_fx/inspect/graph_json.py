@@ -17,8 +17,8 @@ from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, nu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import _get_qualified_name
 
+from cachedit_fx.flops import hint
 from cachedit_fx.frontend.capture import GraphInput
-from cachedit_fx.inspect.explanation.costs import hint
 from cachedit_fx.patterns.nodes import value_of
 
 # Attribute that holds what they wrap.

@@ -1,6 +1,6 @@
 """For those who write templates: holds one against the model's own numbers."""
 
 from cachedit_fx.testing.pattern_check import PatternCheck, check_pattern
-from cachedit_fx.testing.reference import UncheckableError
+from cachedit_fx.testing.template_reference import UncheckableError
 
 __all__ = ["PatternCheck", "UncheckableError", "check_pattern"]

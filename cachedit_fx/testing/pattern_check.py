@@ -26,7 +26,7 @@ from cachedit_fx.patterns.template import BlockTemplate
 from cachedit_fx.runtime.instances import records_of
 from cachedit_fx.runtime.request import session
 from cachedit_fx.runtime.stats import CacheStats
-from cachedit_fx.testing.reference import Call, Reference, UncheckableError, require, tensors_of
+from cachedit_fx.testing.template_reference import Call, TemplateReference, UncheckableError, require, tensors_of
 
 __all__ = ["PatternCheck", "UncheckableError", "check_pattern"]
 
@@ -132,14 +132,14 @@ def check_pattern(
         plain = _copy(module)
         graph = _matched_graph(template, plain, given[0], config)
         calls = given if len(given) > 1 else _later_calls(given[0], graph)
-        reference = Reference(
+        reference = TemplateReference(
             template, plain, [block.path for block in graph.blocks], Fn_compute_blocks, Bn_compute_blocks
         )
         return _compare(reference, calls, config, graph, tolerance)
 
 
 def _compare(
-    reference: Reference, calls: Sequence[Call], config: CacheConfig, graph: GraphReport, tolerance: float
+    reference: TemplateReference, calls: Sequence[Call], config: CacheConfig, graph: GraphReport, tolerance: float
 ) -> PatternCheck:
     """Runs the model by itself, by the reference and compiled."""
     model, template = reference.model, reference.template
@@ -182,7 +182,9 @@ def _compare(
     )
 
 
-def _reused_differs(reference: Reference, graph: GraphReport, found: list[Tensor], expected: list[Tensor]) -> str:
+def _reused_differs(
+    reference: TemplateReference, graph: GraphReport, found: list[Tensor], expected: list[Tensor]
+) -> str:
     template, region = reference.template, graph.regions[0]
     cached = {cached.value.role: cached.cached_as for cached in region.cached}
     beside = [role for role in cached if role not in template.streams_out]

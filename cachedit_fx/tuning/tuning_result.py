@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cachedit_fx.config.cache_config import CacheConfig
-from cachedit_fx.errors import missing
+from cachedit_fx.figure import new_figure, save_figure
 from cachedit_fx.integrations.signature import Signature
 from cachedit_fx.tuning.saved import save
 from cachedit_fx.tuning.targets import Target
@@ -106,11 +106,7 @@ class TuneResult:
         Raises:
             ConfigError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise missing("matplotlib", "a plot") from error
-        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+        figure = new_figure(7.0, 4.2)
         axes = figure.add_subplot()
         for is_measured, (marker, colour, label) in _STYLES.items():
             shown = [point.quality for point in self.frontier if point.is_measured == is_measured]
@@ -127,7 +123,7 @@ class TuneResult:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
         if path is not None:
-            figure.savefig(path, dpi=150)
+            save_figure(figure, path)
         return figure
 
 

@@ -6,12 +6,12 @@ import operator
 import re
 from collections.abc import Iterator
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
+from cachedit_fx.flops import flops_of
 from cachedit_fx.passes.analysis.contexts import within_contexts
 from cachedit_fx.patterns.nodes import base_name, is_tensor, shape_key, value_of
 
@@ -28,7 +28,6 @@ _CONDITIONING_NAME = re.compile(
     r"encoder_hidden_states|prompt|context|cap|text|txt|clip|t5|cond|label|class", re.IGNORECASE
 )
 _ADDITIONS = {operator.add, operator.sub, operator.iadd, torch.add, torch.sub, "add", "sub", "add_"}
-_MATMULS = {torch.nn.functional.linear, torch.matmul, torch.bmm, torch.mm, operator.matmul, torch.addmm, torch.baddbmm}
 
 
 def is_layout(node: fx.Node) -> bool:
@@ -52,14 +51,16 @@ class Program:
 
     Attributes:
         nodes: All nodes, placeholders and the output included; a position is an index into it.
-        flops: Estimate per node (matrix products, attention and convolutions; the rest counts as nothing).
+        flops: Per node, of matrix products, attention and convolutions; an einsum and the rest count as nothing.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes: tuple[fx.Node, ...] = tuple(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.by_name = {node.name: node for node in self.nodes}
-        self.flops = [_flops(node) for node in self.nodes]
+        # Loops mix their streams by an einsum (hyper-connections): that is computed again at a reused step, not cached.
+        counts = zip(self.nodes, flops_of(self.nodes), strict=True)
+        self.flops = [0 if node.target is torch.einsum else count for node, count in counts]
 
     def nodes_in(self, start: int, stop: int) -> Iterator[fx.Node]:
         return (node for node in self.nodes[start:stop] if node.op not in ("placeholder", "get_attr", "output"))
@@ -181,30 +182,3 @@ def is_weight(node: fx.Node) -> bool:
     """Whether a placeholder is a parameter or a buffer of the model, not something that a caller passed."""
     info = node.meta.get("cachedit_input")
     return info is not None and info.is_weight
-
-
-def _flops(node: fx.Node) -> int:
-    """2 * outputs * contracted length, from the shapes; symbols count with the size they were traced at."""
-    out = value_of(node)
-    if node.op not in ("call_function", "call_method") or not isinstance(out, torch.Tensor):
-        return 0
-    args = [arg for arg in node.all_input_nodes if is_tensor(arg)]
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.target in _MATMULS or name in ("matmul", "bmm", "__matmul__"):
-        return 2 * _count(out) * _hint(value_of(args[0]).shape[-1]) if args else 0
-    if name == "scaled_dot_product_attention" and len(args) >= 2:
-        return 4 * _count(out) * _hint(value_of(args[1]).shape[-2])
-    if name.startswith("conv") and len(args) >= 2:
-        return 2 * _count(out) * prod(_hint(s) for s in value_of(args[1]).shape[1:])
-    return 0
-
-
-def _count(value: torch.Tensor) -> int:
-    return prod(_hint(size) for size in value.shape)
-
-
-def _hint(size: Any) -> int:
-    if isinstance(size, int):
-        return size
-    hint = getattr(size.node, "hint", None)
-    return int(hint) if hint is not None else 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cachedit_fx.patterns import Cause
 from tests.researchers import dit
-from tests.researchers.by_hand import HIDDEN, Port
+from tests.researchers.port_reference import HIDDEN, Port
 
 BATCH, TEXT, TEXT_WIDTH = 2, 5, 12
 TIMES = (0.9, 0.8, 0.7)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cachedit_fx.patterns import Cause
 from tests.researchers import audio, dit, dit_blocks, dit_calls, dit_loops, feature_maps, mmdit, uvit, video
-from tests.researchers.by_hand import BRANCH, PAIR, Port
 from tests.researchers.case import BATCH, Cached, Case, Refused, text
+from tests.researchers.port_reference import BRANCH, PAIR, Port
 
 
 def found(path: str, depth: int, pattern: str) -> Cached:

@@ -16,10 +16,10 @@ import cachedit_fx
 from cachedit_fx import Backend, BlockAdapter, CacheConfig
 from tests.sessions import every_session
 from tests.zoo import VARIANTS
-from tests.zoo.by_hand import ByHand, tensors_of
 from tests.zoo.table import watched
 from tests.zoo.twins import Twins
 from tests.zoo.variant import Cut, Inputs, Variant
+from tests.zoo.variant_reference import VariantReference, tensors_of
 
 SETTINGS = dict(
     max_warmup_steps=1,
@@ -195,7 +195,7 @@ def call_before(variant: Variant, model: nn.Module, dtype: torch.dtype = torch.f
 
 def steps_by_hand(variant: Variant, model: nn.Module, calls: Sequence[Inputs], cut: Cut) -> list[list[Tensor]]:
     """The tensors of every step of a generation whose second is reused."""
-    reference = ByHand(variant, model, *cut)
+    reference = VariantReference(variant, model, *cut)
     return [reference(skip=step == REUSED, **call) for step, call in enumerate(calls)]
 
 

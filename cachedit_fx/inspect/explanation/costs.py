@@ -11,10 +11,10 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from cachedit_fx.flops import FlopCounter, flops_of, hint
 from cachedit_fx.inspect.explanation.data import Cost
-from cachedit_fx.passes.analysis.dataflow import Program, is_weight
+from cachedit_fx.passes.analysis.dataflow import is_weight
 from cachedit_fx.passes.extract import extract, outputs_of
 from cachedit_fx.passes.transforms.split_pieces import structure_key
 from cachedit_fx.patterns.nodes import value_of
@@ -27,8 +27,8 @@ class CostCounter:
     """Costs of runs of nodes of one graph; runs of equal structure are counted once.
 
     Attributes:
-        is_estimated: Some run could not be run on fake tensors (its shapes depend on data); the FLOPs are then the
-            matcher's own estimate, and no bytes are known.
+        is_estimated: Some run could not be run on fake tensors (its shapes depend on data). Its FLOPs are then the sum
+            over its nodes, each run by itself, and its bytes are not known.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -55,7 +55,7 @@ class CostCounter:
 
     def _count(self, piece: fx.GraphModule, placeholders: list[fx.Node], weight_bytes: int) -> Cost:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        counter, moved = FlopCounterMode(display=False), _MovedBytes()
+        counter, moved = FlopCounter(), _MovedBytes()
         try:
             with mode, torch.no_grad():
                 inputs = [at_hint(value_of(node), mode) for node in placeholders]
@@ -64,8 +64,8 @@ class CostCounter:
         except Exception as error:  # Whatever an operation on fakes may raise: this is only looked at.
             log.debug("costs are estimated: %s: %s", type(error).__name__, str(error).partition("\n")[0])
             self.is_estimated = True
-            return Cost(sum(Program(piece.graph).flops), 0, weight_bytes)
-        return Cost(counter.get_total_flops(), moved.total, weight_bytes)
+            return Cost(sum(flops_of(piece.graph.nodes)), 0, weight_bytes)
+        return Cost(counter.total, moved.total, weight_bytes)
 
 
 class _Interpreter(fx.Interpreter):
@@ -103,14 +103,6 @@ def at_hint(value: Any, mode: FakeTensorMode) -> Any:
         sizes, strides = map(hint, value.shape), map(hint, value.stride())
         return torch.empty_strided(tuple(sizes), tuple(strides), dtype=value.dtype, device=value.device)
     return hint(value)
-
-
-def hint(size: Any) -> Any:
-    """What a symbol stood for when the graph was traced; 1 where that depends on data. Other values as they are."""
-    if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return size
-    found = getattr(size.node, "hint", None)
-    return found if found is not None else (1 if isinstance(size, torch.SymInt) else 1.0)
 
 
 def num_bytes(value: Any) -> int:

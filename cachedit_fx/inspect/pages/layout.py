@@ -80,7 +80,7 @@ def lay_out(graph: GraphReport) -> Layout:
     boxes: list[Box] = []
     bands: list[Band] = []
     is_after_region = False
-    for part, run in _runs(graph.blocks):
+    for (part, _), run in runs_of(graph.blocks):
         is_region = run[0].region is not None and graph.is_cached
         conditional = x + CONDITIONAL / 2 if is_region else None
         x += CONDITIONAL if is_region else 22 if is_after_region or not boxes else 30
@@ -98,6 +98,7 @@ def lay_out(graph: GraphReport) -> Layout:
     return Layout(tail.right + MARGIN, block >= 56, head, tail, tuple(boxes), tuple(bands))
 
 
-def _runs(blocks: tuple[BlockReport, ...]) -> list[tuple[str, list[BlockReport]]]:
+def runs_of(blocks: tuple[BlockReport, ...]) -> list[tuple[tuple[str, int | None], list[BlockReport]]]:
+    """Neighbouring blocks of one part and region: (part, region) and the blocks."""
     grouped = itertools.groupby(blocks, key=lambda block: (block.part, block.region))
-    return [(part, list(run)) for (part, _), run in grouped]
+    return [(key, list(run)) for key, run in grouped]

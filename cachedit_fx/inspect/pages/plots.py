@@ -1,16 +1,17 @@
-"""The chain of a graph and the steps of a run as matplotlib figures. pyplot's state stays as it is."""
+"""The chain of a graph and the steps of a run as matplotlib figures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cachedit_fx.errors import missing
+from cachedit_fx.figure import new_figure, save_figure
 from cachedit_fx.inspect.explanation.data import GraphReport
 from cachedit_fx.inspect.explanation.units import flops
 from cachedit_fx.inspect.pages.charts import longest_shown
+from cachedit_fx.inspect.pages.layout import runs_of
 from cachedit_fx.inspect.pages.pieces import kinds_of
 from cachedit_fx.inspect.pages.ran import place
 from cachedit_fx.runtime.stats import CacheStats
@@ -33,7 +34,7 @@ def plot_chain(graph: GraphReport, path: str | Path | None = None) -> Figure:
         ConfigError: matplotlib is not installed.
     """
     count = len(graph.blocks)
-    figure = _figure(max(6.5, min(20.0, 2.5 + 0.32 * count)), 3.6)
+    figure = new_figure(max(6.5, min(20.0, 2.5 + 0.32 * count)), 3.6)
     axes = figure.add_subplot()
     if not count:
         axes.text(0.5, 0.5, "no chain of blocks", ha="center", va="center", transform=axes.transAxes)
@@ -62,7 +63,7 @@ def plot_run(stats: Sequence[CacheStats], path: str | Path | None = None) -> Fig
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    figure = _figure(11.0, max(2.8, 2.7 * len(stats)))
+    figure = new_figure(11.0, max(2.8, 2.7 * len(stats)))
     if not stats:
         axes = figure.add_subplot()
         axes.text(0.5, 0.5, "no session has run yet", ha="center", va="center", transform=axes.transAxes)
@@ -97,18 +98,13 @@ def _bars(axes: Axes, graph: GraphReport) -> None:
 
 
 def _bands(axes: Axes, graph: GraphReport) -> None:
-    runs: list[tuple[str, int, int]] = []
-    for block in graph.blocks:
-        name = block.part if block.region is None else f"region {block.region}"
-        if runs and runs[-1][0] == name and runs[-1][2] == block.number:
-            runs[-1] = (name, runs[-1][1], block.number + 1)
-        else:
-            runs.append((name, block.number, block.number + 1))
-    for name, first, last in runs:
-        colour = _BAND.get(name.partition(" ")[0])
+    for (part, region), blocks in runs_of(graph.blocks):
+        colour = _BAND.get(part if region is None else "region")
         if colour is None:
             continue
+        first, last = blocks[0].number, blocks[-1].number + 1
         axes.axvspan(first - 0.5, last - 0.5, color=colour, zorder=0, linewidth=0)
+        name = part if region is None else f"region {region}"
         centre = (first + last - 1) / 2
         axes.annotate(
             name, (centre, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center"
@@ -149,16 +145,7 @@ def _times(axes: Axes, entry: CacheStats) -> None:
     axes.set_ylabel("ms per step")
 
 
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing("matplotlib", "a plot") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _saved(figure: Any, path: str | Path | None) -> Figure:
+def _saved(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
-        figure.savefig(path, dpi=150)
-    found: Figure = figure
-    return found
+        save_figure(figure, path)
+    return figure

@@ -1,4 +1,8 @@
-"""A reference that uses nothing of the package: models run eagerly, the forwards of their blocks replaced."""
+"""A plain-Python reference of skipped blocks for the zoo, whose streams change their layout between two block lists.
+
+It shares no code with `cachedit_fx`: the model runs eagerly, with the forwards of its blocks replaced. What it knows of
+a model is its `Variant`. Where all blocks take and return the same streams, `tests.regions` is enough.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from tests.zoo.variant import Variant
 Streams = dict[str, Tensor]
 
 
-class ByHand:
+class VariantReference:
     """Skips the blocks from number `fn` up to the last `bn` ones, and adds what they added when they last ran.
 
         blocks[:fn] run | streams enter | blocks[fn : n - bn] hand on what they get | streams leave | the rest runs

@@ -1,7 +1,7 @@
-"""A plain-Python reference of a generation whose middle blocks are skipped at some steps.
+"""A plain-Python reference of skipped blocks for models whose streams are in containers, which a `Port` describes.
 
-It shares no code with `cachedit_fx` and knows no graph: it stands in for the calls of a model's blocks, whatever holds
-them and whatever they hand on, and runs the model eagerly.
+It shares no code with `cachedit_fx` and knows no graph: it runs the model eagerly and replaces the calls of its blocks,
+whatever holds the blocks and whatever they return.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ BRANCH = Port((), ())  # The blocks give what their callers add to the stream: t
 
 
 @dataclass
-class ByHand:
+class PortReference:
     """Runs `model` with some calls of its blocks skipped.
 
     A reused step runs the first `fn` calls and the last `bn`. What stands between them is not run: each block there

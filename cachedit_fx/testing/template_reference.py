@@ -1,4 +1,4 @@
-"""A plain reference of block caching: a model run eagerly, its middle blocks skipped. Knows no graph.
+"""A reference of block caching that knows a model's template and no graph: the model runs eagerly, blocks are skipped.
 
     blocks[:fn] run | streams enter | blocks[fn:stop] are skipped | streams leave | blocks[stop:] run
 
@@ -28,7 +28,7 @@ class UncheckableError(RuntimeError):
     """`check_pattern` cannot tell: the model or its inputs are beyond what its reference follows. Says what helps."""
 
 
-class Reference:
+class TemplateReference:
     """The model run eagerly, its middle blocks skipped at will. Of the graph it knows the paths of the blocks alone.
 
     Attributes:
