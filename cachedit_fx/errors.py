@@ -46,12 +46,13 @@ class PatternError(RuntimeError):
     """What a user declared of a model (`BlockAdapter`) is not what its graph shows, or a patch functor failed.
 
     Attributes:
-        mismatch: The `Mismatch` of the declared pattern; None where no pattern is at fault.
+        mismatch: The `Mismatch` of the declared pattern; None if the error does not concern a pattern.
+        fits: A clause that says which other pattern fits, for example "blocks fits pattern 3 (hidden-only)".
     """
 
-    def __init__(self, message: str, mismatch: Any = None) -> None:
+    def __init__(self, message: str, mismatch: Any = None, fits: str = "") -> None:
         super().__init__(message)
-        self.mismatch = mismatch
+        self.mismatch, self.fits = mismatch, fits
 
 
 def did_you_mean(value: object, allowed: Iterable[object]) -> str:

@@ -28,8 +28,11 @@ class Observer:
     def lists(self, program: Program, found: Sequence[BlockList], chain: Sequence[BlockList]) -> None:
         """The block lists, and which of them make up the chain."""
 
-    def verdicts(self, blocks: BlockList, found: Sequence[Match | Mismatch]) -> None:
-        """The template that a list of the chain fits; or what every template says, nearest miss first."""
+    def matched(self, match: Match) -> None:
+        """The template that a list of the chain fits."""
+
+    def mismatched(self, blocks: BlockList, mismatches: Sequence[Mismatch]) -> None:
+        """Why the declared template, or every template, does not fit a list of the chain, nearest mismatch first."""
 
     def planned(self, plan: Plan | tuple[Mismatch, ...]) -> None:
         """The end of all that only reads."""

@@ -1,4 +1,4 @@
-"""What the passes found out about a graph before it is rewritten, as data."""
+"""The results of the analysis of a graph, as data."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from cachedit_fx.patterns.nodes import base_name
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that was found out about a graph, before it is rewritten.
+    """What the rewrite of a graph needs to know about it.
 
     Attributes:
-        gm: The graph, sizes hoisted, its nodes tagged with the number of their block.
+        gm: The analyzed graph. The metadata of every node of a block contains the number of the block.
         chain: One match per block list, in execution order.
-        timestep, conditioning: The placeholders that tell where in which generation a call stands.
+        timestep, conditioning: The placeholders that identify the step and the generation of a call; None if the graph
+            has no such input.
     """
 
     gm: fx.GraphModule

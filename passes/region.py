@@ -1,4 +1,4 @@
-"""What lies between two cuts, as data: the region, what it carries, and the lists that are decided about together."""
+"""Regions, their live-outs, and the groups of block lists that share a region, as data."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from cachedit_fx.config.cache_config import CacheConfig, CacheType, Changes
 from cachedit_fx.passes.analysis.joined_streams import StreamJoins
 from cachedit_fx.patterns.blocks import Block
 from cachedit_fx.patterns.cause import Cause
-from cachedit_fx.patterns.mismatch import Match, Mismatch
+from cachedit_fx.patterns.mismatch import Match, Mismatch, MismatchError
 from cachedit_fx.patterns.nodes import depends_on_data, same_shape, source_line, value_of
 
 
 @dataclass(frozen=True, slots=True)
 class LiveOut:
-    """A value that leaves a region and is needed after it.
+    """A value that is computed in a region and used after it.
 
     Attributes:
-        role: The stream's role; the node's name for a value that continues no stream; "output" for what the graph
-            returns, "output_0" and so on where that is more than one.
-        before: The stream where it enters the region; None if the value is cached as it is.
-        after: The node that makes it, in the region.
-        joins: How `before` follows from the streams at the cut, where lists are joined behind it; None: it is there.
+        role: Role of the stream that the value continues; the name of the node if it continues no stream; "output" for
+            the output of the graph ("output_0" and so on if it has several).
+        before: The stream that enters the region; None if the value itself is cached, not a residual.
+        after: The node in the region that computes the value.
+        joins: How `before` follows from the streams at the cut, if lists are joined in the region; None if `before` is
+            a stream at the cut.
     """
 
     role: str
@@ -35,7 +36,7 @@ class LiveOut:
 
     @property
     def is_measured(self) -> bool:
-        """Whether only the tensors themselves tell that the stream keeps its shape: its sizes depend on data."""
+        """Whether every step has to check that the stream keeps its shape, because its sizes depend on data."""
         if self.before is None:
             return False
         sizes = (*value_of(self.before).shape, *value_of(self.after).shape)
@@ -44,23 +45,24 @@ class LiveOut:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The blocks between two cuts, and all that a conditional needs to know of them.
+    """The blocks between two cuts, and what its conditional needs.
 
     Attributes:
-        name: As in `transformer_blocks[1:4]`; two lists are joined by `+`.
-        first, last: Numbers of the chain's first block in the region and the first after it.
-        nodes: The region's nodes in program order.
-        overrides: What of the configuration is for this region alone.
-        probed_at: The probe: the hidden stream behind the Fn blocks, or in front of a single block, or
-            the first block's modulated input. None: nothing is looked at.
-        probed_since: What is taken off it first: the hidden stream before the Fn blocks; None to look at the value.
-        live_outs: What a reused step has to supply.
-        hoisted: Nodes that lie between the cuts but run with the head, at every step: what depends on no stream, and
-            what makes the modulated input.
-        deferred: Nodes from before the first cut that nothing but `nodes` reads: they run with these.
-        reaches_output: It ends where the graph does, and carries what the graph returns.
-        sample_dim: Dimension of what is looked at whose entries are samples, each with a diff of its own, of which the
-            largest counts; None: one diff over the whole batch.
+        name: For example `transformer_blocks[1:4]`. The names of joined lists are separated by `+`.
+        first, last: Numbers in the chain of the first block of the region and of the first block after it.
+        nodes: The nodes of the region in program order.
+        overrides: The fields of the configuration that this region sets itself.
+        probed_at: The node that is the probe: the hidden stream after the Fn blocks or before a single block, or the
+            modulated input of the first block. None if there is no probe.
+        probed_since: The hidden stream before the Fn blocks, which is subtracted from `probed_at` to get a residual;
+            None if `probed_at` itself is the probe.
+        live_outs: The values that a reused step has to supply.
+        hoisted: Nodes between the cuts that run in the head, at every step: those that do not depend on a stream, and
+            those that compute the modulated input.
+        deferred: Nodes before the first cut that only `nodes` read. They run in the region.
+        reaches_output: Whether the region extends to the end of the graph. Its live-outs are then the outputs.
+        sample_dim: The dimension of the probe that is the batch. Every sample has a residual diff of its own, and the
+            largest one counts. None: one residual diff for the whole batch.
     """
 
     name: str
@@ -79,11 +81,12 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Lists of the chain that follow each other and are decided about by one configuration.
+    """Consecutive lists of the chain that share one configuration and therefore one region.
 
     Attributes:
-        overrides: What this group's regions do differently from the whole model's configuration; `config` includes it.
-        number: Of its first block in the chain.
+        config: The configuration of the group, including `overrides`.
+        overrides: The fields of the configuration that this group sets itself.
+        number: Number of its first block in the chain.
     """
 
     matches: tuple[Match, ...]
@@ -101,7 +104,7 @@ class Group:
 
     @property
     def boundaries(self) -> list[Mapping[str, fx.Node]]:
-        """Streams before every block, and after the last. Where two lists meet, the later one's entry."""
+        """The streams before every block and after the last one. Between two lists: those that enter the second."""
         streams: list[Mapping[str, fx.Node]] = []
         for match in self.matches:
             streams = [*streams[:-1], *match.blocks.boundaries]
@@ -109,13 +112,13 @@ class Group:
 
     @property
     def ends(self) -> list[tuple[Match, int]]:
-        """Each list with the number of the first block after it."""
+        """Each list, with the number in the group of the first block after it."""
         counts = itertools.accumulate(len(match.blocks.blocks) for match in self.matches)
         return list(zip(self.matches, counts, strict=True))
 
     @property
     def kinds(self) -> dict[str, str]:
-        """How the templates want roles to be cached, where that is said: "residual" or "value"."""
+        """Role -> "residual" or "value", as declared by the templates of the first and the last list."""
         return {**self.matches[0].template.cached, **self.matches[-1].template.cached}
 
 
@@ -132,9 +135,27 @@ def region_name(group: Group, first: int, last: int) -> str:
     return "+".join(parts)
 
 
-def mismatch_of(match: Match, cause: Cause, detail: str, node: fx.Node | None = None) -> Mismatch:
-    """Why a list that fits its template cannot be cut."""
+def mismatch_error(
+    match: Match,
+    cause: Cause,
+    expected: str,
+    found: str,
+    node: fx.Node | None = None,
+    *,
+    stream: str | None = None,
+) -> MismatchError:
+    """The error for a list that fits its template but cannot be cut."""
     total = len(match.blocks.blocks)
-    return Mismatch(
-        match.template, cause, detail, node.name if node is not None else None, source_line(node), total, total
+    return MismatchError(
+        Mismatch(
+            match.template,
+            cause,
+            expected,
+            found,
+            node=node.name if node is not None else None,
+            where=source_line(node),
+            stream=stream,
+            progress=total,
+            total=total,
+        )
     )

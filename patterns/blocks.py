@@ -1,4 +1,4 @@
-"""What a template is matched against: the blocks that were found in a graph and the streams between them."""
+"""The blocks that were found in a graph, and the streams between them: what templates are matched against."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ENCODER = "encoder_hidden_states"
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The nodes that one transformer-block module call left in the graph.
+    """The nodes that one call of a transformer-block module left in the graph.
 
     Attributes:
-        path: Path of the module from the model, as in `transformer_blocks.3`.
-        cls: The block's class, where Dynamo kept it.
-        start: Position of its first node in program order; `end` is one past its last node.
-        span_end: Where the next block starts (or `end`, for the last): work between blocks belongs to the one before.
+        path: Path of the module from the model, for example `transformer_blocks.3`.
+        cls: Class of the block; None if Dynamo did not record it.
+        start, end: Position of its first node in program order, and one past the position of its last node.
+        span_end: Start of the next block, or `end` for the last block. Nodes between two blocks belong to the first.
     """
 
     path: str
@@ -31,18 +31,20 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class BlockList:
-    """The blocks of one module list, in execution order, and the streams at the places between them.
+    """The blocks of one module list, in execution order, and the streams between them.
 
     Attributes:
-        path: Path of the list, as in `transformer_blocks`.
+        path: Path of the list, for example `transformer_blocks`.
         blocks: At least two.
-        boundaries: For i = 0..n the streams just before block i (n: after the last), role -> node. Shorter than n + 1
-            where the streams were lost; then `broken` says at which node and why.
-        contexts: Invariants that every block reads and that look like a conditioning sequence: floating, at least
-            [B, L, D], made from a conditioning input.
-        emitted: What a block hands out beside its streams and nobody carries on, seen at the end of the list.
-        flops: Estimate over all blocks.
-        alternates: Path of the list whose blocks take turns with these, if one does; a block is then one of each.
+        boundaries: For i in 0..n the streams before block i (for n: after the last block), as role -> node. It has
+            fewer than n + 1 entries if no stream continues at some boundary (`lost_at`).
+        contexts: Invariants that every block reads and that may be a conditioning sequence: floating-point tensors of
+            at least three dimensions ([B, L, D]) that are computed from a conditioning input.
+        emitted: Outputs of the last block that are used after the list and are not streams.
+        flops: Estimate for all blocks together.
+        labels: Role of a stream -> its name in the model's code.
+        alternates: Path of the list whose blocks alternate with the blocks of this list, if there is one. A `Block`
+            then consists of one block of each list.
     """
 
     path: str
@@ -50,19 +52,31 @@ class BlockList:
     boundaries: tuple[Mapping[str, fx.Node], ...]
     contexts: tuple[fx.Node, ...] = ()
     emitted: tuple[fx.Node, ...] = ()
-    broken: str = ""
     flops: int = 0
-    labels: Mapping[str, str] = field(default_factory=dict)  # role -> the name that the model's code uses
+    labels: Mapping[str, str] = field(default_factory=dict)
     alternates: tuple[str, ...] = ()
 
     @property
     def has_its_first(self) -> bool:
-        """Whether the first block here is the first of its list: block 0, or 1 of modules under numbered names."""
+        """Whether the first block is the first one of its list: number 0, or 1 for names such as `layer1`."""
         name = self.blocks[0].path.rpartition(".")[2]
         number = name[len(name.rstrip("0123456789")) :]
         return not number or int(number) <= (0 if name.isdigit() else 1)
 
     @property
     def has_stream(self) -> bool:
-        """Whether at least one stream runs over every boundary."""
-        return len(self.boundaries) == len(self.blocks) + 1
+        """Whether at least one stream continues over every boundary."""
+        return self.lost_at is None
+
+    @property
+    def lost_at(self) -> int | None:
+        """Index of the first boundary at which no stream continues; None if there is none."""
+        count = len(self.boundaries)
+        return count if count <= len(self.blocks) else None
+
+    @property
+    def loss(self) -> str:
+        """Why no stream continues at `lost_at`, for messages; empty if it is None."""
+        if self.lost_at is None:
+            return ""
+        return f"no output of block {self.lost_at - 1} has the same shape as any of its inputs"

@@ -1,4 +1,4 @@
-"""The closed list of reasons why something does not match. Data, no algorithm."""
+"""The causes of mismatches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Cause(enum.Enum):
-    """Why a template did not fit, or a region could not be cut. Closed: tests and users may switch on it."""
+    """Why a template does not fit, or why a region cannot be cut. The list is closed: code may depend on it."""
 
     NO_CHAIN = "no-chain"
     RESTRICTED = "restricted"

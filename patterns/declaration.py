@@ -1,4 +1,4 @@
-"""What a user says of one transformer's blocks; its graph is held against it."""
+"""What a user declares about the blocks of one transformer. It is compared with the captured graph."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from cachedit_fx.patterns.template import BlockTemplate
 
 
 class Rewriter(Protocol):
-    """Changes a captured graph before anything is looked for in it. Equal ones do the same to every graph."""
+    """Rewrites a captured graph before it is analyzed. Two equal rewriters rewrite every graph in the same way."""
 
     def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
-        """The graph to go on with; its placeholders are those of `gm`."""
+        """The rewritten graph, with the same placeholders as `gm`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """What is known beforehand. All of it is optional: the default declares nothing.
+    """What is declared about the blocks. Everything is optional; the default declares nothing.
 
     Attributes:
-        lists: Paths of the block lists to cache, as in `transformer_blocks`; empty for those that the graph shows.
-        patterns: One per list; with `lists` empty at most one, which every list to be cached has to fit.
-        overrides: One per list, or one for all: what a region does differently. With any of them each list has its own.
-        is_checked: Hold the patterns against the dataflow; otherwise they are taken for a remark.
-        functor: Applied to the captured graph first.
+        lists: Paths of the block lists to cache, for example `transformer_blocks`; empty to use those that are found.
+        patterns: One per list. If `lists` is empty: at most one, which every cached list has to fit.
+        overrides: One per list, or one for all of them. If there are any, every list has a region of its own.
+        is_checked: Whether the patterns are compared with the dataflow; otherwise they have no effect.
+        functor: Applied to the captured graph before the analysis.
     """
 
     lists: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ class Declaration:
     functor: Rewriter | None = None
 
     def pattern_for(self, path: str) -> BlockTemplate | None:
-        """The pattern that the list at `path` has to fit; None if any will do."""
+        """The pattern that the list at `path` has to fit; None if every pattern is accepted."""
         if not self.patterns or not self.is_checked:
             return None
         return self.patterns[self.lists.index(path)] if self.lists else self.patterns[0]

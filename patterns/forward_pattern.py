@@ -1,4 +1,4 @@
-"""The built-in templates under the names that cache-dit's users know."""
+"""The built-in templates, with the names that cache-dit gives them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cachedit_fx.patterns.template import BUILT_IN
 
 
 class ForwardPattern(enum.Enum):
-    """What a block takes and returns, by number; the value is the `BlockTemplate`."""
+    """The built-in patterns. The value of a member is its `BlockTemplate`."""
 
     Pattern_0 = BUILT_IN[0]
     Pattern_1 = BUILT_IN[1]
@@ -18,7 +18,7 @@ class ForwardPattern(enum.Enum):
     Pattern_5 = BUILT_IN[5]
 
     def __repr__(self) -> str:
-        return str(self)  # Messages show it; the template in it is long.
+        return str(self)  # Messages show it. The repr of the template is long.
 
     @property
     def In(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Fits templates to block lists. Reads only; a mismatch is a value, never None or an exception."""
+"""Fits templates to block lists."""
 
 from __future__ import annotations
 
@@ -11,43 +11,65 @@ from torch import fx
 
 from cachedit_fx.patterns.blocks import HIDDEN, BlockList
 from cachedit_fx.patterns.cause import Cause
-from cachedit_fx.patterns.mismatch import Match, Mismatch
-from cachedit_fx.patterns.nodes import describe, source_line
+from cachedit_fx.patterns.mismatch import Match, Mismatch, MismatchError
+from cachedit_fx.patterns.nodes import SourceLine, describe, source_line
 from cachedit_fx.patterns.pattern_registry import templates
 from cachedit_fx.patterns.returns import return_line, return_names, return_order
 from cachedit_fx.patterns.template import BlockTemplate
 
 log = logging.getLogger(__name__)
 
+# Built-in templates that differ only in the order of what they return -> both numbers, and what they have in common.
+_UNORDERED = {
+    0: "pattern 0 or 1 (dual-stream",
+    1: "pattern 0 or 1 (dual-stream",
+    4: "pattern 4 or 5 (hidden-only, emits encoder",
+    5: "pattern 4 or 5 (hidden-only, emits encoder",
+}
 
-def match_list(blocks: BlockList, template: BlockTemplate) -> Match | Mismatch:
-    """Fits one template to one block list."""
+
+def match_list(blocks: BlockList, template: BlockTemplate) -> Match:
+    """Fits one template to one block list.
+
+    Raises:
+        MismatchError: It does not fit.
+    """
     blocks = _named(blocks, template)
-    for check in (_check_restriction, _check_streams, _check_names, _check_context, _check_emitted):
-        mismatch = check(blocks, template)
-        if mismatch is not None:
-            return mismatch
+    _check_restriction(blocks, template)
+    _check_streams(blocks, template)
+    _check_names(blocks, template)
+    _check_context(blocks, template)
+    _check_emitted(blocks, template)
     order = _order(blocks, template)
     if order and order != template.returns:
-        return _order_mismatch(blocks, template)
+        raise _order_mismatch_error(blocks, template)
     return Match(template, blocks, _label(template, order))
 
 
-def match_any(blocks: BlockList, among: Iterable[BlockTemplate] | None = None) -> Match | tuple[Mismatch, ...]:
-    """The first template that fits, else every template's verdict, nearest miss first."""
+def match_any(blocks: BlockList, among: Iterable[BlockTemplate] | None = None) -> Match:
+    """The first template that fits.
+
+    Args:
+        among: The templates to try, in order; None for all registered ones.
+
+    Raises:
+        MismatchError: None fits. It carries one mismatch per template, the nearest one first.
+    """
     mismatches: list[Mismatch] = []
     for template in templates() if among is None else among:
-        found = match_list(blocks, template)
-        if isinstance(found, Match):
-            log.debug("%s matched %s (%d blocks)", found.label, blocks.path, len(blocks.blocks))
-            return found
-        log.debug("%s: %s", blocks.path, found)
-        mismatches.append(found)
-    return tuple(sorted(mismatches, key=lambda mismatch: -mismatch.progress))
+        try:
+            match = match_list(blocks, template)
+        except MismatchError as error:
+            log.debug("%s: %s", blocks.path, error)
+            mismatches += error.mismatches
+        else:
+            log.debug("%s matches %s (%d blocks)", match.label, blocks.path, len(blocks.blocks))
+            return match
+    raise MismatchError(*sorted(mismatches, key=lambda mismatch: -mismatch.progress))
 
 
 def _named(blocks: BlockList, template: BlockTemplate) -> BlockList:
-    """`blocks` with its streams under the roles that the template gives their names; as it is if a name is missing."""
+    """`blocks` with the roles that the template assigns to the names of the streams; unchanged if a name is missing."""
     if not template.streams or not set(template.streams.values()) <= set(blocks.labels.values()):
         return blocks
     by_name = {name: role for role, name in template.streams.items()}
@@ -61,108 +83,130 @@ def _named(blocks: BlockList, template: BlockTemplate) -> BlockList:
     )
 
 
-def _check_restriction(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
+def _check_restriction(blocks: BlockList, template: BlockTemplate) -> None:
     cls = blocks.blocks[0].cls
     want = template.block_class
     if want is not None:
         fits = cls is want if isinstance(want, type) else cls is not None and cls.__name__ == want
         if not fits:
             name = want.__name__ if isinstance(want, type) else want
-            found = cls.__name__ if cls else "a class that is not known"
-            return _mismatch(blocks, template, Cause.RESTRICTED, f"expected blocks of class {name}, found {found}")
+            found = f"blocks of class {cls.__name__}" if cls else "blocks of an unknown class"
+            raise _mismatch_error(blocks, template, Cause.RESTRICTED, f"blocks of class {name}", found)
     if template.module_path is not None and not fnmatch.fnmatchcase(blocks.path, template.module_path):
-        detail = f"expected a list at {template.module_path!r}, found {blocks.path!r}"
-        return _mismatch(blocks, template, Cause.RESTRICTED, detail)
-    return None
+        expected, found = f"a list at {template.module_path!r}", f"a list at {blocks.path!r}"
+        raise _mismatch_error(blocks, template, Cause.RESTRICTED, expected, found)
 
 
-def _check_streams(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
-    want, total = len(template.streams_out), len(blocks.blocks)
-    is_lost_before = any(len(found) < len(blocks.boundaries[0]) for found in blocks.boundaries)
-    if len(blocks.boundaries) == total and not is_lost_before:  # All are there but the one after the last block.
+def _check_streams(blocks: BlockList, template: BlockTemplate) -> None:
+    want, total = template.streams_out, len(blocks.blocks)
+    is_lost_before = any(len(streams) < len(blocks.boundaries[0]) for streams in blocks.boundaries)
+    if blocks.lost_at == total and not is_lost_before:  # Only the boundary after the last block has no stream.
         last = next(iter(blocks.boundaries[-1].values()))
-        detail = (
-            f"expected {template.streams_out[0]} out of block {total - 1}, the last of {blocks.path}, found that "
-            f"{blocks.broken}"
+        raise _mismatch_error(
+            blocks,
+            template,
+            Cause.STREAM_COUNT,
+            f"{want[0]} as an output of block {total - 1}, the last block of {blocks.path}",
+            blocks.loss,
+            node=last,
+            stream=want[0],
+            lost_at=total,
+            progress=total - 1,
         )
-        return _mismatch(blocks, template, Cause.STREAM_COUNT, detail, node=last, progress=total - 1)
     for i in range(1, total):
-        found = blocks.boundaries[i] if i < len(blocks.boundaries) else {}
-        if len(found) == want:
-            continue
-        what = ", ".join(describe(node) for node in found.values()) or (blocks.broken or "none")
-        known = blocks.boundaries[min(i, len(blocks.boundaries) - 1)] if blocks.boundaries else {}
-        node = next(iter((found or known).values()), None)
-        lost = [before for name, before in blocks.boundaries[i - 1].items() if found and name not in found]
-        if lost:  # As where tokens are dropped between two blocks.
-            what += f"; nothing continues {describe(lost[0])} in its shape"
-        detail = (
-            f"expected {want} stream{'s' * (want != 1)} ({', '.join(template.streams_out)}) from block {i - 1} into "
-            f"block {i} of {blocks.path}, found {len(found)} ({what})"
-        )
-        return _mismatch(blocks, template, Cause.STREAM_COUNT, detail, node=node, progress=i - 1)
-    return None
+        streams = blocks.boundaries[i] if i < len(blocks.boundaries) else {}
+        if len(streams) != len(want):
+            raise _count_mismatch_error(blocks, template, i)
 
 
-def _check_names(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
+def _count_mismatch_error(blocks: BlockList, template: BlockTemplate, i: int) -> MismatchError:
+    """The error for boundary `i`, which does not have the number of streams that the template declares."""
+    want = template.streams_out
+    streams = blocks.boundaries[i] if i < len(blocks.boundaries) else {}
+    before = blocks.boundaries[i - 1]
+    lost = next((role for role in before if role not in streams), None)
+    if streams:
+        found = f"{_count(len(streams))} ({', '.join(map(describe, streams.values()))})"
+        if lost is not None:  # For example where tokens are dropped between two blocks.
+            found += f"; no output of block {i - 1} has the shape of {describe(before[lost])}"
+    else:
+        found = blocks.loss
+    return _mismatch_error(
+        blocks,
+        template,
+        Cause.STREAM_COUNT,
+        f"{_count(len(want))} ({', '.join(want)}) from block {i - 1} to block {i} of {blocks.path}",
+        found,
+        node=next(iter((streams or before).values()), None),
+        stream=lost,
+        lost_at=i if lost is not None else None,
+        progress=i - 1,
+    )
+
+
+def _count(number: int) -> str:
+    return f"{number} stream{'s' * (number != 1)}"
+
+
+def _check_names(blocks: BlockList, template: BlockTemplate) -> None:
+    names, last = ", ".join(sorted(blocks.labels.values())), len(blocks.blocks) - 1
     for role, name in template.streams.items():
         if role in template.streams_out and name not in blocks.labels.values():
-            found = ", ".join(sorted(blocks.labels.values()))
-            detail = f"expected the stream {role} under the name {name!r}, found {found}"
-            return _mismatch(blocks, template, Cause.STREAM_NAME, detail, progress=len(blocks.blocks) - 1)
+            expected = f"a stream with the name {name!r}, which the template declares as {role}"
+            found = f"streams with the names {names}"
+            raise _mismatch_error(blocks, template, Cause.STREAM_NAME, expected, found, stream=role, progress=last)
     if HIDDEN not in blocks.labels:
-        detail = (
-            f"expected one stream that is hidden_states, found {', '.join(sorted(blocks.labels.values()))} and no "
-            "name or use after the list that tells which; name them with BlockTemplate(streams=...)"
-        )
-        return _mismatch(blocks, template, Cause.STREAM_NAME, detail, progress=len(blocks.blocks) - 1)
-    return None
+        expected = f"one stream that can be identified as {HIDDEN}"
+        found = f"the streams {names}; neither a name nor a use after the list identifies one of them"
+        raise _mismatch_error(blocks, template, Cause.STREAM_NAME, expected, found, stream=HIDDEN, progress=last)
 
 
-def _check_context(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
+def _check_context(blocks: BlockList, template: BlockTemplate) -> None:
     if len(template.streams_out) > 1:
-        return None  # With two streams the text is a stream; what else the blocks read makes no difference.
+        return  # The text is a stream of its own then. What else the blocks read makes no difference.
     if template.contexts and not blocks.contexts:
-        detail = f"expected a context ({template.contexts[0]}) that every block reads, found none"
-        return _mismatch(blocks, template, Cause.NO_CONTEXT, detail)
+        expected = f"a context ({template.contexts[0]}) that every block reads"
+        raise _mismatch_error(blocks, template, Cause.NO_CONTEXT, expected, "blocks that read no context")
     if not template.contexts and blocks.contexts:
         node = blocks.contexts[0]
-        detail = f"expected blocks that read {HIDDEN} alone, found that each also reads {describe(node)}"
-        return _mismatch(blocks, template, Cause.EXTRA_CONTEXT, detail, node=node)
-    return None
+        expected, found = f"blocks that read only {HIDDEN}", f"every block also reads {describe(node)}"
+        raise _mismatch_error(blocks, template, Cause.EXTRA_CONTEXT, expected, found, node=node)
 
 
-def _check_emitted(blocks: BlockList, template: BlockTemplate) -> Mismatch | None:
+def _check_emitted(blocks: BlockList, template: BlockTemplate) -> None:
+    last = len(blocks.blocks) - 1
     if template.emitted and not blocks.emitted:
-        detail = (
-            f"expected every block to emit {template.emitted[0]}, found nothing used after the list but its streams"
-        )
-        return _mismatch(blocks, template, Cause.NO_EMITTED, detail, progress=len(blocks.blocks) - 1)
+        role = template.emitted[0]
+        expected = f"{role} as an output of every block that is used after the list"
+        found = "only the streams are used after the list"
+        raise _mismatch_error(blocks, template, Cause.NO_EMITTED, expected, found, stream=role, progress=last)
     if not template.emitted and blocks.emitted and len(template.streams_out) == 1:
         node = blocks.emitted[0]
-        detail = f"expected blocks that return {HIDDEN} alone, found that the last one also emits {describe(node)}"
-        return _mismatch(blocks, template, Cause.EXTRA_EMITTED, detail, node=node, progress=len(blocks.blocks) - 1)
-    return None
+        expected, found = f"blocks that return only {HIDDEN}", f"the last block also returns {describe(node)}"
+        raise _mismatch_error(blocks, template, Cause.EXTRA_EMITTED, expected, found, node=node, progress=last)
 
 
-def _order_mismatch(blocks: BlockList, template: BlockTemplate) -> Mismatch:
-    names = return_names(blocks.blocks[0].cls)
+def _order_mismatch_error(blocks: BlockList, template: BlockTemplate) -> MismatchError:
     cls = blocks.blocks[0].cls
-    detail = (
-        f"expected a block that returns ({', '.join(template.returns)}), found "
-        f"`return {', '.join(str(name or '...') for name in names)}` in {cls.__name__ if cls else 'the block'}.forward"
+    names = ", ".join(str(name or "...") for name in return_names(cls))
+    return _mismatch_error(
+        blocks,
+        template,
+        Cause.RETURN_ORDER,
+        f"a block that returns ({', '.join(template.returns)})",
+        f"`return {names}` in {cls.__name__ if cls else 'the block'}.forward",
+        where=return_line(cls),
+        progress=len(blocks.blocks),
     )
-    mismatch = _mismatch(blocks, template, Cause.RETURN_ORDER, detail, progress=len(blocks.blocks))
-    return dataclasses.replace(mismatch, where=return_line(cls))
 
 
 def _order(blocks: BlockList, template: BlockTemplate) -> tuple[str, ...]:
-    """Roles in return order, as the block's source tells; empty where it does not, or there is but one."""
+    """Roles in the order of the return statement; empty if the source does not show it or there is only one role."""
     if len(template.returns) < 2:
         return ()
     labels = {role: blocks.labels.get(role, role) for role in template.returns} | dict(template.streams)
     if template.emitted and blocks.emitted:
-        # What is emitted has no boundary to be named at, so any one other name in the return statement is it.
+        # An emitted value has no name at a boundary. The one unknown name in the return statement must be its name.
         labels = {role: label for role, label in labels.items() if role not in template.emitted}
         names = return_names(blocks.blocks[0].cls)
         roles = [next((role for role, label in labels.items() if label == name), None) for name in names]
@@ -173,20 +217,35 @@ def _order(blocks: BlockList, template: BlockTemplate) -> tuple[str, ...]:
 
 
 def _label(template: BlockTemplate, order: tuple[str, ...]) -> str:
-    if template.number in (0, 1, 4, 5) and not order:
-        first = 0 if template.number < 2 else 4
-        return f"pattern {first} or {first + 1} ({template.name.split(',')[0]}; the return order is not known)"
+    if template.number in _UNORDERED and not order:
+        return f"{_UNORDERED[template.number]}; the return order is not known)"
     return str(template)
 
 
-def _mismatch(
+def _mismatch_error(
     blocks: BlockList,
     template: BlockTemplate,
     cause: Cause,
-    detail: str,
+    expected: str,
+    found: str,
     *,
     node: fx.Node | None = None,
+    where: SourceLine | None = None,
+    stream: str | None = None,
+    lost_at: int | None = None,
     progress: int = 0,
-) -> Mismatch:
-    name = node.name if node is not None else None
-    return Mismatch(template, cause, detail, name, source_line(node), progress, len(blocks.blocks))
+) -> MismatchError:
+    return MismatchError(
+        Mismatch(
+            template,
+            cause,
+            expected,
+            found,
+            node=node.name if node is not None else None,
+            where=where or source_line(node),
+            stream=stream,
+            lost_at=lost_at,
+            progress=progress,
+            total=len(blocks.blocks),
+        )
+    )

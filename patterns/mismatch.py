@@ -1,65 +1,86 @@
-"""A miss is a value: why a template did not fit, where, and how far it got."""
+"""The record of why a template or a rewrite does not fit, and the record of a template that fits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cachedit_fx.patterns.blocks import BlockList
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.cures import CURES
+from cachedit_fx.patterns.nodes import SourceLine
 from cachedit_fx.patterns.template import BlockTemplate
 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A template that did not fit (or, without one, a graph that cannot be cached at all). Falsy.
+    """Why a template does not fit a block list, or why a graph cannot be cached.
 
     Attributes:
-        detail: One sentence: what was expected, what was found.
-        node: Name of the graph node where it was seen.
-        where: `file.py:line` of the user's code behind the node.
-        progress: Blocks that did fit before the first that did not; ranks the nearest miss.
-        total: Blocks there were.
+        template: The template that does not fit; None if the graph cannot be cached with any template.
+        expected, found: What was expected and what was found: a noun phrase or a clause, without a period.
+        node: Name of the graph node that shows the mismatch.
+        where: The line of the user's code that created this node.
+        stream: Role of the stream that is concerned.
+        lost_at: Index of the boundary at which a stream is missing (boundary i lies before block i).
+        progress: Number of blocks that fit before the first one that does not. It ranks the mismatches of a list.
+        total: Number of blocks of the list.
     """
 
     template: BlockTemplate | None
     cause: Cause
-    detail: str
+    expected: str
+    found: str
     node: str | None = None
-    where: str = ""
+    where: SourceLine | None = None
+    stream: str | None = None
+    lost_at: int | None = None
     progress: int = 0
     total: int = 0
-
-    def __bool__(self) -> bool:
-        return False
-
-    @property
-    def expected(self) -> str:
-        """What was expected, in words; empty where the detail says but what was found."""
-        before, comma, _ = self.detail.partition(", found ")
-        return before.removeprefix("expected ") if comma else ""
-
-    @property
-    def found(self) -> str:
-        """What was found, in words."""
-        return self.detail.partition(", found ")[2] or self.detail
-
-    @property
-    def lines(self) -> list[str]:
-        """What was expected, found, and where: a line each, indented, for messages."""
-        place = " in ".join(filter(None, (f"`{self.node}`" if self.node else "", self.where)))
-        shown = {"expected": self.expected, "found": self.found, "at": place}
-        return [f"  {name + ':':<10}{text}" for name, text in shown.items() if text]
 
     @property
     def cure(self) -> str:
         """What a user can do about it."""
         return CURES[self.cause]
 
+    @property
+    def reason(self) -> str:
+        """The mismatch on one line, without its template and place."""
+        return f"{self.cause.value}: expected: {self.expected}; found: {self.found}"
+
+    @property
+    def place(self) -> str:
+        """The node and the line of the user's code, for messages; empty if neither is known."""
+        return " in ".join(filter(None, (f"`{self.node}`" if self.node else "", str(self.where or ""))))
+
+    @property
+    def lines(self) -> list[str]:
+        """What was expected, what was found and where: one indented line each, for messages."""
+        return list(labelled_lines({"expected": self.expected, "found": self.found, "at": self.place}))
+
     def __str__(self) -> str:
-        head = f"{self.template}: " if self.template else ""
-        at = f", at `{self.node}`" if self.node else ""
-        return f"{head}{self.cause.value}: {self.detail}{at}{f' ({self.where})' if self.where else ''}"
+        template = f"{self.template}: " if self.template else ""
+        return f"{template}{self.reason}{f'; at: {self.place}' if self.place else ''}"
+
+
+def labelled_lines(texts: dict[str, str]) -> Iterator[str]:
+    """`  expected: 2 streams`: one line for each text that is not empty, aligned."""
+    return (f"  {label + ':':<10}{text}" for label, text in texts.items() if text)
+
+
+class MismatchError(Exception):
+    """Raised by an analysis that cannot continue. The top of the planning catches it; it never reaches users.
+
+    Attributes:
+        mismatches: Why the graph cannot be cached, the nearest mismatch first. At least one.
+    """
+
+    def __init__(self, *mismatches: Mismatch) -> None:
+        super().__init__(*mismatches)
+        self.mismatches = mismatches
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.mismatches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +88,8 @@ class Match:
     """A block list that fits a template.
 
     Attributes:
-        label: What users see: "pattern 1 (dual-stream, encoder first)"; "0 or 1" where the order of the block's
-            return statement could not be read.
+        label: The template as messages show it, for example "pattern 1 (dual-stream, encoder first)". It leaves the
+            number open ("pattern 0 or 1") if the return statement of the block could not be read.
     """
 
     template: BlockTemplate

@@ -1,25 +1,37 @@
-"""What a node of a captured graph holds: its value, shape, name and source line."""
+"""The value, shape, name and source line of a node of a captured graph."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
+from cachedit_fx.patterns.names import without_number
+
+
+class SourceLine(NamedTuple):
+    """A line of the user's code."""
+
+    path: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}"
+
 
 def base_name(node: fx.Node) -> str:
-    """The Python local that Dynamo named `node` after: `hidden_states_47` -> `hidden_states`; or a name given since."""
-    if "cachedit_name" in node.meta:
+    """The local variable that Dynamo named `node` after: `hidden_states` for `hidden_states_47`."""
+    if "cachedit_name" in node.meta:  # A name that a patch functor assigned.
         return str(node.meta["cachedit_name"])
     info = node.meta.get("cachedit_input")
-    return info.name if info is not None else re.sub(r"_\d+$", "", node.name)
+    return info.name if info is not None else without_number(node.name)
 
 
 def value_of(node: fx.Node) -> Any:
-    """What Dynamo saw the node return: a fake tensor, a SymInt, a tuple of these; None where it kept nothing."""
+    """What the node returned during capture: a fake tensor, a SymInt, a tuple of these; None if it is unknown."""
     return node.meta.get("example_value")
 
 
@@ -28,18 +40,18 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def size_key(size: Any) -> object:
-    """A size that compares without adding a guard: an int, or the symbol's expression."""
+    """A size that can be compared without adding a guard: an int, or the expression of a symbolic size."""
     return size if isinstance(size, int) else getattr(getattr(size, "node", None), "expr", size)
 
 
 def shape_key(node: fx.Node) -> tuple[object, ...]:
-    """Shape, dtype and device of a tensor node; equal keys can be added elementwise without broadcasting."""
+    """Shape, dtype and device of a tensor node. Tensors with equal keys can be added without broadcasting."""
     value = value_of(node)
     return (*(size_key(s) for s in value.shape), value.dtype, value.device)
 
 
 def same_shape(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two tensor nodes have one shape, dtype and device, as far as is known without adding a guard."""
+    """Whether two tensor nodes are known, without adding a guard, to have the same shape, dtype and device."""
     if shape_key(one) == shape_key(other):
         return True
     a, b = value_of(one), value_of(other)
@@ -51,10 +63,10 @@ def same_shape(one: fx.Node, other: fx.Node) -> bool:
 
 
 def may_share_shape(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two tensor nodes have one dtype and device, and no size that is known to differ.
+    """Whether two tensor nodes have the same dtype and device, and no size that is known to differ.
 
-    A size that depends on data (the number of tokens under a mask) is known to no one before the call. Two that are
-    made of the inputs' sizes in different ways (`n` and `n // t * t`) may be equal if they were so at this call.
+    A size that depends on data (such as the number of tokens under a mask) is unknown before the call. Two sizes that
+    are different expressions of input sizes (`n` and `n // t * t`) may be equal if they were equal in the traced call.
     """
     a, b = value_of(one), value_of(other)
     if a.dim() != b.dim() or (a.dtype, a.device) != (b.dtype, b.device):
@@ -73,7 +85,7 @@ def _were_equal(one: Any, other: Any) -> bool:
 
 
 def depends_on_data(size: Any) -> bool:
-    """Whether a size is made of values that Dynamo captured (`u0`), not of the sizes of inputs alone."""
+    """Whether a size depends on values of tensors (a symbol such as `u0`), not only on the sizes of the inputs."""
     return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
@@ -92,8 +104,8 @@ def call_text(node: fx.Node) -> str:
     return f"{node.name} = {target}({', '.join(arguments)})"
 
 
-def source_line(node: fx.Node | None) -> str:
-    """`file.py:123` of the user's code that made the node; empty where Dynamo kept no stack."""
+def source_line(node: fx.Node | None) -> SourceLine | None:
+    """The line of the user's code that created the node; None if Dynamo recorded no stack."""
     trace = node.meta.get("stack_trace") if node is not None else None
     frames = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    return SourceLine(frames[-1][0], int(frames[-1][1])) if frames else None

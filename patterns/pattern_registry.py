@@ -1,4 +1,4 @@
-"""The templates that are tried, in order: users' own, the newest first, then the built-in ones."""
+"""The registered templates, in the order in which they are tried: users' templates first, then the built-in ones."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ _registered: list[BlockTemplate] = []
 
 
 def register_pattern(template: BlockTemplate) -> BlockTemplate:
-    """Adds a template, tried before the built-in ones; returns it. One of the same name is replaced.
+    """Registers a template and returns it. It is tried before all others, and replaces one of the same name.
 
-    Graphs that are compiled already keep what they matched; `torch._dynamo.reset()` makes them match again.
+    Graphs that are already compiled do not change; `torch._dynamo.reset()` makes Dynamo compile them again.
 
     Raises:
-        ConfigError: `template` is no BlockTemplate, or takes the number of a built-in one.
+        ConfigError: `template` is not a BlockTemplate, or has a number.
     """
     if not isinstance(template, BlockTemplate):
         raise ConfigError(f"cachedit_fx: register_pattern takes a BlockTemplate, got {shown(template)}")
     if template.number is not None:
         raise ConfigError(
-            "cachedit_fx: number must be None in a template to register (numbers are those of the built-in patterns), "
+            "cachedit_fx: number must be None in a template to register (only the built-in patterns have numbers), "
             f"got {template.number!r} in {template}"
         )
     unregister_pattern(template.name)
@@ -29,10 +29,10 @@ def register_pattern(template: BlockTemplate) -> BlockTemplate:
 
 
 def unregister_pattern(name: str) -> None:
-    """Takes the user's template of this name out again; nothing happens where there is none."""
+    """Removes the registered template of this name, if there is one."""
     _registered[:] = [known for known in _registered if known.name != name]
 
 
 def templates() -> tuple[BlockTemplate, ...]:
-    """All templates in the order in which they are tried; the first that fits wins."""
+    """All templates in the order in which they are tried. The first one that fits is used."""
     return (*_registered, *BUILT_IN)

@@ -1,4 +1,4 @@
-"""The declared contract between one block of a chain and the next. Data, no algorithm."""
+"""Templates: the declared contract between one block of a chain and the next."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ CACHED_AS = ("residual", "value")
 
 @dataclass(frozen=True, slots=True)
 class BlockTemplate:
-    """What a block takes and returns, and how what it returns is cached.
+    """What a block takes and returns, and how its outputs are cached.
 
-    A role in both `takes` and `returns` is a stream; one only in `takes` is a context that every block reads; one only
-    in `returns` is emitted: every block makes it anew and no block reads it.
+    A role in both `takes` and `returns` is a stream. A role only in `takes` is a context, which every block reads. A
+    role only in `returns` is emitted: every block computes it anew, and no block reads it.
 
     Attributes:
-        name: What users see; the name carries the meaning.
-        takes: Roles that a block receives. `hidden_states` is the one whose residual is the probe.
-        returns: Roles that a block hands on, in the order of its return statement.
-        number: The public pattern number, 0 to 5; None for a user's own template.
-        streams: Role -> the local name in the model's code, where it is not the role's own (`{"hidden_states": "x"}`).
-        cached: Role -> "residual" (default: a reused step adds what the region added last time) or "value" (a reused
-            step takes what the region returned last time).
-        block_class: Only blocks of this class (the class, or its name).
-        module_path: Only lists whose path from the model matches this shell-style pattern (`*single*`).
+        name: The name that messages show.
+        takes: Roles that a block receives. The residual of `hidden_states` is the probe.
+        returns: Roles that a block returns, in the order of its return statement.
+        number: The public pattern number, 0 to 5; None for a template that a user registers.
+        streams: Role -> the name of the local variable in the model's code, if it is not the role itself, for example
+            `{"hidden_states": "x"}`.
+        cached: Role -> "residual" (the default: a reused step adds what the region added the last time) or "value" (a
+            reused step uses what the region returned the last time).
+        block_class: The template fits only blocks of this class (the class, or its name).
+        module_path: The template fits only lists whose path matches this shell-style pattern, for example `*single*`.
 
     Raises:
-        ConfigError: The hidden stream is not both taken and returned, or a field has a value it cannot have.
+        ConfigError: The hidden stream is not both taken and returned, or a field has a value that is not allowed.
     """
 
     name: str
@@ -45,7 +46,7 @@ class BlockTemplate:
     def __post_init__(self) -> None:
         if HIDDEN not in self.returns or HIDDEN not in self.takes:
             raise ConfigError(
-                f"cachedit_fx: {self} must take and return {HIDDEN!r}, or there is no residual to reuse; "
+                f"cachedit_fx: {self} must take and return {HIDDEN!r}, because its residual is what is reused; "
                 f"got takes={list(self.takes)}, returns={list(self.returns)}"
             )
         roles = {*self.takes, *self.returns}
@@ -65,7 +66,7 @@ class BlockTemplate:
 
     @property
     def streams_out(self) -> tuple[str, ...]:
-        """Roles that run from block to block, in return order."""
+        """Roles that are streams, in the order in which blocks return them."""
         return tuple(role for role in self.returns if role in self.takes)
 
     @property

@@ -20,10 +20,10 @@ FOLDERS = tuple(ROOT / name for name in ("cachedit_fx", "passes", "patterns"))
 
 
 def flat(message: str) -> str:
-    """`stream-count: expected 2 ..., found 1 ... (at ...)`: the lines of a mismatch as one."""
-    for name, before in (("expected", " expected "), ("found", ", found "), ("at", ", at ")):
+    """The lines of a mismatch as one: `stream-count: expected: 2 ...; found: 1 ...; at: ...`."""
+    for name, before in (("expected", " expected: "), ("found", "; found: "), ("at", "; at: ")):
         message = re.sub(rf"\n +{name}: +", before, message)
-    return message.replace(":, found ", ": found ")
+    return message
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Site:
 
 @functools.cache
 def sites() -> tuple[Site, ...]:
-    """All of them. Errors without a text are not among them: our own bugs, signals, and what is raised again."""
+    """All of them. Errors without a text are left out (our own bugs, signals, errors that are raised again), and so is
+    `MismatchError`, which never reaches a user."""
     files = sorted({path.resolve() for folder in FOLDERS for path in folder.rglob("*.py")})
     return tuple(site for file in files for site in _in_node(file, ast.parse(file.read_text(encoding="utf-8")), ()))
 
@@ -63,7 +64,7 @@ def _in_node(file: Path, node: ast.AST, names: tuple[str, ...]) -> Iterator[Site
 def _kind(node: ast.AST) -> str:
     match node:
         case ast.Raise(exc=ast.Call(func=ast.Name(id=name))):
-            return name
+            return "" if "mismatch" in name.lower() else name
         case ast.Call(func=ast.Attribute(value=ast.Name(id="log" | "logger"), attr="warning" | "error")):
             return "warning"
         case ast.Call(func=ast.Attribute(value=ast.Name(id="warnings"), attr="warn")):

@@ -299,7 +299,7 @@ CHECKS = [
         "found:    0.5000",
         "expected: a change of 0.1000",
     ),
-    Row("no-fit", lambda _: checked(2, Transformer()), "no-context", "leave the context out of takes"),
+    Row("no-fit", lambda _: checked(2, Transformer()), "no-context", "remove the context from takes"),
     Row("no-blocks-to-check", lambda _: checked(3, Flat()), "no-chain", "expected: a list of blocks"),
     Row("not-copied", lambda _: checked_that_cannot_be_copied(), "TypeError", "take out of it what copy.deepcopy"),
     Row("order", lambda _: in_another_order(), "`coarse`, which is", "expected: value 1 of what layers.0 returns"),

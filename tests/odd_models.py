@@ -207,7 +207,7 @@ CASES = {
     "rename_stream": Case(
         Nameless,
         NameThem,
-        "stream-name: expected one stream that is hidden_states, found a, b and no name or use after the list",
+        "stream-name: expected: one stream that can be identified as hidden_states; found: the streams a, b; neither",
         names_by_hand,
         lambda model, end: model.proj_out(end[HIDDEN] + end[ENCODER].mean(1, keepdim=True)),
     ),

@@ -330,25 +330,28 @@ def source_line(module, text):
 
 def test_a_pattern_that_the_dataflow_contradicts_is_told_with_block_node_and_line():
     message = flat(contradiction(declared(Hybrid, P3)))
-    assert "pattern 3 (hidden-only) was declared for blocks, but its graph shows something else" in message
-    assert "expected 1 stream (hidden_states) from block 0 into block 1 of blocks, found 2 (hidden_states_" in message
+    assert "pattern 3 (hidden-only) was declared for blocks, but the captured graph contradicts it" in message
+    assert (
+        "expected: 1 stream (hidden_states) from block 0 to block 1 of blocks; found: 2 streams (hidden_states_"
+        in message
+    )
     assert f"float32[2, {tiny.TOKENS}, {tiny.WIDTH}], encoder_hidden_states_" in message
-    assert ", at `hidden_states_" in message
+    assert "; at: `hidden_states_" in message
     assert source_line(tiny, "hidden_states = hidden_states + scale * watched") in message
-    assert "blocks fits pattern 1 (dual-stream, encoder first). Declare what is found" in message
+    assert "blocks fits pattern 1 (dual-stream, encoder first). Declare a pattern that fits" in message
     assert "check_forward_pattern=False" in message
 
 
 def test_the_block_that_first_does_not_fit_is_named():
     message = flat(contradiction(declared(LosesText, P1)))
-    assert "expected 2 streams (encoder_hidden_states, hidden_states) from block 1 into block 2 of blocks" in message
-    assert "found 1 (hidden_states_" in message
+    assert "expected: 2 streams (encoder_hidden_states, hidden_states) from block 1 to block 2 of blocks" in message
+    assert "found: 1 stream (hidden_states_" in message
 
 
 def test_a_pattern_that_the_return_statement_alone_contradicts_is_told_too():
     message = flat(contradiction(declared(Hybrid, P0)))
     assert "pattern 0 (dual-stream) was declared for blocks" in message
-    assert "expected a block that returns (hidden_states, encoder_hidden_states), found" in message
+    assert "expected: a block that returns (hidden_states, encoder_hidden_states); found:" in message
     assert "`return encoder_hidden_states, hidden_states` in DualBlock.forward" in message
     assert source_line(hybrid, "return encoder_hidden_states, hidden_states") in message
     assert "blocks fits pattern 1 (dual-stream, encoder first)" in message
@@ -364,7 +367,7 @@ def test_a_pattern_that_the_return_statement_alone_contradicts_is_told_too():
 )
 def test_any_contradiction_is_an_error_at_the_first_call(kind, pattern):
     message = flat(contradiction(declared(kind, pattern)))
-    assert f"{pattern.value} was declared for blocks, but its graph shows something else" in message
+    assert f"{pattern.value} was declared for blocks, but the captured graph contradicts it" in message
 
 
 def test_where_no_list_fits_auto_tells_too():

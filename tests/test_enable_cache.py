@@ -124,8 +124,14 @@ def test_a_pipeline_that_needs_a_functor_runs_uncached_and_says_so(tiny, caplog)
     assert not cachedit_fx.is_cached(pipe.transformer)
     assert cachedit_fx.summary(pipe, logging=False) == []
     (warning,) = warnings_in(caplog)
-    mended = f"{UNCACHED[tiny.name]} makes it one graph: enable_cache(BlockAdapter(..., patch_functor="
-    for words in ("runs without caching", "Dynamo captures it only in", mended, 'options={"on_no_match": "raise"}'):
+    mended = f"{UNCACHED[tiny.name]} which makes it one graph: enable_cache(BlockAdapter(..., patch_functor="
+    for words in (
+        "runs without caching",
+        "Dynamo captured",
+        "graphs instead of one",
+        mended,
+        'options={"on_no_match": "raise"}',
+    ):
         assert words in warning
     cachedit_fx.disable_cache(pipe)
     assert traces(pipe) == before

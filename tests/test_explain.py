@@ -141,7 +141,7 @@ def test_a_model_that_no_part_of_is_cached_says_what_makes_it_whole():
     pipe = tiny.build(2)
     explanation = explain(pipe, num_inference_steps=4, cache_config=F1B1, **tiny.arguments(1))
     assert not explanation.is_cached
-    assert "HiDreamPatchFunctor makes it one graph" in explanation.modules[0].cure
+    assert "use HiDreamPatchFunctor, which makes it one graph" in explanation.modules[0].cure
     adapter = BlockAdapter(pipe=pipe, patch_functor=HiDreamPatchFunctor())
     assert explain(adapter, num_inference_steps=4, cache_config=F1B1, **tiny.arguments(1)).is_cached
 

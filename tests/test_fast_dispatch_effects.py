@@ -74,8 +74,8 @@ class DropsOut(tiny.Transformer):
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
-        (WritesInput, "the forward writes in place into what it is given (`mul_"),
-        (WritesBuffer, "the forward writes in place into what it is given (`add_"),
+        (WritesInput, "the forward writes in place into one of its inputs (`mul_"),
+        (WritesBuffer, "the forward writes in place into one of its inputs (`add_"),
         (Draws, "the forward draws random numbers (`"),
         (DropsOut, "the forward draws random numbers (`"),
     ],

@@ -106,7 +106,7 @@ def test_past_the_limit_a_call_runs_plain_and_says_so_once(fast_dispatch: bool, 
     tiny.assert_bitwise(outputs[-5::2], expected[-5::2])  # These had no graph.
     (warning,) = warnings_in(caplog)
     for words in (
-        "Named runs without caching where a call needs another graph",
+        "Named runs without caching if a call needs another graph",
         "recompile_limit",
         "TORCH_LOGS=recompiles",
         'options={"on_no_match": "raise"}',
@@ -119,11 +119,11 @@ def test_past_the_limit_it_raises_if_asked_to(cls: Any):
     text = prompt()
     if cls is Named:
         module = enabled(frozen(Named()), on_no_match="raise")
-        with pytest.raises(cachedit_fx.NoMatchError, match="runs without caching where a call needs another graph"):
+        with pytest.raises(cachedit_fx.NoMatchError, match="runs without caching if a call needs another graph"):
             with_another_name_at_every_step(module, text)
         return
     module = enabled(frozen(ReadsLengths()), on_no_match="raise")
-    with pytest.raises(cachedit_fx.NoMatchError, match="runs without caching where a call needs another graph"):
+    with pytest.raises(cachedit_fx.NoMatchError, match="runs without caching if a call needs another graph"):
         for length in range(5, 12):  # Each is used once: none makes room.
             tiny.step(module, prompt(length=length), 1.0, latents())
 
@@ -139,7 +139,7 @@ def test_a_class_that_is_past_the_limit_before_runs_plain(fullgraph: bool, caplo
     expected = [call(module.forward, text, timestep, "") for timestep in TIMES]
     tiny.assert_bitwise([call(module, text, timestep, "") for timestep in TIMES], expected)
     (warning,) = warnings_in(caplog)
-    assert "Named runs without caching where a call needs another graph" in warning
+    assert "Named runs without caching if a call needs another graph" in warning
 
 
 def test_a_limit_that_is_set_higher_stands():
@@ -155,7 +155,7 @@ def test_a_limit_that_is_given_stands(caplog: pytest.LogCaptureFixture):
         tiny.generate(module, prompt(length=length), latents())
     assert [stats.cached_steps for stats in every_session(module)] == [REUSED]
     (warning,) = warnings_in(caplog)
-    assert "at most 1 graph of" in warning
+    assert "at most 1 graph for" in warning
 
 
 def test_a_plain_call_is_one_of_its_step():

@@ -24,6 +24,7 @@ from cachedit_fx.frontend.uncached import (
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.mismatch import Mismatch
+from cachedit_fx.patterns.nodes import SourceLine
 from tests import hybrid
 from tests.messages import Told, sites, told_by
 from tests.messages_of_runs import ROWS
@@ -95,9 +96,8 @@ def test_every_row_has_a_name_of_its_own():
 @pytest.mark.parametrize("cause", Cause, ids=lambda cause: cause.value)
 def test_every_cause_of_a_fallback_is_told_with_its_cure(cause: Cause):
     template = None if cause in (Cause.TRAINING, Cause.GRADIENTS, Cause.EMPTY, Cause.NO_CHAIN) else BUILT_IN[0]
-    mismatch = Mismatch(
-        template, cause, "expected two streams, found one", "single_blocks_0", "transformer.py:214", 19, 57
-    )
+    where = SourceLine("transformer.py", 214)
+    mismatch = Mismatch(template, cause, "two streams", "one", "single_blocks_0", where, progress=19, total=57)
     text = why_of((mismatch,), None).text
     is_readable(text)
     for part in (
@@ -116,9 +116,11 @@ def test_a_model_in_parts_is_told_where_it_stops():
     text = why_call_uncached(hybrid.build(), misses, 'model.py:12, "Data-dependent branching"').text
     is_readable(text)
     for part in (
-        "cachedit_fx: Hybrid runs without caching.\n  expected: its loop over the blocks whole in one graph\n",
-        '  found:    Dynamo captures it only in 2 graphs (it stops at model.py:12, "Data-dependent branching")\n',
-        "What to do: a patch functor that replaces what stands there helps (docs/functors.md).\n",
+        "cachedit_fx: Hybrid runs without caching.\n",
+        "  expected: one graph that contains the whole loop over the blocks\n",
+        '  found:    Dynamo captured 2 graphs instead of one (the first graph ends at model.py:12, "Data-dependent '
+        'branching")\n',
+        "What to do: write a patch functor that replaces the code at this place (docs/functors.md).\n",
     ):
         assert part in text
 
@@ -128,12 +130,12 @@ def test_a_model_in_parts_is_told_where_it_stops():
     [
         (
             lambda model: why_call_uncached(model, [], ""),
-            "found:    Dynamo ran no graph of it\nWhat to do: see",
+            "found:    Dynamo ran no graph of it\nWhat to do: make sure",
         ),
-        (lambda model: why_call_uncached(hooked(model), [], ""), "hooks:    AlignDevicesHook around its layers\n"),
-        (why_another_cache, "found:    a cache of diffusers is enabled for it as well\n"),
-        (lambda model: why_past_limit(model, 10), "expected: at most 10 graphs of one function"),
-        (lambda model: why_not_counted(model, "decode"), 'enable_cache(model, method="decode") caches this method'),
+        (lambda model: why_call_uncached(hooked(model), [], ""), "hooks:    AlignDevicesHook on its layers\n"),
+        (why_another_cache, "found:    a cache of diffusers is also enabled for it\n"),
+        (lambda model: why_past_limit(model, 10), "expected: at most 10 graphs for one function"),
+        (lambda model: why_not_counted(model, "decode"), 'enable_cache(model, method="decode") to cache this method'),
     ],
     ids=["no-graph", "hooks", "another-cache", "limit", "method"],
 )

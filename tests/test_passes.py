@@ -17,7 +17,7 @@ from cachedit_fx import CacheConfig
 from cachedit_fx.passes.analysis.cut_regions import cut_regions
 from cachedit_fx.passes.analysis.dataflow import Program
 from cachedit_fx.passes.analysis.locate_blocks import locate_blocks
-from cachedit_fx.passes.manager import group_lists
+from cachedit_fx.passes.analysis.make_plan import group_lists
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 from cachedit_fx.patterns.declaration import Declaration
 from tests.models import FLUX

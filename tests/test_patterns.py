@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,19 @@ from cachedit_fx import BlockTemplate, ConfigError, register_pattern, unregister
 from cachedit_fx.passes.analysis.dataflow import Program
 from cachedit_fx.passes.analysis.locate_blocks import locate_blocks
 from cachedit_fx.passes.plan import Plan
-from cachedit_fx.patterns import BUILT_IN, BlockList, Cause, Match, Mismatch, match_any, match_list, templates
+from cachedit_fx.patterns import (
+    BUILT_IN,
+    BlockList,
+    Cause,
+    Match,
+    Mismatch,
+    MismatchError,
+    match_any,
+    match_list,
+    templates,
+)
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
+from cachedit_fx.patterns.nodes import SourceLine
 from tests import synthetic
 from tests.sessions import every_session
 from tests.synthetic import (
@@ -72,11 +84,23 @@ def matched(model: nn.Module) -> Match:
     return match
 
 
-def source_at(where: str) -> str:
+def mismatches(blocks: BlockList, among: Iterable[BlockTemplate] | None = None) -> tuple[Mismatch, ...]:
+    """Why none of the templates fits."""
+    with pytest.raises(MismatchError) as caught:
+        match_any(blocks, among)
+    return caught.value.mismatches
+
+
+def mismatch_with(blocks: BlockList, template: BlockTemplate) -> Mismatch:
+    """Why one template does not fit."""
+    (mismatch,) = mismatches(blocks, (template,))
+    return mismatch
+
+
+def source_at(where: SourceLine) -> str:
     """The line that `where` points at, in tests/synthetic.py."""
-    path, _, line = where.rpartition(":")
-    assert Path(path).samefile(synthetic.__file__)
-    return Path(path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+    assert Path(where.path).samefile(synthetic.__file__)
+    return Path(where.path).read_text(encoding="utf-8").splitlines()[where.line - 1]
 
 
 # What fits.
@@ -110,8 +134,11 @@ def test_each_model_matches_its_pattern(number, name):
     ],
 )
 def test_a_model_that_misses_its_pattern_by_one_thing_matches_another_or_none(model, expected):
-    found = match_any(blocks_of(model()))
-    assert (found.template.number if isinstance(found, Match) else None) == expected
+    blocks = blocks_of(model())
+    if expected is None:
+        assert len(mismatches(blocks)) == len(BUILT_IN)
+    else:
+        assert match_any(blocks).template.number == expected
 
 
 # A block class without source: its methods are compiled from a string.
@@ -149,19 +176,20 @@ def test_without_source_the_label_leaves_the_return_order_open(number, base, ret
 # What does not fit, and why.
 
 EMITTED = r"encoder_hidden_states_\d+ float32\[2, 6, 16\]"
-SWAPPED = r"returns \(encoder_hidden_states, hidden_states\), found `return hidden_states, encoder_hidden_states`"
+SWAPPED = r"returns \(encoder_hidden_states, hidden_states\); found: `return hidden_states, encoder_hidden_states`"
 
-# Model, pattern, cause, detail, node, what the user's line holds, blocks that fitted. A None: nothing in the graph
+# Model, pattern, cause, reason, node, what the user's line holds, blocks that fitted. A None: nothing in the graph
 # is to blame.
 NEAR_MISMATCHES = [
-    pytest.param(DropsText, 0, Cause.STREAM_COUNT, r"expected 2 streams .* from block 1 into block 2 .* found 1",
+    pytest.param(DropsText, 0, Cause.STREAM_COUNT, r"expected: 2 streams .* from block 1 to block 2 .* found: 1",
                  r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 1, id="0-text-dropped"),
-    pytest.param(DropsText, 1, Cause.STREAM_COUNT, r"expected 2 streams .* from block 1 into block 2 .* found 1",
+    pytest.param(DropsText, 1, Cause.STREAM_COUNT, r"expected: 2 streams .* from block 1 to block 2 .* found: 1",
                  r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 1, id="1-text-dropped"),
-    pytest.param(DropsTokens, 0, Cause.STREAM_COUNT, r"from block 1 into block 2 .* found 1 .* nothing continues "
-                 r"hidden_states_\d+ float32\[2, 6, 16\] in its shape", r"encoder_hidden_states_\d+",
+    pytest.param(DropsTokens, 0, Cause.STREAM_COUNT, r"from block 1 to block 2 .* found: 1 .* no output of block 1 "
+                 r"has the shape of hidden_states_\d+ float32\[2, 6, 16\]", r"encoder_hidden_states_\d+",
                  "+ self.mlp_context(encoder_hidden_states)", 1, id="0-tokens-dropped"),
-    pytest.param(DropsText, 3, Cause.STREAM_COUNT, r"expected 1 stream \(hidden_states\) .* found 2 \(hidden_states_2",
+    pytest.param(DropsText, 3, Cause.STREAM_COUNT, r"expected: 1 stream \(hidden_states\) .* found: 2 streams "
+                 r"\(hidden_states_2",
                  r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 0, id="3-text-at-first"),
     pytest.param(DualStreamEncoderFirst, 0, Cause.RETURN_ORDER, r"`return encoder_hidden_states, hidden_states` in "
                  r"DualBlockEncoderFirst\.forward", None, None, 4, id="0-encoder-first"),
@@ -171,27 +199,26 @@ NEAR_MISMATCHES = [
                  None, None, 0, id="2-text-skipped"),
     pytest.param(TextTransformer, 3, Cause.EXTRA_CONTEXT, r"also reads encoder_hidden_states float32\[2, 5, 16\]",
                  r"encoder_hidden_states", "self.context_embedder(encoder_hidden_states)", 0, id="3-text-read"),
-    pytest.param(Halving, 3, Cause.STREAM_COUNT, r"from block 2 into block 3 .* found 0 \(no tensor that leaves",
+    pytest.param(Halving, 3, Cause.STREAM_COUNT, r"from block 2 to block 3 .* found: no output of block 2 has ",
                  r"\w+", "hidden_states", 2, id="3-tokens-halved"),
-    pytest.param(Emitting, 3, Cause.EXTRA_EMITTED, rf"alone, found that the last one also emits {EMITTED}",
+    pytest.param(Emitting, 3, Cause.EXTRA_EMITTED, rf"only hidden_states; found: the last block also returns {EMITTED}",
                  r"encoder_hidden_states_\d+", "self.to_encoder(hidden_states)", 3, id="3-text-emitted"),
-    pytest.param(EmitsForNobody, 4, Cause.NO_EMITTED, r"to emit encoder_hidden_states, found nothing used after",
+    pytest.param(EmitsForNobody, 4, Cause.NO_EMITTED, r"encoder_hidden_states as an output .* found: only the streams",
                  None, None, 3, id="4-nobody-reads"),
-    pytest.param(EmittingEncoderFirst, 4, Cause.RETURN_ORDER, r"found `return encoder_hidden_states, hidden_states`",
+    pytest.param(EmittingEncoderFirst, 4, Cause.RETURN_ORDER, r"found: `return encoder_hidden_states, hidden_states`",
                  None, None, 4, id="4-encoder-first"),
-    pytest.param(EmitsForNobody, 5, Cause.NO_EMITTED, r"to emit encoder_hidden_states, found nothing used after",
+    pytest.param(EmitsForNobody, 5, Cause.NO_EMITTED, r"encoder_hidden_states as an output .* found: only the streams",
                  None, None, 3, id="5-nobody-reads"),
     pytest.param(Emitting, 5, Cause.RETURN_ORDER, SWAPPED + r" in EmitBlock\.forward", None, None, 4,
                  id="5-hidden-first"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "number", "cause", "detail", "node", "line", "progress"), NEAR_MISMATCHES)
-def test_a_mismatch_says_why_and_where(model, number, cause, detail, node, line, progress):
-    mismatch = match_list(blocks_of(model()), BUILT_IN[number])
-    assert isinstance(mismatch, Mismatch) and not mismatch
+@pytest.mark.parametrize(("model", "number", "cause", "reason", "node", "line", "progress"), NEAR_MISMATCHES)
+def test_a_mismatch_says_why_and_where(model, number, cause, reason, node, line, progress):
+    mismatch = mismatch_with(blocks_of(model()), BUILT_IN[number])
     assert mismatch.cause is cause
-    assert re.search(detail, mismatch.detail)
+    assert re.search(reason, mismatch.reason)
     assert (mismatch.template, mismatch.progress, mismatch.total) == (BUILT_IN[number], progress, synthetic.DEPTH)
     if node is None:
         assert mismatch.node is None
@@ -199,20 +226,33 @@ def test_a_mismatch_says_why_and_where(model, number, cause, detail, node, line,
     else:
         assert re.fullmatch(node, mismatch.node or "nothing named")
         assert line in source_at(mismatch.where)
-        assert mismatch.where in str(mismatch) and f"`{mismatch.node}`" in str(mismatch)
+        assert str(mismatch.where) in str(mismatch) and f"`{mismatch.node}`" in str(mismatch)
 
 
-def test_without_a_match_every_template_has_a_verdict_nearest_first():
-    verdicts = match_any(blocks_of(DropsText()))
-    assert isinstance(verdicts, tuple)
-    assert [mismatch.template.number for mismatch in verdicts] == [0, 1, 2, 3, 4, 5]
-    assert [mismatch.progress for mismatch in verdicts] == [1, 1, 0, 0, 0, 0]
+def test_without_a_match_every_template_has_a_mismatch_nearest_first():
+    found = mismatches(blocks_of(DropsText()))
+    assert [mismatch.template.number for mismatch in found] == [0, 1, 2, 3, 4, 5]
+    assert [mismatch.progress for mismatch in found] == [1, 1, 0, 0, 0, 0]
 
 
-def test_a_plan_that_fails_at_matching_gives_the_verdicts():
-    verdicts = plan(Halving().eval())
-    assert isinstance(verdicts, tuple) and len(verdicts) == len(BUILT_IN)
-    assert verdicts[0].cause is Cause.STREAM_COUNT and verdicts[0].progress == 2
+@pytest.mark.parametrize(
+    ("model", "number", "stream", "lost_at"),
+    [
+        pytest.param(DropsText, 0, ENCODER, 2, id="text-dropped"),
+        pytest.param(DropsTokens, 0, HIDDEN, 2, id="tokens-dropped"),
+        pytest.param(Halving, 3, HIDDEN, 3, id="tokens-halved"),
+        pytest.param(DropsText, 3, None, None, id="one-stream-too-many"),
+    ],
+)
+def test_a_mismatch_of_the_number_of_streams_names_the_lost_stream_and_its_boundary(model, number, stream, lost_at):
+    mismatch = mismatch_with(blocks_of(model()), BUILT_IN[number])
+    assert (mismatch.stream, mismatch.lost_at) == (stream, lost_at)
+
+
+def test_a_plan_that_fails_at_matching_gives_every_mismatch():
+    found = plan(Halving().eval())
+    assert isinstance(found, tuple) and len(found) == len(BUILT_IN)
+    assert found[0].cause is Cause.STREAM_COUNT and found[0].progress == 2
 
 
 # Templates of one's own.
@@ -244,9 +284,9 @@ class Anonymous(TextTransformer):
 
 
 def test_streams_whose_names_tell_nothing_are_a_mismatch():
-    mismatch = match_list(blocks_of(Anonymous()), BUILT_IN[0])
-    assert mismatch.cause is Cause.STREAM_NAME
-    assert re.search(r"found c, x .*BlockTemplate\(streams=\.\.\.\)", mismatch.detail)
+    mismatch = mismatch_with(blocks_of(Anonymous()), BUILT_IN[0])
+    assert (mismatch.cause, mismatch.stream) == (Cause.STREAM_NAME, HIDDEN)
+    assert mismatch.found.startswith("the streams c, x;") and "BlockTemplate(streams=" in mismatch.cure
     assert mismatch.progress == synthetic.DEPTH - 1
 
 
@@ -255,23 +295,24 @@ def test_streams_whose_names_tell_nothing_are_a_mismatch():
 def test_a_template_names_the_streams_of_a_model(hidden, order):
     names = {HIDDEN: hidden, ENCODER: "c" if hidden == "x" else "x"}
     mine = register_pattern(BlockTemplate(MINE, (HIDDEN, ENCODER), order, streams=names))
-    found = match_list(blocks_of(Anonymous()), mine)
+    blocks = blocks_of(Anonymous())
     if [names[role] for role in order] == ["x", "c"]:
-        assert isinstance(found, Match)
-        assert found.label == "template 'mine'"
+        assert match_list(blocks, mine).label == "template 'mine'"
         region = plan(Anonymous().eval()).regions[0]
         entered = {pair.role: pair.before.name for pair in region.live_outs}
         assert {role: name.partition("_")[0] for role, name in entered.items()} == names
         assert region.probed_since.name == hidden
     else:
-        assert found.cause is Cause.RETURN_ORDER and "`return x, c`" in found.detail
+        mismatch = mismatch_with(blocks, mine)
+        assert mismatch.cause is Cause.RETURN_ORDER and "`return x, c`" in mismatch.found
 
 
 def test_a_template_whose_stream_names_the_model_lacks_is_a_mismatch():
     mine = BlockTemplate(MINE, (HIDDEN,), (HIDDEN,), streams={HIDDEN: "latents"})
-    mismatch = match_list(blocks_of(Transformer()), mine)
+    mismatch = mismatch_with(blocks_of(Transformer()), mine)
     assert mismatch.cause is Cause.STREAM_NAME
-    assert re.search(r"stream hidden_states under the name 'latents', found hidden_states", mismatch.detail)
+    assert mismatch.expected == "a stream with the name 'latents', which the template declares as hidden_states"
+    assert mismatch.found == "streams with the names hidden_states"
 
 
 def test_a_registered_template_is_tried_before_the_built_in_ones():
@@ -291,25 +332,25 @@ def test_a_template_of_the_same_name_is_replaced():
 
 
 @pytest.mark.parametrize(
-    ("restriction", "detail"),
+    ("restriction", "reason"),
     [
         pytest.param({"block_class": SelfBlock}, None, id="class"),
         pytest.param({"block_class": "SelfBlock"}, None, id="class-name"),
         pytest.param({"module_path": "bl*"}, None, id="path"),
-        pytest.param({"block_class": nn.Module}, r"of class Module, found SelfBlock", id="base-class"),
-        pytest.param({"block_class": "OtherBlock"}, r"of class OtherBlock, found SelfBlock", id="other-class-name"),
-        pytest.param({"module_path": "*single*"}, r"list at '\*single\*', found 'blocks'", id="other-path"),
+        pytest.param({"block_class": nn.Module}, r"of class Module; found: blocks of class SelfBlock", id="base-class"),
+        pytest.param({"block_class": "OtherBlock"}, r"of class OtherBlock; found", id="other-class-name"),
+        pytest.param({"module_path": "*single*"}, r"list at '\*single\*'; found: a list at 'blocks'", id="other-path"),
     ],
 )
-def test_a_restricted_template_fits_only_there(restriction, detail):
+def test_a_restricted_template_fits_only_there(restriction, reason):
     register_pattern(BlockTemplate(MINE, (HIDDEN,), (HIDDEN,), **restriction))
     blocks = blocks_of(Transformer())
-    found = match_list(blocks, templates()[0])
-    if detail is None:
-        assert isinstance(found, Match)
+    if reason is None:
+        assert match_list(blocks, templates()[0]).template is templates()[0]
     else:
-        assert found.cause is Cause.RESTRICTED and found.progress == 0
-        assert re.search(detail, found.detail)
+        mismatch = mismatch_with(blocks, templates()[0])
+        assert mismatch.cause is Cause.RESTRICTED and mismatch.progress == 0
+        assert re.search(reason, mismatch.reason)
         assert match_any(blocks).template is BUILT_IN[3]
 
 

@@ -110,18 +110,18 @@ class WithoutTimestep(Transformer):
 
 
 @pytest.mark.parametrize(
-    ("model", "detail"),
+    ("model", "expected"),
     [
-        (Transformer(Late), r"expected blocks\.0 to modulate .* by l_timestep_ before its first matrix product .*none"),
-        (Transformer(Unread), r"expected blocks\.0 to modulate"),
-        (WithoutTimestep(), r"expected a timestep among the graph's inputs \(probe='modulated_input'\), found none"),
+        (Transformer(Late), r"a tensor in blocks\.0 .* modulated by l_timestep_, before the first matrix product"),
+        (Transformer(Unread), r"a tensor in blocks\.0 .* modulated by"),
+        (WithoutTimestep(), r"a timestep among the inputs of the graph \(probe='modulated_input'\)"),
     ],
     ids=["late", "unread", "without-timestep"],
 )
-def test_a_block_without_a_modulated_input_is_refused(model: nn.Module, detail: str):
+def test_a_block_without_a_modulated_input_is_refused(model: nn.Module, expected: str):
     (mismatch,) = plan(model.eval(), make_inputs(model), **MODULATED)
     assert isinstance(mismatch, Mismatch) and mismatch.cause is Cause.NO_PROBE
-    assert re.search(detail, mismatch.detail) and "probe='fn_residual'" in mismatch.cure
+    assert re.search(expected, mismatch.expected) and "probe='fn_residual'" in mismatch.cure
 
 
 class Autocast(SelfBlock):
@@ -133,7 +133,7 @@ class Autocast(SelfBlock):
 def test_a_modulated_input_that_is_made_in_a_context_is_refused():
     model = Transformer(Autocast)
     (mismatch,) = plan(model.eval(), make_inputs(model), **MODULATED)
-    assert mismatch.cause is Cause.STATE and "the modulated input" in mismatch.detail
+    assert mismatch.cause is Cause.STATE and "the modulated input" in mismatch.expected
 
 
 @pytest.mark.parametrize("probe", ["none", "timestep"])

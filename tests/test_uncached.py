@@ -26,18 +26,21 @@ def expected(model, text, noise, times=TIMES, **fields):
 
 UNCACHED = [
     pytest.param(
-        lambda: build().train(), {}, ["training: expected a module in eval mode", "call .eval()"], id="training"
+        lambda: build().train(), {}, ["training: expected: a module in eval mode", "call .eval()"], id="training"
     ),
     pytest.param(lambda: build().requires_grad_(True), {}, ["gradients: ", "torch.no_grad()"], id="gradients"),
-    pytest.param(build, {"Fn_compute_blocks": 4}, ["too-few-blocks: ", "< 4, ", "found 4 + 0"], id="Fn-takes-all"),
+    pytest.param(build, {"Fn_compute_blocks": 4}, ["too-few-blocks: ", "< 4, ", "found: 4 + 0"], id="Fn-takes-all"),
     pytest.param(
         build,
         {"Fn_compute_blocks": 2, "Bn_compute_blocks": 2},
-        ["too-few-blocks: ", "Fn_compute_blocks + Bn_compute_blocks < 4", "of blocks, found 2 + 2"],
+        ["too-few-blocks: ", "Fn_compute_blocks + Bn_compute_blocks < 4", "of blocks; found: 2 + 2"],
         id="Fn-and-Bn-take-all",
     ),
     pytest.param(
-        lambda: frozen(tiny.Plain()), {}, ["no-chain: ", "found none", "TORCH_LOGS=graph_breaks"], id="no-chain"
+        lambda: frozen(tiny.Plain()),
+        {},
+        ["no-chain: ", "found: no list of blocks", "TORCH_LOGS=graph_breaks"],
+        id="no-chain",
     ),
 ]
 

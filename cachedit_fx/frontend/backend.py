@@ -153,8 +153,7 @@ def refusal() -> tuple[Mismatch, ...]:
     """Reasons that lie in how the module is run, not in its graph."""
     module = captured_module()
     if module is not None and module.training:
-        detail = "expected a module in eval mode, found training mode"
-        return (Mismatch(None, Cause.TRAINING, detail),)
+        return (Mismatch(None, Cause.TRAINING, "a module in eval mode", "training mode"),)
     return ()
 
 
@@ -192,13 +191,15 @@ def rewrite(
     try:
         regions = [_region_plan(region, placeholders) for region in plan.regions]
     except UnknownSizeError as error:
-        return (Mismatch(None, Cause.DYNAMIC, str(error)),)
+        expected = "streams whose sizes follow from those of the inputs"
+        return (Mismatch(None, Cause.DYNAMIC, expected, f"a size ({error.symbols}) that depends on data"),)
     written = (
         written_outside(plan.program, [*plan.program.nodes_in(0, len(plan.program.nodes))]) if config.shadow else None
     )
     if written is not None:
-        detail = f"expected a graph that may run twice on its inputs (shadow=True), found `{call_text(written)}`"
-        return (Mismatch(None, Cause.IN_PLACE, detail, written.name, source_line(written)),)
+        expected = "a graph that may run twice on the same inputs (shadow=True)"
+        found, where = f"`{call_text(written)}`", source_line(written)
+        return (Mismatch(None, Cause.IN_PLACE, expected, found, node=written.name, where=where),)
     cached_graph = insert_conditionals(
         plan.gm,
         plan.program,

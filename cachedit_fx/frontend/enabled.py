@@ -33,8 +33,8 @@ from cachedit_fx.frontend.uncached import (
     why_past_limit,
 )
 from cachedit_fx.functors.functor import PatchFunctor
-from cachedit_fx.passes.analysis.model_inputs import conditioning_names, timestep_name
 from cachedit_fx.patterns.declaration import Declaration
+from cachedit_fx.patterns.names import conditioning_names, timestep_name
 from cachedit_fx.runtime.instances import instance_of, standing_in
 from cachedit_fx.runtime.session import ModelCall, current_call, within_call
 

@@ -1,4 +1,4 @@
-"""Why a model runs without the cache: as a record, as a warning, or as an error."""
+"""Reasons why a model runs without the cache, and how they are reported: as a warning or as an error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cachedit_fx.runtime.session import current_call
 
 log = logging.getLogger(__name__)
 
-BUG = "bug"  # The kind that was reported where it happened.
+BUG = "bug"  # The kind of a reason that has already been reported.
 _SEE = "See every verdict: cachedit_fx.explain(model, *inputs)"
 
 
@@ -32,9 +32,9 @@ class WhyUncached:
     """Why calls of a model run without the cache.
 
     Attributes:
-        kind: Equal for reasons that a user is told of once: `no-chain`, `in-parts`.
-        reason: A sentence, for statistics.
-        text: What a user reads: what happened, what was expected and found, and what to do.
+        kind: For example "no-chain" or "in-parts". Reasons of the same kind are reported once for each model.
+        reason: One line, for statistics.
+        text: The message: what happened, what was expected, what was found, and what to do.
     """
 
     kind: str
@@ -43,11 +43,12 @@ class WhyUncached:
 
 
 class UncachedGraph:
-    """A graph that runs without the cache, and tells the call of the model that it does.
+    """A compiled graph that runs without the cache, and reports this to the running call of the model.
 
     Args:
-        run: What it was compiled to.
-        num_nodes: Its size: the largest graph of a call speaks for the call.
+        run: The compiled function.
+        num_nodes: Number of nodes of the graph. The reason of the largest graph of a call is the reason of the call.
+        why: Why it runs without the cache.
     """
 
     def __init__(self, run: Callable[..., Any], num_nodes: int, why: WhyUncached) -> None:
@@ -61,10 +62,10 @@ class UncachedGraph:
 
 
 def report_uncached(why: WhyUncached, config: CacheConfig, told: set[str]) -> None:
-    """Warns of every kind of reason once, or raises if that is asked for.
+    """Logs a warning if this kind of reason is new, or raises an error if the configuration asks for it.
 
     Args:
-        told: The kinds that were told of this model before; this one is added.
+        told: The kinds that have been reported for this model. This one is added.
 
     Raises:
         NoMatchError: `on_no_match` is "raise".
@@ -80,15 +81,18 @@ def report_uncached(why: WhyUncached, config: CacheConfig, told: set[str]) -> No
     log.warning('%s\nMake this an error: options={"on_no_match": "raise"}', why.text)
 
 
-# Of the models that torch.compile was given, by the bare backend: kind -> reason.
+# Model that was compiled with the bare backend -> kind -> reason.
 _bare: Any = WeakIdKeyDictionary()
 
 
 def report_bare(reasons: Sequence[Mismatch], config: CacheConfig) -> None:
     """Reports a graph of `torch.compile(model, backend="cachedit")` that runs without the cache.
 
-    Where Dynamo breaks a model up into graphs, the first of them speaks for all: its other graphs are logged as
-    information, whatever keeps them from being cached.
+    If Dynamo breaks a model up into several graphs, only the first of them is reported by a warning. The others are
+    logged at INFO level.
+
+    Args:
+        reasons: At least one mismatch, the nearest one first.
 
     Raises:
         NoMatchError: `on_no_match` is "raise".
@@ -96,7 +100,7 @@ def report_bare(reasons: Sequence[Mismatch], config: CacheConfig) -> None:
     captured, model = captured_module(), _called_model()
     model = model if model is not None else captured
     why = why_of(reasons, model)
-    if model is None:  # A function: only the text tells it from others.
+    if model is None:  # A function was compiled. Functions are distinguished by the text alone.
         report_uncached(replace(why, kind=why.text), config, _of_functions)
         return
     known: dict[str, str] = _bare.setdefault(model, {})
@@ -113,12 +117,12 @@ _of_functions: set[str] = set()
 
 
 def reasons_of_bare(model: nn.Module) -> list[str]:
-    """Why graphs of a model that the bare backend compiled run without the cache, a sentence each."""
+    """Why graphs of a model that was compiled with the bare backend run without the cache, one line for each reason."""
     return [*_bare.get(getattr(model, "_orig_mod", model), {}).values()]
 
 
 def _called_model() -> nn.Module | None:
-    """The model in whose call Dynamo is compiling: the innermost one above that `torch.compile` was given."""
+    """The innermost model on the stack that `torch.compile` was called with; None if there is none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code in _CALLS:
@@ -138,8 +142,8 @@ def why_of(reasons: Sequence[Mismatch], model: nn.Module | None) -> WhyUncached:
     """Why one graph runs without the cache.
 
     Args:
-        reasons: Nearest miss first.
-        model: Whose graph it is, if that is known.
+        reasons: At least one mismatch, the nearest one first.
+        model: The model that the graph belongs to, if it is known.
     """
     nearest = reasons[0]
     fitted = f", {nearest.progress} of {nearest.total} blocks fit" if nearest.total else ""
@@ -154,30 +158,33 @@ def why_of(reasons: Sequence[Mismatch], model: nn.Module | None) -> WhyUncached:
             _SEE,
         )
     )
-    return WhyUncached(nearest.cause.value, f"{nearest.cause.value}: {nearest.detail}", text)
+    return WhyUncached(nearest.cause.value, nearest.reason, text)
 
 
 def why_call_uncached(module: nn.Module, graphs: Sequence[UncachedGraph], why_in_parts: str) -> WhyUncached:
     """Why a call of an enabled module ran none of its graphs with the cache.
 
     Args:
-        graphs: The graphs that ran; one may have run several times.
-        why_in_parts: What Dynamo said where it could not capture the module whole; empty where it could.
+        graphs: The graphs that ran. One of them may have run several times.
+        why_in_parts: The place and the reason of the first graph break; empty if Dynamo captured the module as one
+            graph.
     """
     if graphs and not why_in_parts:
         return max(graphs, key=lambda graph: graph.num_nodes).why
     name, hooks = type(module).__name__, hooks_of(module)
-    stops = f" (it stops at {why_in_parts})" if why_in_parts else ""
-    count = len({*graphs})
-    found = f"Dynamo captures it only in {count} graphs{stops}" if graphs else f"Dynamo ran no graph of it{stops}"
-    reason = found.replace(f"{count} graphs", "parts")  # Their number may change from call to call.
-    around = f"; there are hooks around its layers: {', '.join(hooks)}" if hooks else ""
+    stops = f" (the first graph ends at {why_in_parts})" if why_in_parts else ""
+    if graphs:
+        found = f"Dynamo captured {len({*graphs})} graphs instead of one{stops}"
+        reason = f"Dynamo captured several graphs instead of one{stops}"  # The number may change from call to call.
+    else:
+        found = reason = f"Dynamo ran no graph of it{stops}"
+    around = f"; there are hooks on its layers: {', '.join(hooks)}" if hooks else ""
     text = "\n".join(
         (
             f"cachedit_fx: {name} runs without caching.",
-            "  expected: its loop over the blocks whole in one graph",
+            "  expected: one graph that contains the whole loop over the blocks",
             f"  found:    {found}",
-            *([f"  hooks:    {', '.join(hooks)} around its layers"] if hooks else []),
+            *([f"  hooks:    {', '.join(hooks)} on its layers"] if hooks else []),
             f"What to do: {_cure(name, hooks, why_in_parts)}.",
             _SEE,
         )
@@ -188,28 +195,31 @@ def why_call_uncached(module: nn.Module, graphs: Sequence[UncachedGraph], why_in
 def _cure(cls: str, hooks: Sequence[str], why_in_parts: str) -> str:
     if hooks:
         return (
-            "take the hooks off the layers, which Dynamo does not capture with them; to offload, "
-            "enable_model_cpu_offload() moves the model as a whole, and leaves it cached"
+            "remove the hooks from the layers, because Dynamo cannot capture layers with hooks; to offload the model, "
+            "use enable_model_cpu_offload(), which moves it as a whole and keeps the cache"
         )
     if why_in_parts:
         return cure_of_parts(cls)
     return (
-        "see that nothing turns Dynamo off (TORCHDYNAMO_DISABLE, torch.compiler.set_stance) and that no limit is "
-        "reached (TORCH_LOGS=recompiles)"
+        "make sure that Dynamo is not turned off (TORCHDYNAMO_DISABLE, torch.compiler.set_stance) and that no "
+        "recompile limit is reached (TORCH_LOGS=recompiles)"
     )
 
 
 def cure_of_parts(cls: str) -> str:
-    """What makes one graph of a transformer of this class that Dynamo breaks up."""
+    """How to get one graph of a transformer of this class, which Dynamo breaks up."""
     functor = functor_for(cls)
     if functor is None:
-        return "a patch functor that replaces what stands there helps (docs/functors.md)"
+        return "write a patch functor that replaces the code at this place (docs/functors.md)"
     name = functor.__name__
-    return f"{name} makes it one graph: enable_cache(BlockAdapter(..., patch_functor={name}()))"
+    return f"use {name}, which makes it one graph: enable_cache(BlockAdapter(..., patch_functor={name}()))"
 
 
 def hooks_of(module: nn.Module) -> list[str]:
-    """Hooks of accelerate and diffusers around the module and its layers: `AlignDevicesHook`, `layerwise_casting`."""
+    """The names of the hooks of accelerate and diffusers on the module and its layers, without duplicates.
+
+    For example `AlignDevicesHook` and `layerwise_casting`.
+    """
     found: dict[str, None] = {}
     for inner in module.modules():
         held = vars(inner)
@@ -221,41 +231,46 @@ def hooks_of(module: nn.Module) -> list[str]:
 
 
 def why_another_cache(module: nn.Module) -> WhyUncached:
-    """Why a module runs without our cache while one of diffusers is enabled for it."""
+    """Why a module runs without this package's cache while a cache of diffusers is enabled for it."""
     name = type(module).__name__
-    reason = "a cache of diffusers is enabled for it as well"
+    reason = "a cache of diffusers is also enabled for it"
     text = "\n".join(
         (
-            f"cachedit_fx: {name} runs without caching by cachedit_fx, and is not compiled.",
+            f"cachedit_fx: {name} runs without the cache of cachedit_fx, and is not compiled.",
             "  expected: one cache at a time",
             f"  found:    {reason}",
-            "What to do: call its disable_cache() to go on with this one, or cachedit_fx.disable_cache(model) to keep "
-            "the other.",
+            "What to do: call disable_cache() of the model to use the cache of cachedit_fx, or "
+            "cachedit_fx.disable_cache(model) to use the cache of diffusers.",
         )
     )
     return WhyUncached("another-cache", reason, text)
 
 
 def why_past_limit(module: nn.Module, limit: int) -> WhyUncached:
-    """Why a call runs without the cache that no graph fits, where Dynamo compiles no more of them."""
+    """Why a call runs without the cache after Dynamo has reached its recompile limit.
+
+    Args:
+        limit: Dynamo's `recompile_limit`.
+    """
     name, hooks = type(module).__name__, hooks_of(module)
-    reason = f"it needs another graph, and Dynamo compiles at most {limit} of one function"
-    around = f"; there are hooks around its layers: {', '.join(hooks)}" if hooks else ""
+    graphs = f"{limit} graph{'s' * (limit != 1)}"
+    reason = f"it needs another graph, but Dynamo compiles at most {graphs} for one function"
+    around = f"; there are hooks on its layers: {', '.join(hooks)}" if hooks else ""
     cure = (
-        "see what differs from call to call (TORCH_LOGS=recompiles) and keep it the same; or raise "
+        "find out what differs from call to call (TORCH_LOGS=recompiles) and keep it the same, or raise "
         "torch._dynamo.config.recompile_limit before the first call"
     )
     if hooks:
         cure = (
-            "take the hooks off the layers, or let the same ones stay registered from step to step; to offload, "
-            "enable_model_cpu_offload() moves the model as a whole, and leaves it cached"
+            "remove the hooks from the layers, or keep the same ones registered from step to step; to offload the "
+            "model, use enable_model_cpu_offload(), which moves it as a whole and keeps the cache"
         )
     text = "\n".join(
         (
-            f"cachedit_fx: {name} runs without caching where a call needs another graph.",
-            f"  expected: at most {limit} graph{'s' * (limit != 1)} of one function (Dynamo's recompile_limit)",
-            "  found:    a call that none of them fits, where Dynamo compiles no more",
-            *([f"  hooks:    {', '.join(hooks)} around its layers"] if hooks else []),
+            f"cachedit_fx: {name} runs without caching if a call needs another graph.",
+            f"  expected: at most {graphs} for one function (Dynamo's recompile_limit)",
+            "  found:    a call that fits none of the compiled graphs, after the limit was reached",
+            *([f"  hooks:    {', '.join(hooks)} on its layers"] if hooks else []),
             f"What to do: {cure}.",
         )
     )
@@ -263,14 +278,15 @@ def why_past_limit(module: nn.Module, limit: int) -> WhyUncached:
 
 
 def why_not_counted(module: nn.Module, method: str) -> WhyUncached:
-    """Why a call of another method than the one that is cached runs without the cache."""
+    """Why a call of a method runs without the cache if another method is cached."""
     name = type(module).__name__
     text = "\n".join(
         (
             f"cachedit_fx: {name}.{method} runs without caching, and is not compiled.",
-            "  expected: calls of the model itself, as in model(...)",
-            f"  found:    a call of {method}, which runs the blocks without one",
-            f'What to do: enable_cache(model, method="{method}") caches this method in place of the model\'s own call.',
+            "  expected: calls of the model itself: model(...)",
+            f"  found:    a call of {method}, which runs the blocks without calling the model",
+            f'What to do: use enable_cache(model, method="{method}") to cache this method instead of model(...).',
         )
     )
-    return WhyUncached(f"method {method}", f"{method} was called, which runs the blocks without model(...)", text)
+    reason = f"{method} was called, which runs the blocks without calling the model"
+    return WhyUncached(f"method {method}", reason, text)

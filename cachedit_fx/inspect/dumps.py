@@ -97,10 +97,16 @@ class Dump(Trace):
         shown = [{**_list_of(blocks), "in_chain": blocks in chain} for blocks in found]
         self._write(f"{next(self._numbers):02d}_locate-blocks.json", shown)
 
-    def verdicts(self, blocks: BlockList, found: Sequence[Match | Mismatch]) -> None:
-        super().verdicts(blocks, found)
-        verdicts = [one.label if isinstance(one, Match) else str(one) for one in found]
-        self._write(f"{next(self._numbers):02d}_match-{blocks.path}.json", verdicts)
+    def matched(self, match: Match) -> None:
+        super().matched(match)
+        self._write_match(match.blocks, [match.label])
+
+    def mismatched(self, blocks: BlockList, mismatches: Sequence[Mismatch]) -> None:
+        super().mismatched(blocks, mismatches)
+        self._write_match(blocks, list(map(str, mismatches)))
+
+    def _write_match(self, blocks: BlockList, results: list[str]) -> None:
+        self._write(f"{next(self._numbers):02d}_match-{blocks.path}.json", results)
 
     def planned(self, plan: Plan | tuple[Mismatch, ...]) -> None:
         super().planned(plan)
@@ -192,7 +198,7 @@ def _list_of(blocks: BlockList) -> dict[str, Any]:
         "streams": [{role: node.name for role, node in boundary.items()} for boundary in blocks.boundaries],
         "contexts": [node.name for node in blocks.contexts],
         "emitted": [node.name for node in blocks.emitted],
-        "broken": blocks.broken,
+        "lost_at": blocks.lost_at,
         "flops": blocks.flops,
     }
 

@@ -30,6 +30,8 @@ _WHY = {
     "ratios-end": "they lie beyond the end of magnitude_ratios",
 }
 
+_ABOVE = ("diff-above", "budget-above", "ratios-above")  # Reasons of steps whose diff reached the threshold.
+
 
 def why_none_reused(module: str, stats: Sequence[CacheStats]) -> str:
     """Why no step of a transformer was reused; empty where one was, or none was made.
@@ -52,7 +54,7 @@ def why_none_reused(module: str, stats: Sequence[CacheStats]) -> str:
     (reason, _), *_ = counted.most_common(1)
     compared = [(value, step, entry) for entry in mine for step, value in entry.compared.items()]
     smallest = min((found for found in compared if math.isfinite(found[0])), key=lambda found: found[0], default=None)
-    if smallest is None or not reason.endswith("-above"):
+    if smallest is None or reason not in _ABOVE:
         return head + _WHY.get(reason, f"the decision was {reason!r}")
     value, step, entry = smallest
     limit = f"{entry.thresholds[step]:.3g}" if step in entry.thresholds else "the threshold"

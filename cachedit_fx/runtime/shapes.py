@@ -18,7 +18,15 @@ Sizes = tuple[Size, ...]
 
 
 class UnknownSizeError(ValueError):
-    """A size depends on data, so that no call can tell beforehand what shape a tensor will have."""
+    """A size depends on data, so that the shape of a tensor is not known before a call.
+
+    Attributes:
+        symbols: The symbols of such sizes, for example "u0".
+    """
+
+    def __init__(self, symbols: str) -> None:
+        super().__init__(f"a size ({symbols}) depends on data")
+        self.symbols = symbols
 
 
 class SizeRule:
@@ -44,10 +52,7 @@ class SizeRule:
             if isinstance(value_of(node), torch.SymInt)
         }
         if symbols - set(held):
-            unknown = ", ".join(sorted(map(str, symbols - set(held))))
-            raise UnknownSizeError(
-                f"expected streams whose sizes the inputs tell, found a size ({unknown}) made of data"
-            )
+            raise UnknownSizeError(", ".join(sorted(map(str, symbols - set(held)))))
         ordered = sorted(symbols, key=str)
         self.arguments = [held[symbol] for symbol in ordered]
         text = (

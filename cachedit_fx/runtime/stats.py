@@ -18,6 +18,10 @@ _STEP_HEADER = ("Step", "Decision", "Reason", "Diff", "Region", "Session")
 Row = tuple[str, ...]
 
 
+# Reasons of decisions by a sum of several steps (`policies.budget`, `policies.magnitude`).
+_OF_SUMS = frozenset({"budget-below", "budget-above", "ratios-below", "ratios-above", "ratios-end"})
+
+
 @dataclass(frozen=True, slots=True)
 class StepError:
     """How far a reused step would have been from the computed one (shadow mode): relative L2, dimensionless.
@@ -98,7 +102,7 @@ class CacheStats:
     @property
     def adds_up(self) -> bool:
         """Whether the decisions are by sums: then no threshold alone tells which steps it would reuse."""
-        return any(reason.startswith(("budget-", "ratios-")) for reason in self.decisions)
+        return not _OF_SUMS.isdisjoint(self.decisions)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""

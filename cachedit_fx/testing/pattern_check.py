@@ -22,6 +22,7 @@ from cachedit_fx.integrations.block_adapter import BlockAdapter
 from cachedit_fx.patterns.blocks import HIDDEN
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
+from cachedit_fx.patterns.mismatch import labelled_lines
 from cachedit_fx.patterns.template import BlockTemplate
 from cachedit_fx.runtime.instances import records_of
 from cachedit_fx.runtime.request import session
@@ -257,12 +258,12 @@ def _matched_graph(template: BlockTemplate, model: nn.Module, call: Call, config
     except PatternError as error:
         if error.mismatch is None:
             raise
-        mismatch, fits = error.mismatch, str(error).splitlines()[-1].partition(". ")[0]
+        mismatch = error.mismatch
         lines = [
             f"  {mismatch.cause.value}:",
             *mismatch.lines,
             f"What to do: {mismatch.cure}.",
-            f"{fits.rstrip('.')}.",
+            f"{error.fits}.",
             see,
         ]
         raise AssertionError("\n".join((head, *lines))) from None
@@ -272,8 +273,8 @@ def _matched_graph(template: BlockTemplate, model: nn.Module, call: Call, config
         verdicts = graph.verdicts[:1] if graph is not None else ()
         lines = []
         for verdict in verdicts:
-            shown = {"expected": verdict.expected, "found": verdict.found, "at": verdict.where}
-            lines = [f"  {verdict.cause}:", *(f"  {name + ':':<10}{text}" for name, text in shown.items() if text)]
+            texts = {"expected": verdict.expected, "found": verdict.found, "at": verdict.where}
+            lines = [f"  {verdict.cause}:", *labelled_lines(texts)]
             lines.append(f"What to do: {verdict.cure}.")
         raise AssertionError("\n".join((head, *lines, see)))
     graph, total = cached[0], len(cached[0].blocks)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cachedit_fx.errors import ConfigError
-from cachedit_fx.passes.analysis.model_inputs import conditioning_names, timestep_name
+from cachedit_fx.patterns.names import conditioning_names, timestep_name
 from cachedit_fx.runtime.stopwatch import PieceTime, Stopwatch
 
 _MISSING = object()

@@ -1,4 +1,4 @@
-"""Which nodes enter, leave, or lie in a context such as autocast, and which set a state. Reads only."""
+"""Which nodes enter, exit, or lie in a context such as autocast, and which set a state."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from cachedit_fx.passes.analysis.op_tables import ENTER_PREFIX, EXIT_PREFIX, STATELESS_PREFIXES
 from cachedit_fx.patterns.nodes import is_tensor
 
 
 def is_context(node: fx.Node) -> bool:
-    """Whether the node enters or leaves a context."""
+    """Whether the node enters or exits a context."""
     return exit_of(node) is not None or entered_by(node) is not None
 
 
 def within_contexts(nodes: Sequence[fx.Node]) -> frozenset[fx.Node]:
-    """Those of a graph's nodes that do something different outside the context that they lie in."""
+    """The nodes of a graph that lie in a context, and may compute something else outside of it."""
     depth, found = 0, []
     for node in nodes:
         if entered_by(node) is not None:
@@ -29,9 +30,9 @@ def within_contexts(nodes: Sequence[fx.Node]) -> frozenset[fx.Node]:
 
 
 def setter_at(nodes: Sequence[fx.Node], position: int) -> fx.Node | None:
-    """What sets a state for all that follows (as `sdpa_kernel` does) right where a cut would be.
+    """A node next to a cut that sets a state for everything after it, as `sdpa_kernel` does; None if there is none.
 
-    Nothing tells whether it belongs to the block before the cut or to the one behind it.
+    It is not known whether such a node belongs to the block before the cut or to the block after it.
     """
     before = itertools.takewhile(_makes_no_tensor, reversed(nodes[:position]))
     behind = itertools.takewhile(_makes_no_tensor, nodes[position:])
@@ -43,8 +44,8 @@ def _makes_no_tensor(node: fx.Node) -> bool:
 
 
 def sets_state(node: fx.Node) -> bool:
-    name = getattr(node.target, "__name__", "")
-    is_harmless = name.startswith(("_assert", "_check", "_log", "_set_grad_enabled", "sym_")) or is_context(node)
+    """Whether the node may set a state: it reads no tensor, returns nothing that is used, and is not a known check."""
+    is_harmless = getattr(node.target, "__name__", "").startswith(STATELESS_PREFIXES) or is_context(node)
     return (
         node.op == "call_function"
         and not node.users
@@ -54,14 +55,14 @@ def sets_state(node: fx.Node) -> bool:
 
 
 def exit_of(node: fx.Node) -> fx.Node | None:
-    """The node that leaves the context that this node enters; None if it enters none."""
-    if node.op != "call_function" or not getattr(node.target, "__name__", "").startswith("_enter_"):
+    """The node that exits the context that this node enters; None if it enters none."""
+    if node.op != "call_function" or not getattr(node.target, "__name__", "").startswith(ENTER_PREFIX):
         return None
     return next((user for user in node.users if entered_by(user) is node), None)
 
 
 def entered_by(node: fx.Node) -> fx.Node | None:
-    """The node that enters the context that this node leaves; None if it leaves none."""
-    if node.op != "call_function" or not getattr(node.target, "__name__", "").startswith("_exit_"):
+    """The node that enters the context that this node exits; None if it exits none."""
+    if node.op != "call_function" or not getattr(node.target, "__name__", "").startswith(EXIT_PREFIX):
         return None
     return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None

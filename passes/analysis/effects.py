@@ -1,6 +1,6 @@
-"""What a graph does beside computing its outputs from its inputs: then a part of it must not run twice.
+"""Effects of a graph besides its outputs. No part of a graph that has any may run twice.
 
-Read off the operations: their schemas and tags where they have any, and else their names.
+Effects follow from the schemas and tags of the operations, and from the names of operations that have neither.
 """
 
 from __future__ import annotations
@@ -14,31 +14,20 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from cachedit_fx.passes.analysis.contexts import sets_state
 from cachedit_fx.passes.analysis.dataflow import Program
+from cachedit_fx.passes.analysis.op_tables import DROPOUTS, PURE_HIGHER_ORDER, PURE_PACKAGES, RANDOM_FUNCTIONS
 from cachedit_fx.passes.analysis.writes import written_outside
 from cachedit_fx.patterns.nodes import call_text, is_tensor
 
-_PURE_ROOTS = ("", "torch", "_operator", "operator", "math", "builtins", "einops")
-_PURE_HIGHER_ORDER = ("flex_attention",)
-
-# Functions of torch that draw random numbers and are no ATen operators, so that nothing else tells.
-_RANDOM_FUNCTIONS = {
-    *("dropout1d", "dropout2d", "dropout3d", "gumbel_softmax", "multi_head_attention_forward"),
-    *("fractional_max_pool2d", "fractional_max_pool2d_with_indices"),
-    *("fractional_max_pool3d", "fractional_max_pool3d_with_indices"),
-    *("svd_lowrank", "pca_lowrank", "lobpcg"),
-}
-_DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
-
 
 def effect_of(program: Program) -> str:
-    """The first thing that a graph does beside computing, as `draws random numbers (randn(...))`; empty for nothing.
+    """The first effect of a graph, for example "draws random numbers (`randn = ...`)"; empty if it has none.
 
-    What it writes in place counts only where it is not a tensor that the graph itself made.
+    A write in place counts if it writes into a tensor that the graph did not create.
     """
     nodes = [*program.nodes_in(0, len(program.nodes))]
     written = written_outside(program, nodes)
     if written is not None:
-        return f"writes in place into what it is given (`{call_text(written)}`)"
+        return f"writes in place into one of its inputs (`{call_text(written)}`)"
     for node in nodes:
         found = _effect(node)
         if found:
@@ -51,20 +40,20 @@ def _effect(node: fx.Node) -> str:
     if node.op == "call_method":
         return "draws random numbers" if _is_random(node, target) else ""
     if node.op != "call_function":
-        return "calls a module, of which nothing is known"
+        return "calls a module, whose effects are unknown"
     if isinstance(target, HigherOrderOperator):
-        return "" if target.__name__ in _PURE_HIGHER_ORDER else "calls an operator on functions"
+        return "" if target.__name__ in PURE_HIGHER_ORDER else "calls an operator on functions"
     if isinstance(target, OpOverload | OpOverloadPacket):
         return _effect_of_overloads(node, target)
-    if (getattr(target, "__module__", None) or "").partition(".")[0] not in _PURE_ROOTS:
-        return "calls a function of which nothing is known"
+    if (getattr(target, "__module__", None) or "").partition(".")[0] not in PURE_PACKAGES:
+        return "calls a function whose effects are unknown"
     if getattr(target, "__name__", "") == "_set_grad_enabled" or (sets_state(node) and not is_tensor(node)):
-        return "sets a state"  # Its end may lie behind what has run.
+        return "sets a state"  # The node that resets it may lie in the part that does not run again.
     return "draws random numbers" if _is_random(node, getattr(target, "__name__", "")) else ""
 
 
 def _effect_of_overloads(node: fx.Node, target: OpOverload | OpOverloadPacket) -> str:
-    if isinstance(target, OpOverload):  # What it writes into has been looked at.
+    if isinstance(target, OpOverload):  # `effect_of` has checked what it writes into.
         is_random = torch.Tag.nondeterministic_seeded in target.tags
         name = target._schema.name.partition("::")[2]
     else:
@@ -77,11 +66,11 @@ def _effect_of_overloads(node: fx.Node, target: OpOverload | OpOverloadPacket) -
 
 
 def _is_random(node: fx.Node, name: str) -> bool:
-    """Whether a function or method of torch by this name draws random numbers, with these arguments."""
-    return (_is_tagged(name) or name in _RANDOM_FUNCTIONS) and not _is_switched_off(node, name)
+    """Whether a function or method of torch with this name draws random numbers, given the arguments of the node."""
+    return (_is_tagged(name) or name in RANDOM_FUNCTIONS) and not _is_switched_off(node, name)
 
 
-@functools.cache  # A graph has thousands of nodes and some dozens of functions.
+@functools.cache  # A graph has thousands of nodes and a few dozen functions.
 def _is_tagged(name: str) -> bool:
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and not name.startswith("__") else None
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in _overloads(packet))
@@ -92,17 +81,17 @@ def _overloads(packet: Any) -> list[OpOverload]:
 
 
 def _is_switched_off(node: fx.Node, name: str) -> bool:
-    """Whether the arguments say that nothing is dropped."""
+    """Whether the arguments of a dropout, or of attention with dropout, turn it off."""
     if name == "scaled_dot_product_attention":
         return _given(node, 4, "dropout_p", 0.0) == 0.0
     if name == "multi_head_attention_forward":
         return _given(node, 10, "dropout_p", 0.0) == 0.0 or _given(node, 13, "training", True) is False
-    if name not in _DROPOUTS:
+    if name not in DROPOUTS:
         return False
     is_training = _given(node, 2, "train" if "train" in node.kwargs else "training", True)
     return _given(node, 1, "p", 0.5) == 0.0 or is_training is False
 
 
 def _given(node: fx.Node, position: int, name: str, default: object) -> object:
-    """An argument by its name or position. Functions written in C have no signature to ask."""
+    """An argument by its position or name. Functions that are written in C have no signature that could be read."""
     return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)

@@ -1,8 +1,8 @@
-"""The probe to tell whether a step may reuse. Reads only.
+"""Finds the probe: the tensor whose relative change decides whether a step may reuse.
 
-fn_residual:      what the Fn blocks added to the hidden stream
-modulated_input:  norm(x) * (1 + scale(t)) + shift(t), as the first block is about to read it (TeaCache)
-timestep, none:   nothing
+fn_residual:      what the Fn blocks add to the hidden stream
+modulated_input:  norm(x) * (1 + scale(t)) + shift(t), which the first block reads (TeaCache)
+timestep, none:   no tensor
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from torch import fx
 
 from cachedit_fx.passes.analysis.dataflow import Program, is_layout
 from cachedit_fx.passes.analysis.live_outs import behind, with_parts
+from cachedit_fx.passes.analysis.op_tables import (
+    EINSUM_NAME,
+    REFERENCE_METHODS,
+    REFERENCE_PREFIX,
+    REFERENCE_SUFFIX,
+)
 from cachedit_fx.passes.analysis.writes import is_in_place
-from cachedit_fx.passes.region import Group, mismatch_of
+from cachedit_fx.passes.region import Group, mismatch_error
 from cachedit_fx.patterns.blocks import HIDDEN
 from cachedit_fx.patterns.cause import Cause
-from cachedit_fx.patterns.mismatch import Mismatch
 from cachedit_fx.patterns.nodes import (
     call_text,
     depends_on_data,
@@ -30,17 +35,15 @@ from cachedit_fx.patterns.nodes import (
     value_of,
 )
 
-_BY_KIND = {"to", "type_as", "expand_as", "view_as", "reshape_as"}  # Their second operand tells a dtype or a shape.
-
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a conditional probes.
+    """The probe of a region.
 
     Attributes:
-        at: A node; None: nothing is looked at.
-        since: What is taken off it first; None to look at the value.
-        moved: Nodes behind the region's cut that make `at`, in program order: they run with the head.
+        at: The node that is the probe; None if there is no probe.
+        since: The node that is subtracted from it; None if `at` itself is the probe.
+        moved: Nodes after the cut that compute `at`, in program order. They run in the head.
         sample_dim: As in `Region`.
     """
 
@@ -50,11 +53,14 @@ class Probe:
     sample_dim: int | None = None
 
 
-def find_probe(program: Program, group: Group, timestep: fx.Node | None) -> Probe | Mismatch:
-    """What the conditional of a group's middle blocks looks at; a mismatch where the graph has no such thing.
+def find_probe(program: Program, group: Group, timestep: fx.Node | None) -> Probe:
+    """The probe for the middle blocks of a group.
 
     Args:
-        timestep: The placeholder that the blocks are modulated by, if there is one.
+        timestep: The placeholder of the timestep, if there is one.
+
+    Raises:
+        MismatchError: The graph has no such tensor, or computing it in the head would change it.
     """
     fn = group.config.Fn_compute_blocks
     if group.config.probe == "modulated_input":
@@ -63,14 +69,15 @@ def find_probe(program: Program, group: Group, timestep: fx.Node | None) -> Prob
         probe = _residual_over(group, fn)
     else:
         return Probe()
-    return per_sample(probe, group, timestep) if isinstance(probe, Probe) else probe
+    return per_sample(probe, group, timestep)
 
 
 def per_sample(probe: Probe, group: Group, timestep: fx.Node | None) -> Probe:
-    """The look with a diff for each sample, if that is asked for (`batch_decision="any"`).
+    """The probe with a residual diff for each sample, if the configuration asks for it (`batch_decision="any"`).
 
-    Samples lie along the first dimension, or where that has another length than the timestep's, along the first that
-    has it (tokens first, as in [N, B, D]). What has fewer than three is no batch, but the tokens of one sample.
+    The batch is the first dimension. If its length differs from that of the timestep, the batch is the first dimension
+    that has this length (tokens first, as in [N, B, D]). A probe of fewer than three dimensions has no batch: it holds
+    the tokens of one sample.
     """
     if group.config.batch_decision != "any" or probe.at is None or value_of(probe.at).dim() < 3:
         return probe
@@ -79,17 +86,17 @@ def per_sample(probe: Probe, group: Group, timestep: fx.Node | None) -> Probe:
     return replace(probe, sample_dim=sizes.index(batch) if batch in sizes[:-1] else 0)
 
 
-def _residual_over(group: Group, fn: int) -> Probe | Mismatch:
-    """The hidden stream after the Fn blocks, and before as many of them as keep its shape.
+def _residual_over(group: Group, fn: int) -> Probe:
+    """The residual of the hidden stream over the Fn blocks, or over as many of them as keep its shape.
 
-    Two lists may be joined by a `cat` of text and image. If the Fn blocks end there, it is the image as the
-    first list left it; if they reach into the second list, the residual is that over its blocks.
+    Two lists may be joined by a `cat` of text and image. If the Fn blocks end there, the residual is that of the image
+    over the first list. If they extend into the second list, it is the residual over the blocks of the second list.
     """
     streams = group.boundaries
     ends = [match.blocks.boundaries[-1].get(HIDDEN) for match, stop in group.ends if stop == fn]
     for after in (streams[fn][HIDDEN], *ends):
         befores = [stream[HIDDEN] for stream in streams[:fn]]
-        # Where sizes only were equal, taking the residual makes it a guard of the graph that they are.
+        # If the sizes are only known to be equal in this call, the subtraction adds a guard that they are equal.
         alike = (
             node for fits in (same_shape, _had_one_shape) for node in befores if after is not None and fits(node, after)
         )
@@ -97,8 +104,11 @@ def _residual_over(group: Group, fn: int) -> Probe | Mismatch:
         if before is not None and after is not None:
             return Probe(after, before)
     start = streams[0][HIDDEN]
-    detail = f"expected Fn blocks that keep the shape of a stream, found that they change that of {describe(start)}"
-    return mismatch_of(group.matches[0], Cause.UNPAIRED, detail)
+    expected, found = (
+        "Fn blocks that keep the shape of the hidden stream",
+        f"they change the shape of {describe(start)}",
+    )
+    raise mismatch_error(group.matches[0], Cause.UNPAIRED, expected, found, stream=HIDDEN)
 
 
 def _had_one_shape(one: fx.Node, other: fx.Node) -> bool:
@@ -106,36 +116,40 @@ def _had_one_shape(one: fx.Node, other: fx.Node) -> bool:
     return may_share_shape(one, other) and not any(map(depends_on_data, sizes))
 
 
-def _modulated(program: Program, group: Group, timestep: fx.Node | None) -> Probe | Mismatch:
-    """The first block's input, normed and modulated by the timestep. Source: TeaCache (arXiv:2411.19108), figure 3."""
+def _modulated(program: Program, group: Group, timestep: fx.Node | None) -> Probe:
+    """The input of the first block, normed and modulated by the timestep.
+
+    Source: TeaCache (arXiv:2411.19108), figure 3.
+    """
     match, block = group.matches[0], group.blocks[0]
     if timestep is None:
-        detail = "expected a timestep among the graph's inputs (probe='modulated_input'), found none"
-        return mismatch_of(match, Cause.NO_PROBE, detail)
+        expected = "a timestep among the inputs of the graph (probe='modulated_input')"
+        raise mismatch_error(match, Cause.NO_PROBE, expected, "no input is a timestep")
     stream = group.boundaries[0][HIDDEN]
     found = _first_modulated(program, stream, timestep, block.end)
     if found is None:
-        detail = (
-            f"expected {block.path} to modulate {describe(stream)} by {timestep.name} before its first matrix product "
-            "(probe='modulated_input'), found none"
+        expected = (
+            f"a tensor in {block.path} that is {describe(stream)}, modulated by {timestep.name}, before the first "
+            "matrix product (probe='modulated_input')"
         )
-        return mismatch_of(match, Cause.NO_PROBE, detail, program.nodes[block.start])
+        raise mismatch_error(match, Cause.NO_PROBE, expected, "there is no such tensor", program.nodes[block.start])
     cut = group.blocks[group.config.Fn_compute_blocks].start
     inside = set(program.nodes_in(cut, block.end))
     moved = with_parts(behind([found], inside), inside) & inside
     written = next(filter(is_in_place, program.nodes[block.start : program.position[found] + 1]), None)
     if written is not None:
-        detail = f"expected a modulated input that is made without a write in place, found `{call_text(written)}`"
-        return mismatch_of(match, Cause.IN_PLACE, detail, written)
+        expected = "a modulated input that is computed without a write in place"
+        raise mismatch_error(match, Cause.IN_PLACE, expected, f"`{call_text(written)}`", written)
     if moved & program.within_contexts:
-        detail = f"expected {found.name}, the modulated input, to be made outside a context as autocast"
-        return mismatch_of(match, Cause.STATE, detail, found)
+        expected = f"{found.name}, the modulated input, outside of contexts such as autocast"
+        inside_context = f"{found.name} inside of a context, where it would run in another state before the region"
+        raise mismatch_error(match, Cause.STATE, expected, inside_context, found)
     return Probe(found, None, tuple(node for node in program.nodes[cut : block.end] if node in moved))
 
 
 def _first_modulated(program: Program, stream: fx.Node, timestep: fx.Node, stop: int) -> fx.Node | None:
-    """The first value that is made of the stream without a matrix product, and of the timestep beside the stream, and
-    is read by a matrix product: the end of the norm with its shifts and scales."""
+    """The first value that is read by a matrix product and depends on the stream, without a matrix product in between,
+    and on the timestep, other than through the stream. It is the norm after its shift and scale."""
     timed = _timed(program.nodes[:stop], stream, timestep)
     plain, mixed = {stream}, set()
     for node in program.nodes[program.position[stream] + 1 : stop]:
@@ -150,7 +164,7 @@ def _first_modulated(program: Program, stream: fx.Node, timestep: fx.Node, stop:
 
 
 def _timed(nodes: Sequence[fx.Node], stream: fx.Node, timestep: fx.Node) -> set[fx.Node]:
-    """What is made of the timestep, but not by way of the stream."""
+    """The nodes that depend on the timestep other than through the stream."""
     found = {timestep}
     for node in nodes:
         if node is not stream and any(arg in found for arg in _values_of(node)):
@@ -159,15 +173,15 @@ def _timed(nodes: Sequence[fx.Node], stream: fx.Node, timestep: fx.Node) -> set[
 
 
 def _values_of(node: fx.Node) -> list[fx.Node]:
-    """What a node reads values of; of some arguments it reads the dtype or the shape alone (`t.type_as(x)`)."""
+    """The arguments whose values a node reads. Of some it reads only the dtype or the shape (`t.type_as(x)`)."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name.endswith("_like") or name.startswith("new_"):
+    if name.endswith(REFERENCE_SUFFIX) or name.startswith(REFERENCE_PREFIX):
         return []
-    return node.all_input_nodes[:1] if name in _BY_KIND else node.all_input_nodes
+    return node.all_input_nodes[:1] if name in REFERENCE_METHODS else node.all_input_nodes
 
 
 def _is_like(node: fx.Node, stream: fx.Node) -> bool:
-    """Whether a node has the stream's sizes, and these are known before the call; its dtype may be another."""
+    """Whether a node has the sizes of the stream, and they are known before the call. The dtypes may differ."""
     if not is_tensor(node):
         return False
     sizes, wanted = value_of(node).shape, value_of(stream).shape
@@ -175,7 +189,7 @@ def _is_like(node: fx.Node, stream: fx.Node) -> bool:
 
 
 def _is_contracted(program: Program, node: fx.Node, stop: int) -> bool:
-    """Whether a matrix product (or convolution) reads the node, or what it is after moves and casts."""
+    """Whether a matrix product or convolution reads the node, possibly after layout operations."""
     visited, todo = {node}, [node]
     while todo:
         for user in todo.pop().users:
@@ -190,4 +204,4 @@ def _is_contracted(program: Program, node: fx.Node, stop: int) -> bool:
 
 
 def _contracts(program: Program, node: fx.Node) -> bool:
-    return program.flops[program.position[node]] > 0 or getattr(node.target, "__name__", "") == "einsum"
+    return program.flops[program.position[node]] > 0 or getattr(node.target, "__name__", "") == EINSUM_NAME

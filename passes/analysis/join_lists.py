@@ -1,19 +1,20 @@
-"""Which block lists make up the chain: the heaviest, and those that its hidden stream runs through. Reads only."""
+"""Finds the chain: the block list with the most FLOPs, and the lists that its hidden stream runs through."""
 
 from __future__ import annotations
 
 from cachedit_fx.passes.analysis.dataflow import Program
 from cachedit_fx.patterns.blocks import HIDDEN, BlockList
 
-# Frames that Dynamo broke up hold lists of norms or feed-forward layers, but these are a small part of their graph.
+# The least share of the FLOPs of a graph that a chain has. The graphs of a model that Dynamo broke up contain lists of
+# norms or feed-forward layers, which are a small part of their graph.
 LEAST_SHARE = 1 / 3
 
 
 def join_lists(program: Program, lists: tuple[BlockList, ...]) -> tuple[BlockList, ...]:
-    """The chain's lists in execution order; empty where no list carries a stream or all are a small part of the graph.
+    """The lists of the chain in execution order; empty if no list has a stream, or all are a small part of the graph.
 
-    Two lists are joined if the hidden stream that leaves the one enters the other as its stream: a list whose result
-    is a side input (control blocks) or an invariant (a text encoder) is no part of the chain.
+    Two lists are joined if the hidden stream that leaves the first enters the second as its hidden stream. A list whose
+    output is a side input (control blocks) or an invariant (a text encoder) is not part of the chain.
     """
     with_stream = [blocks for blocks in lists if blocks.has_stream]
     if not with_stream:
@@ -28,7 +29,7 @@ def join_lists(program: Program, lists: tuple[BlockList, ...]) -> tuple[BlockLis
 
 
 def _grow(program: Program, blocks: BlockList, with_stream: list[BlockList]) -> tuple[BlockList, ...]:
-    """The list with all that it continues and that continue it."""
+    """The list, with the lists that it continues and those that continue it."""
     chain = [blocks]
     grown = True
     while grown:
@@ -51,12 +52,12 @@ def _flops_of(chain: tuple[BlockList, ...]) -> int:
 
 
 def _is_main(program: Program, chain: tuple[BlockList, ...]) -> bool:
-    """Whether the chain is no small part of the graph."""
+    """Whether the chain has at least `LEAST_SHARE` of the FLOPs on the latents."""
     return _flops_of(chain) >= LEAST_SHARE * flops_on_latents(program, chain[0])
 
 
 def _makes_side_input(program: Program, first: tuple[BlockList, ...], second: tuple[BlockList, ...]) -> bool:
-    """Whether `second` comes behind `first` and is made of it, but does not continue it."""
+    """Whether `second` comes after `first` and depends on its output, but does not continue it."""
     start, stop = first[-1].blocks[-1].end, second[0].blocks[0].start
     if stop < start or continues(program, first[-1], second[0]):
         return False
@@ -65,7 +66,10 @@ def _makes_side_input(program: Program, first: tuple[BlockList, ...], second: tu
 
 
 def flops_on_latents(program: Program, blocks: BlockList) -> int:
-    """The work on what the latents turn into; that on the text alone, however large, says nothing about a chain."""
+    """The FLOPs of the nodes that depend on the latents; of all nodes if the latents are unknown.
+
+    Work on the text alone does not count: a large text encoder does not make a chain small.
+    """
     latents = program.latent_inputs(blocks.boundaries[0].get(HIDDEN)) if blocks.boundaries else frozenset()
     if not latents:
         return sum(program.flops)
@@ -75,9 +79,10 @@ def flops_on_latents(program: Program, blocks: BlockList) -> int:
 
 
 def continues(program: Program, first: BlockList, second: BlockList) -> bool:
-    """Whether the hidden stream of `second` is what `first` hands out, moved about or added to.
+    """Whether the hidden stream of `second` is an output of `first`, after additions and layout operations.
 
-    If the latents reach it beside `first` (a control signal added to the embedded image), `first` is no part of it.
+    If the latents also reach it without passing through `first` (a control signal that is added to the embedded image),
+    `first` does not continue.
     """
     start, stop = first.blocks[-1].end, second.blocks[0].start
     if stop < start:

@@ -1,9 +1,9 @@
-"""What becomes of the streams where two lists meet, done anew to the streams at a cut. Reads only, until it is told to.
+"""Finds how streams are joined between two lists, so that the streams at a cut can be joined in the same way.
 
-    text, image -> list 1 -> text', image' -> cat -> joint -> list 2
+    text, image -> list 1 -> text', image' -> cat -> joint -> list 2 -> joint'
 
-A region that begins in list 1 and ends in list 2 is entered by `text, image` and left by `joint'`. Its residual is
-taken against `cat(text, image)`, which the model itself never computes.
+`text` and `image` enter a region that begins in list 1 and ends in list 2, and `joint'` leaves it. Its residual is
+`joint' - cat(text, image)`. The model itself does not compute this `cat`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Step = tuple[fx.Node, fx.Node | None]
 
 @dataclass(frozen=True, slots=True)
 class StreamJoins:
-    """How a value would follow from the streams at a cut.
+    """How a value follows from the streams at a cut.
 
     Attributes:
-        steps: In the order in which they are done: (node, None) is copied, (node, other) has the value of `other`. The
-            last one is the value.
+        steps: In execution order. For (node, None), a copy of the node is executed; for (node, other), `other` takes
+            the place of the node. The last node is the value.
     """
 
     steps: tuple[Step, ...]
 
     def into(self, graph: fx.Graph, take: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """Appends the copies to `graph`, in which `take` finds what was made before the cut; returns the value."""
+        """Appends the copies to `graph` and returns the value. `take` maps values from before the cut to `graph`."""
         done: dict[fx.Node, fx.Node] = {}
 
         def probe(node: fx.Node) -> fx.Node:
@@ -54,13 +54,14 @@ def find_stream_joins(
     before: Mapping[str, fx.Node],
     meetings: Sequence[tuple[Mapping[str, fx.Node], Mapping[str, fx.Node]]],
 ) -> dict[str, tuple[fx.Node, StreamJoins]]:
-    """The streams that enter the last of some lists, with how they follow from the streams `before` a cut.
+    """The streams that enter the last list, with how they follow from the streams `before` a cut.
 
-    Only what costs nothing to do again is (no matrix products); a stream for which that is not enough is missing.
+    Only operations without FLOPs are executed again. A stream that needs others is missing from the result.
 
     Args:
         start: Position of the cut.
-        meetings: For each two lists that meet behind the cut, what leaves the one and what enters the other.
+        meetings: For each pair of consecutive lists after the cut, the streams that leave the first list and those that
+            enter the second.
     """
     now: dict[str, tuple[fx.Node, tuple[Step, ...]]] = {role: (node, ()) for role, node in before.items()}
     for leaving, entering in meetings:
@@ -79,9 +80,9 @@ def find_stream_joins(
 def _moves(
     program: Program, start: int, entry: fx.Node, leaving: set[fx.Node]
 ) -> tuple[list[fx.Node], list[fx.Node]] | None:
-    """What makes `entry`, of which of the `leaving` streams and of what was made before the cut, in order.
+    """The nodes after the cut that compute `entry`, and the `leaving` streams that they read, both in program order.
 
-    None if blocks are needed for it.
+    None if one of the nodes writes in place or has FLOPs, or is not a call.
     """
     found, read, todo = set(), set(), [entry]
     while todo:

@@ -1,4 +1,4 @@
-"""What leaves a region, and which stream each of it continues. Reads only."""
+"""The values that leave a region, and the stream that each of them continues."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from cachedit_fx.patterns.nodes import is_tensor, may_share_shape, same_shape, s
 
 
 def made_of(program: Program, streams: set[fx.Node], block: Block, stop: int) -> set[fx.Node]:
-    """What is made of the streams from `block` on, or of what they were made into for it (`norm(x)`)."""
+    """The nodes from `block` to `stop` that depend on the streams, or on a value derived from them (`norm(x)`) that
+    enters the block."""
     earliest = min(map(program.position.__getitem__, streams))
     before = program.descendants_within(streams, earliest, block.start)
     entered = before & set(program.read_from_before(block.start, block.end))
@@ -26,14 +27,19 @@ def made_of(program: Program, streams: set[fx.Node], block: Block, stop: int) ->
 
 
 def values_of(group: Group, after: Mapping[str, fx.Node]) -> set[fx.Node]:
-    """Streams that the template wants to be kept as they are."""
+    """The streams that the template declares to be cached as values."""
     return {node for role, node in after.items() if group.kinds.get(role) == "value"}
 
 
 def rematerialized(program: Program, made: set[fx.Node], leaving: list[fx.Node], values: set[fx.Node]) -> set[fx.Node]:
-    """What leaves the region and follows from all else that does, at no cost: it is rematerialized behind the region.
+    """The nodes that are rematerialized after the region: they follow without FLOPs from the other live-outs.
 
-    As `norm(x)` beside `x`, where the loop norms what its blocks read.
+    For example `norm(x)`, if `x` leaves the region as well.
+
+    Args:
+        made: The nodes that depend on the streams.
+        leaving: The nodes that are used after the region, in program order.
+        values: Streams that are cached as values. They are never rematerialized.
     """
     out = {node for node in leaving if node in made}
     sunk: set[fx.Node] = set()
@@ -50,7 +56,7 @@ def rematerialized(program: Program, made: set[fx.Node], leaving: list[fx.Node],
 def undo_joins(
     program: Program, before: Mapping[str, fx.Node], after: Mapping[str, fx.Node], nodes: list[fx.Node]
 ) -> list[fx.Node]:
-    """Slices behind the chain that take a stream out of a joined one again; they join the region."""
+    """The slices after the chain that take one stream out of a joined stream. They become part of the region."""
     extra: list[fx.Node] = []
     shapes = {shape_key(node) for node in before.values()}
     for node in after.values():
@@ -66,7 +72,7 @@ def undo_joins(
 
 
 def behind(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
-    """`nodes`, and what they were made from within `inside`."""
+    """`nodes`, and their ancestors in `inside`."""
     found, todo = set(nodes), list(nodes)
     while todo:
         fresh = [arg for arg in todo.pop().all_input_nodes if arg in inside and arg not in found]
@@ -78,16 +84,16 @@ def behind(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
 def pair_streams(
     group: Group, before: Mapping[str, fx.Node], after: Mapping[str, fx.Node], leaving: list[fx.Node]
 ) -> list[LiveOut]:
-    """Each value that leaves the region, with the stream that it continues: that of its role, else of its shape."""
+    """The live-outs: each value that leaves the region, with the stream that has its role, or else its shape."""
     role_of = {node: role for role, node in after.items()}
     free = dict(before)
     partner: dict[fx.Node, str] = {}
-    for node in leaving:  # By role first, so that a look-alike cannot take a stream's partner away.
+    for node in leaving:  # Roles first: otherwise another value of the same shape could be paired with the stream.
         role = role_of.get(node, "")
         if role in free and is_tensor(node) and may_share_shape(free[role], node):
             partner[node] = role
             del free[role]
-    for node in leaving:  # A stream under another role, or the slice that undoes a join.
+    for node in leaving:  # A stream with another role, or the slice that undoes a join.
         if node not in partner and is_tensor(node) and (node in role_of or node.target is operator.getitem):
             fits = [role for role in free if same_shape(free[role], node)]
             if len(fits) == 1:
@@ -104,7 +110,7 @@ def pair_streams(
 def rejoin(
     program: Program, group: Group, first: int, last: int, before: Mapping[str, fx.Node], live_outs: list[LiveOut]
 ) -> list[LiveOut]:
-    """Streams that continue none at the first cut, against what the lists between the cuts would make of those."""
+    """The live-outs, in which streams of a joined list are paired with the join of the streams at the first cut."""
     lists = [(match.blocks, stop) for match, stop in group.ends]
     meetings = [
         (one.boundaries[-1], other.boundaries[0])
@@ -125,7 +131,7 @@ def rejoin(
 
 
 def with_parts(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
-    """`nodes`, and of every tuple among them all parts that are taken out of it `inside`: only tensors cross a cut."""
+    """`nodes`, and for each tuple among them the nodes in `inside` that read its elements. Only tensors cross a cut."""
     found = set(nodes)
     for node in list(found):
         if isinstance(value_of(node), tuple | list):

@@ -1,9 +1,9 @@
-"""Which nodes are which block, and which streams run between the blocks. Reads only.
+"""Locates the blocks of a graph and the streams between them.
 
     conv_in -> [blocks.0] -> [blocks.1] -> ... -> norm_out     ->     BlockList("blocks", ...)
 
-`nn_module_stack` says which module call a node belongs to; the dataflow over the places between the calls says what
-the blocks hand on. Names only label what the dataflow found.
+The metadata `nn_module_stack` shows which module call a node belongs to. The dataflow between the calls shows which
+streams the blocks pass on. Names only label the streams.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from cachedit_fx.passes.analysis.module_calls import Call, Path, module_lists, m
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN, Block, BlockList
 from cachedit_fx.patterns.nodes import base_name, is_tensor, may_share_shape, same_shape, shape_key
 
-_MOST_BEHIND = 8  # Nodes behind a block that may complete it.
+_MOST_BEHIND = 8  # How many nodes after a block are searched for the addition that completes it.
 
 
 def locate_blocks(program: Program) -> tuple[BlockList, ...]:
-    """Every list of at least two block calls whose blocks hand a stream on (or nearly), in execution order.
+    """The lists of at least two block calls, in execution order, whether or not a stream continues to their end.
 
-    Lists inside the blocks of a list that has streams are not looked at. Two lists that take turns are one.
+    Lists inside the blocks of a list that has streams are left out. Two lists whose blocks alternate are one list.
     """
     found: list[BlockList] = []
-    known: set[Path] = set()  # Of all blocks that have streams.
-    taken: set[Path] = set()  # Lists that take turns with one that was found.
+    known: set[Path] = set()  # Paths of the blocks that have streams.
+    taken: set[Path] = set()  # Lists whose blocks alternate with those of a list in `found`.
     lists = module_lists(program)
     for path, calls in sorted(lists.items(), key=lambda item: (len(item[0]), item[1][0].start)):
         inner = calls[0].path
@@ -47,7 +47,7 @@ def locate_blocks(program: Program) -> tuple[BlockList, ...]:
 def _trace_list(
     program: Program, path: Path, blocks: tuple[Block, ...], calls: list[Call], alternates: str = ""
 ) -> BlockList:
-    boundaries, broken = _trace_streams(program, blocks)
+    boundaries = _trace_streams(program, blocks)
     labels: dict[str, str] = {}
     if len(boundaries) == len(blocks) + 1:
         boundaries, labels = _assign_roles(program, blocks, boundaries)
@@ -57,7 +57,6 @@ def _trace_list(
         boundaries=tuple(boundaries),
         contexts=_contexts(program, blocks, boundaries),
         emitted=_emitted(program, blocks, boundaries),
-        broken=broken,
         flops=sum(program.flops[position] for call in calls for position in call.positions),
         labels=labels,
         alternates=(alternates,) if alternates else (),
@@ -65,9 +64,10 @@ def _trace_list(
 
 
 def _trace_turns(program: Program, path: Path, lists: Mapping[Path, list[Call]]) -> BlockList | None:
-    """The list at `path` and one beside it whose blocks take turns with its own (spatial, temporal), as one list.
+    """The list at `path` and a list next to it whose blocks alternate with its own (spatial, temporal), as one list.
 
-    A block is then one of each, up to where the stream has its shape again.
+    A block then consists of one block of each list, and extends to where the stream has its original shape again. None
+    if there is no such list.
     """
     calls = lists[path]
     for other, theirs in lists.items():
@@ -84,7 +84,7 @@ def _trace_turns(program: Program, path: Path, lists: Mapping[Path, list[Call]])
 
 
 def _adds(program: Program, call: Call) -> bool:
-    """Whether the call adds to what it was given: what only returns a branch (an adapter) is work behind a block."""
+    """Whether the call adds to one of its inputs. A call that only returns a branch (an adapter) is not a block."""
     start, end = call.start, call.positions[-1] + 1
     entered = set(program.read_from_before(start, end))
     made = (n for n in program.nodes_in(start, end) if is_tensor(n) and program.used_in(n, end, len(program.nodes)))
@@ -92,7 +92,8 @@ def _adds(program: Program, call: Call) -> bool:
 
 
 def _moved_back(program: Program, calls: list[Call], theirs: list[Call]) -> int:
-    """Where the last block of a list that takes turns ends: behind what moves its stream to the shape it came in."""
+    """Where the last block of an alternating list ends: after the layout operations that restore the shape of the
+    stream that entered it."""
     entered = program.read_from_before(calls[-1].start, theirs[-1].positions[-1])
     shapes = {shape_key(node) for node in entered if is_tensor(node)}
     end = theirs[-1].positions[-1] + 1
@@ -106,12 +107,13 @@ def _moved_back(program: Program, calls: list[Call], theirs: list[Call]) -> int:
 
 
 def _spans(program: Program, calls: list[Call]) -> tuple[Block, ...]:
+    """The blocks that the calls of a list are, with the nodes that belong to each."""
     starts = [call.start for call in calls]
     blocks: list[Block] = []
     for i, call in enumerate(calls):
         is_last = i + 1 == len(calls)
         limit = call.positions[-1] + 1 if is_last else starts[i + 1]
-        # A block's module may be called on again after the loop; those nodes belong to whatever they stand in.
+        # Nodes of the module after the start of the next block are a later call. They do not belong to this block.
         end = max(p for p in call.positions if p < limit) + 1
         if is_last and blocks:
             ahead = _completed_ahead(program, blocks[-1].start, blocks[-1].end)
@@ -122,9 +124,9 @@ def _spans(program: Program, calls: list[Call]) -> tuple[Block, ...]:
 
 
 def _completed_ahead(program: Program, start: int, end: int) -> int:
-    """How many nodes right behind the block in [start, end) add what it returns to what entered it; 0 if none do.
+    """The number of nodes right after the block in [start, end) that add its output to its input; 0 if there are none.
 
-    A loop may do so (`x = x + block(x)`), with a scale in between.
+    A loop may contain this addition (`x = x + block(x)`), with a scale in between.
     """
     entered = set(program.read_from_before(start, end))
     for stop in range(end, min(end + _MOST_BEHIND, len(program.nodes))):
@@ -138,9 +140,9 @@ def _completed_ahead(program: Program, start: int, end: int) -> int:
 
 
 def _completes(program: Program, operands: list[fx.Node], entered: set[fx.Node], start: int, end: int) -> bool:
-    """Whether one operand is what a block in [start, end) made, and the other the stream that this is added to.
+    """Whether one operand is the output of the block in [start, end), and the other the stream that it is added to.
 
-    What holds the stream already is complete; then the sum is a skip.
+    If the output already contains the stream, the block is complete, and the addition is a skip connection.
     """
     for stream, branch in (operands, operands[::-1]):
         made = {node for node in program.ancestors_within(branch, start, len(program.nodes)) if node is not stream}
@@ -154,17 +156,17 @@ def _completes(program: Program, operands: list[fx.Node], entered: set[fx.Node],
 
 
 def _is_source(program: Program, node: fx.Node, entered: set[fx.Node], start: int) -> bool:
-    """Whether what entered a block was made of `node`, as `norm(x)` of `x`."""
+    """Whether a value that entered a block depends on `node`, as `norm(x)` depends on `x`."""
     position = program.position[node]
     return position < start and any(
         program.position[e] > position and node in program.ancestors_within(e, position, start) for e in entered
     )
 
 
-def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[dict[str, fx.Node]], str]:
-    """The streams at every boundary, under provisional names, as far as they run; and where they were lost."""
+def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> list[dict[str, fx.Node]]:
+    """The streams at every boundary, with provisional names, up to the first boundary at which none continues."""
     boundaries: list[dict[str, fx.Node]] = []
-    told: set[str] = set()  # Streams that more than their shape told at every boundary so far.
+    told: set[str] = set()  # Streams for which there was more evidence than the shape at every boundary so far.
     for i, block in enumerate(blocks):
         is_last = i + 1 == len(blocks)
         reads = (block.span_end, blocks[i + 1].span_end) if not is_last else (block.end, len(program.nodes))
@@ -173,7 +175,8 @@ def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[di
         if not is_last:
             candidates = _latest(program, block, blocks[i + 1], candidates)
         if i == 0:
-            # What only the work behind the block reads is no stream of it, but for what is made into what it reads.
+            # A value that only the nodes after the block read is not a stream, unless the block reads a value derived
+            # from it.
             read = set(program.read_from_before(block.start, block.end))
             around = program.read_from_before(block.start, block.span_end)
             entries = [n for n in around if is_tensor(n) and (n in read or _is_source(program, n, read, block.start))]
@@ -185,19 +188,20 @@ def _trace_streams(program: Program, blocks: tuple[Block, ...]) -> tuple[list[di
         else:
             pairs = _pair(program, block, boundaries[-1], candidates, set())
         alike = {name for name, node in pairs.items() if not _is_told(program, block, boundaries[-1][name], node)}
-        if is_last:  # What is used behind the list may be something else that the last block made.
+        if is_last:  # A value of the same shape that is used after the list may be another output of the last block.
             pairs = {name: node for name, node in pairs.items() if name not in alike & told}
         told -= alike
         if not pairs:
-            return boundaries, f"no tensor that leaves block {i} has the shape of one that entered it"
+            break
         boundaries.append(pairs)
-    return boundaries, ""
+    return boundaries
 
 
 def _latest(program: Program, block: Block, following: Block, candidates: list[fx.Node]) -> list[fx.Node]:
-    """`candidates` without those that the work behind the block made into others that the next block goes on from.
+    """`candidates` without those that the nodes after the block turn into another one, which the next block continues.
 
-    A skip that was put by before a norm is no stream, but `x` is where the loop adds `block(norm(x))` to it.
+    The value before a norm is not a stream if it is only used by a skip connection. It is a stream if the loop adds the
+    next block to it (`x = x + block(norm(x))`).
     """
     handed_on = [node for node in program.nodes_in(following.start, following.span_end) if is_tensor(node)]
     leaving = [node for node in handed_on if program.used_in(node, following.span_end, len(program.nodes))]
@@ -217,7 +221,7 @@ def _latest(program: Program, block: Block, following: Block, candidates: list[f
 
 
 def _without_derived(program: Program, block: Block, pairs: dict[str, fx.Node]) -> dict[str, fx.Node]:
-    """Streams that are no more than another one made into something (`norm(x)`, which the next block reads)."""
+    """`pairs` without the streams that are only derived from another one, such as `norm(x)` from `x`."""
     added = {name for name, node in pairs.items() if program.by_name[name] in program.residual_path(node, block.start)}
     firm = {pairs[name] for name in added}
 
@@ -229,24 +233,26 @@ def _without_derived(program: Program, block: Block, pairs: dict[str, fx.Node]) 
 
 
 def _is_told(program: Program, block: Block, before: fx.Node, after: fx.Node) -> bool:
-    """Whether more than shape and a path says that `after` continues `before`."""
+    """Whether a path of additions or an equal name shows that `after` continues `before`."""
     return before in program.residual_path(after, block.start) or base_name(before) == base_name(after)
 
 
 def _pair(
     program: Program, block: Block, before: Mapping[str, fx.Node], after: list[fx.Node], avoid: set[fx.Node]
 ) -> dict[str, fx.Node]:
-    """Each stream before the block with the one value after it that continues it, best evidence first.
+    """Each stream before the block, with the value after the block that continues it.
 
-    Required are a path through the block and equal shapes (a path of additions, where sizes depend on data). Evidence
-    is then a path of additions, an equal name, not being read by later blocks (`avoid`: those are invariants), standing
-    late in the block, and having been made late (what was put by earlier is a skip).
+    A value qualifies if it depends on the stream through a node of the block and has the same shape. If the shape
+    depends on data, a path of additions is required instead. Among the values that qualify, the one with the best
+    evidence is chosen. Evidence is, in this order: the stream is not read by later blocks (`avoid`: it would be an
+    invariant), there is a path of additions, the names are equal, the value is late in the block, and the stream is
+    late before the block (an earlier value is a skip connection).
     """
     scored = []
     for node in after:
         reached = program.ancestors_within(node, block.start, block.span_end)
         if not any(block.start <= program.position[made] < block.end for made in reached):
-            continue  # Made beside the block, as a conditioning that is refined from block to block.
+            continue  # Computed without the block, such as a conditioning that is refined from block to block.
         close = [(name, old) for name, old in before.items() if old in reached and may_share_shape(old, node)]
         if not close:
             continue
@@ -267,11 +273,11 @@ def _pair(
 def _assign_roles(
     program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]]
 ) -> tuple[list[dict[str, fx.Node]], dict[str, str]]:
-    """Provisional names -> roles, told by the names that the blocks gave what they made, then by use afterwards, then
-    by what looks at what: of two streams, one that the blocks make of itself alone cannot be the image; then by the
-    inputs that they start from.
+    """The boundaries with roles instead of provisional names, and role -> name in the model's code.
 
-    A stream that cannot be told keeps the name that the model's code uses.
+    The roles are identified by these criteria, in this order: the names in the code of the blocks; which stream is used
+    after the list; of two streams, the one that is computed from the other one too is the image; which stream is
+    computed from an input with the shape of an output. A stream that is not identified keeps its name in the code.
     """
     names = list(boundaries[0])
     labels = {}
@@ -294,12 +300,12 @@ def _assign_roles(
         if len(reading) == 1:
             roles[reading[0]] = HIDDEN
             open_names.remove(reading[0])
-    if HIDDEN not in roles.values():  # One that starts from what the model returns another of.
+    if HIDDEN not in roles.values():  # The stream that is computed from the latents.
         latents = [name for name in open_names if program.inputs_behind(boundaries[0][name]) & program.like_outputs]
         if len(latents) == 1:
             roles[latents[0]] = HIDDEN
             open_names.remove(latents[0])
-    if len(names) == 2 and len(open_names) == 1:  # The one that is left is the other one.
+    if len(names) == 2 and len(open_names) == 1:  # The remaining stream has the remaining role.
         roles[open_names[0]] = ENCODER if HIDDEN in roles.values() else HIDDEN
     taken = set(filter(None, roles.values()))
     for name in names:
@@ -312,7 +318,7 @@ def _assign_roles(
 
 
 def _reads_beside(program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]], name: str) -> bool:
-    """Whether any block makes the stream `name` from another stream, too."""
+    """Whether any block computes the stream `name` from another stream as well."""
     for block, before, after in zip(blocks, boundaries, boundaries[1:], strict=False):
         others = {node for other, node in before.items() if other != name}
         if name in after and others & program.ancestors_within(after[name], block.start, block.span_end):
@@ -323,7 +329,7 @@ def _reads_beside(program: Program, blocks: tuple[Block, ...], boundaries: list[
 def _contexts(
     program: Program, blocks: tuple[Block, ...], boundaries: Iterable[Mapping[str, fx.Node]]
 ) -> tuple[fx.Node, ...]:
-    """Sequences that every block reads, made before the list from a conditioning input."""
+    """The sequences that every block reads and that are computed from a conditioning input before the list."""
     boundaries = list(boundaries)
     streams = set(boundaries[0].values()) if boundaries else set()
     latents = program.latent_inputs(boundaries[0].get(HIDDEN) if boundaries else None)
@@ -343,7 +349,7 @@ def _is_read_by_all(program: Program, node: fx.Node, blocks: Iterable[Block]) ->
 
 
 def _emitted(program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]]) -> tuple[fx.Node, ...]:
-    """What the last block makes, beside its streams, for what stands after the list."""
+    """The outputs of the last block that are used after the list and are not streams."""
     last = blocks[-1]
     streams = set(boundaries[-1].values()) if boundaries else set()
     return (

@@ -1,4 +1,4 @@
-"""Which module calls a graph was made of, and which of them are blocks of one list. Reads only."""
+"""Finds the module calls that a graph consists of, and which of them are blocks of one list."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ if TYPE_CHECKING:
     from cachedit_fx.passes.analysis.dataflow import Program
 
 _TOKEN = re.compile(r"\['([^']+)'\]|\.?([A-Za-z_]\w*|\d+)|\[(\d+)\]")
-_ROOT = re.compile(r"^[LG]\['(?:args'\]\[\d+\]|\w+'\](?!\[))")  # A local, but not what a local list holds.
+_ROOT = re.compile(r"^[LG]\['(?:args'\]\[\d+\]|\w+'\](?!\[))")  # A local variable, but not an element of a list.
 _NOT_NAMES = {"L", "self", "__dict__", "_modules", "getattr"}
 Path = tuple[str, ...]
 
 
 @dataclass(slots=True)
 class Call:
-    """One module call: where its nodes stand in program order.
+    """One call of a module.
 
     Attributes:
-        number: How often the module had been called before.
-        has_inner: Whether any of its nodes belongs to a module inside it.
+        path: Path of the module.
+        cls: Class of the module; None if Dynamo did not record it.
+        number: Number of earlier calls of the same module.
+        positions: Positions of its nodes, in program order.
+        has_inner: Whether any of its nodes belongs to a submodule.
     """
 
     path: Path
@@ -39,11 +42,11 @@ class Call:
 
 
 def module_lists(program: Program) -> dict[Path, list[Call]]:
-    """Path of a list -> its module calls, in order of first appearance. Nested lists are listed as well.
+    """Path of a list -> its module calls, in the order of their first nodes. Nested lists are included.
 
-    A list is what `nn.ModuleList` and `nn.Sequential` hold (`blocks.0`, `blocks.1`), modules under numbered names
-    (`layer1`, `layer2`: the list `layer`), or one module that is called again and again. A list of lists (`layers.0.0`,
-    `layers.0.1`) is one of blocks that are never called themselves.
+    A list consists of the elements of an `nn.ModuleList` or `nn.Sequential` (`blocks.0`, `blocks.1`), of modules with
+    numbered names (`layer1`, `layer2`: the list `layer`), or of the calls of one module that is called repeatedly. In a
+    list of lists (`layers.0.0`, `layers.0.1`), the blocks are lists, which are never called themselves.
     """
     calls = _module_calls(program)
     by_path: dict[Path, list[Call]] = defaultdict(list)
@@ -55,20 +58,20 @@ def module_lists(program: Program) -> dict[Path, list[Call]]:
         named = _list_of(path)
         if named is not None:
             lists[named].append(call)
-    for path in again - set(lists):  # What holds a list may be called twice; its members tell more.
+    for path in again - set(lists):  # A module that contains a list may be called twice. Then the list is used.
         if not path[-1].isdigit():
             lists[path] = by_path[path]
     return {path: found for path, found in lists.items() if _is_list(found)}
 
 
 def _module_calls(program: Program) -> dict[tuple[Path, int], Call]:
-    """Path and number of a call -> the call, in order of first appearance."""
+    """Path and number of a call -> the call, in the order of their first nodes."""
     calls: dict[tuple[Path, int], Call] = {}
-    holders: dict[tuple[Path, int], Call] = {}  # Modules with a number that hold others.
+    holders: dict[tuple[Path, int], Call] = {}  # Numbered modules that contain others.
     paths: dict[str, Path] = {}
     for position, node in enumerate(program.nodes):
         if node.op in ("placeholder", "get_attr", "output"):
-            continue  # A placeholder carries the stack of its first user.
+            continue  # The stack of a placeholder is that of its first user.
         outer = None
         for key, (raw, cls) in (node.meta.get("nn_module_stack") or {}).items():
             if raw not in paths:
@@ -92,11 +95,12 @@ def _module_calls(program: Program) -> dict[tuple[Path, int], Call]:
 
 
 def _call_number(key: str) -> int:
-    """Dynamo's key of a module that was called before ends in `@1`, `@2`, ..."""
+    """The number of earlier calls: Dynamo's key of a module that was called before ends in `@1`, `@2` and so on."""
     return int(key.rpartition("@")[2]) if "@" in key else 0
 
 
 def _list_of(path: Path) -> Path | None:
+    """The path of the list that a module is part of, by its name; None if the name has no number."""
     name = path[-1]
     stem = name.rstrip("0123456789").rstrip("_")
     if stem == name:
@@ -105,7 +109,7 @@ def _list_of(path: Path) -> Path | None:
 
 
 def _is_list(calls: list[Call]) -> bool:
-    """Whether the calls are blocks as far as names tell. `norm1` and `norm2`, or an activation used twice, are not."""
+    """Whether the calls may be blocks. `norm1` and `norm2`, or an activation that is called twice, are not."""
     leaves = [
         call for call in calls if not call.has_inner and getattr(call.cls, "__module__", "").startswith("torch.nn")
     ]
@@ -117,16 +121,19 @@ def _is_list(calls: list[Call]) -> bool:
 
 
 def module_path(raw: str) -> Path:
-    """`L['self'].__dict__['_modules']['blocks'].0.attn` -> ("blocks", "0", "attn"). Roots vary and are dropped."""
+    """The path of a module in Dynamo's notation, without the root, which varies.
+
+    For example ("blocks", "0", "attn") for `L['self'].__dict__['_modules']['blocks'].0.attn`.
+    """
     raw = _ROOT.sub("", raw)
     tokens = [next(filter(None, groups)) for groups in _TOKEN.findall(raw)]
-    for root in ("__self__", "__dict__"):  # The first where a hook calls the forward of the module that it holds.
+    for root in ("__self__", "__dict__"):  # `__self__`: a hook calls the forward of the module that it holds.
         if root in tokens:
             tokens = tokens[tokens.index(root) + 1 :]
     return tuple(token for token in tokens if token not in _NOT_NAMES)
 
 
 def module_path_of(node: fx.Node) -> Path:
-    """Path of the innermost module that the node belongs to; () for the model's own forward."""
+    """The path of the innermost module that the node belongs to; () for the forward of the model itself."""
     paths = [module_path(raw) for raw, _ in (node.meta.get("nn_module_stack") or {}).values()]
     return paths[-1] if paths else ()

@@ -1,6 +1,6 @@
-"""A region that reaches to what the graph returns: a reused step hands that out again. Reads only.
+"""Cuts a region that extends to the output of the graph. A reused step returns the cached output.
 
-blocks -> norm_out -> proj_out -> return   ->   compute_or_reuse(pred, all of it, what was returned last time) -> return
+blocks -> norm_out -> proj_out -> return     ->     compute_or_reuse(pred, all of these, cached output) -> return
 """
 
 from __future__ import annotations
@@ -15,28 +15,33 @@ from cachedit_fx.passes.analysis.find_probe import Probe
 from cachedit_fx.passes.analysis.live_outs import behind, made_of, with_parts
 from cachedit_fx.passes.analysis.region_checks import check_state, check_writes
 from cachedit_fx.passes.analysis.writes import is_in_place, storage_of
-from cachedit_fx.passes.region import Group, LiveOut, Region, mismatch_of, region_name
+from cachedit_fx.passes.region import Group, LiveOut, Region, mismatch_error, region_name
 from cachedit_fx.patterns.cause import Cause
-from cachedit_fx.patterns.mismatch import Mismatch
 from cachedit_fx.patterns.nodes import depends_on_data, describe, is_tensor, value_of
 
 
-def check_reach(group: Group) -> Mismatch | None:
-    """What `reach="output"` asks of the other fields of the configuration."""
+def check_reach(group: Group) -> None:
+    """Checks that the other fields of the configuration permit `reach="output"`.
+
+    Raises:
+        MismatchError: They do not.
+    """
     config, match = group.config, group.matches[0]
     if config.cache_type == CacheType.DBPrune:
-        detail = "expected one region (cache_type='DBCache') with reach='output', found cache_type='DBPrune'"
-        return mismatch_of(match, Cause.REACH, detail)
+        expected, found = "one region (cache_type='DBCache') with reach='output'", "cache_type='DBPrune'"
+        raise mismatch_error(match, Cause.REACH, expected, found)
     if config.Bn_compute_blocks:
-        detail = f"expected Bn_compute_blocks=0 with reach='output', found {config.Bn_compute_blocks}"
-        return mismatch_of(match, Cause.REACH, detail)
-    return None
+        expected, found = "Bn_compute_blocks=0 with reach='output'", f"Bn_compute_blocks={config.Bn_compute_blocks}"
+        raise mismatch_error(match, Cause.REACH, expected, found)
 
 
-def cut_to_output(program: Program, group: Group, probe: Probe) -> Region | Mismatch:
-    """The region from the block behind the Fn blocks to the end of the graph.
+def cut_to_output(program: Program, group: Group, probe: Probe) -> Region:
+    """The region from the first block after the Fn blocks to the end of the graph.
 
-    What the graph returns without the blocks (a time embedding, a view of an input) is made at every step.
+    Outputs that do not depend on the blocks (a time embedding, a view of an input) are computed at every step.
+
+    Raises:
+        MismatchError: The outputs cannot be cached, or a reused step would miss a write or a context.
     """
     first, last, match = group.config.Fn_compute_blocks, len(group.blocks), group.matches[0]
     start, stop = group.blocks[first].start, len(program.nodes) - 1
@@ -47,14 +52,10 @@ def cut_to_output(program: Program, group: Group, probe: Probe) -> Region | Mism
     outside = [node for node in returned if node in inside and node not in supplied]
     hoisted = with_parts(behind(outside, inside), inside).union(probe.moved)
     nodes = tuple(node for node in program.nodes_in(start, stop) if node not in hoisted)
-    mismatch = _check_returned(group, supplied)
-    if mismatch is None:  # A mismatch is falsy.
-        # A state that is set back behind the blocks was set before them, where it would stay.
-        mismatch = check_state(program, match, (start, *range(group.blocks[-1].end, stop)), hoisted)
-    if mismatch is None:
-        mismatch = check_writes(program, match, probe.since, nodes)
-    if mismatch is not None:
-        return mismatch
+    _check_returned(group, supplied)
+    # A state that is reset after the blocks was set before them. A reused step would not reset it.
+    check_state(program, match, (start, *range(group.blocks[-1].end, stop)), hoisted)
+    check_writes(program, match, probe.since, nodes)
     return Region(
         name=f"{region_name(group, first, last)} -> output", first=group.number + first, last=group.number + last,
         nodes=nodes, overrides=group.overrides, probed_at=probe.at, probed_since=probe.since,
@@ -65,7 +66,7 @@ def cut_to_output(program: Program, group: Group, probe: Probe) -> Region | Mism
 
 
 def _made_by_blocks(program: Program, group: Group, first: int, inside: set[fx.Node]) -> set[fx.Node]:
-    """What the region's blocks make of the streams, all that is made of it, and what it is written into."""
+    """What the blocks of the region compute from the streams, what depends on it, and what it is written into."""
     blocks, written = group.blocks, set[int | None]()
     made = made_of(program, set(group.boundaries[first].values()), blocks[first], blocks[-1].end) & inside
     for node in program.nodes[blocks[first].start :]:
@@ -81,25 +82,24 @@ def _made_by_blocks(program: Program, group: Group, first: int, inside: set[fx.N
 
 
 def _is_alias(program: Program, node: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether a returned value is a view of what was made outside of the region, as of an input."""
+    """Whether a returned value is a view of a value from outside of the region, for example of an input."""
     mine = storage_of(node)
     others = (other for other in program.nodes if other not in inside and other.op != "output")
     return mine is not None and any(storage_of(other) == mine for other in others)
 
 
-def _check_returned(group: Group, supplied: list[fx.Node]) -> Mismatch | None:
+def _check_returned(group: Group, supplied: list[fx.Node]) -> None:
     match = group.matches[-1]
     if not supplied:
-        detail = f"expected a graph that returns what {group.paths} make (reach='output'), found none of it returned"
-        return mismatch_of(match, Cause.REACH, detail)
+        expected = f"a graph that returns what {group.paths} compute (reach='output')"
+        raise mismatch_error(match, Cause.REACH, expected, "no output depends on these blocks")
     for node in supplied:
         if not is_tensor(node):
-            detail = f"expected a graph that returns tensors only (reach='output'), found {node.name}"
-            return mismatch_of(match, Cause.REACH, detail, node)
+            expected, found = "a graph that returns only tensors (reach='output')", f"{node.name} is not a tensor"
+            raise mismatch_error(match, Cause.REACH, expected, found, node)
         if any(map(depends_on_data, value_of(node).shape)):
-            detail = f"expected a graph that returns sizes its inputs tell (reach='output'), found {describe(node)}"
-            return mismatch_of(match, Cause.REACH, detail, node)
-    return None
+            expected = "outputs whose sizes follow from those of the inputs (reach='output')"
+            raise mismatch_error(match, Cause.REACH, expected, describe(node), node)
 
 
 def _roles(supplied: list[fx.Node]) -> Mapping[str, fx.Node]:

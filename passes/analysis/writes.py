@@ -1,24 +1,20 @@
-"""What a graph writes in place, and into whose storage: such nodes must not be skipped or moved. Reads only."""
+"""Which nodes write in place, and into which storage. Such nodes must be neither skipped nor moved."""
 
 from __future__ import annotations
 
 import inspect
-import operator
+from typing import Any
 
 import torch
 from torch import fx
 
 from cachedit_fx.passes.analysis.dataflow import Program
+from cachedit_fx.passes.analysis.op_tables import IN_PLACE_METHOD, IN_PLACE_OPERATORS, NOT_IN_PLACE_NAMES
 from cachedit_fx.patterns.nodes import value_of
-
-_IN_PLACE_OPERATORS = {
-    *(operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.itruediv),
-    *(operator.ifloordiv, operator.imod, operator.imatmul, operator.ipow, operator.iand, operator.ior, operator.ixor),
-}
 
 
 def written_outside(program: Program, nodes: list[fx.Node]) -> fx.Node | None:
-    """The first of `nodes` that writes in place into storage that was made by any other node."""
+    """The first of `nodes` that writes into storage that a node outside of `nodes` holds; None if there is none."""
     if not any(map(is_in_place, nodes)):
         return None
     inside = set(nodes)
@@ -27,16 +23,16 @@ def written_outside(program: Program, nodes: list[fx.Node]) -> fx.Node | None:
     for node in nodes:
         if is_in_place(node):
             storage = storage_of(target_of(node))
-            # An alias of something made outside shares its storage with it; what cannot be told is refused.
+            # An alias of a value from outside shares its storage. A storage that is unknown counts as outside.
             if storage is None or storage in others or storage not in mine:
                 return node
     return None
 
 
 def written_between(program: Program, stream: fx.Node, start: int, stop: int) -> fx.Node | None:
-    """What the Fn blocks write into the stream that entered them: the residual would be taken against the result.
+    """The first node at the positions [start, stop) that writes into the storage of `stream`; None if there is none.
 
-    Before the first block a stream may well be filled in place (a joint buffer of text and image).
+    The residual over these nodes would be computed with the overwritten stream.
     """
     for node in program.nodes[start:stop]:
         if is_in_place(node) and storage_of(target_of(node)) in (None, storage_of(stream)):
@@ -48,32 +44,38 @@ def is_in_place(node: fx.Node) -> bool:
     """Whether the node writes into its first argument (or `out=`)."""
     if node.op == "call_method":
         name = str(node.target)
-        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        return name == IN_PLACE_METHOD or _says_in_place(name)
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
-    name = getattr(node.target, "__name__", "")
-    functional = name.endswith("_") and not name.endswith("__") and name not in ("is_", "not_", "and_", "or_")
-    by_keyword = node.kwargs.get("out") is not None or _is_told_inplace(node)
-    return node.target in _IN_PLACE_OPERATORS or functional or by_keyword
+    target: Any = node.target
+    name = getattr(target, "__name__", "")
+    by_name = _says_in_place(name) and name not in NOT_IN_PLACE_NAMES
+    by_argument = node.kwargs.get("out") is not None or _has_inplace_argument(node)
+    return target in IN_PLACE_OPERATORS or by_name or by_argument
 
 
-def _is_told_inplace(node: fx.Node) -> bool:
+def _says_in_place(name: str) -> bool:
+    """Whether a name has the form by which torch marks operations that write in place, for example `add_`."""
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _has_inplace_argument(node: fx.Node) -> bool:
     """Whether the node is called with `inplace=True`, by keyword or by position."""
     if "inplace" in node.kwargs:
         return node.kwargs["inplace"] is True
-    if not any(arg is True for arg in node.args):  # Signatures are slow to find.
+    if not any(arg is True for arg in node.args):  # Reading a signature is slow.
         return False
     try:
         bound = inspect.signature(node.target).bind_partial(*node.args)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # Built-in functions have no signature, nor such an argument.
+    except (TypeError, ValueError):  # Built-in functions have no signature, and no such argument.
         return False
     return bound.arguments.get("inplace") is True
 
 
 def target_of(node: fx.Node) -> fx.Node | None:
-    """What an in-place node writes into; None where that can't be told."""
+    """The node whose value an in-place node writes into; None if it is unknown."""
     if isinstance(node.target, torch._ops.OpOverload):
         arguments = node.target._schema.arguments
         written = [i for i, arg in enumerate(arguments) if arg.alias_info is not None and arg.alias_info.is_write]
@@ -87,6 +89,7 @@ def target_of(node: fx.Node) -> fx.Node | None:
 
 
 def storage_of(node: fx.Node | None) -> int | None:
+    """Address of the storage that a tensor node holds; None if it holds no tensor or no storage."""
     value = value_of(node) if node is not None else None
     if not isinstance(value, torch.Tensor):
         return None

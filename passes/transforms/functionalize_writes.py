@@ -5,7 +5,6 @@ x += attn(x)     ->     x_1 = x + attn(x)        where nothing else can see that
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +13,9 @@ import torch
 from torch import fx
 
 from cachedit_fx.passes.analysis.dataflow import is_layout
+from cachedit_fx.passes.analysis.op_tables import OUT_OF_PLACE_METHODS, OUT_OF_PLACE_OPERATORS
 from cachedit_fx.passes.analysis.writes import storage_of
 from cachedit_fx.patterns.nodes import value_of
-
-_METHODS = {"add_": torch.add, "sub_": torch.sub, "mul_": torch.mul, "div_": torch.div}
-_FUNCTIONS = {
-    operator.iadd: operator.add, operator.isub: operator.sub,
-    operator.imul: operator.mul, operator.itruediv: operator.truediv,
-}  # fmt: skip
 
 
 def functionalize_writes(gm: fx.GraphModule) -> bool:
@@ -41,7 +35,7 @@ def functionalize_writes(gm: fx.GraphModule) -> bool:
             continue
         for user in [user for user in written.users if position[user] > position[node]]:
             user.replace_input_with(written, node)
-        known: Mapping[Any, Any] = _METHODS if node.op == "call_method" else _FUNCTIONS
+        known: Mapping[Any, Any] = OUT_OF_PLACE_METHODS if node.op == "call_method" else OUT_OF_PLACE_OPERATORS
         node.target = known[node.target]
         node.op = "call_function"
         changed = True
@@ -53,7 +47,7 @@ def functionalize_writes(gm: fx.GraphModule) -> bool:
 
 def _replaceable(node: fx.Node) -> fx.Node | None:
     """What the node writes into, if its operation has a form that does not write, with the same result."""
-    known = node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS)
+    known = node.target in (OUT_OF_PLACE_METHODS if node.op == "call_method" else OUT_OF_PLACE_OPERATORS)
     written = node.args[0] if known and len(node.args) == 2 and not node.kwargs else None
     if not isinstance(written, fx.Node) or written.op == "placeholder":
         return None

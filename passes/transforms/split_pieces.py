@@ -22,10 +22,9 @@ from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from cachedit_fx.passes.analysis.dataflow import is_layout
+from cachedit_fx.passes.analysis.op_tables import VIEW_FUNCTIONS
 from cachedit_fx.passes.extract import extract, free_sizes, generate_code, outputs_of
 from cachedit_fx.patterns.nodes import is_tensor, size_key, value_of
-
-_VIEWS = (operator.getitem, torch.narrow, torch.select)
 
 
 @dataclass(slots=True)
@@ -233,7 +232,7 @@ def _computes(run: list[fx.Node]) -> bool:
 def _without_final_views(run: list[fx.Node]) -> list[fx.Node]:
     merged_runs = set(run)
     for node in reversed(run):
-        is_view = node.target in _VIEWS and is_tensor(node) and is_tensor(node.all_input_nodes[0])
+        is_view = node.target in VIEW_FUNCTIONS and is_tensor(node) and is_tensor(node.all_input_nodes[0])
         if is_view and not any(user in merged_runs for user in node.users):
             merged_runs.remove(node)
     inside = [node for node in run if node in merged_runs]

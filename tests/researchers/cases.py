@@ -27,11 +27,12 @@ def keyed(*, like: bool) -> Port:
 FOUR = found("blocks", dit.DEPTH, "3")
 # Where Dynamo breaks a model up no graph holds the loop. The bare backend sees one graph after the other, so that it
 # can't say where; `enable_cache` sees the whole call.
-BROKEN = Refused(Cause.NO_CHAIN, r"TORCH_LOGS=graph_breaks says where; fullgraph=True makes it an error")
+BROKEN = Refused(Cause.NO_CHAIN, r"TORCH_LOGS=graph_breaks shows where, and fullgraph=True makes it an error")
 
 
 def stops_at(where: str) -> Refused:
-    return Refused(None, rf"Dynamo captures it only in \d graphs \(it stops at {where}, .*a patch functor .* helps")
+    found = rf"Dynamo captured \d graphs instead of one \(the first graph ends at {where}, "
+    return Refused(None, rf"{found}.*write a patch functor")
 
 
 # Sizes that depend on the data. `enable_cache` sets it itself.
@@ -131,7 +132,7 @@ CALLS = {
 LOOPS = {
     # One value enters the first block and two leave it; then they are two all along.
     "dit-branch-and-residual": Case(
-        dit_loops.FusedNormDiT, Refused(Cause.STREAM_COUNT, r"from block 0 into block 1 of blocks, found 0")
+        dit_loops.FusedNormDiT, Refused(Cause.STREAM_COUNT, r"from block 0 to block 1 of blocks; found: no output")
     ),
     # Of the loss only the blocks that ran now are new; nobody asks for it where gradients are off.
     "dit-loss-summed": dit_case(
@@ -150,7 +151,7 @@ LOOPS = {
     "dit-bfloat16": dit_case(dit_loops.HalfPrecisionDiT),
     "dit-tokens-left-out": Case(
         dit_loops.EarlyTokensDiT,
-        Refused(Cause.STREAM_COUNT, r"no tensor that leaves block 0 has the shape of one that entered it"),
+        Refused(Cause.STREAM_COUNT, r"no output of block 0 has the same shape as any of its inputs"),
     ),
 }
 CONTAINERS = {
@@ -188,7 +189,7 @@ OTHERS = {
     # One list whose blocks see the stream folded in two ways by turns: no two neighbours see it in one shape.
     "video-folded": video_case(
         video.FoldedVideo,
-        Refused(Cause.STREAM_COUNT, r"no tensor that leaves block 0 has the shape of one that entered it"),
+        Refused(Cause.STREAM_COUNT, r"no output of block 0 has the same shape as any of its inputs"),
     ),
     "audio": audio_case(audio.Audio),
     "audio-dense-experts": audio_case(audio.DenseExpertsAudio),

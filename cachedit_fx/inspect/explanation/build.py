@@ -27,7 +27,7 @@ from cachedit_fx.inspect.explanation.data import (
 from cachedit_fx.inspect.explanation.graphs import code_of, last_frame, statements
 from cachedit_fx.inspect.explanation.trace import Trace
 from cachedit_fx.passes.analysis.dataflow import Program, is_weight
-from cachedit_fx.passes.manager import group_lists
+from cachedit_fx.passes.analysis.make_plan import group_lists
 from cachedit_fx.passes.region import Region
 from cachedit_fx.passes.transforms.insert_conditionals import cached_examples
 from cachedit_fx.patterns.blocks import Block, BlockList
@@ -35,6 +35,12 @@ from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch
 from cachedit_fx.patterns.nodes import base_name, is_tensor, value_of
 from cachedit_fx.runtime.cached_values import covered
+
+_WITHOUT_PROBE = {
+    "ratios": "nothing (magnitude_ratios decide)",
+    "mask": "nothing (a static mask decides)",
+    "decider": "nothing (a decider decides)",
+}
 
 
 def build_report(
@@ -99,7 +105,7 @@ class _Builder:
         plan = self.trace.plan
         if plan is not None:
             return [match.blocks for match in plan.chain]
-        return [self.trace.matched[b.path].blocks if b.path in self.trace.matched else b for b in self.trace.chain]
+        return [self.trace.matches[b.path].blocks if b.path in self.trace.matches else b for b in self.trace.chain]
 
     def _blocks(self) -> tuple[BlockReport, ...]:
         lines = statements(self.program.nodes[0].graph)
@@ -169,7 +175,7 @@ class _Builder:
 
     def _list(self, blocks: BlockList) -> ListReport:
         paths = [b.path for b in self._chain()]
-        match = self.trace.matched.get(blocks.path)
+        match = self.trace.matches.get(blocks.path)
         shown = match.blocks if match is not None else blocks
         in_chain = blocks.path in paths
         before = [len(b.blocks) for b in self._chain()[: paths.index(blocks.path)]] if in_chain else []
@@ -183,7 +189,8 @@ class _Builder:
             num_blocks=len(blocks.blocks),
             streams=tuple(value_report(node, shown.labels.get(role, ""), role) for role, node in entering.items()),
             invariants=tuple(map(value_report, self._invariants(blocks, entering))),
-            broken=blocks.broken,
+            lost_at=blocks.lost_at,
+            loss=blocks.loss,
         )
 
     def _invariants(self, blocks: BlockList, entering: Mapping[str, fx.Node]) -> list[fx.Node]:
@@ -200,21 +207,35 @@ class _Builder:
         position = self.program.position[node] if node is not None else -1
         blocks = (block for found in self.trace.found for block in found.blocks)
         block = next((b.path for b in blocks if b.start <= position < b.span_end), "")
-        path, _, number = mismatch.where.rpartition(":")
-        line = linecache.getline(path, int(number)).strip() if number.isdigit() else ""
-        template = str(mismatch.template) if mismatch.template is not None else ""
+        where = mismatch.where
         return Verdict(
-            template, mismatch.cause.value, mismatch.expected, mismatch.found, mismatch.progress, mismatch.total,
-            block, mismatch.node or "", mismatch.where, line, mismatch.cure,
-        )  # fmt: skip
+            template=str(mismatch.template) if mismatch.template is not None else "",
+            cause=mismatch.cause.value,
+            expected=mismatch.expected,
+            found=mismatch.found,
+            fitted=mismatch.progress,
+            total=mismatch.total,
+            block=block,
+            node=mismatch.node or "",
+            where=str(where) if where is not None else "",
+            line=linecache.getline(where.path, where.line).strip() if where is not None else "",
+            cure=mismatch.cure,
+            stream=mismatch.stream or "",
+            lost_at=mismatch.lost_at,
+        )
+
+    def _decided_by(self, region: Region) -> str:
+        """As in `RegionReport`."""
+        config = self.config.override(region.overrides)
+        if region.probed_at is not None:
+            return "diff"
+        return "ratios" if config.probe == "timestep" else "mask" if config.is_static else "decider"
 
     def _probe(self, region: Region) -> str:
         """The probe, in words."""
         config = self.config.override(region.overrides)
         if region.probed_at is None:
-            if config.probe == "timestep":
-                return "nothing (magnitude_ratios decide)"
-            return f"nothing (a {'static mask' if config.is_static else 'decider'} decides)"
+            return _WITHOUT_PROBE[self._decided_by(region)]
         probe = region.probed_at.name
         if region.probed_since is not None:
             probe = f"{probe} - {region.probed_since.name}: the residual over the Fn blocks"
@@ -229,6 +250,7 @@ class _Builder:
             name=region.name,
             first=region.first,
             last=region.last,
+            decided_by=self._decided_by(region),
             probe=self._probe(region),
             cached=tuple(
                 CachedValueReport(

@@ -99,7 +99,9 @@ class ListReport:
         num_blocks: At least two.
         streams: What enters its first block.
         invariants: Values made before it that every block reads.
-        broken: Where its streams were lost, if they were.
+        lost_at: Index of the first boundary at which no stream continues (boundary i lies before block i); None if a
+            stream continues to the end.
+        loss: The same in words; empty if `lost_at` is None.
     """
 
     path: str
@@ -110,23 +112,26 @@ class ListReport:
     num_blocks: int
     streams: tuple[Value, ...]
     invariants: tuple[Value, ...]
-    broken: str
+    lost_at: int | None
+    loss: str
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Why a template does not fit, or why nothing can be cached.
+    """Why a template does not fit, or why nothing can be cached: a mismatch, as JSON takes it.
 
     Attributes:
-        template: As in "pattern 2 (cross-attention)"; empty where no template is at fault.
-        cause: As in "stream-count": the value of a `Cause`.
+        template: For example "pattern 2 (cross-attention)"; empty if the graph cannot be cached with any template.
+        cause: The value of a `Cause`, for example "stream-count".
         expected, found: What was expected and what was found.
-        fitted, total: Blocks that did fit, of how many.
-        block: Path of the block where it was seen; empty where it is none.
-        node: Name of the node where it was seen.
-        where: `file.py:line` of the user's code behind the node, and
-        line: that line.
+        fitted, total: Number of blocks that fit before the first one that does not, and number of blocks.
+        block: Path of the block that contains the node; empty if no block does.
+        node: Name of the node that shows the mismatch.
+        where: `file.py:line` of the user's code that created the node.
+        line: This line.
         cure: What to do.
+        stream: Role of the stream that is concerned; empty if no particular one is.
+        lost_at: Index of the boundary at which a stream is missing (boundary i lies before block i); None if none is.
     """
 
     template: str
@@ -140,6 +145,8 @@ class Verdict:
     where: str
     line: str
     cure: str
+    stream: str = ""
+    lost_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +175,8 @@ class RegionReport:
     Attributes:
         name: As in `transformer_blocks[1:]`; followed by `-> output` where it goes on to what the graph returns.
         first, last: Numbers of its first block in the chain, and of the first behind it.
+        decided_by: What a step is decided by: "diff" (the residual diff of the probe), "ratios" (magnitude_ratios),
+            "decider" or "mask". There is a probe only with "diff".
         probe: The probe, in words.
         cached: What a reused step supplies.
         state_bytes: What a session keeps of it at these shapes: what was looked at, and all of `cached`.
@@ -179,6 +188,7 @@ class RegionReport:
     name: str
     first: int
     last: int
+    decided_by: str
     probe: str
     cached: tuple[CachedValueReport, ...]
     state_bytes: int

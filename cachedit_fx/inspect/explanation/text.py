@@ -109,8 +109,8 @@ def _list(blocks: ListReport) -> Iterator[str]:
     if blocks.invariants:
         shown = ", ".join(f"{value.label} {value}" for value in blocks.invariants)
         yield f"  every block reads: {shown}"
-    if blocks.broken:
-        yield f"  streams end: {blocks.broken}"
+    if blocks.loss:
+        yield f"  streams end: {blocks.loss}"
 
 
 def _value(value: Value) -> str:
@@ -143,8 +143,7 @@ def _run_line(run: list[BlockReport]) -> str:
 def _verdict(verdict: Verdict) -> Iterator[str]:
     fitted = f", {verdict.fitted} of {verdict.total} blocks fit" if verdict.total else ""
     yield f"{verdict.template or 'not cached'}{fitted}: {verdict.cause}"
-    if verdict.expected:
-        yield f"  expected: {verdict.expected}"
+    yield f"  expected: {verdict.expected}"
     yield f"  found:    {verdict.found}"
     place = [f"block {verdict.block}" if verdict.block else "", f"node `{verdict.node}`" if verdict.node else ""]
     if any(place) or verdict.where:
@@ -156,7 +155,7 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
 
 def _region(region: RegionReport) -> Iterator[str]:
     yield f"region {region.name}: {flops(region.cost.flops)} that a reused step does not do"
-    reuses = "" if region.probe.startswith("nothing") else f"; reuses below {region.threshold}"
+    reuses = "" if region.decided_by != "diff" else f"; reuses below {region.threshold}"
     yield f"  the probe is {region.probe}{reuses}"
     for cached in region.cached:
         how = f"residual against {cached.since}" if cached.cached_as == "residual" else "value as it is"

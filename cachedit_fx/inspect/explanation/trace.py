@@ -22,7 +22,7 @@ class Trace(Observer):
     Attributes:
         before: As captured. All else is empty (or None) where the way did not get so far.
         program: The tidied graph; `found` and `chain` are block lists in it.
-        matched: Path of a list -> the template that it fits.
+        matches: Path of a list -> the template that it fits.
         mismatches: Why templates do not fit, nearest miss first; or why nothing can be cached.
         plan: What was decided on.
         after: The cached graph, its segments whole.
@@ -35,7 +35,7 @@ class Trace(Observer):
         self.program: Program | None = None
         self.found: tuple[BlockList, ...] = ()
         self.chain: tuple[BlockList, ...] = ()
-        self.matched: dict[str, Match] = {}
+        self.matches: dict[str, Match] = {}
         self.mismatches: tuple[Mismatch, ...] = ()
         self.plan: Plan | None = None
         self.after: fx.GraphModule | None = None
@@ -49,12 +49,11 @@ class Trace(Observer):
     def lists(self, program: Program, found: Sequence[BlockList], chain: Sequence[BlockList]) -> None:
         self.program, self.found, self.chain = program, tuple(found), tuple(chain)
 
-    def verdicts(self, blocks: BlockList, found: Sequence[Match | Mismatch]) -> None:
-        for verdict in found:
-            if isinstance(verdict, Match):
-                self.matched[blocks.path] = verdict
-            else:
-                self.mismatches = (*self.mismatches, verdict)
+    def matched(self, match: Match) -> None:
+        self.matches[match.blocks.path] = match
+
+    def mismatched(self, blocks: BlockList, mismatches: Sequence[Mismatch]) -> None:
+        self.mismatches = (*self.mismatches, *mismatches)
 
     def planned(self, plan: Plan | tuple[Mismatch, ...]) -> None:
         if isinstance(plan, Plan):

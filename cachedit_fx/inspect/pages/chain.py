@@ -42,8 +42,8 @@ _WITHOUT_PROBE = {"ratios": "the ratios' sum allows it", "decider": "the decider
 
 def reuses_when(region: RegionReport) -> str:
     """What lets the conditional reuse, in a few words."""
-    if region.probe.startswith("nothing"):
-        return next(what for word, what in _WITHOUT_PROBE.items() if word in region.probe)
+    if region.decided_by != "diff":
+        return _WITHOUT_PROBE[region.decided_by]
     return "threshold ≥ 1" if region.threshold >= 1 else f"diff < {region.threshold:g}"
 
 

@@ -146,7 +146,7 @@ def verdict_line(explanation: Explanation) -> str:
         return "Not cached: Dynamo captured no graph."
     reason = _why_not(graphs[explanation.index()])
     if len(graphs) > len(explanation.modules) and any(captured.why for captured in explanation.modules):
-        return f"Not cached: Dynamo captures it only in {len(graphs)} graphs; of the largest: {reason}."
+        return f"Not cached: Dynamo captured {len(graphs)} graphs instead of one; the largest of them: {reason}."
     return f"Not cached: {reason}."
 
 
@@ -155,11 +155,11 @@ def _why_not(graph: GraphReport) -> str:
         return "no chain of blocks was found"
     nearest = graph.verdicts[0]
     fitted = f", {nearest.fitted} of {nearest.total} blocks fit" if nearest.total else ""
+    difference = f"expected: {nearest.expected}; found: {nearest.found}"
     if not nearest.template:
-        expected = f"expected {nearest.expected}, found " if nearest.expected else ""
-        return f"{expected}{nearest.found.rstrip('.')}{fitted}"
+        return difference
     if nearest.total and nearest.fitted == nearest.total:
-        return f"{nearest.template} fits, but it expected {nearest.expected}, and found {nearest.found}"
+        return f"{nearest.template} fits, but the graph cannot be cut; {difference}"
     return f"no template fits; the nearest is {nearest.template}{fitted}"
 
 

@@ -99,7 +99,7 @@ def _bars(axes: Axes, graph: GraphReport) -> None:
 
 def _bands(axes: Axes, graph: GraphReport) -> None:
     for (part, region), blocks in runs_of(graph.blocks):
-        colour = _BAND.get(part if region is None else "region")
+        colour = _BAND.get(part)
         if colour is None:
             continue
         first, last = blocks[0].number, blocks[-1].number + 1
