@@ -1,1 +1,1 @@
-"""Measurements, runnable by anyone: `make bench`."""
+"""Benchmarks of speed, memory and quality, run by `make bench` and `make quality`."""

@@ -1,4 +1,4 @@
-"""Runs workers and takes turns between them: what is compared is measured in the same seconds."""
+"""Runs workers in alternation, so that the variants that are compared are measured at the same time."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Answer = dict[str, Any]
 
 
 class WorkerError(RuntimeError):
-    """A worker could not do what it was asked for."""
+    """A worker could not carry out a command."""
 
 
 class OutOfTimeError(WorkerError):
-    """A worker took longer than it was given; it was ended."""
+    """A worker exceeded its deadline and was terminated."""
 
 
 class Process:
-    """A worker, asked over its standard input.
+    """A worker process, which receives commands through its standard input.
 
     Args:
-        cache: Folder of Inductor's on-disk caches; empty for a cold start.
-        deadline: As `time.monotonic` tells it; None for no limit.
+        cache: The folder of Inductor's on-disk caches; empty for a cold start.
+        deadline: The deadline as a value of `time.monotonic`, in seconds; None for no limit.
     """
 
     def __init__(self, settings: Settings, cache: Path, deadline: float | None = None) -> None:
@@ -62,11 +62,11 @@ class Process:
         self.ask("start")
 
     def ask(self, command: str) -> Answer:
-        """The worker's answer.
+        """Sends a command and returns the answer of the worker.
 
         Raises:
-            WorkerError: It answered with an error, or ended.
-            OutOfTimeError: It had not answered at the deadline.
+            WorkerError: The worker answered with an error, or ended.
+            OutOfTimeError: The worker did not answer before the deadline.
         """
         assert self._process.stdin and self._process.stdout
         try:
@@ -96,7 +96,7 @@ class Process:
 
 
 class Results:
-    """What is known of every variant of one work: the `compile`, `warm`, `rounds`, `memory`, ... and the `errors`."""
+    """The results of every variant of one work: `compile`, `warm`, `rounds`, `memory` and so on, and the `errors`."""
 
     def __init__(self, variants: Sequence[str]) -> None:
         self.variants: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ class Results:
         self.errors: dict[str, str] = {}
 
     def attempt(self, name: str, action: Callable[[], Any]) -> Any:
-        """What `action` gives; None if the variant fails, which is kept, and the variant left out from then on."""
+        """Returns the result of `action`; None if it fails. Its error is stored, and it is not measured further."""
         if name in self.errors:
             return None
         try:
@@ -118,12 +118,12 @@ class Results:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How much is measured.
+    """The number of measurements.
 
     Attributes:
-        rounds: Generations of every variant, in turn.
-        compilations: Cold starts of every variant.
-        starts_warm: After each a warm one too, in a new process with the caches that the first one filled.
+        rounds: The number of generations of every variant, which alternate.
+        compilations: The number of cold starts of every variant.
+        starts_warm: Whether each cold start is followed by a warm start, in a new process with the filled caches.
     """
 
     rounds: int
@@ -132,9 +132,10 @@ class Plan:
 
 
 def measure(settings: Sequence[Settings], plan: Plan, cache: Path) -> Results:
-    """All figures of the variants of one work, each in a process of its own, on a CPU.
+    """Measures the variants of one work on a CPU, each in a process of its own.
 
-    Compilations come one after the other, since they would share the cores; then steps or generations take turns.
+    The variants compile one after the other, because they would share the cores. Then their steps or generations
+    alternate.
     """
     names = [each.variant for each in settings]
     results, workers = Results(names), {}
@@ -158,7 +159,7 @@ def measure(settings: Sequence[Settings], plan: Plan, cache: Path) -> Results:
 
 
 def _start(settings: Settings, plan: Plan, cache: Path, results: Results) -> Process:
-    """A worker that has compiled with empty caches; after it, another has done so with those that it filled."""
+    """Starts a worker that compiles with empty caches, and then measures another one with the filled caches."""
     folder, entry = cache / settings.variant, results.variants[settings.variant]
     shutil.rmtree(folder, ignore_errors=True)
     cold = Process(settings, folder)
@@ -178,7 +179,7 @@ def _by_generation(_steps: int, order: Sequence[str], workers: dict[str, Process
 
 
 def _by_step(steps: int, order: Sequence[str], workers: dict[str, Process], results: Results) -> None:
-    """As `_by_generation`, but variants take turns at every step."""
+    """Like `_by_generation`, but the variants alternate at every step."""
     step_times: dict[str, list[Answer]] = {name: [] for name in order}
     for name in order:
         results.attempt(name, lambda name=name: workers[name].ask("begin"))

@@ -1,4 +1,4 @@
-"""Ratios and tables of what was measured, and what it was measured on."""
+"""Computes ratios from measurements, and writes tables with a description of the machine."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Rows = list[list[str]]
 
 
 class Figures:
-    """Ratios of one work's variants: medians over the rounds, both sides from the same round.
+    """Ratios between the variants of one work: medians over rounds, with both sides from the same round.
 
     Args:
-        clock: "cpu" (time of the process), "wall" or "gpu" (between events on the device).
+        clock: "cpu" (CPU time of the process), "wall", or "gpu" (time between events on the device).
     """
 
     def __init__(self, work: Work, results: Results, clock: str) -> None:
         self.work, self.results, self.clock = work, results, clock
 
     def rounds(self, name: str) -> list[list[float]]:
-        """Seconds of each step, by round."""
+        """Returns the seconds of each step, by round."""
         return self._seconds(self.results.variants.get(name, {}).get("rounds", []))
 
     def _seconds(self, rounds: list[dict[str, Any]]) -> list[list[float]]:
@@ -44,7 +44,7 @@ class Figures:
         return all(self.rounds(name) and name not in self.results.errors for name in names)
 
     def step(self, name: str, base: str, *, reused: bool) -> float | None:
-        """Steps of this kind against those of the same number of `base`."""
+        """Returns the ratio of the steps of this kind to the same steps of `base`."""
         if not self.has(name, base) or (reused and not VARIANTS[name].caches and name != "floor"):
             return None
         kind = [i for i, computes in enumerate(self.work.mask) if computes != reused]
@@ -56,7 +56,7 @@ class Figures:
         return self._ratio(name, base, lambda mine, theirs: sum(mine) / sum(theirs))
 
     def _ratio(self, name: str, base: str, ratio: Callable[[list[float], list[float]], float]) -> float:
-        """Median over the rounds that both ran in turn; through "plain" where each ran in turn with that alone."""
+        """Returns the median over the rounds in which both alternated, or the ratio of their ratios to "plain"."""
         beside = self.results.variants[name].get("beside")
         if beside is not None and base != "plain":
             return self._ratio(name, "plain", ratio) / self._ratio(base, "plain", ratio)
@@ -73,7 +73,10 @@ class Figures:
         return 1e3 * statistics.median(map(sum, self.rounds(name))) if self.has(name) else None
 
     def compile_seconds(self, name: str, kind: str) -> float | None:
-        """`kind`: "compile" from empty caches, "warm" from filled ones. CPU time, child processes too; GPU: wall."""
+        """Returns the seconds of a compilation, with empty caches (`kind` "compile") or filled ones ("warm").
+
+        This is CPU time including child processes, and wall time on a GPU.
+        """
         found = self.results.variants.get(name, {}).get(kind, [])
         clock = "wall" if self.clock == "gpu" else "cpu"
         return statistics.median(entry[clock] for entry in found) if found and VARIANTS[name].compiles else None
@@ -155,7 +158,7 @@ def cost_table(figures: Figures) -> str:
 
 
 def targets(figures: Figures) -> dict[str, float | None]:
-    """What this project is to be judged by."""
+    """Returns the figures that this project aims to improve, by name; None for those that were not measured."""
     peak, plain = figures.memory("ours", "peak"), figures.memory("plain", "peak")
     found = {
         "reused step / floor": figures.step("ours", "floor", reused=True),
@@ -221,6 +224,6 @@ def command(module: str) -> str:
 
 
 def heading(title: str, device: str, module: str, detail: str) -> str:
-    """What stands above every table."""
+    """Returns the text above every table."""
     named = ", ".join(f"{name} {number}" for name, number in versions().items())
     return f"## {title}\n\n{hardware(device)}; {named}\n{detail}\n`{command(module)}`"

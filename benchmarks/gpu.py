@@ -1,11 +1,12 @@
-"""Ours beside every peer on a GPU, at the size of published models with random weights: time, memory, host reads.
+"""Compares cachedit_fx with other caches on a GPU: time, memory and waits of the device for the host.
 
-The works: FLUX.1-dev's configuration, Wan 2.1 1.3B's, and a small FLUX that is bound by dispatch, the last one compiled
-as usual and once more with CUDA graphs (mode="reduce-overhead"). Nothing is downloaded.
+The models have the sizes of published ones and random weights: FLUX.1-dev, Wan 2.1 1.3B, and a small FLUX that is bound
+by dispatch. The small one is compiled as usual and once more with CUDA graphs (mode="reduce-overhead"). Nothing is
+downloaded.
 
-Plain torch.compile stays in one process; beside it runs one other variant after another, and the two take turns at
-whole generations. What does not fit into `--minutes` is left out and named. The JSON file is written anew after every
-variant.
+Plain torch.compile runs in one process. The other variants run one after another in a second process, and the two
+processes alternate after every generation. Variants that do not fit into `--minutes` are omitted and listed. The JSON
+file is written again after every variant.
 
     python -m benchmarks.gpu --minutes 9 --json gpu.json
     python -m benchmarks.gpu --device cpu --tiny          # a dry run
@@ -54,7 +55,7 @@ def parse() -> argparse.Namespace:
 
 
 class Bench:
-    """One work under one mode, with a time at which it has to be over."""
+    """The benchmark of one work in one mode, with a deadline."""
 
     def __init__(self, args: argparse.Namespace, work: str, mode: str | None, deadline: float, cache: Path) -> None:
         self.args, self.name, self.mode, self.deadline, self.cache = args, work, mode, deadline, cache
@@ -66,7 +67,7 @@ class Bench:
         self.skipped: list[str] = []
 
     def run(self, after_each: Callable[[], None]) -> None:
-        """Measures what there is time for; calls `after_each` whenever something new is known."""
+        """Measures as many variants as the time allows; calls `after_each` after every new result."""
         base = self.results.attempt(BASE, self._baseline)
         after_each()
         for name in list(self.results.variants)[1:]:
@@ -98,7 +99,7 @@ class Bench:
         return process
 
     def _beside(self, name: str, base: Process) -> None:
-        """Generations of this variant and of the baseline in turn; how the baseline did is kept with this variant."""
+        """Runs generations of this variant and of the baseline in alternation, and stores both with this variant."""
         process = self._start(name)
         entry = self.results.variants[name]
         entry["beside"] = []
@@ -112,7 +113,7 @@ class Bench:
             process.kill()
 
     def _alone(self, name: str, process: Process) -> None:
-        """What needs no turns: memory, and the profile of the device."""
+        """Measures the memory, and profiles the device, without the baseline."""
         entry = self.results.variants[name]
         entry["memory"] = process.ask("memory")
         entry["profile"] = process.ask("profile")
@@ -122,13 +123,16 @@ class Bench:
         del self.results.variants[name]
 
     def _expected_seconds(self) -> float:
-        """Of the next variant: half of what the baseline took to compile, and the generations of both."""
+        """Returns the expected seconds of the next variant.
+
+        These are half of the compilation time of the baseline, and the generations of both.
+        """
         entry = self.results.variants[BASE]
         generation = sum(step["wall"] for step in entry["rounds"][0]["steps"])
         return float(entry["compile"][0]["wall"]) / 2 + (2 * self.args.rounds + 5) * generation + RESERVE
 
     def report(self) -> str:
-        """The tables."""
+        """Returns the tables."""
         size, device = self.size, self.args.device
         mask = "".join(map(str, size.mask))
         detail = (

@@ -1,9 +1,9 @@
-"""Ours, the floor and the plain model in one process, step by step in turn: a reused step in equal conditions.
+"""Compares a reused step of cachedit_fx, of the floor and of the plain model, which alternate in one process.
 
     python -m benchmarks.in_turn flux-dispatch [--rounds 12]
 
-In milliseconds, medians: the step after a computed one and the later ones are told apart, for a computed step empties
-the processor's caches.
+Prints medians in milliseconds. The step after a computed step is listed separately from the later ones, because a
+computed step evicts the processor's caches.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the passes cost, from Dynamo's graph to the pieces to compile, and how that grows with the number of blocks.
+"""Measures the time of the passes, from Dynamo's graph to the pieces to compile, by the number of blocks.
 
-FLUX with few channels is captured once for every depth; nothing is compiled. The graphs are rewritten in turn, so that
-what else the machine does falls on all of them alike. Figures are medians of CPU time; Python's garbage collector is
-part of it, but walks only what the passes make.
+A FLUX with few channels is captured once for every depth, and nothing is compiled. The graphs are rewritten in
+alternation, so that other work on the machine affects all of them equally. The figures are medians of CPU time. They
+include Python's garbage collector, which visits only the objects that the passes create.
 
     python benchmarks/matching.py --rounds 7
 """
@@ -45,7 +45,7 @@ WIDTH, HEADS, TEXT, IMAGE = 32, 2, 7, 16
 
 
 def capture(double: int, single: int) -> tuple[fx.GraphModule, list[Any]]:
-    """What Dynamo hands over for a FLUX of so many blocks."""
+    """Returns the graph that Dynamo passes to a backend for a FLUX with this number of blocks."""
     torch._dynamo.reset()
     model = FluxTransformer2DModel(
         patch_size=1,
@@ -78,12 +78,12 @@ def capture(double: int, single: int) -> tuple[fx.GraphModule, list[Any]]:
 
 
 def copied(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
-    """The copy that all the others work on."""
+    """Returns the copy of the graph that all other steps work on."""
     copy_graph(gm, example_inputs)
 
 
 def locate_and_match(gm: fx.GraphModule, _example_inputs: list[Any]) -> None:
-    """The first half of `plan_graph`."""
+    """Runs the first half of `plan_graph`."""
     hoist_symbols(gm)
     program = Program(gm.graph)
     for blocks in join_lists(program, locate_blocks(program)):
@@ -91,17 +91,17 @@ def locate_and_match(gm: fx.GraphModule, _example_inputs: list[Any]) -> None:
 
 
 def plan(gm: fx.GraphModule, _example_inputs: list[Any]) -> None:
-    """All that happens before the graph is rewritten: tidied, located, matched, cut."""
+    """Runs everything before the rewrite: the first transforms, locating, matching and cutting."""
     assert isinstance(plan_graph(gm, CONFIG), Plan)
 
 
 def one_region(gm: fx.GraphModule, _example_inputs: list[Any]) -> None:
-    """All that happens before the pieces are compiled: the plan, the conditional and the pieces."""
+    """Runs everything before the pieces are compiled: the plan, the conditional and the split into pieces."""
     assert isinstance(rewrite(gm, CONFIG, Declaration(), exact=False), Rewritten)
 
 
 def every_block(gm: fx.GraphModule, _example_inputs: list[Any]) -> None:
-    """The same with a region for every block."""
+    """Runs the same as `one_region` with a region for every block."""
     assert isinstance(rewrite(gm, PRUNED, Declaration(), exact=False), Rewritten)
 
 
@@ -115,7 +115,7 @@ STEPS: dict[str, Callable[[fx.GraphModule, list[Any]], None]] = {
 
 
 def measure(graphs: list[tuple[fx.GraphModule, list[Any]]], rounds: int) -> dict[tuple[str, int], list[float]]:
-    """CPU seconds of every step on every graph, one per round."""
+    """Returns the CPU seconds of every step on every graph, one value per round."""
     times: dict[tuple[str, int], list[float]] = {(name, i): [] for name in STEPS for i in range(len(graphs))}
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Bytes and gaps: what a generation allocates, and how long the device waits for the host."""
+"""Measures the memory that a generation allocates, and how long the device waits for the host."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Interval = tuple[float, float, str]  # begin, end, name; in one unit of time.
 
 
 def allocated_peak(run: Callable[[], None], device: str) -> int:
-    """The most bytes that `run` had allocated at one time, beyond those that were allocated before it.
+    """Returns the peak of the bytes that `run` allocates, beyond those that were allocated before it.
 
-    On a CPU every allocation that PyTorch's allocator makes is counted (the profiler's memory records); what oneDNN
-    and the compiled code take on their own is not. On an accelerator it is the caching allocator's own count.
+    On a CPU, all allocations of PyTorch's allocator are counted (the profiler's memory records), but not those that
+    oneDNN and the compiled code make themselves. On an accelerator, this is the count of the caching allocator.
     """
     if device != "cpu":
         torch.cuda.synchronize()
@@ -34,7 +34,7 @@ def allocated_peak(run: Callable[[], None], device: str) -> int:
 
 
 def running_peak(changes: Sequence[int]) -> int:
-    """The largest sum of a beginning of `changes`; 0 at least."""
+    """Returns the largest partial sum of `changes`, at least 0."""
     level = peak = 0
     for change in changes:
         level += change
@@ -43,13 +43,13 @@ def running_peak(changes: Sequence[int]) -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Most memory that this process has had resident."""
+    """Returns the peak of the resident memory of this process, in bytes."""
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else 1024 * usage
 
 
 def host_reads(run: Callable[[], None], device: str) -> dict[str, Any]:
-    """How long the device stood still after each copy to the host, in microseconds; nothing on a CPU."""
+    """Returns how long the device was idle after each copy to the host, in microseconds; empty on a CPU."""
     if device == "cpu":
         return {}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
@@ -62,7 +62,7 @@ def host_reads(run: Callable[[], None], device: str) -> dict[str, Any]:
 
 
 def gaps(intervals: Sequence[Interval]) -> dict[str, Any]:
-    """Of what a device did: the pauses after copies to the host, those between other things, and the whole."""
+    """Returns statistics of the pauses in the activity of a device: after copies to the host, others, and all."""
     ordered = sorted(intervals)
     if not ordered:
         return {}

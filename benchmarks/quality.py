@@ -1,14 +1,14 @@
-"""What a cache costs in quality: ours, cache-dit and fewer steps, on the trained digits model.
+"""Compares the quality of cachedit_fx, cache-dit and fewer steps at equal cost, on the trained digits model.
 
-Every configuration generates the same images from the same noise. What is told of it: the share of the uncached
-model's FLOPs that were executed, counted; PSNR, SSIM and relative L2 to the uncached images; how many a classifier
-reads right. Then those configurations between which a PSNR of 45, 40 and 35 dB lies are compiled and timed, in turn
-with the uncached model. Every family runs in a process of its own with one thread.
+Every configuration generates the same images from the same noise. The following is measured: the share of the FLOPs of
+the uncached model that are executed (counted); PSNR, SSIM and relative L2 to the uncached images; and the share of
+images that a classifier recognizes. The configurations next to a PSNR of 45, 40 and 35 dB are then compiled and timed
+in alternation with the uncached model. Every family runs in a process of its own with one thread.
 
     python -m benchmarks.quality --json quality.json --plot quality.svg
-    python -m benchmarks.quality --write docs/quality.md         # the tables into the page, the plot beside it
-    python -m benchmarks.quality --quick                         # to see that it runs
-    python -m benchmarks.quality --tune tuned                    # tunes first; the results are measured among ours
+    python -m benchmarks.quality --write docs/quality.md         # writes the tables into the page, the plot next to it
+    python -m benchmarks.quality --quick                         # a short trial run
+    python -m benchmarks.quality --tune tuned                    # tunes first, and measures the results as well
     python -m benchmarks.quality --tuned a.yaml b.yaml --only tuned
     python -m benchmarks.quality --from quality.json --write docs/quality.md    # measures nothing
 """
@@ -69,7 +69,7 @@ def names_of(args: argparse.Namespace, family: str, num_steps: int) -> list[str]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs all: images first, families beside one another; then times, one after the other."""
+    """Measures everything: first the images, with the families in parallel; then the times, one after the other."""
     num_steps = load_setup(args.pipeline, 1, 1).num_steps
     measured: dict[str, Any] = {
         "command": figures.command(MODULE),

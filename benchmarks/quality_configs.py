@@ -1,4 +1,4 @@
-"""What is compared, as data: families of named configurations. To try another one, add it to `ours`."""
+"""The configurations that are compared, in families. To try another configuration, add it to `ours`."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Config:
     """One configuration.
 
     Attributes:
-        family: Key in `FAMILIES`.
-        group: What a frontier of its own is drawn for within the family: the forecaster, or the solver.
-        name: Unique in the family.
-        fields: For "ours" arguments of `enable_cache` on top of cache-dit's defaults, for "cache-dit" fields of its
-            `DBCacheConfig`, for "fewer steps" `solver` and `num_steps`.
-        forecaster: Class and fields; None for none.
+        family: The key of its family in `FAMILIES`.
+        group: The group within the family that has a frontier of its own: the forecaster, or the solver.
+        name: Its name, unique in the family.
+        fields: For "ours", arguments of `enable_cache` in addition to cache-dit's defaults; for "cache-dit", fields of
+            its `DBCacheConfig`; for "fewer steps", `solver` and `num_steps`.
+        forecaster: The class and the fields of the forecaster; None if there is none.
     """
 
     family: str
@@ -50,7 +50,7 @@ class Config:
 
 
 def ours(num_steps: int) -> list[Config]:
-    """Thresholds, masks of the presets and evenly spaced ones, with every forecaster that may suit them."""
+    """Returns thresholds, preset masks and evenly spaced masks, with every forecaster that may suit them."""
     found = [*_ours_thresholds(), *_ours_masks(num_steps), *_ours_outputs(num_steps), *_ours_probes()]
     return [Config("ours", which, f"{name}, {which}", fields, FORECASTERS[which]) for name, which, fields in found]
 
@@ -101,7 +101,7 @@ def _static(mask: Sequence[int]) -> dict[str, Any]:
 
 
 def even_mask(num_steps: int, num_computed: int) -> list[int]:
-    """A mask that computes the first two steps and the last one, and the others as evenly as whole steps can lie."""
+    """Returns a mask that computes the first two steps, the last one, and others as evenly spaced as possible."""
     ends = num_steps - 1
     between = [1 + round(i * (ends - 1) / (num_computed - 2)) for i in range(num_computed - 1)]
     computed = {0, *between}
@@ -109,7 +109,10 @@ def even_mask(num_steps: int, num_computed: int) -> list[int]:
 
 
 def cache_dit(num_steps: int) -> list[Config]:
-    """Its documented configurations: F1B0 and F8B0 by thresholds and warm-ups, masks, and its calibrators."""
+    """Returns the documented configurations of cache-dit.
+
+    These are F1B0 and F8B0 with several thresholds and warm-ups, masks, and calibrators.
+    """
     found: list[Row] = []
     for threshold in THRESHOLDS:
         rows = [(1, 4, which) for which in CALIBRATORS]
@@ -137,7 +140,7 @@ def cache_dit(num_steps: int) -> list[Config]:
 
 
 def fewer_steps(num_steps: int) -> list[Config]:
-    """Every solver by the calls of the model that it makes, up to as many as the uncached run makes."""
+    """Returns every solver with every number of calls of the model up to that of the uncached run."""
     found = []
     for name in SOLVERS:
         for steps in range(3, 11) if name == "heun" else (4, 5, 6, 8, 10, 12, 14, 16, 20, 24):
@@ -147,7 +150,7 @@ def fewer_steps(num_steps: int) -> list[Config]:
 
 
 def tuned(paths: Sequence[str]) -> list[Config]:
-    """Saved configurations, as `load_configs` reads them."""
+    """Returns saved configurations, as `load_configs` reads them."""
     return [Config("ours", "tuned", f"tuned {Path(path).stem}", {"load": str(path)}) for path in paths]
 
 

@@ -1,4 +1,4 @@
-"""Starts a worker and takes in its answers."""
+"""Starts a worker and reads its answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Answers = tuple[dict[str, Any], list[dict[str, Any]], str]
 
 
 def run(job: Job) -> Answers:
-    """What a worker says of the uncached model and of every configuration, and why it ended early, if it did."""
+    """Returns the results for the uncached model and every configuration, and why the worker ended early, if it did."""
     needed = NEEDS.get(job.family)
     if needed is not None and importlib.util.find_spec(needed) is None:
         return {}, [], f"{needed} is not installed"
@@ -51,7 +51,7 @@ def run(job: Job) -> Answers:
 
 
 def environment(cache: str) -> dict[str, str]:
-    """One thread, and Inductor's on-disk caches in a folder of the worker's own."""
+    """Returns environment variables that set one thread, and a separate folder for Inductor's on-disk caches."""
     return {
         "CACHE_DIT_LOG_LEVEL": "error",
         "CACHE_DIT_FLUX_ENABLE_DUMMY_BLOCKS": "1",  # One decision for both block lists, as ours makes.

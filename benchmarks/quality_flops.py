@@ -1,4 +1,4 @@
-"""FLOPs of the pieces that cachedit_fx runs, counted while they run."""
+"""Counts the FLOPs of the pieces that cachedit_fx runs, while they run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cachedit_fx.frontend.inner_compiler import InnerCompiler
 
 
 class PieceFlops:
-    """A counter for pieces. `FlopCounter` alone cannot count them: Dynamo compiles nothing within a dispatch mode."""
+    """Counts the FLOPs of pieces. `FlopCounter` alone cannot: Dynamo compiles nothing below a dispatch mode."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -26,7 +26,7 @@ class PieceFlops:
         pass
 
     def counted(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """`run`, whose FLOPs are counted at its first call with inputs of these shapes, and added at every call."""
+        """Returns `run` with a counter. FLOPs are counted once for given input shapes, and added at every call."""
         known: dict[tuple[Any, ...], int] = {}
 
         def piece(*args: Any) -> Any:
@@ -44,7 +44,7 @@ class PieceFlops:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within this, pieces that are handed to an inner compiler are counted for good."""
+        """Makes the pieces that are passed to an inner compiler inside this context count their FLOPs permanently."""
         call = InnerCompiler.__call__
 
         def compiled(compiler: InnerCompiler, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Frontiers: the least that a quality costs, by family."""
+"""Computes the frontiers of the families: the lowest cost of each quality."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ Row = Mapping[str, Any]  # What a worker answered for a configuration that ran.
 
 @dataclass(frozen=True)
 class Reach:
-    """What reaches a quality: a point between two configurations of a frontier.
+    """A point on a frontier, between two configurations, that reaches a quality.
 
     Attributes:
-        low, high: Rows; below and above the target, or the same one where the cheapest is better already.
-        weight: Of `high`, 0 to 1.
+        low: The row below the target. If the cheapest row is better than the target, `low` and `high` are that row.
+        high: The row above the target.
+        weight: The weight of `high`, from 0 to 1.
     """
 
     low: Row
@@ -27,7 +28,7 @@ class Reach:
 
     @property
     def is_bound(self) -> bool:
-        """Whether it can be had for less, by configurations that were not tried."""
+        """Whether configurations that were not tried might reach the quality at a lower cost."""
         return self.low is self.high
 
     @property
@@ -35,7 +36,7 @@ class Reach:
         return self._between("share")
 
     def time(self, times: Mapping[str, Row], clock: str) -> float | None:
-        """The ratio to the uncached time; None where one of the two was not timed."""
+        """The ratio to the uncached time; None if one of the two configurations was not timed."""
         if self.low["name"] not in times or self.high["name"] not in times:
             return None
         low, high = (float(times[row["name"]][clock]) for row in (self.low, self.high))
@@ -46,7 +47,7 @@ class Reach:
 
 
 def frontier(rows: Iterable[Row]) -> list[Row]:
-    """The rows that none beats, which costs no more and is no worse: from cheap to dear, PSNR rises."""
+    """Returns the rows that no other row beats (with at most the cost and at least the PSNR), cheapest first."""
     found: list[Row] = []
     for row in sorted(rows, key=lambda row: (row["share"], -row["psnr"])):
         if row["share"] < 1 and (not found or row["psnr"] > found[-1]["psnr"]):
@@ -55,7 +56,7 @@ def frontier(rows: Iterable[Row]) -> list[Row]:
 
 
 def reach(rows: Sequence[Row], psnr: float) -> Reach | None:
-    """Where a frontier, straight between its rows, gets to this PSNR; None if it never does."""
+    """Returns where a frontier, linear between its rows, reaches this PSNR; None if it does not reach it."""
     line = frontier(rows)
     for low, high in zip([None, *line], line, strict=False):
         if high["psnr"] >= psnr:
@@ -66,7 +67,7 @@ def reach(rows: Sequence[Row], psnr: float) -> Reach | None:
 
 
 def reaches(rows: Sequence[Row], psnr: float) -> list[Reach]:
-    """That of all rows first, then those of each group alone that come near it."""
+    """Returns the point that all rows reach, followed by those of single groups whose cost is close to it."""
     best = reach(rows, psnr)
     if best is None:
         return []
@@ -76,12 +77,12 @@ def reaches(rows: Sequence[Row], psnr: float) -> list[Reach]:
 
 
 def worth_timing(rows: Sequence[Row], targets: Sequence[float] = TARGETS) -> list[str]:
-    """Names of the configurations between which the targets lie."""
+    """Returns the names of the configurations next to the targets."""
     found = [each for target in targets for each in reaches(rows, target)]
     return list(dict.fromkeys(row["name"] for each in found for row in (each.low, each.high)))
 
 
 def least_time(rows: Sequence[Row], times: Mapping[str, Row], psnr: float, clock: str) -> float | None:
-    """The least time ratio that reaches this PSNR, among what was timed."""
+    """Returns the smallest time ratio of a timed configuration that reaches this PSNR."""
     found = [each.time(times, clock) for each in reaches(rows, psnr)]
     return min((value for value in found if value is not None), default=None)

@@ -1,4 +1,4 @@
-"""How near images are to those of the uncached model."""
+"""Compares images with those of the uncached model: PSNR, SSIM and relative L2."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ WINDOW = 7  # Pixels per side, as in scikit-image.
 
 @dataclass(frozen=True)
 class Nearness:
-    """Means over images.
+    """Metrics averaged over images.
 
     Attributes:
-        psnr: dB, for a range of 1, at most `MOST_DB` per image.
-        psnr_least: That of the worst image.
-        ssim: Structural similarity, up to 1.
-        rel_l2: |image - reference| / |reference|, per image.
+        psnr: The PSNR in dB for a range of 1, at most `MOST_DB` per image.
+        psnr_least: The PSNR of the worst image, in dB.
+        ssim: The structural similarity, at most 1.
+        rel_l2: The relative L2 distance |image - reference| / |reference|, dimensionless.
     """
 
     psnr: float
@@ -30,7 +30,7 @@ class Nearness:
 
 
 def nearness(images: Tensor, reference: Tensor) -> Nearness:
-    """Of images to references, both [N, ..., H, W], float32 from 0 to 1."""
+    """Compares images with references, both float32 [N, ..., H, W] from 0 to 1."""
     each = psnr(images, reference)
     return Nearness(
         each.mean().item(),
@@ -41,20 +41,20 @@ def nearness(images: Tensor, reference: Tensor) -> Nearness:
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of every image, [N], in dB, at most `MOST_DB`."""
+    """Returns the peak signal-to-noise ratio of every image, [N], in dB, at most `MOST_DB`."""
     error = (images.double() - reference.double()).square().flatten(1).mean(1)
     decibels: Tensor = -10 * error.clamp_min(1e-30).log10()
     return decibels.clamp_max(MOST_DB)
 
 
 def rel_l2(images: Tensor, reference: Tensor) -> Tensor:
-    """Relative L2 distance of every image, [N]."""
+    """Returns the relative L2 distance of every image, [N]."""
     error = (images.double() - reference.double()).flatten(1).norm(dim=1)
     return error / reference.double().flatten(1).norm(dim=1).clamp_min(1e-30)
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of every image, [N]: windows of 7x7 pixels with equal weights, range 1.
+    """Returns the structural similarity of every image, [N]: windows of 7x7 pixels with equal weights, range 1.
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004.
     """

@@ -1,4 +1,4 @@
-"""The tables of the quality benchmark, and the page that they stand in."""
+"""Writes the tables of the quality benchmark into a page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Measured = Mapping[str, Any]  # What `quality.py` writes as JSON.
 
 
 def rows_of(measured: Measured, family: str) -> list[Row]:
-    """The configurations of a family that ran."""
+    """Returns the configurations of a family that ran."""
     return [row for row in measured["nearness"] if row["family"] == family and "skipped" not in row]
 
 
@@ -27,7 +27,7 @@ def families_of(measured: Measured) -> list[str]:
 
 
 def tables(measured: Measured) -> str:
-    """All that is written between the marks of the page."""
+    """Returns everything that is written between the markers of the page."""
     parts = [heading(measured), "### Lowest cost of each quality", target_table(measured)]
     for family in families_of(measured):
         parts += [f"### Frontier: {family}", frontier_table(measured, family)]
@@ -40,7 +40,7 @@ def tables(measured: Measured) -> str:
 
 
 def shadow_table(measured: Measured) -> str:
-    """The correlation of the error that shadow mode predicts for reused steps with the actual error."""
+    """Returns the correlation between the error that shadow mode predicts for reused steps and the actual error."""
     rows = [["mask", "forecaster", "reused steps", "correlation"]]
     rows += [
         [row["mask"], row["forecaster"], str(row["steps"]), f"{row['correlation']:.3f}"] for row in measured["shadow"]
@@ -64,7 +64,7 @@ def heading(measured: Measured) -> str:
 
 
 def target_table(measured: Measured) -> str:
-    """Per PSNR the least share of FLOPs and the least time of every family, and ours against the others."""
+    """Returns, for each PSNR, the least share of FLOPs and the least time of every family, and their ratios to ours."""
     families = families_of(measured)
     others = [family for family in families if family != "ours"] if "ours" in families else []
     rows = [["PSNR", "share of the uncached model", *families, *(f"ours / {other}" for other in others)]]
@@ -87,7 +87,7 @@ def target_table(measured: Measured) -> str:
 
 
 def frontier_table(measured: Measured, family: str) -> str:
-    """The configurations of a family that none of it beats."""
+    """Returns the configurations on the frontier of a family."""
     times = times_of(measured, family)
     header = ["configuration", "FLOPs", "PSNR, dB", "worst image", "SSIM", "relative L2", "recognized", "time", "ms"]
     rows = [header]
@@ -110,7 +110,7 @@ def frontier_table(measured: Measured, family: str) -> str:
 
 
 def skipped_list(measured: Measured) -> str:
-    """Configurations that did not run, by reason."""
+    """Returns the configurations that did not run, by reason."""
     reasons: dict[str, list[str]] = {}
     for row in [*measured["nearness"], *measured["times"]]:
         if "skipped" in row:
@@ -120,10 +120,10 @@ def skipped_list(measured: Measured) -> str:
 
 
 def write_page(path: Path, measured: Measured, plot: str | None) -> None:
-    """Puts the tables between the marks of the page.
+    """Writes the tables between the markers of the page.
 
     Raises:
-        ValueError: The page has no marks.
+        ValueError: The page has no markers.
     """
     page = path.read_text(encoding="utf-8")
     before, begin, rest = page.partition(BEGIN)

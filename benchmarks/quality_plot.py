@@ -1,4 +1,4 @@
-"""The picture of the quality benchmark: PSNR over the share of FLOPs."""
+"""Plots the results of the quality benchmark: PSNR over the share of FLOPs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARKERS = {"ours": "o", "cache-dit": "s", "fewer steps": "^"}
 
 
 def draw(measured: Mapping[str, Any], path: Path, targets: Sequence[float] = TARGETS) -> None:
-    """Writes every configuration as a point and every family's frontier as a line; the suffix tells the format."""
+    """Plots configurations as points and frontiers as lines. The suffix of the path determines the format."""
     figure = new_figure(8, 5)
     axes = figure.add_subplot()
     for family in families_of(measured):

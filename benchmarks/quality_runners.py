@@ -1,4 +1,4 @@
-"""How each family's configurations are put on a pipeline, and compiled."""
+"""Applies the configurations of each family to a pipeline, and compiles it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from cachedit_fx.flops import FlopCounter
 
 
 class UnavailableError(RuntimeError):
-    """This configuration cannot run here."""
+    """The configuration cannot run in this environment."""
 
 
 class Runner:
-    """The uncached pipeline; what the families change.
+    """Runs the uncached pipeline. The families are subclasses.
 
     Args:
-        setup: A pipeline of its own for each runner.
-        inner: What compiles: "eager" or "inductor".
+        setup: The pipeline and its calls; each runner needs its own pipeline.
+        inner: The inner backend, "eager" or "inductor".
 
     Attributes:
-        compiles_once: Another configuration on the same pipeline compiles nothing anew.
+        compiles_once: Whether another configuration on the same pipeline triggers no recompilation.
     """
 
     compiles_once: ClassVar[bool] = False
@@ -44,26 +44,26 @@ class Runner:
             self.pipe.transformer.compile(backend=self.inner, fullgraph=True)
 
     def configure(self, config: Config) -> None:
-        """Puts the configuration on the pipeline.
+        """Applies the configuration to the pipeline.
 
         Raises:
-            UnavailableError: It cannot be had.
+            UnavailableError: The configuration cannot run in this environment.
         """
 
     def close(self) -> None:
-        """Takes it off again."""
+        """Removes the configuration from the pipeline."""
 
     def images(self, number: int) -> Tensor:
-        """What call `number` generates, [B, C, H, W]."""
+        """Returns the images of call `number`, [B, C, H, W]."""
         return self.setup.generate(number)
 
     def counting(self) -> AbstractContextManager[Any]:
-        """Within this, the `total` of what it gives grows by the FLOPs that are executed."""
+        """Yields an object whose `total` counts the FLOPs that are executed inside the context."""
         return FlopCounter()
 
 
 class Ours(Runner):
-    """cachedit_fx, by `enable_cache`."""
+    """Runs cachedit_fx, with `enable_cache`."""
 
     def __init__(self, setup: Setup, inner: str = "eager") -> None:
         super().__init__(setup, inner)
@@ -73,7 +73,7 @@ class Ours(Runner):
             self._watching.enter_context(self._pieces.watching())
 
     def _compile(self) -> None:
-        """`enable_cache` does."""
+        """Does nothing, because `enable_cache` compiles."""
 
     def configure(self, config: Config) -> None:
         try:
@@ -97,7 +97,7 @@ class Ours(Runner):
 
 
 class CacheDiT(Runner):
-    """cache-dit, by its `enable_cache`; its blocks are compiled one class at a time, as its documentation has it."""
+    """Runs cache-dit, with its `enable_cache`. Blocks are compiled one class at a time, as its documentation does."""
 
     def __init__(self, setup: Setup, inner: str = "eager") -> None:
         super().__init__(setup, inner)
@@ -106,7 +106,7 @@ class CacheDiT(Runner):
         self.pipe.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__})
 
     def _compile(self) -> None:
-        """Once the cache is there."""
+        """Compiles after the cache was enabled."""
 
     def configure(self, config: Config) -> None:
         import cache_dit
@@ -125,7 +125,7 @@ class CacheDiT(Runner):
 
 
 class FewerSteps(Runner):
-    """The uncached pipeline with another scheduler and fewer steps."""
+    """Runs the uncached pipeline with another scheduler and fewer steps."""
 
     compiles_once = True
 
@@ -150,10 +150,10 @@ NEEDS = {"cache-dit": "cache_dit"}
 
 
 def _made(module: str, config: Config) -> Any:
-    """The configuration's forecaster, from the library that has it.
+    """Creates the forecaster of a configuration with the class from its library.
 
     Raises:
-        UnavailableError: It has none of that name.
+        UnavailableError: The library has no class of this name.
     """
     import importlib
 
@@ -166,5 +166,5 @@ def _made(module: str, config: Config) -> Any:
 
 
 def reset() -> None:
-    """Forgets what Dynamo has compiled."""
+    """Resets Dynamo, so that no compiled code remains."""
     torch._dynamo.reset()

@@ -1,7 +1,7 @@
-"""What is generated: the pipeline, its calls, and how its results become images.
+"""The pipeline of the quality benchmark, its calls, and the conversion of its results to images.
 
-The default is the digits of examples/digits. Another one is named as `module:factory`, a function that returns a
-pipeline and a list of keyword arguments for it, or a `Setup`.
+The default is the digits model of examples/digits. Another pipeline is given as `module:factory`, a function that
+returns a pipeline and a list of keyword arguments for it, or a `Setup`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ NUM_STEPS = 28
 
 
 def images_of(output: Any) -> Tensor:
-    """The images of a pipeline's output, [B, ...], float32: from 0 to 1 if the pipeline made NumPy arrays or pictures.
+    """Returns the images in the output of a pipeline, float32 [B, ...]. NumPy arrays and PIL images are from 0 to 1.
 
     Raises:
-        ValueError: It holds neither a tensor nor arrays nor pictures.
+        ValueError: The output contains no tensor, arrays or PIL images.
     """
     found = getattr(output, "images", None)
     found = getattr(output, "frames", output) if found is None else found
@@ -43,14 +43,15 @@ def images_of(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Setup:
-    """A pipeline and what it is called with.
+    """A pipeline and its calls.
 
     Attributes:
-        pipe: Not yet cached or compiled.
-        calls: Keyword arguments, a batch each. A generator among them starts every run from the state it has now.
-        images: From the pipeline's output to [B, C, H, W], float32, 0 to 1.
-        accuracy: From the images of all calls, [N, C, H, W], to the share that shows what was asked for; None if that
-            cannot be told.
+        pipe: The pipeline, neither cached nor compiled.
+        calls: The keyword arguments of each call, which generates a batch. A generator among them is reset to its
+            current state before every run.
+        images: Converts the output of the pipeline to float32 [B, C, H, W] from 0 to 1.
+        accuracy: Returns, for the images of all calls, [N, C, H, W], the share that shows what was requested; None if
+            this cannot be measured.
     """
 
     pipe: Any
@@ -67,7 +68,7 @@ class Setup:
         return int(self.calls[0].get("num_inference_steps", NUM_STEPS))
 
     def generate(self, number: int, changed: Mapping[str, Any] | None = None) -> Tensor:
-        """What call `number` generates, with the `changed` arguments; from the same noise every time."""
+        """Returns the images of call `number` with the arguments in `changed`, from the same noise every time."""
         call, state = self.calls[number], self._states[number]
         if state is not None:
             call["generator"].set_state(state)
@@ -81,10 +82,10 @@ def _state_of(call: Mapping[str, Any]) -> Tensor | None:
 
 
 def load_setup(name: str, num_images: int, batch: int) -> Setup:
-    """The setup of this name: "digits" or `module:factory`.
+    """Returns the setup with this name: "digits" or `module:factory`.
 
     Raises:
-        ValueError: The name is neither.
+        ValueError: The name has neither form.
     """
     if name == "digits":
         return digits(num_images, batch)
@@ -97,7 +98,7 @@ def load_setup(name: str, num_images: int, batch: int) -> Setup:
 
 
 def digits(num_images: int, batch: int, num_steps: int = NUM_STEPS, seed: int = 0) -> Setup:
-    """The ten digits in turn, one noise each; `seed` is that of the first batch."""
+    """Returns a setup that generates the ten digits in rotation. The seed of batch i is `seed` + i."""
     model = digits_model()
     pipe = model.build_pipeline(model.load_transformer())
     pipe.set_progress_bar_config(disable=True)
@@ -126,10 +127,10 @@ def digits(num_images: int, batch: int, num_steps: int = NUM_STEPS, seed: int = 
 
 
 class DigitsRead:
-    """Share of images that a classifier, trained on scikit-learn's digits, reads as what was asked for.
+    """Computes the share of images in which a classifier, trained on scikit-learn's digits, finds the requested class.
 
     Args:
-        asked: Classes, [N].
+        asked: The requested classes, [N].
     """
 
     def __init__(self, asked: Tensor) -> None:
@@ -146,7 +147,7 @@ class DigitsRead:
 
 
 def digits_model() -> ModuleType:
-    """examples/digits/model.py, which lies in no package."""
+    """Imports examples/digits/model.py, which is in no package."""
     name = "examples_digits_model"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, DIGITS)

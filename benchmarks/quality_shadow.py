@@ -1,7 +1,8 @@
-"""Shadow mode held against the truth: the error that it foretells at a step, and that of a run which reuses.
+"""Compares the errors that shadow mode predicts with the errors of a run that reuses steps.
 
-Foretold: `CacheStats.errors` of a run in which every step computes. Real: how far the model's output at a reused step
-is from that of the uncached run at the same step, which by then also sees other latents.
+The predicted errors are `CacheStats.errors` of a run in which every step is computed. The actual error of a reused step
+is the distance between the output of the model and that of the uncached run at the same step, whose latents differ as
+well by then.
 
     python -m benchmarks.quality_shadow
 """
@@ -23,7 +24,7 @@ _FORECASTERS = {"last": None, "Taylor 1": TaylorSeerCalibratorConfig()}
 
 
 def correlations(pipeline: str = "digits", num_images: int = 40, batch: int = 10) -> list[dict[str, Any]]:
-    """By mask and forecaster: Pearson's correlation of both errors over the reused steps of all calls."""
+    """Returns Pearson's correlation of both errors over the reused steps of all calls, by mask and forecaster."""
     setup = load_setup(pipeline, num_images, batch)
     torch.set_num_threads(1)
     plain = [_outputs(setup, number) for number in range(len(setup.calls))]
@@ -63,7 +64,7 @@ def _both(setup: Setup, plain: list[list[Tensor]], fields: dict[str, Any]) -> tu
 
 
 def _outputs(setup: Setup, number: int) -> list[Tensor]:
-    """What the transformer returns at every step of a call."""
+    """Returns the output of the transformer at every step of a call."""
     found: list[Tensor] = []
     module: nn.Module = setup.pipe.transformer
     keep = torch._dynamo.disable(lambda _, __, output: found.append(output[0].clone()))

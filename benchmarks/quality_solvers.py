@@ -1,4 +1,4 @@
-"""The solvers of diffusers for flow matching, all on the noise levels of the pipeline's own scheduler."""
+"""The solvers of diffusers for flow matching, with the noise levels of the pipeline's own scheduler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_NOISE = 0.999  # Where the multistep solvers of diffusers begin: they take 
 
 
 def sigmas_of(euler: Any, num_steps: int | None, device: Any, sigmas: Any, mu: float | None) -> Tensor:
-    """Noise levels, [steps + 1], the last one 0, as the pipeline's own scheduler makes them."""
+    """Returns the noise levels of the pipeline's own scheduler, [steps + 1]; the last one is 0."""
     if sigmas is None:
         assert num_steps is not None
         sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
@@ -24,7 +24,7 @@ def sigmas_of(euler: Any, num_steps: int | None, device: Any, sigmas: Any, mu: f
 
 
 class Heun(FlowMatchHeunDiscreteScheduler):
-    """Calls the model twice per step but the last one."""
+    """Heun's method, which calls the model twice at every step except the last one."""
 
     euler: Any
 
@@ -39,7 +39,7 @@ class Heun(FlowMatchHeunDiscreteScheduler):
 
 
 class _Multistep:
-    """What the two multistep solvers have in common. Their own timesteps are whole numbers; these are not rounded."""
+    """The common base of the two multistep solvers. Unlike those of diffusers, its timesteps are not integers."""
 
     euler: Any
     config: Any
@@ -67,7 +67,7 @@ SOLVERS = ("euler", *_MAKE)
 
 
 def solver(name: str, euler: Any) -> Any:
-    """A scheduler for the pipeline whose own one is `euler`."""
+    """Returns a scheduler for a pipeline whose own scheduler is `euler`."""
     if name == "euler":
         return copy.deepcopy(euler)
     made = _MAKE[name]()
@@ -76,5 +76,5 @@ def solver(name: str, euler: Any) -> Any:
 
 
 def calls_of(name: str, num_steps: int) -> int:
-    """Calls of the model in so many steps."""
+    """Returns the number of calls of the model in this number of steps."""
     return 2 * num_steps - 1 if name == "heun" else num_steps

@@ -1,4 +1,4 @@
-"""Configurations by `cachedit_fx.tune`, for digits that the bench does not measure them on."""
+"""Finds configurations with `cachedit_fx.tune`, on other digits than those that they are measured on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def calls_of(setup: Setup) -> list[Callable[[Any], Tensor]]:
 
 
 def tune_all(folder: Path, targets: Sequence[float] = TARGETS) -> list[str]:
-    """Tunes for every target on twenty digits of other noise; returns the files that `tune` saved in `folder`."""
+    """Tunes for every target on twenty digits from other noise, and returns the files that `tune` saved in `folder`."""
     setup = digits(20, 10, seed=_FIRST_SEED)
     folder.mkdir(parents=True, exist_ok=True)
     found = []

@@ -1,9 +1,9 @@
-"""One family in a process of its own. Takes a job as JSON, and answers with a line of JSON per configuration.
+"""Measures one family in a process of its own. Takes a job as JSON, and answers with a line of JSON per configuration.
 
     python -m benchmarks.quality_worker '{"family": "ours", "task": "nearness", ...}'
 
-Task "nearness": images of every call and the FLOPs that they took, on the eager backend. Task "time": seconds of calls
-of one image beside those of the uncached model, compiled by the same backend, in turn.
+The task "nearness" generates the images of every call with the eager backend, and counts the FLOPs. The task "time"
+measures the seconds of calls for one image, in alternation with the uncached model compiled by the same backend.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ MAX_WARMUPS = 6  # Generations until nothing is compiled any more.
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker does.
+    """The job of a worker.
 
     Attributes:
-        names: Of the configurations; others of the family are left out.
-        tuned: Files of more configurations, for "ours".
-        inner: What compiles, for the task "time".
-        rounds: Of the task "time", each with another image.
+        names: The names of the configurations to measure.
+        tuned: The files of further configurations, for "ours".
+        inner: The inner backend for the task "time".
+        rounds: The number of rounds of the task "time", each with another image.
     """
 
     family: str
@@ -60,7 +60,7 @@ class Job:
 
 
 class NearnessTask:
-    """Measures how near to the uncached images a configuration comes, and for what share of the FLOPs."""
+    """Measures the distance of the images of a configuration to the uncached ones, and the share of the FLOPs."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -72,7 +72,7 @@ class NearnessTask:
         self.configs = job.configs(base.setup.num_steps)
 
     def reference(self) -> dict[str, Any]:
-        """What is said of the uncached run."""
+        """Returns the results of the uncached run."""
         return {"images": len(self._reference), "flops": self._flops, "accuracy": self._read(self._reference)}
 
     def measure(self, config: Config) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class NearnessTask:
         }
 
     def _all(self, runner: Runner) -> tuple[Tensor, int]:
-        """The images of all calls, [N, C, H, W], and the FLOPs of them all."""
+        """Returns the images of all calls, [N, C, H, W], and the total FLOPs."""
         with runner.counting() as counter:
             images = torch.cat([runner.images(number) for number in self._numbers])
         return images, counter.total
@@ -102,7 +102,7 @@ class NearnessTask:
 
 
 class TimeTask:
-    """Measures seconds per call beside the uncached model, which takes turns with the configuration."""
+    """Measures the seconds per call of a configuration in alternation with the uncached model."""
 
     def __init__(self, job: Job) -> None:
         self._job = dataclasses.replace(job, num_images=job.rounds, batch=1)
@@ -128,7 +128,7 @@ class TimeTask:
         return {**clocks, "uncached_ms": milliseconds[0], "ms": milliseconds[1]}
 
     def _runners(self) -> tuple[Runner, Runner]:
-        """The uncached model and another one; new ones where the last configuration left compiled code behind."""
+        """Returns the uncached runner and that of the family; new ones if the last configuration left compiled code."""
         kind = RUNNERS[self._job.family]
         if self._compiled is None or not kind.compiles_once:
             reset()
@@ -136,10 +136,10 @@ class TimeTask:
         return self._compiled
 
     def _warm_up(self, runner: Runner) -> None:
-        """Generates until nothing is compiled.
+        """Generates until nothing is compiled any more.
 
         Raises:
-            UnavailableError: That does not end.
+            UnavailableError: Every generation compiles something.
         """
         for _ in range(MAX_WARMUPS):
             known = _num_frames()
@@ -150,7 +150,7 @@ class TimeTask:
 
 
 def _seconds(runner: Runner, number: int) -> tuple[float, float]:
-    """Wall and CPU seconds of one call."""
+    """Returns the wall and CPU seconds of one call."""
     started = time.perf_counter(), time.process_time()
     runner.images(number)
     return time.perf_counter() - started[0], time.process_time() - started[1]

@@ -1,11 +1,12 @@
-"""Ours beside every peer, on a CPU: time of a step and of a generation, compilation, state and memory.
+"""Compares cachedit_fx with other caches on a CPU: time of a step and of a generation, compilation, state and memory.
 
-Every variant runs in a process of its own with one thread. All reuse the same steps of a generation, which each process
-checks, as it checks that nothing is compiled while it is measured. Variants take turns, at every step or at every
-generation, so that what else the machine does falls on all alike; figures are medians of ratios of the same round.
+Every variant runs in a process of its own with one thread. All variants reuse the same steps of a generation. Each
+process checks this, and that nothing is compiled during a measurement. The variants alternate after every step or every
+generation, so that other work on the machine affects all of them equally. The figures are medians of ratios within one
+round.
 
     python -m benchmarks.run --work flux-compute qwen --rounds 15 --json out.json
-    python -m benchmarks.run --quick          # in a few minutes, tiny sizes: to see that it runs
+    python -m benchmarks.run --quick          # a trial run with tiny sizes, a few minutes
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def parse() -> argparse.Namespace:
 
 
 def settings_of(args: argparse.Namespace, work: str) -> list[Settings]:
-    """One for each variant that can run here."""
+    """Returns the settings of each variant that can run in this environment."""
     names = [name for name in args.variants if is_installed(name)]
     if args.fn != 1 or args.bn:
         names = [name for name in names if name != "fbc"]
@@ -69,7 +70,7 @@ def settings_of(args: argparse.Namespace, work: str) -> list[Settings]:
 
 
 def report(args: argparse.Namespace, work: str, results: Results, plan: Plan) -> str:
-    """The tables of one work."""
+    """Returns the tables of one work."""
     size = WORKS[work].tiny() if args.quick else WORKS[work]
     mask = "".join(map(str, size.mask))
     detail = (

@@ -1,4 +1,4 @@
-"""The sizes that are measured, by name."""
+"""The sizes of the models that are measured, by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.work import Work
 
 
 def _flux(double: int, single: int, heads: int, head: int, **others: Any) -> dict[str, Any]:
-    """FLUX's configuration; a third of the rotary dimensions goes to each axis, about as in FLUX.1."""
+    """Returns the configuration of a FLUX. Each axis gets about a third of the rotary dimensions, similar to FLUX.1."""
     rest = head // 8 * 3
     rest -= rest % 2
     text = dict(joint_attention_dim=256, pooled_projection_dim=64, guidance_embeds=False)

@@ -1,7 +1,8 @@
-"""The variants that are compared: how each is set up, called, and asked what it decided and what it holds.
+"""The variants that are compared: how each is set up and called, and how its decisions and its memory are read.
 
-All caches are given F1B0 (or what `--fn` and `--bn` say) and the same mask. With the policy "dynamic" (the default) a 0
-of the mask asks for the diff, as in real use, and the threshold lies above every diff: all look, all decide alike.
+All caches run with F1B0 (or `--fn` and `--bn`) and the same mask. With the policy "dynamic" (the default), the diff is
+measured where the mask has a 0, as in real use. The threshold is above every diff, so that all caches make the same
+decisions.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 8192}  # What 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a worker is started with.
+    """The settings of a worker.
 
     Attributes:
         inner: The backend that compiles.
-        mode: Its mode; None for the default.
-        policy: What a 0 of the mask means to the caches: "dynamic" looks at the diff, "static" reuses at once.
-        front, back: Blocks that always run, Fn and Bn.
-        compiles_with_peer_tuning: Inductor's settings are those that cache-dit recommends, for cache-dit alone.
+        mode: The mode of this backend; None for the default.
+        policy: What a 0 in the mask means: "dynamic" compares the diff with the threshold, "static" reuses without it.
+        front: The number of Fn blocks.
+        back: The number of Bn blocks.
+        compiles_with_peer_tuning: Whether cache-dit runs with the settings of Inductor that it recommends.
     """
 
     work: str
@@ -51,13 +53,13 @@ class Settings:
 
 
 class Variant:
-    """The model as it is; what the others change. One object per process.
+    """The model without changes. The other variants are subclasses. There is one object per process.
 
     Attributes:
         caches: Whether steps are reused.
         compiles: Whether anything is compiled.
-        needs: The module without which it cannot run.
-        note: What a table says below itself.
+        needs: The module that the variant requires.
+        note: A note below the table.
     """
 
     caches: ClassVar[bool] = False
@@ -73,33 +75,33 @@ class Variant:
 
     @property
     def expected(self) -> list[int]:
-        """The steps that are to be reused, from 0."""
+        """Returns the numbers of the steps that must be reused, from 0."""
         return [i for i, computes in enumerate(self.work.mask) if not computes] if self.caches else []
 
     def prepare(self) -> None:
-        """Sets up cache and compilation; the first calls compile."""
+        """Enables the cache and the compilation. The first calls compile."""
 
     def begin(self) -> None:
-        """Before a generation."""
+        """Prepares a generation."""
 
     def call(self, guidance_branch: str, inputs: dict[str, Any], step: int) -> Tensor:
-        """The velocity of one branch at one step."""
+        """Returns the velocity of one guidance branch at one step."""
         velocity: Tensor = self.called(**inputs)[0]
         return velocity
 
     def decisions(self) -> dict[str, list[int]]:
-        """By branch, the steps of this generation that were reused; empty for a variant without a cache."""
+        """Returns the reused steps of this generation by guidance branch; empty for a variant without a cache."""
         return {}
 
     def state_bytes(self) -> int:
-        """What the cache holds now."""
+        """Returns the bytes that the cache holds now."""
         return 0
 
     def end(self) -> None:
-        """After a generation, once nobody holds its prompt any more: what a pipeline does there."""
+        """Ends a generation as a pipeline does. Its prompt has been deleted before."""
 
     def check_state(self, during: int, after: int) -> None:
-        """That a generation held so many bytes at its end, and holds so many afterwards, is as it should be."""
+        """Checks the bytes that the cache held at the end of a generation, and those that it holds afterwards."""
 
     def _compile(self, *, fullgraph: bool) -> None:
         self.called = torch.compile(
@@ -116,24 +118,24 @@ class Eager(Variant):
 
 
 class Plain(Variant):
-    """torch.compile of the whole transformer."""
+    """Compiles the whole transformer with torch.compile."""
 
     def prepare(self) -> None:
         self._compile(fullgraph=True)
 
 
 class Repeated(Variant):
-    """Diffusers' regional compilation."""
+    """Compiles the blocks with the regional compilation of diffusers."""
 
     def prepare(self) -> None:
         self._compile_blocks()
 
 
 class Floor(Plain):
-    """The lower bound of a reused step: head, the Fn and Bn blocks and tail, compiled as one graph.
+    """The lower bound of a reused step: the head, the Fn and Bn blocks and the tail, compiled as one graph.
 
-    The other steps run the whole model, as with a cache: after them no reused step finds its weights and its code in
-    the processor's caches.
+    The other steps run the whole model, as with a cache. After them, the weights and the code of a reused step are not
+    in the processor's caches.
     """
 
     note = (
@@ -157,7 +159,7 @@ class Floor(Plain):
 
 
 class Ours(Variant):
-    """`enable_cache` of this project, as one graph."""
+    """Runs `enable_cache` of this project, captured as one graph."""
 
     caches = True
     fields: ClassVar[dict[str, Any]] = {}
@@ -215,14 +217,14 @@ class OursInline(Ours):
 
 
 class OursZero(Ours):
-    """Threshold 0: the cache is there, and nothing is ever reused."""
+    """Runs the cache with the threshold 0, so that no step is reused."""
 
     caches = False
     note = "-zero: the threshold is 0, so nothing is reused."
 
 
 class CacheDiT(Variant):
-    """cache-dit on the transformer alone, then torch.compile of the whole, which breaks its graph."""
+    """Runs cache-dit on the transformer, and then torch.compile of the whole, which has graph breaks."""
 
     caches = True
     needs = "cache_dit"
@@ -275,7 +277,7 @@ class CacheDiT(Variant):
 
 
 class CacheDiTRegional(CacheDiT):
-    """cache-dit, and its blocks compiled one class at a time."""
+    """Runs cache-dit with its blocks compiled one class at a time."""
 
     def _compile_cached(self) -> None:
         self._compile_blocks()
@@ -286,9 +288,9 @@ class CacheDiTZero(CacheDiT):
 
 
 class FirstBlockCache(Variant):
-    """Diffusers' own cache. It has a threshold alone: at every step it is set so that the mask decides.
+    """Runs the first-block cache of diffusers. It has a threshold but no mask, so the threshold is set at every step.
 
-    The threshold is read outside of the compiled code, and the diff is taken and read whatever it is.
+    The threshold is read outside of the compiled code, and the diff is measured and read whatever the threshold is.
     """
 
     caches = True
@@ -349,14 +351,14 @@ def is_installed(variant: str) -> bool:
 
 
 def raise_limits() -> None:
-    """Lets no variant fall back to eager because it compiles a function often; beyond these limits it raises."""
+    """Raises Dynamo's limits, so that no variant falls back to eager; beyond these limits, an error is raised."""
     for name, limit in (LIMITS | {"fail_on_recompile_limit_hit": True}).items():
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, limit)
 
 
 def bytes_of(values: Iterable[Any]) -> int:
-    """Memory of the tensors in nested containers, each storage once."""
+    """Returns the bytes of the tensors in nested containers; each storage is counted once."""
     storages: dict[int, int] = {}
 
     def visit(value: Any) -> None:

@@ -1,11 +1,11 @@
-"""What is generated: transformers with random weights, their prompts and the loop around them.
+"""The transformers with random weights that are measured, their prompts, and the denoising loop.
 
-`WORKS` maps a name to a `Work`: how the transformer is configured, what it is fed with, how many steps a generation
-takes and which of them are to be reused. Nothing is downloaded.
+`WORKS` maps a name to a `Work`: the configuration of the transformer, its inputs, the number of steps of a generation,
+and which of them are reused. Nothing is downloaded.
 
-The weights are made calm (see `_calm`): of a transformer as it is initialised, neighbouring timesteps make unrelated
-inputs, and a cache would never be used. The decisions are those of a mask all the same, so that every cache does the
-same work.
+The weights are changed so that residuals change slowly (see `_calm`). In a transformer as it is initialized,
+neighboring timesteps result in unrelated inputs, and a cache would never reuse a step. The decisions are nevertheless
+those of a mask, so that every cache does the same work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Sizes = tuple[int, ...]
 
 
 def schedule(num_steps: int, warmup: int) -> tuple[int, ...]:
-    """Per step 1 (compute) or 0 (reuse): `warmup` computed steps, then always two reused and one computed."""
+    """Returns 1 (compute) or 0 (reuse) per step: `warmup` times 1, then 0, 0, 1 repeatedly."""
     return tuple(1 if i < warmup else int((i - warmup) % 3 == 2) for i in range(num_steps))
 
 
@@ -34,16 +34,18 @@ class Work:
     """One size of one kind of transformer.
 
     Attributes:
-        name: Key in `WORKS`.
-        title: What a table says of it.
-        kind: The transformer's class and what belongs to it: a key of `KINDS`.
-        config: Of the transformer.
-        grid: Latent tokens per side: (height, width), for a video (frames, height, width).
-        text: Tokens of the prompt and, where guidance calls the transformer twice per step, of the negative prompt.
-        guidance: Scale of classifier-free guidance; None for one call per step.
-        num_steps, warmup: Of a generation; which steps are computed follows from them (`schedule`).
-        dtype: Of weights, prompts and latents.
-        interleave: What variants take turns at: a "step" where one takes long, else a "generation".
+        name: Its key in `WORKS`.
+        title: Its title in tables.
+        kind: The key in `KINDS` of the class of the transformer.
+        config: The configuration of the transformer.
+        grid: The latent tokens per side: (height, width), for a video (frames, height, width).
+        text: The numbers of tokens of the prompt and, if guidance calls the transformer twice per step, of the negative
+            prompt.
+        guidance: The scale of classifier-free guidance; None for one call per step.
+        num_steps: The number of steps of a generation.
+        warmup: The number of first steps that are computed; `schedule` determines the others.
+        dtype: The dtype of weights, prompts and latents.
+        interleave: After what the variants alternate: a "step" if steps take long, else a "generation".
     """
 
     name: str
@@ -64,7 +66,7 @@ class Work:
 
     @property
     def guidance_branches(self) -> tuple[str, ...]:
-        """The calls of one step, in order."""
+        """The guidance branches of one step, in the order of their calls."""
         return ("cond",) if self.guidance is None else ("cond", "uncond")
 
     @property
@@ -76,7 +78,7 @@ class Work:
         return int(self.config["attention_head_dim"]) * int(self.config["num_attention_heads"])
 
     def stream_bytes(self, guidance_branch: str) -> dict[str, int]:
-        """Size of what one block hands to the next, by role; without the text where blocks don't change it."""
+        """The bytes of each stream between two blocks, by role; without the text if blocks do not change it."""
         itemsize = getattr(torch, self.dtype).itemsize
         text = self.text[self.guidance_branches.index(guidance_branch)]
         sizes = {"hidden_states": self.num_tokens, "encoder_hidden_states": text}
@@ -84,7 +86,7 @@ class Work:
         return {role: sizes[role] * self.width * itemsize for role in roles}
 
     def tiny(self) -> Work:
-        """The same in the smallest sizes: for trying things out, not for figures."""
+        """Returns the same work with the smallest sizes, for trial runs."""
         head = dict(attention_head_dim=16, num_attention_heads=2)
         layers = {name: 2 for name in ("num_layers", "num_single_layers") if name in self.config}
         small: dict[str, dict[str, Any]] = {
@@ -107,23 +109,25 @@ class Work:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The transformer's inputs that stay the same objects throughout a generation, by branch."""
+    """The inputs of the transformer that are the same objects in all steps of a generation, by guidance branch."""
 
     inputs: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What one class of transformers needs.
+    """A class of transformers.
 
     Attributes:
         transformer: The class.
-        timestep_scale: The timestep that it gets at sigma 1.
-        lists: Names of its block lists, in execution order.
-        smoothing, gain: See `_calm`.
-        linears: model -> the first linears of its timestep MLPs, and those that turn them into scales and shifts.
-        latents: (work, generator) -> the noise to begin with.
-        inputs: (work, text tokens, generator) -> the prompt's inputs of one branch.
+        timestep_scale: The timestep at sigma 1.
+        lists: The names of its block lists, in execution order.
+        smoothing: See `_calm`.
+        gain: See `_calm`.
+        linears: Returns, for a model, the first linear layers of its timestep MLPs, and those that compute scales and
+            shifts from them.
+        latents: Returns the initial noise for (work, generator).
+        inputs: Returns the inputs of one guidance branch that belong to the prompt, for (work, text tokens, generator).
     """
 
     transformer: type[nn.Module]
@@ -137,12 +141,12 @@ class Kind:
 
 
 def chain(work: Work, model: nn.Module) -> list[tuple[str, int]]:
-    """List and number of every block, in execution order."""
+    """Returns the list and the number of every block, in execution order."""
     return [(name, i) for name in KINDS[work.kind].lists for i in range(len(getattr(model, name)))]
 
 
 def build(work: Work, device: str = "cpu") -> nn.Module:
-    """A new transformer, always with the same weights on the same device."""
+    """Returns a new transformer, with the same weights every time on the same device."""
     kind = KINDS[work.kind]
     torch.manual_seed(0)
     default = torch.get_default_dtype()
@@ -165,7 +169,7 @@ def build(work: Work, device: str = "cpu") -> nn.Module:
 
 
 def keep_blocks(work: Work, model: nn.Module, front: int, back: int) -> nn.Module:
-    """`model` without its middle blocks: what a reused step has to run at least."""
+    """Removes the middle blocks from `model`. The rest is what a reused step must run at least."""
     blocks = chain(work, model)
     kept = {*blocks[:front], *blocks[len(blocks) - back :]}
     for name in KINDS[work.kind].lists:
@@ -175,7 +179,7 @@ def keep_blocks(work: Work, model: nn.Module, front: int, back: int) -> nn.Modul
 
 
 def prompt_of(work: Work, seed: int, device: str = "cpu") -> Prompt:
-    """New tensors for every branch."""
+    """Returns a prompt with new tensors for every guidance branch."""
     generator, dtype, made = torch.Generator().manual_seed(seed), getattr(torch, work.dtype), {}
     for guidance_branch, text in zip(work.guidance_branches, work.text, strict=True):
         inputs = KINDS[work.kind].inputs(work, text, generator)
@@ -191,13 +195,13 @@ def latents_of(work: Work, seed: int, device: str = "cpu") -> Tensor:
 
 
 def timesteps_of(work: Work, device: str = "cpu") -> list[Tensor]:
-    """One tensor per step, made before the loop so that no step has to."""
+    """Returns one tensor per step, created before the loop so that no step creates it."""
     sigmas = torch.linspace(1, 0, work.num_steps + 1)[:-1] * KINDS[work.kind].timestep_scale
     return [sigma[None].to(device) for sigma in sigmas]
 
 
 def denoise_step(call: Call, work: Work, prompt: Prompt, latents: Tensor, timestep: Tensor) -> Tensor:
-    """The latents one Euler step of flow matching on, after a call of the transformer for each guidance branch."""
+    """Returns the latents after an Euler step of flow matching, with one call of the model per guidance branch."""
     common = dict(hidden_states=latents, timestep=timestep, return_dict=False)
     found = [call(guidance_branch, {**common, **inputs}) for guidance_branch, inputs in prompt.inputs.items()]
     velocity = found[0] if work.guidance is None else found[1] + work.guidance * (found[0] - found[1])
@@ -205,10 +209,11 @@ def denoise_step(call: Call, work: Work, prompt: Prompt, latents: Tensor, timest
 
 
 def _calm(kind: Kind, model: nn.Module) -> None:
-    """Makes a random transformer's residuals change slowly from step to step, as training does.
+    """Changes random weights so that the residuals change slowly from step to step, as in a trained transformer.
 
-    Frequencies of the timestep well above 1/smoothing are taken out of the first linears (fed with 128 cosines and 128
-    sines of t in 0..1000, at frequencies 10000^(-i/128)); AdaLN weights are scaled so that what is left matters.
+    Frequencies of the timestep well above 1/smoothing are removed from the first linear layers (whose inputs are 128
+    cosines and 128 sines of t in 0..1000, at frequencies 10000^(-i/128)). The AdaLN weights are scaled by the gain, so
+    that the remaining frequencies matter.
     """
     time_linears, adaln = kind.linears(model)
     frequency = 10000.0 ** (-torch.arange(128) / 128)

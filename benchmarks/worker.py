@@ -1,10 +1,13 @@
-"""One variant in a process of its own. Reads commands, a line each, and answers each with a line of JSON.
+"""Runs one variant in a process of its own. Reads one command per line, and answers each with a line of JSON.
 
-compile     sets up and runs generations until none compiles anything: seconds that compilation took
-begin       a new generation          step    its next step: seconds         end    checks it, lets go of it
-generation  the three together: seconds of every step
-memory      a generation: bytes       profile a generation: what the device waited for
-quit
+compile     sets up, and runs generations until none compiles anything; returns the seconds of the compilation
+begin       begins a generation
+step        runs the next step of the generation; returns seconds
+end         checks the generation and ends it
+generation  the previous three together; returns the seconds of every step
+memory      runs a generation; returns bytes
+profile     runs a generation; returns what the device waited for
+quit        ends the process
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ MAX_GENERATIONS = 10  # Until nothing is compiled any more.
 
 
 class Stopwatch:
-    """Takes the time between marks: wall, CPU time of this process and, on an accelerator, between two events."""
+    """Measures the time between marks: wall time, CPU time and, on an accelerator, the time between events."""
 
     def __init__(self, device: str) -> None:
         self._on_device = device != "cpu"
@@ -46,7 +49,7 @@ class Stopwatch:
         self._marks.append((time.perf_counter(), time.process_time(), event))
 
     def step_times(self) -> list[Seconds]:
-        """Between every mark and the next. Waits for the device."""
+        """Returns the times between consecutive marks. Waits for the device."""
         if self._on_device:
             torch.cuda.synchronize()
         found = []
@@ -59,7 +62,7 @@ class Stopwatch:
 
 
 class Generation:
-    """The loop of one generation, a step at a time."""
+    """The loop of one generation, which runs step by step."""
 
     def __init__(self, variant: Variant, seed: int) -> None:
         self._variant, work, device = variant, variant.work, variant.settings.device
@@ -83,13 +86,13 @@ class Generation:
             )
 
     def check(self) -> None:
-        """That it is over and gave numbers."""
+        """Checks that the generation is complete and its result finite."""
         if self._step != self._variant.work.num_steps or not self._latents.isfinite().all():
             raise RuntimeError(f"{self._step} steps of {self._variant.work.num_steps}, or latents that are not finite")
 
 
 class Worker:
-    """A variant, and the generation that it is in."""
+    """A variant and its current generation."""
 
     def __init__(self, settings: Settings) -> None:
         self.variant = VARIANTS[settings.variant](settings)
@@ -101,7 +104,10 @@ class Worker:
         self._state: dict[str, Any] = {}
 
     def compile(self) -> dict[str, Any]:
-        """Seconds of compilation, child processes too: all that was spent, less what the calls take once compiled."""
+        """Returns the seconds of the compilation, including child processes.
+
+        This is the total time less the time that the calls take once they are compiled.
+        """
         started = time.perf_counter(), _cpu_seconds()
         self.variant.prepare()
         for count in range(1, MAX_GENERATIONS + 1):
@@ -135,10 +141,10 @@ class Worker:
         return step_time
 
     def end(self) -> dict[str, Any]:
-        """What the generation decided and held.
+        """Ends the generation, and returns its decisions and its memory.
 
         Raises:
-            RuntimeError: It reused other steps than it was to, holds more than it should, or something was compiled.
+            RuntimeError: It reused other steps than expected, holds more memory than expected, or compiled something.
         """
         variant = self.variant
         self._running.check()
@@ -172,7 +178,7 @@ class Worker:
         return {"steps": step_times, **self.end()}
 
     def memory(self) -> dict[str, Any]:
-        """Bytes: the most that a generation allocated beyond what was there before it, and the weights."""
+        """Returns the bytes of the weights, and the peak that a generation allocated in addition to what there was."""
         peak = allocated_peak(self._run, self._device)
         tensors = [*self.variant.model.parameters(), *self.variant.model.buffers()]
         return {"peak": peak, "weights": sum(t.nbytes for t in tensors), "rss": peak_rss_bytes()}
@@ -204,7 +210,7 @@ def _cpu_seconds() -> float:
 
 
 def _num_compilations() -> int:
-    """Frames that Dynamo has looked at; calls of compiled code don't count."""
+    """Returns the number of frames that Dynamo has examined; calls of compiled code are not counted."""
     return int(torch._dynamo.utils.counters["frames"]["total"])
 
 

@@ -1,8 +1,8 @@
-"""`python -m cachedit_fx explain module:factory` is `explain` from the shell, `python -m cachedit_fx options` a list of
-the options.
+"""`python -m cachedit_fx explain module:factory` runs `explain` from the shell; `options` lists the options.
 
-The factory takes no arguments and returns `(target, inputs)`: a transformer or a pipeline, and the arguments of a
-call, as a dict (keywords), a tuple (positional), or both: `(target, args, kwargs)`.
+The factory is a function without parameters. It returns `(target, inputs)`: a transformer or a pipeline, and the
+arguments of one call as a dict (keyword arguments) or a tuple (positional arguments). A call with both kinds is
+returned as `(target, args, kwargs)`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from cachedit_fx.inspect.explanation.result import GRAPHS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 if every transformer is cached, 1 if one is not, 2 if the arguments are wrong."""
+    """Runs the command and returns the exit status.
+
+    The status is 0 if every transformer is cached, 1 if one of them is not, and 2 if the arguments are wrong.
+    """
     given = _parser().parse_args(argv)
     if given.command == "options":
         print(options_table(OPTIONS) if given.markdown else options_text(OPTIONS))
@@ -59,28 +62,36 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--markdown", action="store_true", help="as the table of the README")
     command = commands.add_parser(
         "explain",
-        help="what the compiler makes of a model, and why",
+        help="show what the compiler does with a model, and why",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("factory", help="module:function, or path.py:function")
     command.add_argument(
-        "-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="of CacheConfig; see options"
+        "-o",
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set a field of CacheConfig; can be given several times",
     )
-    command.add_argument("--graph", choices=GRAPHS, help="print this graph in place of the page")
+    command.add_argument("--graph", choices=GRAPHS, help="print this graph instead of the explanation")
     command.add_argument(
-        "--diff", nargs="*", metavar="BLOCK", help="print before against after; blocks to expand, or all"
+        "--diff",
+        nargs="*",
+        metavar="BLOCK",
+        help="print the diff between the graphs before and after the rewrite; expand these blocks, or 'all'",
     )
-    command.add_argument("--html", type=Path, metavar="PATH", help="write the page as HTML")
-    command.add_argument("--json", type=Path, metavar="PATH", help="write all of it as JSON")
+    command.add_argument("--html", type=Path, metavar="PATH", help="write the explanation as an HTML page")
+    command.add_argument("--json", type=Path, metavar="PATH", help="write the explanation as JSON")
     return parser
 
 
 def _make(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """What the factory returns, as target, args and kwargs.
+    """Calls the factory and returns its target, args and kwargs.
 
     Raises:
-        ConfigError: There is no such factory, or it returns something else.
+        ConfigError: There is no such factory, or its result has none of the three forms.
     """
     module_name, colon, name = factory.rpartition(":")
     if not colon or not name:
@@ -90,24 +101,25 @@ def _make(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         sys.path.insert(0, str(path.parent))
         module_name = path.stem
     else:
-        sys.path.insert(0, "")  # As `python -m` in the folder of one's own modules.
+        sys.path.insert(0, "")  # Modules of the current folder are found, as with `python -m`.
     try:
         found: Any = importlib.import_module(module_name)
         for part in name.split("."):
             found = getattr(found, part)
     except ModuleNotFoundError as error:
         if error.name is not None and not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # What is missing is something that the module imports itself.
+            raise  # The module itself exists; one of its own imports is missing.
         raise ConfigError(
-            f"cachedit_fx: factory names the module {module_name!r}, which is not found in this folder or among the "
-            "installed packages"
+            f"cachedit_fx: factory names the module {module_name!r}, which was not found in the current folder or "
+            "among the installed packages"
         ) from error
     except AttributeError as error:
         raise ConfigError(
-            f"cachedit_fx: factory names {name!r}, which {module_name!r} does not have; give a function of that module"
+            f"cachedit_fx: factory names {name!r}, which {module_name!r} does not have; pass the name of a function "
+            "of that module"
         ) from error
-    made = found()
-    match made:
+    result = found()
+    match result:
         case (target, dict() as kwargs):
             return target, (), kwargs
         case (target, tuple() | list() as args):
@@ -116,15 +128,15 @@ def _make(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
             return target, tuple(args), kwargs
     raise ConfigError(
         f"cachedit_fx: {factory} must return (target, kwargs), (target, args) or (target, args, kwargs), "
-        f"got {type(made).__name__}"
+        f"got {type(result).__name__}"
     )
 
 
 def _config(options: Sequence[str]) -> CacheConfig | None:
-    """`["Fn_compute_blocks=1"]` as a configuration; None where nothing is given.
+    """Builds a configuration from options such as `["Fn_compute_blocks=1"]`; None if there are no options.
 
     Raises:
-        ConfigError: An option is unknown or has a value that it cannot have.
+        ConfigError: An option is unknown, or its value is not allowed.
     """
     fields: dict[str, Any] = {}
     for option in options:
@@ -133,7 +145,7 @@ def _config(options: Sequence[str]) -> CacheConfig | None:
             raise ConfigError(f"cachedit_fx: option must be NAME=VALUE, got {option!r}")
         try:
             fields[name] = json.loads(value)
-        except json.JSONDecodeError:  # A word needs no quotes; Python's spelling of these three is understood.
+        except json.JSONDecodeError:  # A word needs no quotes, and True, False and None may be spelled as in Python.
             fields[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return split_options(fields)[0] if fields else None
 

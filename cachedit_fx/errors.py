@@ -1,4 +1,4 @@
-"""What a user can see go wrong."""
+"""The exceptions that this package raises, and helpers that format their messages."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _WIDTH = 120
 
 
 def shown(value: object) -> str:
-    """What a message calls a value that was given: its repr on one line, cut where it is long."""
+    """Returns the `repr` of a value on one line for a message, shortened if it is long."""
     first, *more = repr(value).splitlines() or [""]
     return f"{cut(first)} ..." if more else cut(first)
 
 
 def cut(text: object, length: int = 88) -> str:
-    """A text on one line, cut where it is long: what a compiler says of an error may be a file."""
+    """Returns a text on one line, shortened to `length` characters; a compiler's message may be as long as a file."""
     line = " ".join(str(text).split())
     return line if len(line) <= length else f"{line[:length]} ..."
 
 
 def listed(names: Iterable[str]) -> str:
-    """Many names, `a, b, c`, on as many lines as they need."""
+    """Returns the names as `a, b, c`, wrapped to lines of at most 120 characters."""
     return textwrap.fill(", ".join(names), _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
@@ -31,19 +31,25 @@ __all__ = ["ConfigError", "NoMatchError", "PassError", "PatternError"]
 
 
 class ConfigError(ValueError):
-    """An option is unknown or has a value that it cannot have. Names the field, the value, what is allowed."""
+    """An option is unknown, or its value is not allowed.
+
+    The message names the field, the value and the values that are allowed.
+    """
 
 
 class NoMatchError(RuntimeError):
-    """`on_no_match="raise"` and the graph cannot be cached. The message is the one a fallback would have logged."""
+    """The graph cannot be cached, and the configuration has `on_no_match="raise"`.
+
+    The message is the one that is logged as a warning with `on_no_match="fallback"`.
+    """
 
 
 class PassError(RuntimeError):
-    """A pass raised, or left a graph that does not lint. Always a bug in cachedit_fx, never in the model."""
+    """A pass raised an exception, or its graph does not lint. This is a bug in cachedit_fx, never in the model."""
 
 
 class PatternError(RuntimeError):
-    """What a user declared of a model (`BlockAdapter`) is not what its graph shows, or a patch functor failed.
+    """The graph of a model contradicts what the user declared (`BlockAdapter`), or a patch functor failed.
 
     Attributes:
         mismatch: The `Mismatch` of the declared pattern; None if the error does not concern a pattern.
@@ -56,11 +62,11 @@ class PatternError(RuntimeError):
 
 
 def did_you_mean(value: object, allowed: Iterable[object]) -> str:
-    """` Did you mean 'x'?` where `x` is close to what was given, else nothing."""
+    """Returns ` Did you mean 'x'?` if an allowed value `x` is similar to `value`, else an empty string."""
     near = difflib.get_close_matches(str(value), list(map(str, allowed)), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def missing(package: str, what: str) -> ConfigError:
-    """What to say where a package of the extra `report` is not installed."""
+    """Returns the error for a package of the extra `report` that is not installed."""
     return ConfigError(f"cachedit_fx: {what} needs {package}, which is not installed: pip install cachedit_fx[report]")

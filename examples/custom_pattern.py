@@ -1,9 +1,10 @@
-"""A transformer that no built-in pattern fits, and the template that mends it.
+"""Registers a template for a transformer that no built-in pattern fits.
 
     python examples/custom_pattern.py
 
-Its blocks hand on two streams, fine and coarse tokens of one image, and nothing tells which of them is the one to look
-at. `explain` says so; a template of three lines names them. Weights are random: what is reused says nothing of quality.
+The blocks of the transformer pass on two streams, fine and coarse tokens of one image, and nothing in the graph shows
+which of them is `hidden_states`. `explain` reports this, and a template gives the names of the streams. The weights are
+random, so the results say nothing about quality.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ WIDTH, HEADS, TOKENS, DEPTH = 64, 4, 64, 6
 
 
 class Block(nn.Module):
-    """Joint attention over both scales, an MLP for each."""
+    """Joint attention over both scales, and an MLP for each scale."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class TwoScaleTransformer(nn.Module):
 
 
 def denoise(model: nn.Module, num_steps: int = 12) -> Tensor:
-    """Euler steps from noise at time 1 to time 0."""
+    """Integrates from noise at time 1 to time 0 by Euler steps; returns latents [1, 64, 4]."""
     latents = torch.randn(1, TOKENS, 4, generator=torch.Generator().manual_seed(1))
     for time in torch.linspace(1, 1 / num_steps, num_steps):
         latents = latents - model(latents=latents, timestep=time[None]) / num_steps
@@ -87,7 +88,7 @@ def main() -> None:
     print("\n2. Is the template right?\n")
     print(check_pattern(template, model, inputs))
 
-    print("\n3. Registered, and used\n")
+    print("\n3. The registered template in use\n")
     cachedit_fx.register_pattern(template)
     model.compile(backend="cachedit", options=options, fullgraph=True)
     denoise(model)
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 def shortened(explanation: cachedit_fx.Explanation) -> str:
-    """The page up to the end of the nearest miss."""
+    """Returns the page up to the end of the nearest miss."""
     page = str(explanation).partition("  do:")
     return "".join((*page[:2], page[2].partition("\n")[0]))
 

@@ -1,8 +1,8 @@
-"""Finds which of 28 steps to compute for the digits at a wanted PSNR, and tries that on digits that were not tuned on.
+"""Finds which of 28 steps to compute for a target PSNR on the digits, and applies the result to other digits.
 
     python examples/tune.py [--target psnr=40] [--budget runs=16] [--out DIR]
 
-Writes `tuned.yaml` for `enable_cache(pipe, load_tuned(...).config)`, and `frontier.png`.
+The script writes `tuned.yaml`, for `enable_cache(pipe, load_tuned(...).config)`, and `frontier.png`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from model import PIPELINE_SIDE, build_pipeline, class_conditioning, load_transf
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
-PEAK = 2.0  # Images are within [-1, 1].
+PEAK = 2.0  # The range of the images, which are within [-1, 1].
 
 
 def ten_digits(seed: int, steps: int) -> Callable[[FluxPipeline], Tensor]:
-    """One call: the ten digits as a batch, [10, 8, 8] in [-1, 1], always from the same noise."""
+    """Returns a call that generates the ten digits as a batch, [10, 8, 8] in [-1, 1], from the same noise each time."""
     tokens, pooled = class_conditioning(torch.arange(10))
 
     def call(pipeline: FluxPipeline) -> Tensor:
@@ -49,7 +49,7 @@ def ten_digits(seed: int, steps: int) -> Callable[[FluxPipeline], Tensor]:
 
 
 def psnr(images: Tensor, references: Tensor) -> float:
-    """Of the mean squared error over all images, dB."""
+    """Returns the PSNR of the mean squared error over all images, in dB."""
     return float(10 * torch.log10(PEAK**2 / (images - references).square().mean()))
 
 
@@ -58,9 +58,9 @@ def main() -> None:
     parser.add_argument("--target", default="psnr=40", help="psnr=..., rel_l2=... or speedup=...")
     parser.add_argument("--budget", default="runs=16", help="runs=... or seconds=...")
     parser.add_argument("--steps", type=int, default=28, help="denoising steps per image")
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for what is written")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the output files")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # The tensors are too small to share.
+    torch.set_num_threads(1)  # The tensors are too small for several threads.
 
     pipeline = build_pipeline(load_transformer())
     pipeline.set_progress_bar_config(disable=True)

@@ -104,16 +104,23 @@ ROWS = [
         "forecaster-class",
         lambda _: register_forecaster("mine")(dict),  # type: ignore[type-var]
         "got <class 'dict'>",
-        "must be a class made from Forecaster and decorated with @dataclass(frozen=True",
+        "must be a class derived from Forecaster and decorated with @dataclass(frozen=True",
     ),
-    Row("forecaster-kind", lambda _: forecaster_from(3), "got 3", "a mapping with a name under 'type', as {'type'"),  # type: ignore[arg-type]
+    Row(
+        "forecaster-kind", lambda _: forecaster_from(3), "got 3", "a mapping with a name under 'type', such as {'type'"
+    ),  # type: ignore[arg-type]
     Row(
         "forecaster-type",
         lambda _: forecaster_from({"type": "taylor"}),
         "got 'taylor'",
         "forecaster's type must be one of 'last', 'taylorseer', 'foca', 'dmd', 'polynomial'",
     ),
-    Row("forecaster-missing-field", needs_a_field, "'by': 'step'", "takes weight, which has no default; give it"),
+    Row(
+        "forecaster-missing-field",
+        needs_a_field,
+        "'by': 'step'",
+        "needs a value for weight, which has no default; add it",
+    ),
     Row("forecaster-without-name", lambda _: as_mapping(Mine()), "got a Mine", "must have a name"),
     Row("forecaster-asks", predict("ask"), "DataDependentOutputException", "Mine cannot be traced (at messages_fo"),
     Row("forecaster-refused", predict("fit"), "NotImplementedError: aten.neg", "does not compile `predict` of fore"),

@@ -291,7 +291,7 @@ CHECKS = [
         "give ForwardPattern.Pattern_3.value",
     ),
     Row("inputs", lambda _: check_pattern(BUILT_IN[3], Transformer(), ["latents"]), "got ['latents']", "as a dict"),
-    Row("computed-step", lambda _: checked_with_another_output(2), "step 2", "expected: the same bits"),
+    Row("computed-step", lambda _: checked_with_another_output(2), "step 2", "expected: bitwise equal outputs"),
     Row("reused-step", lambda _: checked_with_another_output(1), "step 1", "differs by up to 1"),
     Row(
         "another-stream",
@@ -301,15 +301,17 @@ CHECKS = [
     ),
     Row("no-fit", lambda _: checked(2, Transformer()), "no-context", "remove the context from takes"),
     Row("no-blocks-to-check", lambda _: checked(3, Flat()), "no-chain", "expected: a list of blocks"),
-    Row("not-copied", lambda _: checked_that_cannot_be_copied(), "TypeError", "take out of it what copy.deepcopy"),
+    Row("not-copied", lambda _: checked_that_cannot_be_copied(), "TypeError", "remove what copy.deepcopy"),
     Row("order", lambda _: in_another_order(), "`coarse`, which is", "expected: value 1 of what layers.0 returns"),
     Row(
         "too-few-values",
         lambda _: follow(BUILT_IN[4], model := Transformer(), make_inputs(model), *(f"blocks.{i}" for i in range(4))),
-        "found:    1 of blocks.0",
+        "found:    1 from blocks.0",
         "expected: 2 values",
     ),
-    Row("cannot-tell", lambda _: follow(BUILT_IN[3], Transformer(), {}, "blocks.9"), "blocks.9", "no module is at"),
+    Row(
+        "cannot-tell", lambda _: follow(BUILT_IN[3], Transformer(), {}, "blocks.9"), "blocks.9", "there is no module at"
+    ),
 ]
 
 

@@ -35,7 +35,7 @@ ROWS = [
         "two-forecasters",
         lambda _: ParamsModifier(calibrator_config="taylorseer", forecaster="taylorseer"),
         "forecaster=TaylorSeerCalibratorConfig(",
-        "calibrator_config and forecaster say the same, got both",
+        "calibrator_config and forecaster set the same field, got both",
     ),
     together("no-probe", "got None and 'dynamic'", "probe='none' measures nothing", probe="none"),
     together("no-ratios", "magnitude_ratios=()", "need each other", probe="timestep"),

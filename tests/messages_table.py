@@ -150,13 +150,13 @@ ADAPTER = [
         "modifier-of-a-model",
         lambda _: ParamsModifier(on_no_match="raise"),
         "got 'raise' in a ParamsModifier",
-        "on_no_match holds for a whole model, not for one block list",
+        "on_no_match applies to a whole model, not to one block list",
     ),
     Row("calibrator", lambda _: ParamsModifier(calibrator_config=1), "got 1", "calibrator_config must be a Forecaster"),
     of_adapter(
         "functor-class",
         "got <class 'cachedit_fx.functors.functor.PatchFunctor'>",
-        "give PatchFunctor()",
+        "pass PatchFunctor()",
         lambda m: dict(transformer=m, patch_functor=PatchFunctor),
     ),
     of_adapter(
@@ -224,8 +224,8 @@ FILES = [
     Row(
         "beside-cache-config",
         lambda _: load_configs({"cache_config": {}, "parallelism_config": {"size": 2}}),
-        "got {'size': 2} beside it",
-        "allowed is 'cache_config' alone",
+        "got {'size': 2} as 'parallelism_config'",
+        "allowed are 'cache_config', 'calibrator_config' and 'tuned'",
     ),
     Row("fields", lambda _: load_configs({"cache_config": [1]}), "got [1]", "must be a mapping of fields"),
     Row(
@@ -235,8 +235,8 @@ FILES = [
         "num_inference_steps must be given with",
     ),
     of_file("no-file", "cache.yaml' cannot be read", "No such file", "cache.yaml"),
-    of_file("no-json", "line 1 column 2", "cannot be understood: expected JSON", "cache.json", "{"),
-    of_file("no-mapping", "got [1, 2]", "must hold a mapping", "cache.json", "[1, 2]"),
+    of_file("no-json", "line 1 column 2", "cannot be parsed: expected JSON", "cache.json", "{"),
+    of_file("no-mapping", "got [1, 2]", "must contain a mapping", "cache.json", "[1, 2]"),
     Row("no-yaml", without_yaml, "PyYAML", "pip install pyyaml"),
 ]
 
@@ -266,8 +266,8 @@ FUNCTORS = [
         "no method 'foward'",
         "Did you mean 'forward'?",
     ),
-    of_sizes("not-read", "`joint`", "give the node that a block reads", (2, None), is_read=False),
-    of_sizes("kind-of-size", "got 2.0", "must be numbers or nodes, and the last may be None", (2.0, None)),
+    of_sizes("not-read", "`joint`", "pass the node that a block reads", (2, None), is_read=False),
+    of_sizes("kind-of-size", "got 2.0", "must be numbers or nodes (the last one may be None)", (2.0, None)),
     of_sizes("sum-of-sizes", "got [2, 3]", "sizes must add up to 6, the length of `joint` along", (2, 3)),
 ]
 
@@ -277,10 +277,10 @@ REST = [
         "lost-function",
         lambda _: from_json({"nodes": [GONE]}),
         "'gone.f'",
-        "which the packages installed here do not have",
+        "which the installed packages do not have",
     ),
     in_shell("factory", "got 'made_up'", "must be module:function or path.py:function", "made_up"),
-    in_shell("factory-module", "'gone'", "which is not found", "gone:f"),
+    in_shell("factory-module", "'gone'", "which was not found", "gone:f"),
     in_shell("factory-function", "'gone'", "'made_up' does not have", "made_up:gone"),
     in_shell("factory-return", "got int", "must return (target, kwargs), (target, args) or", "made_up:number"),
     Row("shell-option", lambda _: _config(["Fn"]), "got 'Fn'", "must be NAME=VALUE"),

@@ -44,7 +44,7 @@ def told(*parts):
         ),
         pytest.param(
             lambda m: dict(transformer=m, blocks=m.blocks, blocks_name="blocks", forward_pattern=P1),
-            ["blocks and blocks_name say the same"],
+            ["blocks and blocks_name are two ways to name the blocks"],
             id="blocks-twice",
         ),
         pytest.param(
@@ -64,7 +64,7 @@ def told(*parts):
         ),
         pytest.param(
             lambda m: dict(transformer=m, blocks=m.blocks[1:], forward_pattern=P1),
-            ["blocks must be a block list of Hybrid itself (no slice of one), got a ModuleList; it has"],
+            ["blocks must be a block list of Hybrid itself (not a slice of one), got a ModuleList; it has"],
             id="a-slice",
         ),
         pytest.param(
@@ -132,7 +132,7 @@ def told(*parts):
         ),
         pytest.param(
             lambda m: dict(transformer=m, blocks=m.blocks, forward_pattern=P1, params_modifiers=CacheConfig()),
-            ["params_modifiers must hold ParamsModifier or None, got CacheConfig("],
+            ["params_modifiers must contain ParamsModifier or None, got CacheConfig("],
             id="a-config-for-a-modifier",
         ),
     ],
@@ -237,7 +237,7 @@ def test_transformers_have_the_names_that_the_pipeline_gives_them():
         *(
             pytest.param(
                 lambda name=name, value=value: ParamsModifier(CacheConfig(**{name: value})),
-                [f"{name} holds for a whole model, not for one block list"],
+                [f"{name} applies to a whole model, not to one block list"],
                 id=name,
             )
             for name, value in [
@@ -279,7 +279,9 @@ def test_a_modifier_that_leaves_no_probe_is_told_when_the_cache_is_enabled(model
             id="unknown",
         ),
         pytest.param(
-            dict(params_modifiers=[CacheConfig()]), ["params_modifiers must hold ParamsModifier or None"], id="modifier"
+            dict(params_modifiers=[CacheConfig()]),
+            ["params_modifiers must contain ParamsModifier or None"],
+            id="modifier",
         ),
         pytest.param(dict(max_warmup_steps=-1), ["max_warmup_steps must be an int >= 0, got -1"], id="bad-value"),
     ],

@@ -90,7 +90,7 @@ def test_a_built_in_pattern_is_right_for_its_model(number, fn, bn):
     assert (check.difference, check.num_blocks) == (0.0, 4)
     assert check.region == f"blocks[{fn}:{4 - bn}]"
     assert check.distance > 0 and check.diff > 0
-    assert "what the reference returns, bitwise" in str(check)
+    assert "equal to the reference, bitwise" in str(check)
 
 
 @pytest.mark.parametrize(("kinds", "bn"), [({HIDDEN: "value"}, 0), pytest.param({ENCODER: "value"}, 1, marks=SLOW)])
@@ -105,10 +105,10 @@ def test_a_template_that_names_its_streams_is_right(hidden):
     check = check_pattern(two_scales(returns=order, hidden=hidden), make(), TWO_SCALES)
     assert (check.difference, check.region) == (0.0, "layers[1:3]")
     assert re.fullmatch(
-        r"template 'two-scale' is right: 3 blocks, of which a reused step skips layers\[1:3\]\n"
-        r"  computed \(step 0, 2\): what the model returns by itself, bitwise\n"
-        r"  reused \(step 1\): what the reference returns, bitwise; a computed step is [\d.]+% away\n"
-        r"  the probe is hidden_states: it moved by 0\.\d+ at step 1",
+        r"template 'two-scale' is correct: 3 blocks, of which a reused step skips layers\[1:3\]\n"
+        r"  computed \(step 0, 2\): equal to the model without the cache, bitwise\n"
+        r"  reused \(step 1\): equal to the reference, bitwise; [\d.]+% away from a computed step\n"
+        r"  probe: hidden_states, whose residual diff at step 1 was 0\.\d+",
         str(check),
     )
 
@@ -235,7 +235,8 @@ def test_a_swapped_order_that_no_source_tells_is_noticed_at_the_next_block(templ
     first, second = template.returns
     text = (
         rf"takes, returns and streams contradict each other.*\n  expected: value 1 of what layers\.0 returns is "
-        rf"{second}, by returns\n  found: +layers\.1 takes it as `coarse`, which is {first}\n.*give returns the order"
+        rf"{second}, by returns\n  found: +layers\.1 takes it as `coarse`, which is {first}\n"
+        r".*list the roles in returns in the order"
     )
     with pytest.raises(AssertionError, match=text):
         check_pattern(template, make(), TWO_SCALES)
@@ -249,7 +250,9 @@ def test_a_swapped_order_of_arguments_without_names_is_noticed():
 
 def test_a_probe_of_another_stream_is_noticed():
     template = two_scales(takes=BOTH[::-1], returns=BOTH[::-1])  # Consistent, but "fine" is what the code calls `a`.
-    with pytest.raises(AssertionError, match=r"probe is another stream .*\n  expected: a change of 0\.\d+ .*\n.*found"):
+    with pytest.raises(
+        AssertionError, match=r"the probe of the graph is another stream .*\n  expected: a change of 0\.\d+ .*\n.*found"
+    ):
         check_pattern(template, make(NamelessBlock), TWO_SCALES)
 
 
@@ -271,7 +274,7 @@ def test_a_block_that_returns_fewer_values_than_declared_is_told():
 
     model = Emitting(Block)
     with pytest.raises(
-        AssertionError, match=r"expected: 2 values \(hidden_states, encoder.*\n  found: +1 of blocks\.0"
+        AssertionError, match=r"expected: 2 values \(hidden_states, encoder.*\n  found: +1 from blocks\.0"
     ):
         check_pattern(BUILT_IN[4], model, make_inputs(model))
 
@@ -317,37 +320,54 @@ def closed() -> Transformer:
     ("make_model", "text"),
     [
         pytest.param(Noisy, r"not deterministic", id="noise", marks=SLOW),
-        pytest.param(closed, r"nothing can be seen; are gates, or the output projection, zero", id="zero"),
+        pytest.param(
+            closed, r"a wrong template would not show; are the gates or the output projection zero", id="zero"
+        ),
         pytest.param(Direct, r"0 of its 4 blocks were called as modules", id="no-call"),
     ],
 )
 def test_what_it_cannot_tell_it_refuses(make_model, text):
     model = make_model()
-    with pytest.raises(UncheckableError, match=r"check_pattern cannot tell: .*" + text):
+    with pytest.raises(UncheckableError, match=r"check_pattern cannot check this model: .*" + text):
         check_pattern(BUILT_IN[3], model, make_inputs(model))
 
 
 @pytest.mark.parametrize(
     ("case", "number", "text"),
     [
-        ("dit-norms-beside-blocks", 3, r"between blocks\.1 and blocks\.2 the loop does more .* it keeps hidden_states"),
-        pytest.param("dit-loss-summed", 3, r"the loop makes more of .* than the streams", marks=SLOW),
-        ("mmdit-dict", 0, r"double_blocks\.0 takes \(streams, vec, pe\), where no tensor stands for hidden_states"),
-        pytest.param("mmdit-kwargs-handed-on", 0, r"double_blocks\.0 returns a dict; it follows a tensor", marks=SLOW),
-        pytest.param("video-two-lists-in-turns", 3, r"spatial_blocks and temporal_blocks take turns", marks=SLOW),
-        pytest.param("uvit", 3, r"hands more on to out_blocks\.0 than the streams", marks=SLOW),
+        (
+            "dit-norms-beside-blocks",
+            3,
+            r"between blocks\.1 and blocks\.2, the loop does more .* it holds hidden_states",
+        ),
+        pytest.param("dit-loss-summed", 3, r"the loop derives more than the streams from", marks=SLOW),
+        (
+            "mmdit-dict",
+            0,
+            r"double_blocks\.0 takes \(streams, vec, pe\), and none of these is a tensor for hidden_states",
+        ),
+        pytest.param(
+            "mmdit-kwargs-handed-on",
+            0,
+            r"double_blocks\.0 returns a dict; only blocks that return a tensor",
+            marks=SLOW,
+        ),
+        pytest.param(
+            "video-two-lists-in-turns", 3, r"spatial_blocks and temporal_blocks are called alternately", marks=SLOW
+        ),
+        pytest.param("uvit", 3, r"passes more to out_blocks\.0 than the streams", marks=SLOW),
     ],
 )
 def test_models_of_researchers_that_it_does_not_follow_it_refuses(case, number, text):
     model, calls = researcher(case)
-    with pytest.raises(UncheckableError, match=r"check_pattern cannot tell: .*" + text):
+    with pytest.raises(UncheckableError, match=r"check_pattern cannot check this model: .*" + text):
         check_pattern(BUILT_IN[number], model, calls)
 
 
 def test_steps_of_two_generations_are_refused():
     model = TextTransformer()
     calls = [make_inputs(model, seed, 1 - seed / 10) for seed in range(2)]  # Another prompt at every step.
-    with pytest.raises(UncheckableError, match=r"2 calls were taken for 2 generations; give the same prompt"):
+    with pytest.raises(UncheckableError, match=r"2 calls were taken for 2 generations; pass the same prompt"):
         check_pattern(BUILT_IN[2], model, calls)
 
 

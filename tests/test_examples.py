@@ -53,7 +53,7 @@ def test_the_example_of_a_template_shows_why_checks_and_reuses():
     why, check, used = re.split(r"^[123]\. .*\n", run.stdout, flags=re.MULTILINE)[1:]
     assert "layers: 6 blocks, no template fits" in why and why.rstrip().endswith("<its name in the code>})")
     assert "5 of 6 blocks fit: stream-name" in why
-    assert "template 'two-scale' is right: 6 blocks, of which a reused step skips layers[1:6]" in check
+    assert "template 'two-scale' is correct: 6 blocks, of which a reused step skips layers[1:6]" in check
     reused, *_, steps, region, _session = (
         cell.strip() for cell in used.strip().splitlines()[-1].strip("| ").split("|")
     )

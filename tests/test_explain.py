@@ -110,7 +110,7 @@ def test_why_nothing_matches_with_the_users_line_and_what_to_do():
     assert not explanation.is_cached and not graph.regions and not graph.pieces
     nearest, *others = graph.verdicts
     assert (nearest.cause, nearest.fitted, nearest.total) == ("stream-count", 1, 3)
-    assert nearest.expected.startswith("2 streams (hidden_states, encoder_hidden_states) from block 1 into block 2")
+    assert nearest.expected.startswith("2 streams (hidden_states, encoder_hidden_states) from block 1 to block 2")
     assert nearest.found.startswith("1 (hidden_states_")
     assert nearest.block == "blocks.1"
     assert nearest.where.split("/")[-1].startswith("tiny.py:")
@@ -149,11 +149,11 @@ def test_a_model_that_no_part_of_is_cached_says_what_makes_it_whole():
 def test_what_a_graph_was_specialised_on():
     (graph,) = explained()[2].graphs
     found = {risk.what: risk for risk in graph.risks}
-    assert "dynamic from then on" in found["hidden_states"].consequence
+    assert "dynamic afterwards" in found["hidden_states"].consequence
     assert found["hidden_states"].found == "float32[2, 36, 16]"
     assert (found["return_dict"].found, found["return_dict"].consequence) == (
         "False",
-        "another value compiles each time",
+        "every new value triggers a recompilation",
     )
     assert not any("blocks" in what for what in found)  # What the model holds is no risk of the call.
 
@@ -219,7 +219,7 @@ def test_the_diff_has_a_line_per_block():
     assert code[0].partition("  # ")[0] in expanded
     assert len(explanation.diff(expand=True)) > len(expanded)
     with pytest.raises(
-        ConfigError, match=r"expand must name blocks of this graph, as in .*_blocks\.\d.* got 'blocks.9'; there are 7"
+        ConfigError, match=r"expand must name blocks of this graph, such as .*_blocks\.\d.* got 'blocks.9'; there are 7"
     ):
         explanation.diff(expand=["blocks.9"])
 
@@ -319,7 +319,7 @@ def test_a_transformer_that_is_not_called_is_named():
     pipe.register_to_config(boundary_ratio=0.0)  # The second one never has its turn.
     explanation = explain(pipe, num_inference_steps=4, cache_config=F1B1, **tiny.arguments(1))
     assert [captured.module for captured in explanation.modules] == ["transformer"]
-    assert "transformer_2 was not called, so nothing is known of it." in explanation.notes
+    assert "transformer_2 was not called, so it is not explained." in explanation.notes
 
 
 def test_what_is_no_transformer_is_told():

@@ -64,7 +64,7 @@ def test_a_graph_or_the_diff_in_place_of_the_page(capsys):
     ("arguments", "said"),
     [
         (["shell_factories:nothing"], "factory names 'nothing', which 'shell_factories' does not have"),
-        (["no_such_module:f"], "factory names the module 'no_such_module', which is not found"),
+        (["no_such_module:f"], "factory names the module 'no_such_module', which was not found"),
         (["shell_factories"], "factory must be module:function or path.py:function, got 'shell_factories'"),
         (["shell_factories:wrong"], "must return (target, kwargs), (target, args) or (target, args, kwargs), got int"),
         (["shell_factories:cached", "-o", "Fn=1"], "option 'Fn' (given 1) is unknown"),

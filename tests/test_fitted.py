@@ -115,7 +115,7 @@ def test_predict_sums_with_the_factors():
     ("fields", "said"),
     [
         ({"memory": 0}, "memory must be an int >= 1, got 0"),
-        ({"by": "timestep"}, "by must be 'step' where factors are fitted"),
+        ({"by": "timestep"}, "by must be 'step', because factors belong to steps"),
         ({"computed": 3}, "computed must be a list"),
         ({"factors": [[1.0, 2.0, 3.0, 4.0]]}, "at most memory=3 finite numbers"),
         ({"factors": [["a"]]}, "at most memory=3 finite numbers"),

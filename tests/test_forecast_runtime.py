@@ -430,5 +430,5 @@ class _Never:
     ],
 )
 def test_a_forecaster_that_is_given_twice_is_told(use: Callable[[], Any]) -> None:
-    with pytest.raises(ConfigError, match="calibrator_config and forecaster say the same, got both"):
+    with pytest.raises(ConfigError, match="calibrator_config and forecaster set the same field, got both"):
         use()

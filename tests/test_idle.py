@@ -80,7 +80,7 @@ def test_a_pipeline_counts_the_calls_of_each_of_its_transformers():
 
 def test_a_model_that_was_not_called_is_reported_as_such(tmp_path):
     cachedit_fx.report(enabled(), tmp_path / "run.html")
-    assert "No call has been seen yet." in (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "The model has not been called yet." in (tmp_path / "run.html").read_text(encoding="utf-8")
 
 
 # Uncached.
@@ -291,7 +291,7 @@ def test_a_cache_that_something_else_took_the_place_of_is_told(displace):
     run(other)
     assert not cachedit_fx.is_cached(other)
     (note,) = cachedit_fx.summary(other, logging=False).notes
-    assert "its calls run without the cache; call enable_cache again" in note
+    assert "its calls run without the cache, because the forward that enable_cache compiled was replaced" in note
     enabled(other)
     run(other, seed=2)
     assert cachedit_fx.is_cached(other) and cachedit_fx.summary(other, logging=False).notes == []

@@ -119,7 +119,7 @@ def test_enable_cache_takes_what_is_loaded(tmp_path):
         ),
         pytest.param(
             {"cache_config": FIELDS, "parallelism_config": {"ulysses_size": 2}},
-            "'parallelism_config' is not supported; allowed is 'cache_config'",
+            "'parallelism_config' is not supported; allowed are 'cache_config'",
             id="beside-the-level",
         ),
         pytest.param({"cache_config": [1]}, "cache_config must be a mapping of fields, got [1]", id="a-list"),
@@ -153,13 +153,13 @@ def test_a_field_that_cannot_be_is_told(loaded, content, message):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        pytest.param("cache.json", "{", "cannot be understood: ", id="broken-json"),
-        pytest.param("cache.yaml", "a: [1", "cannot be understood: ", id="broken-yaml"),
-        pytest.param("cache.json", "[1, 2]", "must hold a mapping, got [1, 2]", id="a-list"),
-        pytest.param("cache.yaml", "fast", "must hold a mapping, got 'fast'", id="a-word"),
-        pytest.param("cache.yaml", "", "must hold a mapping, got None", id="empty-yaml"),
-        pytest.param("cache.json", "", "cannot be understood: ", id="empty-json"),
-        pytest.param("cache.yaml", "a: !!python/object/apply:os.getcwd []", "cannot be understood: ", id="code"),
+        pytest.param("cache.json", "{", "cannot be parsed: ", id="broken-json"),
+        pytest.param("cache.yaml", "a: [1", "cannot be parsed: ", id="broken-yaml"),
+        pytest.param("cache.json", "[1, 2]", "must contain a mapping, got [1, 2]", id="a-list"),
+        pytest.param("cache.yaml", "fast", "must contain a mapping, got 'fast'", id="a-word"),
+        pytest.param("cache.yaml", "", "must contain a mapping, got None", id="empty-yaml"),
+        pytest.param("cache.json", "", "cannot be parsed: ", id="empty-json"),
+        pytest.param("cache.yaml", "a: !!python/object/apply:os.getcwd []", "cannot be parsed: ", id="code"),
     ],
 )
 def test_a_file_that_says_something_else_is_named(tmp_path, name, text, message):
@@ -179,6 +179,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path, name):
 
 def test_yaml_without_its_package_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
-    with pytest.raises(ImportError, match=r"cachedit_fx: reading YAML needs PyYAML; install it, or write JSON"):
+    with pytest.raises(
+        ImportError, match=r"cachedit_fx: YAML needs PyYAML, which is not installed: pip install pyyaml, or pass a JSON"
+    ):
         load_configs(written(tmp_path, "cache.yaml", "{}"))
     assert config_of(load_configs(written(tmp_path, "cache.json", "{}"))) == DBCacheConfig()

@@ -236,7 +236,10 @@ def test_explain_names_the_probe():
     config = CacheConfig(**MODULATED, batch_decision="any")
     explanation = cachedit_fx.explain(model, **make_inputs(model), cache_config=config)
     (region,) = explanation.graphs[0].regions
-    words = ": the first block's input, normed and modulated by the timestep; each sample on its own"
+    words = (
+        ", the input of the first block after its norm and the modulation by the timestep; each sample is compared "
+        "separately"
+    )
     assert region.probe.endswith(words) and words in str(explanation)
     saved, total = region.cost.flops, explanation.graphs[0].cost.flops
     assert saved < total and explanation.graphs[0].saved_flops == pytest.approx(saved / total)

@@ -285,7 +285,7 @@ def test_explain_says_how_far_the_region_reaches():
     explanation = cachedit_fx.explain(model, **make_inputs(model), cache_config=CacheConfig(**OUTPUT | MASK))
     (region,) = explanation.graphs[0].regions
     assert region.name == "blocks -> output" and region.reaches_output
-    assert region.probe == "nothing (a static mask decides)"
+    assert region.probe == "none (a static mask decides)"
     assert explanation.graphs[0].saved_flops == pytest.approx(1)
     assert [cached.cached_as for cached in region.cached] == ["value"]
     assert "a reused step saves 100.0% of the FLOPs" in str(explanation)

@@ -110,7 +110,7 @@ def test_the_verdict_counts_sessions_not_regions() -> None:
         [entry(), entry(region="late[1:]"), entry(session="uncond"), entry(session="uncond", region="late[1:]")]
     )
     assert num_sessions(stats) == 2
-    assert verdict_line(stats).startswith("8 of 20 steps in 2 sessions reused (40%); a computed step took 21.0 ms")
+    assert verdict_line(stats).startswith("8 of 20 steps in 2 sessions were reused (40%); a computed step took 21.0 ms")
     assert verdict_line([shadowed()]).startswith("Shadow mode: all steps computed; 2 of 5 in 1 session (40%)")
 
 

@@ -158,7 +158,7 @@ def test_a_search_goes_on_from_its_file(tmp_path):
     assert json.loads(file.read_text())["measured"].items() >= known.items()
     meter = Meter(None, Field(), (), [call.run(Pipe()) for call in calls_of(calls())], 1.0, file)
     key, entry = next(iter(known.items()))
-    assert meter.is_known(key) and list(meter.measure(key, pytest.fail, pytest.fail).errors) == entry["errors"]
+    assert meter.is_measured(key) and list(meter.measure(key, pytest.fail, pytest.fail).errors) == entry["errors"]
 
 
 # What it is made of.
@@ -349,7 +349,7 @@ def test_the_result_reads_well(result):
 
 
 def test_a_pipeline_of_one_step_is_refused():
-    with pytest.raises(ConfigError, match="must all have one number of steps, more than 1, got"):
+    with pytest.raises(ConfigError, match="must all have the same number of steps, more than 1, got"):
         tune(Pipe(), [dict(prompt=torch.zeros(1, 6), num_inference_steps=1)], target="psnr=30")
 
 

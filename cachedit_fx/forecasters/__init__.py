@@ -1,4 +1,4 @@
-"""What a reused step adds: the last value, or a forecast made from the last few."""
+"""Forecasters compute what a reused step adds: the last cached value, or a forecast from the last few."""
 
 from cachedit_fx.forecasters.dmd import DMDCalibratorConfig
 from cachedit_fx.forecasters.fitted import FittedCalibratorConfig

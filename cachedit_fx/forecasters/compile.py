@@ -1,4 +1,4 @@
-"""Forecasters under the inner compiler: `CompiledForecaster`."""
+"""Compiles forecasters with the inner compiler: `CompiledForecaster`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _CURE = (
 
 
 class CompiledForecaster:
-    """A forecaster whose `predict` and `update` are compiled at their first call, per number of tensors and their
-    shapes, strides, dtypes and devices. No guard of Dynamo is asked at a call. May be shared by threads.
+    """A forecaster whose `predict` and `update` are compiled at their first call.
 
-    Nothing is kept of the tensors that it is called with.
+    They are compiled once per number of tensors and their shapes, strides, dtypes and devices. A call checks no guard
+    of Dynamo. Several threads may share one object. It holds no reference to the tensors that it is called with.
 
     Args:
-        forecaster: What is compiled.
-        compile: The inner compiler; given a graph and fake tensors like those that it will be called with.
+        forecaster: The forecaster to compile.
+        compile: The inner compiler. It is called with a graph and with fake tensors that are like its later inputs.
     """
 
     def __init__(self, forecaster: Forecaster, compile: Compile) -> None:
@@ -44,14 +44,15 @@ class CompiledForecaster:
         self._takes_in = type(forecaster).update is not Forecaster.update
 
     def predict(self, history: Tensors, numbers: Sequence[float], verdict: Tensor | None = None) -> Tensor:
-        """The value at a reused step: a tensor of its own, or `history[0]` itself where nothing is forecast.
+        """Returns the value at a reused step: a new tensor, or `history[0]` itself if nothing is forecast.
 
         Args:
+            history: Values of the computed steps, newest first, all of one shape and dtype.
             numbers: What the forecaster's `numbers` returned.
-            verdict: For which samples the forecast is used (see `judge`), bool [B]; None for all.
+            verdict: Whether the forecast is used, for each sample (see `judge`), bool [B]; None uses it for all.
 
         Raises:
-            ConfigError: The forecaster cannot be traced or compiled, or returned what it must not.
+            ConfigError: The forecaster cannot be traced or compiled, or its result has a wrong type, shape or dtype.
         """
         if not self.forecaster.forecasts_from(len(history)):
             return history[0]
@@ -60,15 +61,17 @@ class CompiledForecaster:
         return self._run("choose", (*history, verdict), numbers)[0]
 
     def judge(self, history: Tensors, value: Tensor, verdict: Tensor, times: Times, *, is_static: bool) -> Tensor:
-        """Whether forecasts are used after a computed step (see `verdict.judge`).
+        """Returns whether forecasts are used after a computed step, bool [B] (see `verdict.judge`).
 
         Args:
-            verdict: The one before, bool [B], which stays where nothing is forecast.
-            times: Of this step.
-            is_static: Whether the steps that compute were chosen beforehand.
+            history: Values of the previous computed steps, newest first, all of one shape and dtype.
+            value: The value of this step, with the shape and dtype of the history.
+            verdict: The previous verdict, bool [B]; it is returned unchanged if nothing is forecast.
+            times: The times of this step.
+            is_static: Whether the computed steps were chosen beforehand.
 
         Raises:
-            ConfigError: The forecaster cannot be traced or compiled, or returned what it must not.
+            ConfigError: The forecaster cannot be traced or compiled, or its result has a wrong type, shape or dtype.
         """
         if not self.forecaster.forecasts_from(len(history)):
             return verdict
@@ -76,13 +79,15 @@ class CompiledForecaster:
         return self._run("judge", (*history, value, verdict), numbers)[0]
 
     def update(self, history: Tensors, value: Tensor, numbers: Sequence[float]) -> Tensors:
-        """The history that takes in a computed value; `value` and tensors of `history` may be in it as they are.
+        """Returns the history with a computed value added. It may contain `value` and tensors of `history` themselves.
 
         Args:
+            history: The previous history, newest first, all of one shape and dtype.
+            value: The value of this step, with the shape and dtype of the history.
             numbers: `Times.ages` of the computed steps in the history.
 
         Raises:
-            ConfigError: The forecaster cannot be traced or compiled, or returned what it must not.
+            ConfigError: The forecaster cannot be traced or compiled, or its result has a wrong type, shape or dtype.
         """
         if not self._takes_in:
             return (value, *history)[: self.forecaster.depth]
@@ -124,7 +129,7 @@ class CompiledForecaster:
 
 
 class EagerForecaster(CompiledForecaster):
-    """The same, run as it is: where too few steps are made to compile anything for them."""
+    """Runs a forecaster without compiling it, for uses that run too few steps for a compilation to pay off."""
 
     def __init__(self, forecaster: Forecaster) -> None:
         super().__init__(forecaster, lambda graph, _inputs: graph.forward)
@@ -135,7 +140,7 @@ class EagerForecaster(CompiledForecaster):
 
 
 def _predict(forecaster: Forecaster) -> Callable[..., Tensors]:
-    """`predict` as a function of tensors alone, which checks what it returns."""
+    """Returns `predict` as a function of tensors that checks its result."""
 
     def predict(*inputs: Tensor) -> Tensors:
         *history, numbers = inputs
@@ -165,7 +170,7 @@ def _judge(forecaster: Forecaster) -> Callable[..., Tensors]:
 
 
 def _update(forecaster: Forecaster) -> Callable[..., Tensors]:
-    """`update` as a function of tensors alone, which checks what it returns."""
+    """Returns `update` as a function of tensors that checks its result."""
 
     def update(*inputs: Tensor) -> Tensors:
         *history, value, numbers = inputs
@@ -187,10 +192,10 @@ _FUNCTIONS = {"predict": _predict, "choose": _choose, "judge": _judge, "update":
 
 
 def _checked(forecaster: Forecaster, history: Tensors, numbers: Tensor) -> Tensor:
-    """The forecast, if it is like the history.
+    """Returns the forecast.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: The forecast does not have the shape and dtype of the history.
     """
     value = forecaster.predict(history, numbers)
     if not _is_like(value, history[0]):
@@ -202,14 +207,17 @@ def _checked(forecaster: Forecaster, history: Tensors, numbers: Tensor) -> Tenso
 
 
 def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
-    """The numbers as float32. From pinned memory, so that the host does not wait for the device."""
+    """Returns the numbers as a float32 tensor. It is copied from pinned memory, so the host does not wait."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.float32, device=device)
     return torch.tensor(numbers, dtype=torch.float32, pin_memory=True).to(device, non_blocking=True)
 
 
 def _like(tensor: Tensor) -> Tensor:
-    """A tensor of this shape, stride, dtype and device that is no inference tensor: those cannot be traced."""
+    """Returns the tensor, or for an inference tensor an empty one with the same shape, stride, dtype and device.
+
+    Inference tensors cannot be traced.
+    """
     if not tensor.is_inference():
         return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -226,7 +234,7 @@ def _described(found: object) -> str:
 
 
 def _place(forecaster: Forecaster, error: Exception) -> str:
-    """` (at mine.py:12)`: where in the forecaster's own file it stopped; empty where it did not stop there."""
+    """Returns ` (at mine.py:12)`, the line in the forecaster's file that raised; empty if no line of it did."""
     file = inspect.getsourcefile(type(forecaster)) if type(forecaster).__module__ != "__main__" else None
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f" (at {str(file).rsplit('/', 1)[-1]}:{lines[-1]})" if lines else ""

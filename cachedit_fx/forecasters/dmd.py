@@ -1,4 +1,4 @@
-"""The forecaster of dynamic mode decomposition: a sum of exponentials."""
+"""Forecasts by dynamic mode decomposition: a sum of exponentials."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from cachedit_fx.forecasters.fields import check_choice, check_int, check_number
 from cachedit_fx.forecasters.forecaster import Forecaster, Times, widened
 from cachedit_fx.forecasters.modes import LEAST, dmd_factors
 
-_EVEN = 1e-3  # Relative: timesteps are rounded.
-_NOISE = 1e-4  # Relative to the first singular value: what cache-dit drops.
+_EVEN = 1e-3  # Relative tolerance for equal gaps, because timesteps are rounded.
+_NOISE = 1e-4  # cache-dit drops the singular values below this fraction of the first one.
 
 
 @dataclass(frozen=True, kw_only=True)
 class DMDCalibratorConfig(Forecaster):
-    """Exponentials through the last evenly spaced values. Names and meaning are cache-dit's.
+    """Fits exponentials to the last evenly spaced values. Names and meaning are those of cache-dit.
 
-    The linear map that best takes each value to the next is found in the span of the values, per sample of the batch;
-    the forecast is Re(Phi lambda^k b), with Phi and lambda its eigenvectors and eigenvalues, b the newest value in
-    their terms, k the time since in units of the spacing (arXiv:1312.0041; Prony's method). A Taylor series of order 1
-    stands in where fewer than four values are evenly spaced, and where the forecast is not finite or runs away.
+    For each sample of the batch, the linear map that best maps each value to the next one is computed in the span of
+    the values. The forecast is Re(Phi lambda^k b): Phi and lambda are the eigenvectors and eigenvalues of the map, b
+    are the coefficients of the newest value in terms of Phi, and k is the time since the newest value in units of the
+    spacing (arXiv:1312.0041; Prony's method). A Taylor series of order 1 is used instead if fewer than four values are
+    evenly spaced, if the forecast is not finite, or if it is implausibly far from the newest value.
 
-    All of it is done on the values' inner products in float64, so a forecast costs about as much as it takes to read
-    them. They are read by the host, which waits for the device.
+    The computation uses only the inner products of the values, in float64, so a forecast costs about as much as
+    reading the values. The host reads the inner products, for which it waits for the device.
 
     Attributes:
-        dmd_history: How many values are remembered, 4 or more.
-        dmd_rank: How many modes are fitted; 0 for all above 1e-4 of the first singular value, or above what the
-            dtype rounds off where that is more.
+        dmd_history: The number of values that are stored, at least 4.
+        dmd_rank: The number of modes that are fitted. 0 fits all modes whose singular value exceeds 1e-4 of the first
+            one (or the rounding error of the dtype, if that is larger).
         dmd_ridge: Added to the singular values before they are inverted.
-        dmd_svd_precision: Has no effect: cache-dit's "low", "medium" and "high" name routines for one decomposition.
+        dmd_svd_precision: Has no effect. cache-dit's "low", "medium" and "high" select different routines for the same
+            decomposition.
 
     Raises:
-        ConfigError: A field has a value it cannot have.
+        ConfigError: The value of a field is not allowed.
     """
 
     dmd_history: int = 6
@@ -58,7 +60,7 @@ class DMDCalibratorConfig(Forecaster):
         return count > 1
 
     def numbers(self, times: Times) -> Sequence[float]:
-        """The time since the newest value in units of the last gap, and how many values are as far apart as that."""
+        """Returns the time since the newest value in units of the last gap, and the number of evenly spaced values."""
         at = times.computed
         gap = at[0] - at[1] if len(at) > 1 else 0.0
         if gap <= 0:
@@ -80,16 +82,17 @@ class DMDCalibratorConfig(Forecaster):
         total = factors[:, 0].view(shape) * newest
         for i in range(1, len(history)):
             factor = factors[:, i].view(shape)
-            # What has no part may be infinite: then a line was put through the newest two.
+            # A value with the factor 0 may be infinite: the forecast is then a line through the newest two values.
             total = total + (factor * widened(history[i])).masked_fill(factor == 0, 0.0)
         found: torch.Tensor = total.view(newest.shape).to(history[0].dtype)
         return found
 
 
 def inner_products(history: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """All inner products of the values, [B, n, n], float64; a value of less than three axes is a single sample.
+    """Returns all inner products of the values, [B, n, n], float64.
 
-    One sum for each pair, so that Inductor reads every value once and writes no copy in float64.
+    A value with fewer than three dimensions counts as a single sample. Each pair is a sum of its own, so that Inductor
+    reads every value once and writes no float64 copy.
     """
     rows = [value.double() for value in history]
     batched = rows[0].dim() > 2

@@ -1,4 +1,4 @@
-"""What a field of a forecaster may hold, and what is said of one that holds something else."""
+"""Checks of the fields of a forecaster, and the errors for values that are not allowed."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from cachedit_fx.errors import ConfigError, did_you_mean, listed, shown
 
 
 def check_names(of: str, given: Iterable[str], allowed: Iterable[str]) -> None:
-    """Raises ConfigError unless every name that was given is a field."""
-    known = list(allowed)
+    """Raises ConfigError unless every given name is the name of a field."""
+    fields = list(allowed)
     for name in given:
-        if name not in known:
+        if name not in fields:
             raise ConfigError(
-                f"cachedit_fx: field {name!r} of forecaster {of} is unknown.{did_you_mean(name, known)}\n"
-                f"{listed([f'Allowed: {known[0]}', *known[1:]])}."
+                f"cachedit_fx: field {name!r} of forecaster {of} is unknown.{did_you_mean(name, fields)}\n"
+                f"{listed([f'Allowed: {fields[0]}', *fields[1:]])}."
             )
 
 
 def check_int(field: str, value: object, *, least: int) -> None:
-    """Raises ConfigError unless the value is an int of at least this."""
+    """Raises ConfigError unless the value is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"cachedit_fx: {field} must be an int >= {least}, got {shown(value)}")
 
 
 def check_number(field: str, value: object) -> None:
-    """Raises ConfigError unless the value is a finite number, 0 or more."""
+    """Raises ConfigError unless the value is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ConfigError(f"cachedit_fx: {field} must be a finite number >= 0, got {shown(value)}")
 
@@ -38,7 +38,7 @@ def check_switch(field: str, value: object) -> None:
 
 
 def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raises ConfigError unless the value is one of these texts."""
+    """Raises ConfigError unless the value is one of the allowed strings."""
     if not isinstance(value, str) or value not in allowed:
         hint = did_you_mean(value, allowed)
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A forecaster of our own: factors for one schedule, fitted to generations that were recorded. Made by `tune`."""
+"""Forecasts with factors that `tune` fits to recorded runs, for one schedule of computed steps."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _LINE = PolynomialCalibratorConfig(order=1)
 
 @dataclass(frozen=True, kw_only=True)
 class FittedCalibratorConfig(LinearForecaster):
-    """Sums of the last computed values, with factors of their own for every step of one schedule.
+    """Sums the last computed values, with separate factors for every step of one schedule.
 
-    A polynomial's factors follow from the positions alone; these are least squares over what the model returned
-    (ordinary linear regression, per step, on the `memory` values that were computed last). They hold for the schedule
-    that they were fitted to: a step before which other steps were computed is forecast by a straight line.
+    The factors of a polynomial follow from the positions of the values. These factors are fitted to what the model
+    returned: for each step, by ordinary linear regression on the last `memory` computed values. They are valid for the
+    schedule that they were fitted to. If other steps were computed before a step, it is forecast by a straight line.
 
     Attributes:
-        memory: How many computed values are summed at the most.
-        computed: Numbers of the steps that the schedule computes, in order. Empty: nothing was fitted yet, which only
-            `tune` can do.
-        factors: Per step, the factor of each value, newest first. Those of a computed step tell how good the forecast
-            of it would have been; without any, nothing is told there.
+        memory: The largest number of computed values in a sum.
+        computed: The numbers of the steps that the schedule computes, in ascending order. Empty if nothing was fitted
+            yet; only `tune` can fit.
+        factors: For each step, the factor of each value, newest first. The factors of a computed step are used to
+            judge how good the forecast of this step would have been; without them, it is not judged.
 
     Raises:
-        ConfigError: A field has a value it cannot have, or positions are not told by the steps' numbers.
+        ConfigError: The value of a field is not allowed, or `by` is not "step".
     """
 
     memory: int = 3
@@ -42,7 +42,7 @@ class FittedCalibratorConfig(LinearForecaster):
         super().__post_init__()
         check_int("memory", self.memory, least=1)
         if self.by != "step":
-            raise ConfigError(f"cachedit_fx: by must be 'step' where factors are fitted to steps, got {shown(self.by)}")
+            raise ConfigError(f"cachedit_fx: by must be 'step', because factors belong to steps, got {shown(self.by)}")
         lists: dict[str, Any] = {"computed": self.computed, "factors": self.factors}
         for name, value in lists.items():
             if not isinstance(value, Sequence) or isinstance(value, str):
@@ -64,13 +64,13 @@ class FittedCalibratorConfig(LinearForecaster):
         return True
 
     def numbers(self, times: Times) -> Sequence[float]:
-        """The factor of each computed value, newest first."""
+        """Returns the factor of each computed value, newest first."""
         count, step = len(times.computed), round(times.now)
         before = [number for number in self.computed if number < step][::-1][:count]
         row = self.factors[step] if step < len(self.factors) else ()
         is_as_fitted = [round(position) for position in times.computed] == before
         if is_as_fitted and not row and step in self.computed:
-            row = (1.0,)  # The last value, of which no forecaster is better or worse.
+            row = (1.0,)  # The last value itself. `verdict.judge` treats it as neither better nor worse.
         if not row or len(row) > count or not is_as_fitted:
             return [*_LINE.numbers(Times(times.computed[:2], times.now)), *[0.0] * (count - 2)]
         return [*row, *[0.0] * (count - len(row))]

@@ -1,4 +1,4 @@
-"""The forecaster of FoCa: forecast, then calibrate."""
+"""Forecasts by FoCa (forecast, then calibrate)."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from numpy.typing import NDArray
 
 from cachedit_fx.forecasters.forecaster import LinearForecaster, Times, distinct
 
-# Beyond so many steps since the last computed one, forecasts turn back towards it.
+# More than this many steps after the last computed one, a forecast is blended with the last computed value.
 _FAR = 3
 
-# A position, and the factors that make the value there out of the computed ones.
+# A position, and the factors of the computed values whose sum is the value at this position.
 _Point = tuple[float, NDArray[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoCaCalibratorConfig(LinearForecaster):
-    """The trapezoidal rule from the last computed step. The name is cache-dit's.
+    """Applies the trapezoidal rule from the last computed step. The name is that of cache-dit.
 
-    With F the last computed value, k the time since, s its slope from the computed value before, and s' the slope
-    between the last two values, forecasts included: forecast = F + k/2 (s + s'). From the fourth step after F on, the
-    forecast of the third is blended with F, 3 / (steps since F) of it.
+    Let F be the last computed value, k the time since then, s the slope from the previous computed value to F, and s'
+    the slope between the last two values, including forecasts. Then forecast = F + k/2 (s + s'). From the fourth step
+    after F on, the forecast of the third step is blended with F, with the weight 3 / (steps since F).
 
-    Slopes are each over their own gap; where every step was computed these are cache-dit's differences. The forecasts
-    before F, which s' may need, are made anew from the computed values behind them.
+    Each slope is taken over its own gap. If every step was computed, these are the differences of cache-dit. The
+    forecasts before F, which s' may need, are computed again from the computed values before them.
 
-    Source: arXiv:2508.16211, in cache-dit's form.
+    Source: arXiv:2508.16211, in the form of cache-dit.
 
     Raises:
-        ConfigError: A field has a value it cannot have.
+        ConfigError: The value of a field is not allowed.
     """
 
     @property
@@ -42,24 +42,26 @@ class FoCaCalibratorConfig(LinearForecaster):
         return count > 1
 
     def numbers(self, times: Times) -> Sequence[float]:
-        """The factor of each computed value, newest first."""
+        """Returns the factor of each computed value, newest first."""
         rows = np.eye(len(times.computed))
-        known: list[_Point] = [(times.computed[i], rows[i]) for i in distinct(times.computed)]
-        if len(known) == 1:
+        computed: list[_Point] = [(times.computed[i], rows[i]) for i in distinct(times.computed)]
+        if len(computed) == 1:
             return tuple(rows[0].tolist())
-        before = known[1]
-        if len(known) > 2:
-            before = _walk(known[1], known[2], known[2], times.between)
-        _, factors = _walk(known[0], known[1], before, (*times.reused, times.now))
+        before = computed[1]
+        if len(computed) > 2:
+            before = _walk(computed[1], computed[2], computed[2], times.between)
+        _, factors = _walk(computed[0], computed[1], before, (*times.reused, times.now))
         return tuple(factors.tolist())
 
 
 def _walk(anchor: _Point, anchor_before: _Point, before: _Point, positions: Sequence[float]) -> _Point:
-    """The last of the forecasts at `positions`, which follow the computed value `anchor`; itself where there are none.
+    """Returns the last of the forecasts at `positions`, or `anchor` if there are no positions.
 
     Args:
+        anchor: The computed value that the positions follow.
         anchor_before: The computed value before `anchor`.
-        before: The value at the step before `anchor`, whether computed or forecast.
+        before: The value at the step before `anchor`, computed or forecast.
+        positions: The positions of the steps after `anchor`, oldest first.
     """
     start, value = anchor
     anchored = _slope(anchor, anchor_before)

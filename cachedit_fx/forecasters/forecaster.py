@@ -1,4 +1,4 @@
-"""What a forecaster is: a pair of small torch functions, one that takes a computed value in, one that foretells."""
+"""The base class of forecasters: a pair of torch functions that store computed values and forecast the next one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from cachedit_fx.forecasters.fields import check_choice, check_names, check_swit
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Where a step stands among those before it. Positions grow from step to step: the step's number, or how far the
-    timestep has moved since the generation's first.
+    """The positions of a step and of the steps before it.
+
+    A position is the number of the step, or the distance between its timestep and the first timestep of the
+    generation. It grows from step to step.
 
     Attributes:
-        computed: Positions of the computed steps whose values were taken in, newest first; never empty in `predict`.
+        computed: Positions of the computed steps whose values are in the history, newest first; never empty in
+            `predict`.
         now: Position of this step.
-        reused: Positions of the steps reused since the newest computed one, oldest first, without this one.
-        between: Positions of the steps reused between the two newest computed ones, oldest first.
+        reused: Positions of the steps that were reused since the newest computed one, oldest first, without this step.
+        between: Positions of the steps that were reused between the two newest computed ones, oldest first.
     """
 
     computed: tuple[float, ...]
@@ -31,29 +34,32 @@ class Times:
 
     @property
     def ages(self) -> tuple[float, ...]:
-        """How long ago each computed step was, newest first."""
+        """The distance from each computed step to this step, newest first."""
         return tuple(self.now - position for position in self.computed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecaster:
-    """Foretells what a stream's blocks add at a reused step. The base class repeats the last value.
+    """Forecasts what the blocks add to a stream at a reused step. The base class repeats the last value.
 
-    Where that was clearly better at the newest computed step, it is done in place of a forecast (docs/forecasters.md).
+    If the last value was clearly better than the forecast at the newest computed step, it is used instead of a
+    forecast (docs/forecasters.md).
 
-    A subclass is a frozen dataclass, so that equal ones are equal, and overrides what it needs. `update` and `predict`
-    are compiled by the inner backend, once per number of tensors in the history; they may use torch operations alone,
-    and the history's length, but no value of `numbers` in Python.
+    A subclass is a frozen dataclass, so that two objects with equal fields are equal, and overrides the methods that it
+    needs. `update` and `predict` are compiled by the inner backend, once per number of tensors in the history. They may
+    use torch operations and the length of the history. They must not use a value of `numbers` in Python.
 
     Attributes:
-        by: What positions are told by: "step" (its number) or "timestep" (the distance that the timestep has moved).
+        by: What the positions are: "step" (the number of the step) or "timestep" (the distance from the first
+            timestep).
         enable_calibrator: Whether the hidden stream is forecast.
-        enable_encoder_calibrator: Whether all other streams are; one that is not repeats its last value.
-        calibrator_cache_type: What is forecast: "residual", what the blocks add. (cache-dit's "hidden_states", what
-            they return, is refused: a reused step adds to the streams as they are now.)
+        enable_encoder_calibrator: Whether all other streams are forecast. A stream that is not forecast repeats its
+            last value.
+        calibrator_cache_type: What is forecast. The only value is "residual", what the blocks add. cache-dit's
+            "hidden_states", what the blocks return, is refused, because a reused step adds to the current streams.
 
     Raises:
-        ConfigError: (a ValueError) a field is unknown or has a value it cannot have.
+        ConfigError: A field is unknown, or its value is not allowed. It is a ValueError.
     """
 
     by: str = "step"
@@ -71,57 +77,62 @@ class Forecaster:
         check_switch("enable_encoder_calibrator", self.enable_encoder_calibrator)
         if self.calibrator_cache_type != "residual":
             raise ConfigError(
-                "cachedit_fx: calibrator_cache_type must be 'residual' (a reused step adds what is forecast to the "
-                f"streams as they are), got {shown(self.calibrator_cache_type)}"
+                "cachedit_fx: calibrator_cache_type must be 'residual' (a reused step adds the forecast to the current "
+                f"streams), got {shown(self.calibrator_cache_type)}"
             )
 
     @property
     def depth(self) -> int:
-        """How many computed steps are remembered: the length of `Times.computed` at the most."""
+        """The largest number of computed steps in the history, and of positions in `Times.computed`."""
         return 1
 
     @property
     def holds_values(self) -> bool:
-        """Whether the history holds the computed values as they are, newest first. Forecasts are then compared with the
-        newest one, and not used while they do no better; a class that overrides `update` makes its own history."""
+        """Whether the history consists of the computed values themselves, newest first.
+
+        If it does, forecasts are compared with the newest value, and are not used while they are clearly worse. A class
+        that overrides `update` has a history of its own kind.
+        """
         return type(self).update is Forecaster.update
 
     def forecasts_from(self, count: int) -> bool:
-        """Whether `predict` does anything with so many values; where not, the last one is repeated without it."""
+        """Returns whether `predict` forecasts from `count` values. If not, the last value is repeated without it."""
         return type(self).predict is not Forecaster.predict
 
     def numbers(self, times: Times) -> Sequence[float]:
-        """What `predict` is given of the times, as float32; its length may depend on how many are computed alone.
+        """Returns the numbers that `predict` receives as a float32 tensor. This method runs on the host.
 
-        Runs on the host.
+        Their count may depend on the length of `times.computed` only.
         """
         return times.ages
 
     def update(
         self, history: tuple[torch.Tensor, ...], value: torch.Tensor, numbers: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """The history that takes in the value of a computed step, newest first; at most `depth` tensors.
+        """Returns the history with the value of a computed step added, newest first, at most `depth` tensors.
 
         Args:
-            history: Tensors of one stream, of `value`'s shape and dtype; empty at the first computed step.
+            history: Tensors of one stream with the shape and dtype of `value`; empty at the first computed step.
+            value: The value of the computed step.
             numbers: `times.ages` of the computed steps in the history, float32.
         """
         return (value, *history)[: self.depth]
 
     def predict(self, history: tuple[torch.Tensor, ...], numbers: torch.Tensor) -> torch.Tensor:
-        """The value at a reused step, or what it would be at a computed one, in the history's shape and dtype.
+        """Returns the forecast of the value at a step, with the shape and dtype of the tensors in the history.
 
         Args:
+            history: What `update` returned at the last computed step; not empty.
             numbers: What `numbers` returned, float32.
         """
         return history[0]
 
 
 class LinearForecaster(Forecaster):
-    """A forecast that is a sum of the last values with factors that the times alone tell: `numbers` returns these."""
+    """A forecaster whose forecast is a weighted sum of the last values. `numbers` returns the factors."""
 
     def predict(self, history: tuple[torch.Tensor, ...], numbers: torch.Tensor) -> torch.Tensor:
-        """sum of numbers[i] * history[i], summed in float32 (float64 stays)."""
+        """Returns the sum of numbers[i] * history[i], summed in float32 (in float64 if the values are float64)."""
         total = numbers[0] * widened(history[0])
         for i in range(1, len(history)):
             total = total + numbers[i] * widened(history[i])
@@ -129,13 +140,16 @@ class LinearForecaster(Forecaster):
 
 
 def widened(value: torch.Tensor) -> torch.Tensor:
-    """The value in float32; float64 stays."""
+    """Returns the value in float32, or unchanged if it is float64."""
     return value if value.dtype == torch.float64 else value.float()
 
 
 def distinct(positions: Sequence[float]) -> list[int]:
-    """Which of the computed steps stand apart, newest first: a scheduler may ask twice at one timestep, and between
-    two values at one position there is no slope; the newer one counts."""
+    """Returns the indices of the computed steps with distinct positions, newest first.
+
+    A scheduler may call the model twice at one timestep, and two values at one position have no slope between them. Of
+    these, the newer one is used.
+    """
     indices: list[int] = []
     for i, position in enumerate(positions):
         if not indices or position < positions[indices[-1]]:

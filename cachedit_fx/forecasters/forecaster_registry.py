@@ -1,4 +1,4 @@
-"""Forecasters by name, as YAML and JSON have them."""
+"""Maps names to forecaster classes, for configurations in YAML and JSON."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ Kind = TypeVar("Kind", bound=type[Forecaster])
 
 
 def forecasters() -> dict[str, type[Forecaster]]:
-    """Every class with its name, those built in first."""
+    """Returns all forecaster classes by name, the built-in ones first."""
     return _BUILT_IN | _registered
 
 
 def register_forecaster(name: str) -> Callable[[Kind], Kind]:
-    """Gives the decorated class a name, by which files can ask for it.
+    """Registers the decorated class under a name, which configuration files can use.
 
         @register_forecaster("mine")
         @dataclass(frozen=True, kw_only=True)
         class Mine(Forecaster): ...
 
-    Of a later class of the same name this one is forgotten.
+    A class that is registered later under the same name replaces this one.
 
     Raises:
-        ConfigError: The name is none or a built-in one, or the class is no frozen dataclass made from `Forecaster`.
+        ConfigError: The name is empty, not a string or the name of a built-in class, or the class is not a dataclass
+            derived from `Forecaster`.
     """
     if not isinstance(name, str) or not name or name in _BUILT_IN:
         raise ConfigError(
@@ -50,67 +51,69 @@ def register_forecaster(name: str) -> Callable[[Kind], Kind]:
             f"{shown(name)}"
         )
 
-    def keep(kind: Kind) -> Kind:
+    def register(kind: Kind) -> Kind:
         if not (isinstance(kind, type) and issubclass(kind, Forecaster) and "__dataclass_params__" in vars(kind)):
             raise ConfigError(
-                f"cachedit_fx: what is registered as {name!r} must be a class made from Forecaster and decorated with "
-                f"@dataclass(frozen=True, kw_only=True), got {shown(kind)}"
+                f"cachedit_fx: what is registered as {name!r} must be a class derived from Forecaster and decorated "
+                f"with @dataclass(frozen=True, kw_only=True), got {shown(kind)}"
             )
         _registered[name] = kind
         return kind
 
-    return keep
+    return register
 
 
 def unregister_forecaster(name: str) -> None:
-    """Forgets the class; nothing happens where there is none."""
+    """Removes a registered class. Nothing happens if there is none of this name."""
     _registered.pop(name, None)
 
 
 def forecaster_from(value: Forecaster | Mapping[str, Any] | str | None) -> Forecaster | None:
-    """The forecaster that a configuration means: `{"type": "taylorseer", "taylorseer_order": 2}`, or its name alone.
+    """Returns the forecaster for a configuration: `{"type": "taylorseer", "taylorseer_order": 2}`, or just its name.
 
     Raises:
-        ConfigError: The name or a field is unknown, or a field has a value it cannot have.
+        ConfigError: The name or a field is unknown, or the value of a field is not allowed.
     """
     if value is None or isinstance(value, Forecaster):
         return value
     fields = {"type": value} if isinstance(value, str) else value
     if not isinstance(fields, Mapping) or "type" not in fields:
         raise ConfigError(
-            "cachedit_fx: forecaster must be None, a Forecaster, a name, or a mapping with a name under 'type', as "
-            f"{{'type': 'taylorseer', 'taylorseer_order': 2}}, got {shown(value)}"
+            "cachedit_fx: forecaster must be None, a Forecaster, a name, or a mapping with a name under 'type', such "
+            f"as {{'type': 'taylorseer', 'taylorseer_order': 2}}, got {shown(value)}"
         )
-    known, name = forecasters(), fields["type"]
-    if not isinstance(name, str) or name not in known:
+    classes, name = forecasters(), fields["type"]
+    if not isinstance(name, str) or name not in classes:
         raise ConfigError(
-            f"cachedit_fx: forecaster's type must be one of {', '.join(map(repr, known))}, got {shown(name)}."
-            f"{did_you_mean(name, known)}"
+            f"cachedit_fx: forecaster's type must be one of {', '.join(map(repr, classes))}, got {shown(name)}."
+            f"{did_you_mean(name, classes)}"
         )
-    kind = known[name]
+    kind = classes[name]
     given: dict[str, Any] = {str(field): setting for field, setting in fields.items() if field != "type"}
     missing = [f.name for f in dataclasses.fields(kind) if _is_needed(f) and f.name not in given]
     if missing:
         raise ConfigError(
-            f"cachedit_fx: forecaster {name!r} takes {missing[0]}, which has no default; give it beside 'type', got "
-            f"{shown(dict(fields))}"
+            f"cachedit_fx: forecaster {name!r} needs a value for {missing[0]}, which has no default; add it next to "
+            f"'type', got {shown(dict(fields))}"
         )
     return kind(**given)
 
 
 def as_mapping(forecaster: Forecaster | None) -> dict[str, Any] | None:
-    """What `forecaster_from` makes this forecaster of: its name, and the fields that are not at their defaults.
+    """Returns the mapping from which `forecaster_from` creates this forecaster.
+
+    It holds the name of the class, and the fields that differ from their defaults.
 
     Raises:
-        ConfigError: Its class is not registered.
+        ConfigError: The class is not registered.
     """
     if forecaster is None:
         return None
     name = next((name for name, kind in forecasters().items() if kind is type(forecaster)), None)
     if name is None:
         raise ConfigError(
-            f"cachedit_fx: a forecaster in a file must have a name, got a {type(forecaster).__name__}; give this class "
-            "one with @cachedit_fx.register_forecaster"
+            f"cachedit_fx: a forecaster in a file must have a name, got a {type(forecaster).__name__}; register its "
+            "class with @cachedit_fx.register_forecaster"
         )
     fields = [f for f in dataclasses.fields(forecaster) if f.init]
     return {"type": name} | {f.name: getattr(forecaster, f.name) for f in fields if not _is_default(forecaster, f)}

@@ -1,4 +1,4 @@
-"""The small algebra of dynamic mode decomposition, on inner products of the values instead of the values."""
+"""The algebra of dynamic mode decomposition, which uses inner products of the values instead of the values."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
 
-LEAST = 4  # A pair of complex exponentials takes three pairs of neighbours.
-_FASTEST = 4.0  # How many of the largest step seen a forecast may move in one step.
-_ROUNDING = 1e-7  # Of the first singular value: below, inner products in float64 hold nothing.
+LEAST = 4  # A pair of complex exponentials needs three pairs of neighbors.
+_FASTEST = 4.0  # A forecast may move this many times the largest observed step, per step.
+_ROUNDING = 1e-7  # Below this fraction of the first singular value, float64 inner products hold only rounding errors.
 
 
-# An operator of our own: how many modes there are depends on values, which no compiler's graph may ask for. What it
-# is given is tiny. It reads from the device, so it cannot be part of a CUDA graph.
+# This is a custom operator because the number of modes depends on values, which a compiled graph cannot read. Its
+# inputs are tiny. It reads from the device, so it cannot be part of a CUDA graph.
 @torch.library.custom_op("cachedit_fx::dmd_factors", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def dmd_factors(products: torch.Tensor, numbers: torch.Tensor, rank: int, ridge: float, noise: float) -> torch.Tensor:
-    """What each value is multiplied with for the forecast, [B, n], float32, newest first.
+    """Returns the factor of each value in the forecast, [B, n], float32, newest first.
 
     Args:
         products: Inner products of the values, newest first, [B, n, n], float64.
-        numbers: The time since the newest value, in units of the last gap; how many values are evenly spaced.
-        rank: How many modes; 0 for those above `noise` of the first singular value.
+        numbers: The time since the newest value in units of the last gap, and the number of evenly spaced values.
+        rank: The number of modes; 0 for all whose singular value exceeds `noise` times the first one.
         ridge: Added to the singular values before they are inverted.
+        noise: A fraction of the first singular value, dimensionless.
     """
     horizon, tail = numbers.tolist()
     rows = np.zeros(products.shape[:2])
     for row, matrix in zip(rows, products.cpu().numpy(), strict=True):
-        # The algebra below has the oldest first.
+        # The functions below expect the oldest value first.
         even = matrix[: int(tail), : int(tail)][::-1, ::-1]
         found = _fit(even, horizon, rank, ridge, noise) if tail >= LEAST else None
         if found is not None:
@@ -44,7 +45,7 @@ def _(products: torch.Tensor, numbers: torch.Tensor, rank: int, ridge: float, no
 
 
 def _fit(products: Matrix, horizon: float, rank: int, ridge: float, noise: float) -> Matrix | None:
-    """The factors of the values but the first, oldest first; None where they foretell nothing of use."""
+    """Returns the factors of all values except the first, oldest first; None if their forecast is not usable."""
     if not np.isfinite(products).all():
         return None
     try:
@@ -58,9 +59,10 @@ def _fit(products: Matrix, horizon: float, rank: int, ridge: float, noise: float
 
 
 def _decompose(products: Matrix, horizon: float, rank: int, ridge: float, noise: float) -> Matrix | None:
-    """Re(Phi lambda^k b) of exact DMD, with X the values but the last, X' those but the first, as columns.
+    """Returns the factors of Re(Phi lambda^k b) in exact DMD.
 
-    X = U S V^T comes from X^T X = V S^2 V^T, so U = X V / S never is made, and Phi = X' M for the M below.
+    The columns of X are all values except the last, those of X' are all values except the first. X = U S V^T follows
+    from X^T X = V S^2 V^T, so U = X V / S is never computed, and Phi = X' M with `modes` as M.
     """
     squares, right = np.linalg.eigh(products[:-1, :-1])
     singular = np.sqrt(squares.clip(min=0))[::-1]
@@ -70,7 +72,7 @@ def _decompose(products: Matrix, horizon: float, rank: int, ridge: float, noise:
     scaled = right[:, ::-1][:, :count] / (singular[:count] + ridge)
     eigenvalues, vectors = np.linalg.eig(scaled.T @ products[:-1, 1:] @ scaled)
     modes = scaled @ vectors
-    # The newest value in terms of Phi, by least squares: |X' (M b - e)| = |R (M b - e)| where R^T R = X'^T X'.
+    # b by least squares, with e the newest value: |X' (M b - e)| = |R (M b - e)| with R^T R = X'^T X'.
     squares, right = np.linalg.eigh(products[1:, 1:])
     root = np.sqrt(squares.clip(min=0))[:, None] * right.T
     weights = np.linalg.lstsq(root @ modes, root[:, -1].astype(complex), rcond=None)[0]
@@ -79,7 +81,7 @@ def _decompose(products: Matrix, horizon: float, rank: int, ridge: float, noise:
 
 
 def _runs_away(products: Matrix, factors: Matrix, horizon: float) -> bool:
-    """Whether the forecast is much further from the newest value than neighbours among the values ever were."""
+    """Returns whether the forecast is much further from the newest value than any two neighboring values are."""
     squared = np.diag(products)
     steps = squared[1:] + squared[:-1] - 2 * np.diag(products, 1)
     moved = factors.copy()

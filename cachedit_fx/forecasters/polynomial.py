@@ -1,4 +1,4 @@
-"""A forecaster of our own: the polynomial through the last computed values."""
+"""Forecasts by the polynomial through the last computed values."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from cachedit_fx.forecasters.forecaster import LinearForecaster, Times, distinct
 
 @dataclass(frozen=True, kw_only=True)
 class PolynomialCalibratorConfig(LinearForecaster):
-    """The polynomial through the last `order` + 1 computed values, at their true positions (Lagrange).
+    """Evaluates the polynomial through the last `order` + 1 computed values at their positions (Lagrange).
 
-    A stream that moves like a polynomial of this degree is forecast exactly, however unevenly its steps were computed;
-    TaylorSeer's differences do so for straight lines alone. With fewer values the degree is lower.
+    A value that changes like a polynomial of this degree is forecast exactly, even if the computed steps are not evenly
+    spaced. The differences of TaylorSeer are exact only for straight lines then. With fewer values, the degree is
+    lower.
 
     Attributes:
-        order: The degree; remembers one tensor more than this. 0 repeats the last value.
+        order: The degree; `order` + 1 values are stored. 0 repeats the last value.
 
     Raises:
-        ConfigError: A field has a value it cannot have.
+        ConfigError: The value of a field is not allowed.
     """
 
     order: int = 2
@@ -37,7 +38,7 @@ class PolynomialCalibratorConfig(LinearForecaster):
         return count > 1
 
     def numbers(self, times: Times) -> Sequence[float]:
-        """The factor of each computed value, newest first."""
+        """Returns the factor of each computed value, newest first."""
         indices = distinct(times.computed)
         factors = [0.0] * len(times.computed)
         for i in indices:

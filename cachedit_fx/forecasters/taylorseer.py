@@ -1,4 +1,4 @@
-"""The forecaster of TaylorSeer: a Taylor series from backward differences."""
+"""Forecasts by TaylorSeer: a Taylor series from backward differences."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from cachedit_fx.forecasters.forecaster import LinearForecaster, Times, distinct
 
 @dataclass(frozen=True, kw_only=True)
 class TaylorSeerCalibratorConfig(LinearForecaster):
-    """A Taylor series around the last computed step. Names and meaning are cache-dit's.
+    """Evaluates a Taylor series around the last computed step. Names and meaning are those of cache-dit.
 
-    With Y the value at a computed step, w the gap to the computed step before, k the time since:
-    d0 = Y; d(i+1) = (d(i) - d(i) one computed step before) / w; forecast = sum of d(i) k^i / i!. As many orders as
-    there are values for are used, so that a forecast is made from the second computed step on.
+    Let Y be the value at a computed step, w the gap to the previous computed step, and k the time since the step.
+    Then d0 = Y, d(i+1) = (d(i) - d(i) of the previous computed step) / w, and forecast = sum of d(i) k^i / i!. The
+    order is lower while there are fewer values, so forecasts start after the second computed step.
 
     Source: arXiv:2503.06923.
 
     Attributes:
-        taylorseer_order: The highest i; remembers one tensor more than this. 0 repeats the last value.
+        taylorseer_order: The highest i; one more value than this is stored. 0 repeats the last value.
 
     Raises:
-        ConfigError: A field has a value it cannot have.
+        ConfigError: The value of a field is not allowed.
     """
 
     taylorseer_order: int = 1
@@ -43,10 +43,10 @@ class TaylorSeerCalibratorConfig(LinearForecaster):
         return count > 1
 
     def numbers(self, times: Times) -> Sequence[float]:
-        """The factor of each computed value, newest first."""
+        """Returns the factor of each computed value, newest first."""
         indices = distinct(times.computed)
         at = [times.computed[i] for i in indices]
-        # Row j holds the factors that make d(i) of the j-th computed step; each round raises i by one.
+        # Row j holds the factors of d(i) at the j-th computed step; each iteration increases i by one.
         rows = np.eye(len(times.computed))[indices]
         total, elapsed = rows[0], times.now - at[0]
         for i in range(1, len(indices)):

@@ -1,4 +1,4 @@
-"""Traces a function of tensors into a graph of ATen operations, while other threads run models."""
+"""Traces a function of tensors into a graph of ATen operations without an effect on other threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor])
 
     Args:
         function: Takes tensors and returns a tuple of tensors.
-        inputs: Fake tensors; what they compute is traced with their shapes as constants.
+        inputs: Fake tensors. Their shapes become constants of the graph.
     """
     tracer = PythonKeyTracer()
     tracer.root, tracer.graph = nn.Module(), fx.Graph(tracer_cls=PythonKeyTracer)

@@ -1,4 +1,4 @@
-"""What a model's own code may need before its blocks can be matched: patch functors, and what they are made of."""
+"""The base class of patch functors, and functions that rewrite the streams of a captured graph."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _MISSING = object()
 
 
 class PatchFunctor:
-    """Brings a model that no template fits within reach of one. Both stages are optional; the base class does nothing.
+    """Changes a model or its captured graph so that a template fits. The base class does nothing.
 
-    A subclass overrides `prepare`, for a model that Dynamo cannot capture whole, or `apply`, for a graph whose blocks
-    hand on streams in a way that no template describes. `disable_cache` undoes both: the rewritten graph goes with the
-    compiled code, and `restore` puts every replaced method back.
+    A subclass overrides `prepare` for a model that Dynamo cannot capture whole, or `apply` for a graph whose blocks
+    pass streams in a way that no template describes. Both are optional. `disable_cache` undoes both: the rewritten
+    graph is removed together with the compiled code, and `restore` puts every replaced method back.
     """
 
     def __init__(self) -> None:
         self._replaced: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
     def __eq__(self, other: object) -> bool:
-        """Functors of one class with equal attributes do the same."""
+        """Returns whether both functors have the same class and equal attributes, and hence do the same."""
         return isinstance(other, PatchFunctor) and type(self) is type(other) and self._settings() == other._settings()
 
     def __hash__(self) -> int:
@@ -41,33 +41,34 @@ class PatchFunctor:
         return {name: value for name, value in vars(self).items() if name != "_replaced"}
 
     def prepare(self, transformer: nn.Module) -> None:
-        """Makes `transformer` capturable, by `replace_method` alone: outputs stay the same up to rounding."""
+        """Replaces methods of `transformer`, by `replace_method` only, so that Dynamo can capture it.
+
+        The outputs of the model must stay the same up to rounding.
+        """
 
     def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
-        """Rewrites a captured graph before its blocks are looked for.
+        """Rewrites a captured graph before its blocks are located.
 
-        Called for every graph that is captured: anew for another size, and for each part of a model that Dynamo broke
-        up. One that lacks what is looked for is handed back as it is.
+        This method is called for every captured graph: again for another size, and for each part of a model that
+        Dynamo broke up. It must return a graph unchanged if it does not contain the code to rewrite.
 
         Args:
-            gm: A copy of what Dynamo captured; may be changed in place. Its nodes carry `example_value` and
-                `nn_module_stack` in their `meta`, as Dynamo put them there.
+            gm: A copy of the graph that Dynamo captured. It may be changed in place. The `meta` of its nodes contains
+                `example_value` and `nn_module_stack` from Dynamo.
 
         Returns:
-            The graph to go on with. Placeholders must stay as they are, in number and order.
+            The rewritten graph. The number and order of its placeholders must not change.
         """
         return gm
 
     def replace_method(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        """Lets `module.name` be `function`, bound to this one module; its class and all other modules keep theirs.
+        """Replaces `module.name` by `function`, bound to this module. Its class and other modules do not change.
 
         Raises:
             ConfigError: `module` has no method `name`.
         """
         if not callable(getattr(module, name, None)):
-            near = difflib.get_close_matches(
-                name, [name_of_class for name_of_class in dir(type(module)) if name_of_class[:1] != "_"], n=1
-            )
+            near = difflib.get_close_matches(name, [public for public in dir(type(module)) if public[:1] != "_"], n=1)
             hint = f". Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"cachedit_fx: {type(module).__name__} has no method {name!r} to replace{hint}")
         replaced = self._replaced.setdefault(module, {})
@@ -75,7 +76,7 @@ class PatchFunctor:
         module.__dict__[name] = types.MethodType(function, module)
 
     def restore(self, transformer: nn.Module) -> None:
-        """Puts back what `replace_method` replaced in `transformer` and the modules inside it."""
+        """Restores all methods that `replace_method` replaced in `transformer` and in the modules inside it."""
         for module in transformer.modules():
             for name, before in self._replaced.pop(module, {}).items():
                 if before is _MISSING:
@@ -87,41 +88,44 @@ class PatchFunctor:
 def give_to_block(nodes: Iterable[fx.Node], like: fx.Node) -> None:
     """Makes `nodes` part of the block that `like` belongs to.
 
-    What stands between two blocks otherwise counts as the end of the earlier one; given to the later one, the cut
-    lies in front of it.
+    By default, nodes between two blocks are part of the earlier block. If they are given to the later block, the cut
+    is before them.
     """
     for node in nodes:
         node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
 
 
 def rename_stream(nodes: Iterable[fx.Node], name: str) -> None:
-    """Calls the values that `nodes` make `name`, as if the model's code had: roles are told by names."""
+    """Gives the values of `nodes` the name `name`, as if the code of the model did, to assign a role to a stream."""
     for node in nodes:
         node.meta["cachedit_name"] = name
 
 
 def split_stream(node: fx.Node, sizes: Sequence[int | fx.Node | None], dim: int, names: Iterable[str]) -> list[fx.Node]:
-    """Lets a joint stream cross a cut as several: sliced apart behind `node`, joined again for whoever reads it.
+    """Splits a joint stream, so that it crosses a cut as several streams.
+
+    The value of `node` is sliced, and the slices are joined again for the nodes that read it:
 
         x -> block      ->      a, b = x[:, :n], x[:, n:]; x = cat((a, b), dim) -> block
 
     Args:
         node: A tensor node between two blocks.
-        sizes: Lengths along `dim`, one for each stream: numbers, nodes that compute them, and for the last None, which
-            is what is left. Numbers hold for this graph alone; for any image size pass None.
-        names: What the streams are called, as in `("encoder_hidden_states", "hidden_states")`.
+        sizes: The length of each stream along `dim`: a number, a node that computes it, or, for the last stream, None,
+            which means the rest. A number is valid for this graph only; pass None to support any image size.
+        dim: The dimension to split.
+        names: The name of each stream, such as `("encoder_hidden_states", "hidden_states")`.
 
     Returns:
         The slices. The join belongs to the block that reads it.
 
     Raises:
-        ConfigError: A size is something else, the numbers don't add up to the length of `node`, or nothing reads it.
+        ConfigError: A size is none of these, the numbers do not add up to the length of `node`, or no node reads it.
     """
     graph, whole = node.graph, node.meta["example_value"]
     if not node.users:
         raise ConfigError(
-            f"cachedit_fx: nothing reads `{node.name}`, so there is no stream to split; give the node that a "
-            "block reads"
+            f"cachedit_fx: no node reads `{node.name}`, so there is no stream to split; pass the node that a block "
+            "reads"
         )
     _check_sizes(node, sizes, dim)
     readers = list(node.users)
@@ -141,7 +145,7 @@ def split_stream(node: fx.Node, sizes: Sequence[int | fx.Node | None], dim: int,
         joined.meta = {**first.meta, "example_value": torch.cat([part.meta["example_value"] for part in parts], dim)}
     for reader in readers:
         reader.replace_input_with(node, joined)
-    for part in parts:  # They read the stream itself.
+    for part in parts:  # The slices read the stream itself.
         part.args = (node, *part.args[1:])
     return parts
 
@@ -151,14 +155,14 @@ def _check_sizes(node: fx.Node, sizes: Sequence[int | fx.Node | None], dim: int)
     for i, size in enumerate(sizes):
         if not isinstance(size, int | fx.Node) and not (size is None and i == len(sizes) - 1):
             raise ConfigError(
-                f"cachedit_fx: sizes of `{node.name}` must be numbers or nodes, and the last may be None; "
-                f"got {shown(size)}"
+                f"cachedit_fx: sizes of `{node.name}` must be numbers or nodes (the last one may be None), got "
+                f"{shown(size)}"
             )
     numbers = [size for size in sizes if isinstance(size, int)]
     if len(numbers) == len(sizes) and sum(numbers) != length:
         raise ConfigError(
             f"cachedit_fx: sizes must add up to {length}, the length of `{node.name}` along dimension {dim}, got "
-            f"{numbers}; give None as the last for what is left"
+            f"{numbers}; pass None as the last size for the rest"
         )
 
 
@@ -171,9 +175,9 @@ def _sum(graph: fx.Graph, start: int | fx.Node, size: int | fx.Node) -> int | fx
 
 
 def block_nodes(gm: fx.GraphModule, path: str) -> list[list[fx.Node]]:
-    """The nodes of each block of the list at `path` (as in `transformer_blocks`), in order; empty if it is not called.
+    """Returns the nodes of each block of the list at `path` (such as `transformer_blocks`), in execution order.
 
-    Work between two blocks is in neither of them.
+    The result is empty if no block of the list is called. Nodes between two blocks are in neither of them.
     """
     program = Program(gm.graph)
     calls = module_lists(program).get(tuple(path.split(".")), [])

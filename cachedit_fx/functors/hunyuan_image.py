@@ -1,4 +1,4 @@
-"""HunyuanImage: the tokens of two text encoders are joined without leaving the graph."""
+"""The patch functor for HunyuanImage, which joins the tokens of two text encoders without a graph break."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cachedit_fx.functors.functor import PatchFunctor
 
 
 class HunyuanImagePatchFunctor(PatchFunctor):
-    """Makes HunyuanImage's transformer one graph.
+    """Lets Dynamo capture the transformer of HunyuanImage as one graph.
 
-    Dynamo stops where the tokens of two text encoders are joined, valid ones first: boolean masks pick them, sample by
-    sample, so the sizes in between are data. A stable sort by the masks gives the same order. The join stands in the
-    midst of the model's forward, between the call of the first text embedder and the attention mask. Both can be had
-    without writing that forward anew: it is given the mask already joined and no second text, and the embedder, which
-    gets both texts in one, returns them joined.
+    Dynamo breaks the graph where the tokens of two text encoders are joined, valid ones first. Boolean masks select
+    them for each sample, so the sizes depend on data. A stable sort by the masks gives the same order. The join is in
+    the middle of the forward of the model, between the call of the first text embedder and the attention mask. This
+    functor changes it without a new copy of the forward: the forward receives the joined mask and no second text, and
+    the embedder receives both texts in one argument and returns them joined.
     """
 
     def prepare(self, transformer: nn.Module) -> None:
@@ -28,14 +28,15 @@ class HunyuanImagePatchFunctor(PatchFunctor):
 
 
 class _Texts(NamedTuple):
-    """What `encoder_hidden_states` carries from the model's forward to its text embedder.
+    """Both texts, which are passed as `encoder_hidden_states` from the model's forward to its text embedder.
 
     Attributes:
         first: Embeddings from the first encoder, [B, L, D].
-        mask: Which of them are tokens, bool [B, L].
+        mask: Whether each of them is a token, bool [B, L].
         second: Embeddings from the second encoder, [B, L2, D2].
-        embed_second: Projects them to the model's width.
-        order: For each place of the joined text, its place in the second text followed by the first, int64 [B, L2 + L].
+        embed_second: Projects `second` to the width of the model.
+        order: For each position in the joined text, its position in the second text followed by the first, int64
+            [B, L2 + L].
     """
 
     first: Tensor
@@ -46,10 +47,10 @@ class _Texts(NamedTuple):
 
 
 def _present_forward(module: nn.Module) -> Callable[..., Any]:
-    """`module.forward` as it is now, as a function of the module and its arguments.
+    """Returns the current `module.forward` as a function of the module and its arguments.
 
-    The instance's, not the class's: offloading hooks put their own there. And where it is a method, not bound: in a
-    deep copy, it would run the original's weights.
+    This is the forward of the instance, because offloading hooks replace it there. A method is unbound, because a bound
+    one would run the weights of the original in a deep copy.
     """
     forward = module.forward
     unbound: Callable[..., Any] = getattr(forward, "__func__", lambda _, *args, **kwargs: forward(*args, **kwargs))
@@ -57,7 +58,10 @@ def _present_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def _pack_texts_for(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The transformer's forward, around `forward`: takes text [B, L, D] and [B, L2, D2], masks [B, L] and [B, L2]."""
+    """Returns a forward of the transformer that calls `forward` with both texts packed into one argument.
+
+    It takes texts [B, L, D] and [B, L2, D2] with masks [B, L] and [B, L2].
+    """
 
     def packing_texts(
         self: Any,
@@ -86,7 +90,10 @@ def _pack_texts_for(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _join_texts_after(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The text embedder's forward, around `forward`: returns [B, L, D], or [B, L2 + L, D] for `_Texts`."""
+    """Returns a forward of the text embedder that calls `forward` and joins both texts.
+
+    It returns [B, L, D] for a single text, and [B, L2 + L, D] for `_Texts`.
+    """
 
     def joining_texts(
         self: Any, hidden_states: Tensor | _Texts, timestep: Tensor, attention_mask: Tensor | None = None

@@ -1,4 +1,4 @@
-"""The functors that come with the package, by the transformer that each is for."""
+"""Finds the patch functor of this package for a transformer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from cachedit_fx.functors.hunyuan_image import HunyuanImagePatchFunctor
 
 
 def functor_for(class_name: str) -> type[PatchFunctor] | None:
-    """The functor made for a transformer's class: its name begins as the class's does."""
+    """Returns the functor whose name without "PatchFunctor" is the beginning of `class_name`; None if there is none."""
     shipped: tuple[type[PatchFunctor], ...] = (HiDreamPatchFunctor, HunyuanImagePatchFunctor)
-    return next((made for made in shipped if class_name.startswith(made.__name__.removesuffix("PatchFunctor"))), None)
+    return next((kind for kind in shipped if class_name.startswith(kind.__name__.removesuffix("PatchFunctor"))), None)

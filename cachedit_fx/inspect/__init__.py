@@ -1,4 +1,4 @@
-"""What shows what happened: `explain`, `summary`, `report`, pages, dumps. No other room imports it, but `testing`."""
+"""Shows what the package did: `explain`, `summary`, `report`, pages and dumps. Only `testing` imports this folder."""
 
 from cachedit_fx.inspect.explanation.explain import explain
 from cachedit_fx.inspect.explanation.result import Explanation

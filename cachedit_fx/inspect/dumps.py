@@ -1,12 +1,12 @@
-"""What `debug_dir` gets: a folder per graph, with every pass before and after it, the report, and a reproducer.
+"""Writes a folder for each graph to `debug_dir`, with the graph before and after every pass, and a reproducer.
 
 000_FluxTransformer2DModel/
-    00_captured.py                       as Dynamo handed it over
-    01_inline-checkpoints.before.py      and so on, a pair for each pass that rewrites
-    06_locate-blocks.json                a file for each that only reads
-    09_split-pieces.after.py             what is compiled
-    report.json                          all of it as data (`GraphReport`)
-    graph.json, reproduce.py             the passes again, without the model: `python reproduce.py`
+    00_captured.py                       the graph as Dynamo captured it
+    01_inline-checkpoints.before.py      and so on: a pair of files for each pass that rewrites the graph
+    06_locate-blocks.json                one file for each pass that only reads the graph
+    09_split-pieces.after.py             the graph that is compiled
+    report.json                          the results as data (`GraphReport`)
+    graph.json, reproduce.py             runs the passes again, without the model: `python reproduce.py`
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from cachedit_fx.patterns.mismatch import Match, Mismatch
 
 log = logging.getLogger(__name__)
 
-_SCRIPT = '''"""Repeats what cachedit_fx made of graph {number} of {cls}, without the model and its weights.
+_SCRIPT = '''"""Repeats what cachedit_fx did with graph {number} of {cls}, without the model and its weights.
 
-    python reproduce.py            the passes again, on graph.json: prints what was found
-    python reproduce.py --run      and three steps with random weights, computed, reused, computed: compares the
-                                   computed ones with the graph as it was captured
+    python reproduce.py            runs the passes on graph.json and prints their results
+    python reproduce.py --run      also runs three steps with random weights (computed, reused, computed), and compares
+                                   the computed ones with the captured graph
 
-Needs cachedit_fx {version}, torch and the packages of the model. Sizes are those of the captured call.
+Requires cachedit_fx {version}, torch and the packages of the model. The sizes are those of the captured call.
 """
 
 from pathlib import Path
@@ -59,17 +59,20 @@ if __name__ == "__main__":
 
 
 class Dump(Trace):
-    """Writes every step of a graph's way into a folder of its own, as it happens: what fails leaves what came before.
+    """Writes the results of every pass over a graph into a folder, immediately after the pass.
+
+    If a later pass fails, the files of the previous passes remain.
 
     Args:
-        cls: Class of the module whose graph it is.
-        config: Its `debug_dir` is made if it is missing.
+        cls: The name of the class of the module that the graph belongs to.
+        config: The configuration. Its `debug_dir` is created if it does not exist.
+        declared: What the user declared about the model.
 
     Attributes:
         path: The folder of this graph.
 
     Raises:
-        ConfigError: The folder cannot be made or written to.
+        ConfigError: The folder cannot be created or written to.
     """
 
     def __init__(self, cls: str, config: CacheConfig, declared: Declaration) -> None:
@@ -82,8 +85,8 @@ class Dump(Trace):
             self.path = _new_folder(Path(folder), cls)
         except OSError as error:
             raise ConfigError(
-                f"cachedit_fx: debug_dir must be a folder that can be written to, or a path where one can be made, got "
-                f"{str(folder)!r}: {error.strerror}"
+                f"cachedit_fx: debug_dir must be a folder that can be written to, or a path where one can be created, "
+                f"got {str(folder)!r}: {error.strerror}"
             ) from error
 
     def graph(self, name: str, gm: fx.GraphModule) -> None:
@@ -135,19 +138,19 @@ class Dump(Trace):
         self._pass("split-pieces", _readable(cached_graph.gm))
 
     def finish(self, gm: fx.GraphModule, reasons: tuple[Mismatch, ...] = ()) -> None:
-        """Writes the report. `reasons` are those that no pass knows."""
+        """Writes the report. `reasons` are reasons against caching that no pass found."""
         if reasons:
             self.refuse(reasons)
         report = build_report(gm, self, self._config, self._declared, cls=self._cls, number=self.number)
         self._write("report.json", dataclasses.asdict(report))
-        log.info("wrote what became of a graph of %s to %s", self._cls, self.path)
+        log.info("wrote the passes over a graph of %s to %s", self._cls, self.path)
 
     @property
     def number(self) -> int:
         return int(self.path.name.partition("_")[0])
 
     def fail(self) -> None:
-        """Writes the exception that is handled now."""
+        """Writes the exception that is currently being handled."""
         self._write("error.txt", traceback.format_exc())
 
     def _pass(self, name: str, code: str) -> None:
@@ -163,7 +166,7 @@ class Dump(Trace):
         try:
             graph = to_json(gm)
         except TypeError as error:
-            self._write("reproduce.txt", f"This graph cannot be written to a file: {error}")
+            self._write("reproduce.txt", f"This graph cannot be saved as JSON: {error}")
             return
         settings = {"config": [[name, value] for name, value in self._config.plain_changes if name != "debug_dir"]}
         self._write("graph.json", {"cls": self._cls, **settings, **graph})
@@ -182,7 +185,7 @@ def _new_folder(folder: Path, cls: str) -> Path:
         try:
             path.mkdir()
             return path
-        except FileExistsError:  # Another process writes there too.
+        except FileExistsError:  # Another process writes to the same folder.
             continue
     raise AssertionError
 

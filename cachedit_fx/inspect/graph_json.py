@@ -1,6 +1,7 @@
-"""A captured graph as JSON and back: its operations, and what the passes ask of a node; no weights, no inputs.
+"""Converts a captured graph to JSON and back: its operations and the metadata that the passes read.
 
-Sizes are those of the captured call: a graph of dynamic sizes comes back as a static one.
+Weights and inputs are not stored. Sizes are those of the captured call: a graph with dynamic sizes becomes a static
+one.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ from cachedit_fx.flops import hint
 from cachedit_fx.frontend.capture import GraphInput
 from cachedit_fx.patterns.nodes import value_of
 
-# Attribute that holds what they wrap.
+# Wrapper -> the attribute that holds the wrapped function or its name.
 _NUMPY_WRAPPERS = {numpy_to_tensor_wrapper: "f", numpy_method_wrapper: "method", numpy_operator_wrapper: "op"}
-_FRAMES = 2  # Of a node's stack that are kept, the innermost ones.
+_FRAMES = 2  # The number of innermost frames of a node's stack that are stored.
 _TORCH_CONSTANTS = (torch.dtype, torch.memory_format, torch.layout)
 
 
 def to_json(gm: fx.GraphModule) -> dict[str, Any]:
-    """The graph as plain data.
+    """Returns the graph as data that JSON can store.
 
     Raises:
-        TypeError: A node has an argument that JSON cannot hold; names the node.
+        TypeError: JSON cannot store an argument of a node. The message names the node.
     """
     return {"nodes": [_node_to_json(gm, node) for node in gm.graph.nodes]}
 
 
 def from_json(data: Mapping[str, Any]) -> fx.GraphModule:
-    """The graph again; its values are fake tensors.
+    """Returns the graph that `to_json` converted. Its values are fake tensors.
 
     Raises:
-        ImportError: A function of the graph is not to be found with the packages installed here.
+        ImportError: The installed packages do not have a function of the graph.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     graph, root = fx.Graph(), torch.nn.Module()
@@ -164,10 +165,10 @@ def _value_from_json(value: Any, mode: FakeTensorMode) -> Any:
     if not isinstance(value, dict):
         return value
     with mode:
-        made = torch.empty_strided(
+        tensor = torch.empty_strided(
             value["shape"], value["stride"], dtype=getattr(torch, value["dtype"]), device=value["device"]
         )
-        return torch.nn.Parameter(made, requires_grad=False) if value["is_parameter"] else made
+        return torch.nn.Parameter(tensor, requires_grad=False) if value["is_parameter"] else tensor
 
 
 def _class_to_json(path: str, cls: Any) -> tuple[str, str, str]:
@@ -178,7 +179,7 @@ def _class_to_json(path: str, cls: Any) -> tuple[str, str, str]:
 
 
 def _class(module: str, name: str) -> type:
-    """The class, or where it is not to be found an empty one of its name: tuple order is then not known."""
+    """Returns the class, or an empty class of its name if it cannot be imported; tuple order is unknown then."""
     try:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
@@ -189,7 +190,7 @@ def _class(module: str, name: str) -> type:
 
 
 def _name_of(function: Any) -> str:
-    """A function's qualified name; Dynamo's wrappers of NumPy functions are `wrapper(name)`."""
+    """Returns the qualified name of a function; for Dynamo's wrappers of NumPy functions, `wrapper(name)`."""
     if type(function) in _NUMPY_WRAPPERS:
         held = vars(function)[_NUMPY_WRAPPERS[type(function)]]
         return f"{type(function).__name__}({held if isinstance(held, str) else _get_qualified_name(held)})"
@@ -197,10 +198,10 @@ def _name_of(function: Any) -> str:
 
 
 def _function(name: str) -> Any:
-    """What a qualified name stands for, as in `torch.nn.functional.linear`."""
+    """Returns the function with a qualified name such as `torch.nn.functional.linear`."""
     outer, parenthesis, inner = name.removesuffix(")").partition("(")
     if parenthesis:
-        wrapper = next(known for known in _NUMPY_WRAPPERS if known.__name__ == outer)
+        wrapper = next(kind for kind in _NUMPY_WRAPPERS if kind.__name__ == outer)
         return wrapper(inner if wrapper is numpy_method_wrapper else _function(inner))
     parts = name.split(".")
     for i in range(len(parts) - 1, 0, -1):
@@ -214,8 +215,8 @@ def _function(name: str) -> Any:
     if hasattr(builtins, name):
         return getattr(builtins, name)
     raise ImportError(
-        f"cachedit_fx: the graph calls {name!r}, which the packages installed here do not have; install "
-        "those of the model"
+        f"cachedit_fx: the graph calls {name!r}, which the installed packages do not have; install the packages of "
+        "the model"
     )
 
 

@@ -1,4 +1,4 @@
-"""What did the cache do: `summary` and `report` of a pipeline or a transformer."""
+"""Reports what the cache of a pipeline or a transformer did: `summary` and `report`."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from cachedit_fx.runtime.instances import KEY, calls_of, notes_of, records_of, s
 from cachedit_fx.runtime.stats import CacheStats, Summary
 
 _DISPLACED = (
-    "{}: what enable_cache put there was replaced, as module.compile() does, or it was left behind by a copy, as "
-    "copy.copy does. So its calls run without the cache; call enable_cache again"
+    "{}: its calls run without the cache, because the forward that enable_cache compiled was replaced (as "
+    "module.compile() does) or was not copied (by copy.copy). Call enable_cache again"
 )
 
 
 def summary(target: Any, details: bool = False, *, every_generation: bool = False, logging: bool = True) -> Summary:
-    """Statistics of the last generation, one entry per transformer, region and guidance branch.
+    """Returns the statistics of the last generation, one entry per transformer, region and guidance branch.
 
-    They outlive the generation and its sessions (64 per transformer are kept). Below the first table stands how all
-    calls since `enable_cache` were served: computed, reused, without the cache and why. Where the generation reused
-    nothing, a line says why.
+    They remain available after the generation and its sessions have ended (64 sessions per transformer). The lines
+    below the first table state how all calls since `enable_cache` were served: computed, reused, or without the cache,
+    with the reason. If the generation reused nothing, a line states why.
 
     Args:
         target: A pipeline, a transformer, or a `BlockAdapter`.
-        details: Show every step's decision too.
-        every_generation: Not the last generation alone, but all that are known, oldest first.
-        logging: Print the tables; in a terminal with rich, if that is installed.
+        details: Whether to show the decision at every step as well.
+        every_generation: Whether to include all recorded generations, oldest first, instead of the last one only.
+        logging: Whether to print the tables; in a terminal, with rich if it is installed.
 
     Returns:
-        A list of `CacheStats`, with `calls` (a `CallCounts` per transformer) and `notes`; as a string, the tables in
-        markdown and what stands below the first.
+        A list of `CacheStats` with the attributes `calls` (a `CallCounts` per transformer) and `notes`. Its `str`
+        consists of the tables in Markdown and the lines below the first one.
 
     Raises:
         ConfigError: `target` has no diffusion transformer.
@@ -52,11 +52,11 @@ def summary(target: Any, details: bool = False, *, every_generation: bool = Fals
 
 
 class RunReport:
-    """What a run did, to be looked at: prints as the tables of its summary.
+    """A report of a run. Its `str` consists of the tables of its summary.
 
     Attributes:
-        title: The class of what ran.
-        stats: One entry per transformer, region and guidance branch.
+        title: The name of the class of the pipeline or transformer.
+        stats: The statistics, one entry per transformer, region and guidance branch.
     """
 
     def __init__(self, title: str, stats: Summary) -> None:
@@ -64,13 +64,13 @@ class RunReport:
         self.stats = stats
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Returns all data in a form that JSON can store."""
         calls = {name: counts.to_dict() for name, counts in self.stats.calls.items()}
         stats = [entry.to_dict() for entry in self.stats]
         return {"title": self.title, "stats": stats, "calls": calls, "notes": self.stats.notes}
 
     def to_html(self, path: str | Path) -> Path:
-        """Writes the page as one file that needs no network; returns its path.
+        """Writes the report as one HTML file that loads nothing from the network, and returns its path.
 
         Raises:
             ConfigError: jinja2 is not installed.
@@ -82,7 +82,7 @@ class RunReport:
         return target
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """The steps as a matplotlib figure; written to `path` (png, svg, pdf) if there is one.
+        """Returns the steps as a matplotlib figure, and writes it to `path` (png, svg or pdf) if a path is given.
 
         Raises:
             ConfigError: matplotlib is not installed.
@@ -101,17 +101,18 @@ class RunReport:
 
 
 def report(target: Any, path: str | Path | None = None, *, every_generation: bool = False) -> RunReport:
-    """What the last generation did: every step's decision and why, its diff, its time, and what is kept.
+    """Reports the last generation: the decision at every step with its reason, its diff, its time, and the memory.
 
-    After a run in shadow mode also how far off reusing would have been, to choose a threshold by.
+    After a run in shadow mode, the report also contains the error of reusing each step, from which a threshold can be
+    chosen.
 
     Args:
         target: A pipeline, a transformer, or a `BlockAdapter`.
-        path: Where to write the page (HTML), if anywhere.
-        every_generation: Not the last generation alone, but all that are known, oldest first.
+        path: The HTML file to write, if any.
+        every_generation: Whether to include all recorded generations, oldest first, instead of the last one only.
 
     Raises:
-        ConfigError: `target` has no diffusion transformer, or jinja2 is not installed and there is a path.
+        ConfigError: `target` has no diffusion transformer, or a path is given and jinja2 is not installed.
     """
     stats = _stats_of(target, details=True, every_generation=every_generation)
     found = RunReport(stats.title, stats)
@@ -144,10 +145,10 @@ def _entries(name: str, module: nn.Module, *, every_generation: bool) -> list[Ca
 
 
 def _why_none_reused(name: str, module: nn.Module, stats: Sequence[CacheStats]) -> str:
-    mine = [entry for entry in stats if entry.module == name]
-    if all(entry.num_steps == 1 for entry in mine):  # What looks like many generations is one, as its user sees it.
-        mine = _entries(name, module, every_generation=True)
-    return why_none_reused(name, mine)
+    of_module = [entry for entry in stats if entry.module == name]
+    if all(entry.num_steps == 1 for entry in of_module):  # For the user, generations of one step each are one.
+        of_module = _entries(name, module, every_generation=True)
+    return why_none_reused(name, of_module)
 
 
 def _fragment(found: Summary) -> str:

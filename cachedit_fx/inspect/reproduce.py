@@ -1,4 +1,4 @@
-"""The passes again, on a graph that `debug_dir` wrote: what `reproduce.py` in such a folder runs."""
+"""Runs the passes again on a graph in a folder of `debug_dir`; `reproduce.py` in such a folder calls `main`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from cachedit_fx.runtime.stats import CacheStats
 
 
 def explain_saved(folder: str | Path) -> Explanation:
-    """What the passes make of the graph in `folder`, as `explain` tells it.
+    """Runs the passes on the graph in `folder` and returns the same explanation as `explain`.
 
     Raises:
-        FileNotFoundError: `folder` has no graph.json.
+        FileNotFoundError: `folder` contains no graph.json.
     """
     data = _read(folder)
     gm, config, trace = from_json(data), _config(data), Trace()
@@ -43,13 +43,13 @@ def explain_saved(folder: str | Path) -> Explanation:
 
 
 def run_saved(folder: str | Path) -> list[CacheStats]:
-    """Three steps of the saved graph with random weights: computed, reused, computed.
+    """Runs three steps of the saved graph with random weights: computed, reused, computed.
 
     Returns:
         The statistics of every region.
 
     Raises:
-        AssertionError: A computed step differs from the graph as it was captured.
+        AssertionError: A computed step differs from the captured graph.
         ValueError: The graph is not cached.
     """
     data = _read(folder)
@@ -80,8 +80,9 @@ def run_saved(folder: str | Path) -> list[CacheStats]:
 
 
 def main(folder: Path) -> None:
-    parser = argparse.ArgumentParser(description="Repeats what cachedit_fx made of a graph.")
-    parser.add_argument("--run", action="store_true", help="three steps with random weights too")
+    """Runs the command line of `reproduce.py` in `folder`."""
+    parser = argparse.ArgumentParser(description="Runs the passes of cachedit_fx again on a saved graph.")
+    parser.add_argument("--run", action="store_true", help="also run three steps with random weights")
     given = parser.parse_args()
     print(explain_saved(folder))
     if given.run:
@@ -99,15 +100,15 @@ def _config(data: dict[str, Any]) -> CacheConfig:
 
 
 def _random_steps(gm: fx.GraphModule, timestep: str) -> list[list[Any]]:
-    """The inputs of three steps: all stay as they are but the timestep, which falls.
+    """Returns the inputs of three steps, which differ in the timestep only; it decreases.
 
-    Integers are zeros, so that they are valid indices.
+    Integer tensors contain zeros, so that they are valid indices.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    made = [_random(value_of(node), i) for i, node in enumerate(placeholders)]
+    values = [_random(value_of(node), i) for i, node in enumerate(placeholders)]
     times = [node.name == timestep for node in placeholders]
     return [
-        [torch.full_like(value, 9 - 3 * step) if is_time else value for value, is_time in zip(made, times, strict=True)]
+        [torch.full_like(v, 9 - 3 * step) if is_time else v for v, is_time in zip(values, times, strict=True)]
         for step in range(3)
     ]
 
@@ -115,16 +116,16 @@ def _random_steps(gm: fx.GraphModule, timestep: str) -> list[list[Any]]:
 def _random(value: Any, seed: int) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    tensor = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
     if value.is_floating_point():
-        made.normal_(0, 0.2, generator=torch.Generator().manual_seed(seed))
+        tensor.normal_(0, 0.2, generator=torch.Generator().manual_seed(seed))
     else:
-        made.zero_()
-    return torch.nn.Parameter(made, requires_grad=False) if isinstance(value, torch.nn.Parameter) else made
+        tensor.zero_()
+    return torch.nn.Parameter(tensor, requires_grad=False) if isinstance(value, torch.nn.Parameter) else tensor
 
 
 def _fill(gm: fx.GraphModule) -> None:
-    """Gives the attributes of a graph random values."""
+    """Fills the parameters and buffers of a graph with random values."""
     for module in gm.modules():
         for seed, (name, value) in enumerate(
             [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

@@ -1,4 +1,4 @@
-"""Why a generation reused nothing, in a sentence."""
+"""States in one sentence why a generation reused nothing."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ from collections.abc import Sequence
 
 from cachedit_fx.runtime.stats import CacheStats
 
-# Reasons of decisions to compute, besides the diff (see `policies.decide`) -> why nothing was reused.
+# Reason of a decision to compute, other than the diff (see `policies.decide`) -> why nothing was reused.
 _WHY = {
-    "mask": "the steps mask has every one of them computed (steps_computation_mask)",
+    "mask": "the steps mask requires that all of them are computed (steps_computation_mask)",
     "max-cached": "max_cached_steps allows no reused step",
     "max-continuous": "max_continuous_cached_steps allows no reused step",
     "threshold-zero": "residual_diff_threshold is 0 or less",
     "nothing-stored": (
-        "nothing that was kept had the shapes of the next step, as where windows or tiles of several sizes share a "
-        "prompt"
+        "no cached value had the shape that the next step needed. This happens if windows or tiles of several sizes "
+        "share a prompt"
     ),
     "timestep-still": (
-        "the timestep did not move within a session. A model without a timestep reuses only inside "
+        "the timestep did not change within a session. A model without a timestep input reuses only inside "
         "cachedit_fx.session(key)"
     ),
     "nan": (
-        "the steps could not be compared with those before, as where windows or tiles share a prompt and their number "
-        "changes from step to step. Name each window's calls: cachedit_fx.session(key)"
+        "the steps could not be compared with the previous ones. This happens if windows or tiles share a prompt and "
+        "their number changes from step to step. Call the model for each window inside cachedit_fx.session(key)"
     ),
-    "decider-compute": "the decider had every one of them computed",
-    "ratios-end": "they lie beyond the end of magnitude_ratios",
+    "decider-compute": "the decider decided to compute all of them",
+    "ratios-end": "they are beyond the end of magnitude_ratios",
 }
 
 _ABOVE = ("diff-above", "budget-above", "ratios-above")  # Reasons of steps whose diff reached the threshold.
 
 
 def why_none_reused(module: str, stats: Sequence[CacheStats]) -> str:
-    """Why no step of a transformer was reused; empty where one was, or none was made.
+    """Returns why no step of a transformer was reused; empty if a step was reused or no step ran.
 
     Args:
-        module: Its name, as `CacheStats.module` has it.
-        stats: Of one generation, or of all.
+        module: The name of the transformer, as in `CacheStats.module`.
+        stats: The statistics of one generation, or of all generations.
     """
-    mine = [entry for entry in stats if entry.module == module]
-    total = sum(entry.num_steps for entry in mine)
-    if not total or any(entry.cached_steps for entry in mine):
+    of_module = [entry for entry in stats if entry.module == module]
+    total = sum(entry.num_steps for entry in of_module)
+    if not total or any(entry.cached_steps for entry in of_module):
         return ""
     head = f"{module + ': ' if module else ''}0 of {total} steps were reused: "
-    if all(entry.num_steps == 1 for entry in mine):
-        return head + _of_single_steps(len(mine))
-    counted = Counter(reason for entry in mine for reason in entry.decisions)
+    if all(entry.num_steps == 1 for entry in of_module):
+        return head + _of_single_steps(len(of_module))
+    counted = Counter(reason for entry in of_module for reason in entry.decisions)
     warmup = counted.pop("warmup", 0)
     if not counted:
         return head + f"all of them are warm-up steps (max_warmup_steps); {warmup} steps are too few"
     (reason, _), *_ = counted.most_common(1)
-    compared = [(value, step, entry) for entry in mine for step, value in entry.compared.items()]
+    compared = [(value, step, entry) for entry in of_module for step, value in entry.compared.items()]
     smallest = min((found for found in compared if math.isfinite(found[0])), key=lambda found: found[0], default=None)
     if smallest is None or reason not in _ABOVE:
         return head + _WHY.get(reason, f"the decision was {reason!r}")
@@ -67,6 +67,6 @@ def _of_single_steps(num_sessions: int) -> str:
     if num_sessions == 1:
         return first
     return (
-        f"each of {num_sessions} sessions had a single step, and {first}. A session goes on while the prompt stays the "
-        "same tensor and the timestep moves in one direction"
+        f"each of {num_sessions} sessions had a single step, and {first}. A session continues while the prompt is the "
+        "same tensor and the timestep changes in one direction"
     )

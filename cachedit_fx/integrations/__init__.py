@@ -1,4 +1,4 @@
-"""Pipelines of diffusers, and the names that users of cache-dit know."""
+"""Supports diffusers pipelines, and the names and files of cache-dit."""
 
 from cachedit_fx.integrations.adapter_registry import BlockAdapterRegistry
 from cachedit_fx.integrations.block_adapter import BlockAdapter, ParamsModifier

@@ -1,4 +1,4 @@
-"""What can a user say of a model: `BlockAdapter`, `ParamsModifier`, and what they mean for each transformer."""
+"""Declares the blocks of a model: `BlockAdapter`, `ParamsModifier`, and their meaning for each transformer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
 from cachedit_fx.patterns.template import BlockTemplate
 
-Nested = Any  # One value, a list with one per block list, or with several transformers a list of such lists.
+Nested = Any  # One value, a list with one value per block list, or, for several transformers, a list of such lists.
 
 
 class ParamsModifier:
-    """What the region of one block list does differently.
+    """The overrides of the configuration for the region of one block list.
 
     Args:
-        cache_config: Its given fields override those of the configuration for the whole model; others stay.
-        calibrator_config: The same as `forecaster`: what a reused step of this list adds.
-        fields: Fields of `CacheConfig`, instead of `cache_config` or on top of it.
+        cache_config: The fields that it was given override those of the configuration for the whole model.
+        calibrator_config: The same as the field `forecaster`: what a reused step of this list adds.
+        fields: Fields of `CacheConfig`, instead of `cache_config` or in addition to it.
 
     Raises:
-        ConfigError: A field is unknown, has a value it cannot have or cannot differ between block lists.
+        ConfigError: A field is unknown, its value is not allowed, or it cannot differ between block lists.
     """
 
     def __init__(
@@ -43,23 +43,23 @@ class ParamsModifier:
         if whole:
             name = sorted(whole)[0]
             raise ConfigError(
-                f"cachedit_fx: {name} holds for a whole model, not for one block list, got "
-                f"{shown(getattr(self.cache_config, name))} in a ParamsModifier; give it to enable_cache"
+                f"cachedit_fx: {name} applies to a whole model, not to one block list, got "
+                f"{shown(getattr(self.cache_config, name))} in a ParamsModifier; pass it to enable_cache"
             )
 
 
 def with_calibrator(config: CacheConfig, calibrator_config: object | None) -> CacheConfig:
-    """`config` with what cache-dit calls a calibrator as its forecaster.
+    """Returns `config` with a calibrator, which is cache-dit's name for a forecaster, as its forecaster.
 
     Raises:
-        ConfigError: It is no forecaster, or `config` was given one.
+        ConfigError: The calibrator is not a forecaster, or `config` was given a forecaster as well.
     """
     calibrator = as_forecaster("calibrator_config", calibrator_config)
     if calibrator is None:
         return config
     if "forecaster" in config.given:
         raise ConfigError(
-            "cachedit_fx: calibrator_config and forecaster say the same, got both; pass one of them, as "
+            "cachedit_fx: calibrator_config and forecaster set the same field, got both; pass one of them: "
             f"forecaster={shown(calibrator)}"
         )
     return config.override(forecaster=calibrator)
@@ -67,25 +67,27 @@ def with_calibrator(config: CacheConfig, calibrator_config: object | None) -> Ca
 
 @dataclass
 class BlockAdapter:
-    """Which blocks of which transformer to cache, for models that are to be matched in no other way.
+    """Declares which blocks of which transformer to cache, and the pattern that they must fit.
 
-    What is declared here is held against the graph when the model is first called (`PatternError`). With several
-    transformers every argument from `blocks` on is a list with one entry for each.
+    The declaration is compared with the graph when the model is first called. If the two contradict each other, that
+    call raises a `PatternError`. With several transformers, every argument from `blocks` on is a list with one entry
+    per transformer.
 
     Attributes:
-        pipe: The pipeline; None for a transformer that is called by hand.
-        transformer: The transformer or a list of them; by default those of `pipe`.
-        blocks: Its block list, or several in any order; by default (`auto`) those that the graph shows.
-        blocks_name: Their names in the transformer, instead of `blocks`.
+        pipe: The pipeline; None for a transformer that is used without one.
+        transformer: The transformer or a list of transformers; by default those of `pipe`.
+        blocks: The block list, or several in any order; with `auto=True`, those in the graph.
+        blocks_name: The names of the block lists in the transformer, instead of `blocks`.
         forward_pattern: A `ForwardPattern` or a `BlockTemplate`, or one per block list.
-        params_modifiers: What each list's region does differently; each list then has a region of its own.
-        check_forward_pattern: False: take the pattern for a remark and match as without it.
+        params_modifiers: The overrides of each block list (`ParamsModifier`). Each list then has its own region.
+        check_forward_pattern: If False, the pattern is not enforced, and the blocks are matched as without it.
         patch_functor: Changes the model or its graph before it is matched.
-        has_separate_cfg: Guidance calls the transformer once per branch.
-        auto: Find the blocks by the graph; those that don't fit the pattern are left alone.
+        has_separate_cfg: Whether guidance calls the transformer once per guidance branch.
+        auto: Whether to find the blocks in the graph. Blocks that do not fit the pattern are not cached.
 
     Raises:
-        ConfigError: An argument is missing, of a wrong kind or length, or names blocks that the transformer lacks.
+        ConfigError: An argument is missing, has a wrong type or length, or names blocks that the transformer does not
+            have.
     """
 
     pipe: Any = None
@@ -102,27 +104,26 @@ class BlockAdapter:
     def __post_init__(self) -> None:
         functor: Any = self.patch_functor
         if functor is not None and not isinstance(functor, PatchFunctor):
-            hint = f"; give {functor.__name__}()" if isinstance(functor, type) else ""
+            hint = f"; pass {functor.__name__}()" if isinstance(functor, type) else ""
             raise ConfigError(f"cachedit_fx: patch_functor must be a PatchFunctor, got {shown(functor)}{hint}")
         if self.blocks is not None and self.blocks_name is not None:
             raise ConfigError(
-                "cachedit_fx: blocks and blocks_name say the same, got both; pass one of them, as "
-                f"blocks_name={shown(self.blocks_name)}"
+                "cachedit_fx: blocks and blocks_name are two ways to name the blocks, got both; pass one of them, such "
+                f"as blocks_name={shown(self.blocks_name)}"
             )
         if self.blocks is None and self.blocks_name is None and not self.auto and self.forward_pattern is not None:
             raise ConfigError(
                 "cachedit_fx: blocks must be given unless auto=True, got None; pass the ModuleList of the blocks, its "
-                "name as blocks_name, or auto=True to find them by the graph"
+                "name as blocks_name, or auto=True to find them in the graph"
             )
         if self.auto and self.forward_pattern is None:
             raise ConfigError(
-                "cachedit_fx: forward_pattern must be given with auto=True, got None; leave auto out to try "
-                "every pattern"
+                "cachedit_fx: forward_pattern must be given with auto=True, got None; omit auto to try every pattern"
             )
         self.declarations()
 
     def transformers(self) -> dict[str, nn.Module]:
-        """The transformers under their names in the pipeline."""
+        """Returns the transformers by their names in the pipeline."""
         if self.transformer is None:
             return transformers_of(self.pipe)
         found: list[Any] = list(self.transformer) if isinstance(self.transformer, list | tuple) else [self.transformer]
@@ -138,7 +139,7 @@ class BlockAdapter:
         return {names.get(id(module)) or next(unnamed): module for module in found}
 
     def declarations(self) -> dict[str, Declaration]:
-        """What is declared of each transformer."""
+        """Returns the declaration for each transformer, by its name."""
         modules = self.transformers()
         is_many = len(modules) > 1 or isinstance(self.transformer, list | tuple)
         given = self.blocks if self.blocks is not None else self.blocks_name
@@ -149,8 +150,8 @@ class BlockAdapter:
         modifiers = _nest("params_modifiers", self.params_modifiers, modules, is_many, counts, _override)
         if not any(counts) and any(len(of) > 1 for of in patterns):
             raise ConfigError(
-                "cachedit_fx: forward_pattern must be one pattern where no blocks are named, got "
-                f"{shown(self.forward_pattern)}; name the block lists in blocks_name to give each its own"
+                "cachedit_fx: forward_pattern must be a single pattern if no blocks are named, got "
+                f"{shown(self.forward_pattern)}; name the block lists in blocks_name to pass one pattern for each"
             )
         is_checked = self.check_forward_pattern is not False
         return {
@@ -167,7 +168,7 @@ def _nest(
     counts: Sequence[int] | None,
     leaf: Callable[[Any], Any],
 ) -> list[tuple[Any, ...]]:
-    """`value` as one tuple per transformer with one entry per block list; a single value stands for all of them."""
+    """Returns one tuple per transformer with one entry per block list; a single value is used for all of them."""
     if value is None:
         return [()] * len(modules)
     is_list = isinstance(value, list | tuple)
@@ -187,7 +188,7 @@ def _nest(
 
 
 def _path(blocks: Any, transformer: nn.Module) -> str:
-    """The path of a block list (or its name) in the transformer, as in `transformer_blocks`."""
+    """Returns the path of a block list in the transformer, such as `transformer_blocks`."""
     for path, module in transformer.named_modules():
         if path and (module is blocks or path == blocks):
             if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
@@ -200,7 +201,7 @@ def _path(blocks: Any, transformer: nn.Module) -> str:
     what = repr(blocks) if isinstance(blocks, str) else f"a {type(blocks).__name__}"
     held = ", ".join(path for path, m in transformer.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
     raise ConfigError(
-        f"cachedit_fx: blocks must be a block list of {type(transformer).__name__} itself (no slice of one), got "
+        f"cachedit_fx: blocks must be a block list of {type(transformer).__name__} itself (not a slice of one), got "
         f"{what}; it has {held or 'none'}"
     )
 
@@ -210,7 +211,7 @@ def _template(pattern: Any) -> BlockTemplate:
         return pattern.value
     if isinstance(pattern, BlockTemplate):
         return pattern
-    allowed = f"ForwardPattern.{', '.join(known.name for known in ForwardPattern)}"
+    allowed = f"ForwardPattern.{', '.join(member.name for member in ForwardPattern)}"
     raise ConfigError(f"cachedit_fx: forward_pattern must be one of {allowed} or a BlockTemplate, got {shown(pattern)}")
 
 
@@ -220,18 +221,19 @@ def _override(modifier: Any) -> Changes | None:
     if not isinstance(modifier, ParamsModifier):
         hint = "; wrap it: ParamsModifier(...)" if isinstance(modifier, CacheConfig) else ""
         raise ConfigError(
-            f"cachedit_fx: params_modifiers must hold ParamsModifier or None, got {shown(modifier)}{hint}"
+            f"cachedit_fx: params_modifiers must contain ParamsModifier or None, got {shown(modifier)}{hint}"
         )
     return modifier.cache_config.changes
 
 
 def transformers_of(target: Any) -> dict[str, nn.Module]:
-    """The diffusion transformers of a pipeline, an adapter, or a transformer itself, by name.
+    """Returns the diffusion transformers of a pipeline or an adapter, or a transformer itself, by name.
 
-    Of a pipeline's components: every module that is called a transformer, by the pipeline or by its class.
+    The transformers of a pipeline are the components that have "transformer" in their name or in the name of their
+    class, except control networks, encoders, adapters and VAEs.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no transformer.
     """
     if isinstance(target, BlockAdapter):
         return target.transformers()
@@ -250,7 +252,7 @@ def transformers_of(target: Any) -> dict[str, nn.Module]:
 
 
 def title_of(target: Any) -> str:
-    """What to call `target` above a table."""
+    """Returns the name of `target` for the heading of a table."""
     if isinstance(target, BlockAdapter):
         target = target.pipe if target.pipe is not None else next(iter(target.transformers().values()))
     return type(getattr(target, "_orig_mod", target)).__name__
@@ -265,6 +267,6 @@ def _components(pipe: Any) -> dict[str, Any]:
 
 
 def _is_transformer(name: str, module: nn.Module) -> bool:
-    # Text encoders are called models or encoders, control networks and adapters by what they are.
+    # The class names of control networks, text encoders and so on contain what they are.
     called = f"{name} {type(getattr(module, '_orig_mod', module)).__name__}".lower()
     return "transformer" in called and not any(word in called for word in ("controlnet", "encoder", "adapter", "vae"))

@@ -1,4 +1,4 @@
-"""Configurations from files: `load_configs`."""
+"""Loads configurations from files: `load_configs`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cachedit_fx.integrations.block_adapter import with_calibrator
 
 
 def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for `enable_cache(pipe, **load_configs(...))`, read from YAML, JSON or a dict.
+    """Reads arguments for `enable_cache(pipe, **load_configs(...))` from a YAML or JSON file, or from a dict.
 
         cache_config:
           max_warmup_steps: 8
@@ -25,28 +25,28 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
           type: taylorseer
           taylorseer_order: 2
 
-    The fields may also stand without `cache_config` above them. The format is cache-dit's, and so are the defaults of
-    the fields that are left out: the result is a `DBCacheConfig`, or a `DBPruneConfig` where `cache_type` says so. A
-    file that `tune` saved holds a `CacheConfig` instead, and what it was tuned on comes along as `tuned_on`.
+    The fields may also be at the top level, without `cache_config`. The format is that of cache-dit, and so are the
+    defaults of fields that are omitted: the result is a `DBCacheConfig`, or a `DBPruneConfig` if `cache_type` is
+    "DBPrune". A file that `tune` saved results in a `CacheConfig` instead, and its signature is returned as `tuned_on`.
 
     Raises:
-        ConfigError: The file is missing or says something else, or a field is unknown or has a value it cannot have.
-        ImportError: A YAML file, and PyYAML is not installed.
+        ConfigError: The file cannot be read or has another structure, a field is unknown, or its value is not allowed.
+        ImportError: The file is YAML, and PyYAML is not installed.
     """
-    known = dict(path_or_dict) if isinstance(path_or_dict, Mapping) else _read(Path(path_or_dict))
-    calibrator, tuned = known.pop("calibrator_config", None), None
-    if "cache_config" in known:
-        others = sorted(set(known) - {"cache_config", "tuned"})
+    content = dict(path_or_dict) if isinstance(path_or_dict, Mapping) else _read(Path(path_or_dict))
+    calibrator, tuned = content.pop("calibrator_config", None), None
+    if "cache_config" in content:
+        others = sorted(set(content) - {"cache_config", "tuned"})
         if others:
             raise ConfigError(
-                f"cachedit_fx: {others[0]!r} is not supported; allowed is 'cache_config' alone, or with "
-                f"'calibrator_config' or 'tuned', got {shown(known[others[0]])} beside it; take it out"
+                f"cachedit_fx: {others[0]!r} is not supported; allowed are 'cache_config', 'calibrator_config' and "
+                f"'tuned', got {shown(content[others[0]])} as {others[0]!r}; remove it"
             )
-        tuned = known.get("tuned")
-        known = known["cache_config"] or {}
-    if not isinstance(known, Mapping):
-        raise ConfigError(f"cachedit_fx: cache_config must be a mapping of fields, got {shown(known)}")
-    fields = {str(name): value for name, value in known.items()}
+        tuned = content.get("tuned")
+        content = content["cache_config"] or {}
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"cachedit_fx: cache_config must be a mapping of fields, got {shown(content)}")
+    fields = {str(name): value for name, value in content.items()}
     if isinstance(fields.get("steps_computation_mask"), str):
         total = fields.get("num_inference_steps")
         if total is None:
@@ -68,19 +68,19 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"cachedit_fx: configuration file {str(path)!r} cannot be read: {error.strerror}; give the path of a YAML "
+            f"cachedit_fx: configuration file {str(path)!r} cannot be read: {error.strerror}; pass the path of a YAML "
             "or JSON file"
         ) from error
     try:
         found = json.loads(text) if path.suffix == ".json" else _yaml(text)
     except ValueError as error:
         raise ConfigError(
-            f"cachedit_fx: configuration file {str(path)!r} cannot be understood: expected "
-            f"{'JSON' if path.suffix == '.json' else 'YAML (JSON belongs into a file named .json)'}. The "
-            f"parser says:\n{error}"
+            f"cachedit_fx: configuration file {str(path)!r} cannot be parsed: expected "
+            f"{'JSON' if path.suffix == '.json' else 'YAML (the name of a JSON file must end in .json)'}. "
+            f"The error of the parser is:\n{error}"
         ) from error
     if not isinstance(found, dict):
-        raise ConfigError(f"cachedit_fx: configuration file {str(path)!r} must hold a mapping, got {shown(found)}")
+        raise ConfigError(f"cachedit_fx: configuration file {str(path)!r} must contain a mapping, got {shown(found)}")
     return found
 
 
@@ -89,8 +89,8 @@ def _yaml(text: str) -> Any:
         import yaml
     except ImportError as error:
         raise ImportError(
-            "cachedit_fx: reading YAML needs PyYAML; install it, or write JSON into a file named .json: "
-            "pip install pyyaml"
+            "cachedit_fx: YAML needs PyYAML, which is not installed: pip install pyyaml, or pass a JSON file whose "
+            "name ends in .json"
         ) from error
     try:
         return yaml.safe_load(text)

@@ -1,4 +1,4 @@
-"""The cache in a pipeline: `enable_cache`, `disable_cache`, `refresh_context`."""
+"""Enables and disables the cache of a pipeline: `enable_cache`, `disable_cache`, `refresh_context`."""
 
 from __future__ import annotations
 
@@ -33,29 +33,31 @@ def enable_cache(
     method: str | None = None,
     **kwargs: Any,
 ) -> Target:
-    """Compiles the diffusion transformers of a pipeline in place, with the cache inside. Returns what it was given.
+    """Compiles the diffusion transformers of a pipeline in place, with the cache, and returns its first argument.
 
-    The modules stay the objects that they are, with their classes, weights and state_dict keys. Calling it again
-    changes the configuration; with the same one it does nothing.
+    The modules remain the same objects, with the same classes, weights and state_dict keys. A second call changes the
+    configuration. With the same configuration, it does nothing.
 
     Args:
-        pipe_or_adapter: A pipeline, a transformer, or a `BlockAdapter`. For a pipeline whose class has a registered
-            adapter that one is taken.
-        cache_config: When to reuse; by default `CacheConfig()`.
-        calibrator_config: The same as `CacheConfig.forecaster`, by cache-dit's name: what a reused step adds.
-        params_modifiers: What the region of each block list does differently, in the order in which the lists run.
-        tuned_on: The signature of a tuned configuration, as `load_configs` reads it: warns where something else runs.
-        method: The method that is called in place of the transformer itself, as a sampler may call
-            `"forward_with_cfg"`: it is compiled and cached, and calls of the transformer itself are not.
-        kwargs: `fullgraph`, `dynamic`, `mode` and `options` of `torch.compile` (of these Inductor's, and
-            `guard_filter_fn`); fields of `CacheConfig`, each of which replaces that of `cache_config`.
+        pipe_or_adapter: A pipeline, a transformer, or a `BlockAdapter`. If an adapter is registered for the class of
+            the pipeline, it is used.
+        cache_config: The configuration, which decides when to reuse; by default `CacheConfig()`.
+        calibrator_config: The same as `CacheConfig.forecaster`, under the name that it has in cache-dit.
+        params_modifiers: The overrides for the region of each block list, in the order in which the lists run.
+        tuned_on: The signature of a tuned configuration, as `load_configs` returns it. A warning is logged if the
+            pipeline or the size differs from it.
+        method: The method that is called instead of the transformer itself, such as `"forward_with_cfg"`, which some
+            samplers call. This method is compiled and cached; calls of the transformer itself are not.
+        kwargs: `fullgraph`, `dynamic`, `mode`, `options`, `recompile_limit` and `isolate_recompiles` of
+            `torch.compile`, and fields of `CacheConfig`, which override those of `cache_config`. `options` may contain
+            options of Inductor, `guard_filter_fn`, and fields of `CacheConfig`.
 
     Raises:
-        ConfigError: An argument is unknown or has a value that it cannot have, or there is no transformer.
+        ConfigError: An argument is unknown, its value is not allowed, or there is no transformer.
     """
-    asked = settings_for(pipe_or_adapter, cache_config, params_modifiers, calibrator_config, **kwargs)
-    found = {name: (module, replace(settings, method=method)) for name, (module, settings) in asked.items()}
-    backends = [settings.backend() for _, settings in found.values()]  # Before anything changes: this is what may fail.
+    requested = settings_for(pipe_or_adapter, cache_config, params_modifiers, calibrator_config, **kwargs)
+    found = {name: (module, replace(settings, method=method)) for name, (module, settings) in requested.items()}
+    backends = [settings.backend() for _, settings in found.values()]  # This may fail, so it precedes every change.
     for name, (module, _) in found.items():
         _require_plain(name, module)
         _require_method(module, method)
@@ -71,26 +73,26 @@ def enable_cache(
 
 
 def disable_cache(pipe_or_adapter: Any) -> None:
-    """Makes a pipeline (or transformer, or what an adapter names) what it was before `enable_cache`.
+    """Restores a pipeline, a transformer, or the transformers of an adapter to the state before `enable_cache`.
 
-    Statistics stay; nothing happens where no cache was enabled.
+    Statistics remain available. Nothing happens if no cache was enabled.
     """
     for module in modules_of(pipe_or_adapter).values():
         _disable(module)
 
 
 def refresh_context(transformer: Any, cache_config: CacheConfig | None = None, **fields: Any) -> None:
-    """Begins anew: ends the running sessions, and changes the given fields of the configuration.
+    """Ends the running sessions, and changes the given fields of the configuration.
 
-    Compiles anew only if the blocks that run change, or how they are compiled.
+    This triggers a recompilation only if the set of blocks that run changes, or the way in which they are compiled.
 
     Args:
-        transformer: What `enable_cache` was called with, or one of its transformers.
-        cache_config: Its given fields replace the present ones.
-        fields: More of them, as in `num_inference_steps=50`. `verbose` is taken and ignored.
+        transformer: The argument that `enable_cache` was called with, or one of its transformers.
+        cache_config: The fields that it was given replace the current ones.
+        fields: Further fields, such as `num_inference_steps=50`. `verbose` is accepted and ignored.
 
     Raises:
-        ConfigError: No cache is enabled, or a field is unknown or has a value that it cannot have.
+        ConfigError: No cache is enabled, a field is unknown, or its value is not allowed.
     """
     fields.pop("verbose", None)
     change = (cache_config or CacheConfig()).override(**fields)
@@ -114,10 +116,12 @@ def settings_for(
     calibrator_config: object | None = None,
     **kwargs: Any,
 ) -> dict[str, tuple[nn.Module, Settings]]:
-    """The transformers by name, each with what these arguments of `enable_cache` ask for. Changes nothing.
+    """Returns the transformers by name, each with its settings for these arguments of `enable_cache`.
+
+    Nothing is changed.
 
     Raises:
-        ConfigError: An argument is unknown or has a value that it cannot have, or there is no transformer.
+        ConfigError: An argument is unknown, its value is not allowed, or there is no transformer.
     """
     fields = {name: kwargs.pop(name) for name in [*kwargs] if name in OPTION_NAMES and name not in _COMPILE_KWARGS}
     for name, value in kwargs.items():
@@ -148,20 +152,20 @@ def settings_for(
 
 
 def enabled_settings(module: nn.Module) -> Settings | None:
-    """What the cache of a module is enabled with; None where it is not."""
+    """Returns the settings with which the cache of a module is enabled; None if it is not enabled."""
     enabled = enabled_of(module)
     return enabled.settings if enabled is not None else None
 
 
 def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
-    known = enabled_of(module)
-    if known is not None and known.settings.backend() == backend and known.settings.is_built_like(settings):
-        if known.settings != settings:
+    current = enabled_of(module)
+    if current is not None and current.settings.backend() == backend and current.settings.is_built_like(settings):
+        if current.settings != settings:
             end_generation(module, everyone=True)
-        # The functor that prepared the module stays: it knows what to put back.
-        known.settings = replace(settings, functor=known.settings.functor)
-        known.policy = settings.config.runtime_fields
-        known.fast_dispatch.is_on = settings.config.fast_dispatch and settings.method is None
+        # The functor that prepared the module is retained, because it holds the methods to restore.
+        current.settings = replace(settings, functor=current.settings.functor)
+        current.policy = settings.config.runtime_fields
+        current.fast_dispatch.is_on = settings.config.fast_dispatch and settings.method is None
         return
     _disable(module)
     try:
@@ -199,11 +203,11 @@ def _require_method(module: nn.Module, method: str | None) -> None:
 def _disable(module: nn.Module) -> None:
     unwatch_methods(module)
     enabled: Any = module.__dict__.pop(KEY, None)
-    if not isinstance(enabled, Enabled) or enabled.module() is not module:  # A shallow copy has what another holds.
+    if not isinstance(enabled, Enabled) or enabled.module() is not module:  # A shallow copy has another's attribute.
         return
     end_generation(module, everyone=True)
     enabled.instance.is_enabled = enabled.instance.has_cached_graph = False
-    is_in_place = module.__dict__.get(enabled.place) is enabled  # Something else may have been put there since.
+    is_in_place = module.__dict__.get(enabled.place) is enabled  # The attribute may have been replaced since.
     if is_in_place:
         if enabled.before is MISSING:
             del module.__dict__[enabled.place]

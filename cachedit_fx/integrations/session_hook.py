@@ -1,4 +1,4 @@
-"""What diffusers tells of a transformer: the label of a guidance branch, and the end of a pipeline's call."""
+"""Receives notifications of diffusers: the label of a guidance branch, and the end of a pipeline's call."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _MISSING = object()
 
 
 def register_hook(module: nn.Module) -> None:
-    """Registers our hook for what it hears. Around the forward it would do nothing, so there it is taken off again:
+    """Registers a diffusers hook for its notifications only.
 
-    the graph stays as it is, and a copy of the module does not call the original's forward.
+    The hook has no effect around the forward, so it is removed from there. The graph does not change then, and a copy
+    of the module does not call the forward of the original.
     """
     from diffusers.hooks.hooks import HookRegistry
 
@@ -29,6 +30,7 @@ def register_hook(module: nn.Module) -> None:
 
 
 def remove_hook(module: nn.Module, *, keep_registry: bool) -> None:
+    """Removes the hook, and also the hook registry if it is empty and `keep_registry` is False."""
     before = module.__dict__.get("forward", _MISSING)
     registry: Any = module._diffusers_hook
     registry.remove_hook(_HOOK, recurse=False)
@@ -50,11 +52,11 @@ def _make_hook() -> Any:
 
 @functools.cache
 def _hook_type() -> type:
-    """A diffusers hook that hears what `cache_context` calls a branch, and when a pipeline's call is over."""
+    """Returns the class of the hook, which is notified of the labels of `cache_context` and the end of a call."""
     from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
 
     class Labels(StateManager):
-        """Hands the label on to this thread's sessions; one transformer may run in several threads."""
+        """Passes the label to the sessions of this thread, because one transformer may run in several threads."""
 
         def set_context(self, context: Any) -> None:
             set_label(getattr(context, "name", context))
@@ -67,7 +69,7 @@ def _hook_type() -> type:
             self.labels = Labels(BaseState)  # type: ignore[arg-type]
 
         def __reduce__(self) -> tuple[Any, ...]:
-            return _make_hook, ()  # Its class has no name to be pickled by.
+            return _make_hook, ()  # The class is local, so it cannot be pickled by name.
 
         def reset_state(self, module: nn.Module) -> nn.Module:
             end_generation(module)

@@ -1,4 +1,4 @@
-"""What a configuration was tuned on, and whether that is what it is used with."""
+"""Describes what a configuration was tuned on, and compares it with a pipeline and its calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cachedit_fx.integrations.block_adapter import transformers_of
 
 log = logging.getLogger(__name__)
 
-Signature = dict[str, Any]  # Of what JSON and YAML hold.
+Signature = dict[str, Any]  # Contains only what JSON and YAML can store.
 
 
 def signature_of(
@@ -27,12 +27,14 @@ def signature_of(
     inputs: Mapping[str, tuple[int, ...]],
     num_steps: int,
 ) -> Signature:
-    """Everything that the best schedule depends on.
+    """Returns everything that the best schedule depends on.
 
     Args:
-        calls: The arguments of each; all numbers among them are noted: sizes, guidance, the number of steps.
-        inputs: Shapes of what the model was given.
-        num_steps: Calls of the model per guidance branch.
+        pipe: The pipeline.
+        module: Its transformer.
+        calls: The arguments of each call. All numbers among them are included: sizes, guidance, the number of steps.
+        inputs: Shapes of the tensors that the model was called with, by argument name.
+        num_steps: The number of calls of the model per guidance branch.
     """
     return _static(pipe, module) | {
         "num_steps": num_steps,
@@ -43,11 +45,11 @@ def signature_of(
 
 
 def differences(pipe: Any, signature: Mapping[str, Any], call: Mapping[str, Any] | None = None) -> list[str]:
-    """In what a pipeline, and a call of it, differ from what was tuned on; one line each. Versions do not count."""
+    """Returns how a pipeline and a call of it differ from a signature, one line each. Versions are not compared."""
     module = next(iter(transformers_of(pipe).values()))
-    known = _static(pipe, module)
+    static = _static(pipe, module)
     found = [
-        _line(name, signature[name], value) for name, value in known.items() if signature.get(name, value) != value
+        _line(name, signature[name], value) for name, value in static.items() if signature.get(name, value) != value
     ]
     tuned = signature.get("arguments") or {}
     for name, values in _numbers([call] if call else []).items():
@@ -57,7 +59,16 @@ def differences(pipe: Any, signature: Mapping[str, Any], call: Mapping[str, Any]
 
 
 def check_signature(pipe: Any, signature: Mapping[str, Any], call: Mapping[str, Any] | None = None) -> list[str]:
-    """Warns if the pipeline, or the arguments of a call, are not those that were tuned on. Returns what differs."""
+    """Logs a warning if the pipeline or the arguments of a call differ from a signature.
+
+    Args:
+        pipe: The pipeline that is used.
+        signature: What the configuration was tuned on, as `load_tuned` returns it.
+        call: The arguments of a call of the pipeline, if they are to be compared.
+
+    Returns:
+        The differences, one line each.
+    """
     found = differences(pipe, signature, call)
     if found:
         log.warning(
@@ -76,7 +87,7 @@ def _line(name: str, tuned: Any, found: Any) -> str:
 
 
 def _static(pipe: Any, module: nn.Module) -> Signature:
-    """What holds for every call."""
+    """Returns the part of the signature that does not depend on calls."""
     scheduler = getattr(pipe, "scheduler", None)
     weight = next(module.parameters(), None)
     return {
@@ -90,10 +101,10 @@ def _static(pipe: Any, module: nn.Module) -> Signature:
 
 
 def _config(part: Any) -> dict[str, Any]:
-    """The configuration of a part of diffusers, without what names files and versions."""
+    """Returns the configuration of a component of diffusers, without private entries such as files and versions."""
     config = getattr(part, "config", None)
     found = dict(config) if isinstance(config, Mapping) else {}
-    # Through JSON, so that what is read from a file is equal: a tuple comes back as a list.
+    # Converted through JSON, which turns tuples into lists, so that it equals what is read from a file.
     plain = json.loads(json.dumps({key: value for key, value in found.items() if key[:1] != "_"}, default=str))
     return dict(sorted(plain.items()))
 
@@ -103,12 +114,12 @@ def _hash(config: Mapping[str, Any]) -> str:
 
 
 def _latents(inputs: Mapping[str, tuple[int, ...]]) -> list[int]:
-    """Shape of the first tensor that the model is given, without the batch."""
+    """Returns the shape of the first tensor that the model is called with, without the batch dimension."""
     return [*next(iter(inputs.values()), ())[1:]]
 
 
 def _numbers(calls: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Every argument that is a number, with the values it had."""
+    """Returns all arguments that are numbers, with the values that they have in the calls."""
     found: dict[str, list[Any]] = {}
     for call in calls:
         for name, value in call.items():

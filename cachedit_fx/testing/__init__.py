@@ -1,4 +1,4 @@
-"""For those who write templates: holds one against the model's own numbers."""
+"""Checks a block template numerically, for users who write their own."""
 
 from cachedit_fx.testing.pattern_check import PatternCheck, check_pattern
 from cachedit_fx.testing.template_reference import UncheckableError

@@ -1,8 +1,8 @@
-"""A reference of block caching that knows a model's template and no graph: the model runs eagerly, blocks are skipped.
+"""A reference for block caching that knows a template and no graph: it runs a model eagerly and skips blocks.
 
     blocks[:fn] run | streams enter | blocks[fn:stop] are skipped | streams leave | blocks[stop:] run
 
-What stands between two blocks belongs to the one before.
+Work between two blocks counts as part of the block before it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from cachedit_fx.patterns.blocks import HIDDEN
 from cachedit_fx.patterns.template import BlockTemplate
 
 Call = Mapping[str, Any]  # The keyword arguments of one call.
-Place = int | str  # Of an argument: its position or its name.
+Place = int | str  # The position or the name of an argument.
 
 
 class UncheckableError(RuntimeError):
-    """`check_pattern` cannot tell: the model or its inputs are beyond what its reference follows. Says what helps."""
+    """`check_pattern` cannot check this model or these inputs. The message states why, and what helps."""
 
 
 class TemplateReference:
-    """The model run eagerly, its middle blocks skipped at will. Of the graph it knows the paths of the blocks alone.
+    """Runs a model eagerly and can skip its middle blocks. All it uses from the graph are the paths of the blocks.
 
     Attributes:
         blocks: Path and module of every block call, in execution order.
-        fn, stop: Numbers of the first block that is skipped and of the first behind.
-        moved: Relative L1 change since step 0 of what the Fn blocks add to `hidden_states`; None where it is unknown.
+        fn: Index of the first block that is skipped.
+        stop: Index of the first block after the skipped ones.
+        moved: Relative L1 change since step 0 of what the Fn blocks add to `hidden_states`; None if it is unknown.
     """
 
     def __init__(self, template: BlockTemplate, model: nn.Module, paths: Sequence[str], fn: int, bn: int) -> None:
@@ -42,16 +43,17 @@ class TemplateReference:
         self.blocks = [(path, _module_at(model, path)) for path in paths]
         self.fn, self.stop = fn, len(self.blocks) - bn
         self.moved: float | None = None
-        self._index = {role: i for i, role in enumerate(template.returns)}  # Where a result holds what.
-        self._results: dict[int, Any] = {}  # Of the blocks at the last computed step.
-        self._received: dict[tuple[int, str], Tensor] = {}  # What they took then that none returned like that.
-        self._left: dict[str, Tensor] = {}  # What left the last of them then, and
-        self._added: dict[str, Tensor] = {}  # what they added.
-        self._is_handed_on = True  # From the last of them to the next block, as it is.
-        self._last_probe: Tensor | None = None  # What the Fn blocks added to hidden_states then.
+        self._index = {role: i for i, role in enumerate(template.returns)}  # Position of each role in a result.
+        # The following are from the last computed step.
+        self._results: dict[int, Any] = {}  # What each block returned.
+        self._received: dict[tuple[int, str], Tensor] = {}  # What a block took that is no value of the block before.
+        self._left: dict[str, Tensor] = {}  # The streams that left the skipped blocks.
+        self._added: dict[str, Tensor] = {}  # What the skipped blocks added to the streams.
+        self._is_passed_unchanged = True  # Block `stop` takes the streams as block `stop - 1` returns them.
+        self._last_probe: Tensor | None = None  # What the Fn blocks added to hidden_states.
 
     def run(self, call: Call, *, reuse: bool) -> list[Tensor]:
-        """The tensors that the model returns."""
+        """Runs the model, with the middle blocks skipped if `reuse`, and returns the tensors of its output."""
         self._reuse = reuse
         output = self._run(call, self._call)
         if self._received and not reuse:
@@ -60,33 +62,34 @@ class TemplateReference:
 
     def _run(self, call: Call, instead: Callable[..., Any]) -> Any:
         self._number = 0
-        self._values: list[Any] = []  # What the block before returned.
+        self._values: list[Any] = []  # What the previous block returned.
         with _called_as([block for _, block in self.blocks], instead):
             output = self.model(**call)
         count = f"{self._number} of its {len(self.blocks)} blocks were called as modules"
-        require(self._number == len(self.blocks), f"{count}; only block(...) can be stood in for")
+        require(self._number == len(self.blocks), f"{count}; only calls of the form block(...) can be replaced")
         return output
 
     def _next(self, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, dict[Place, Any]]:
-        """The number of this call, and its arguments."""
+        """Returns the number of this block call, and its arguments."""
         number, self._number = self._number, self._number + 1
-        is_known = number < len(self.blocks) and self.blocks[number][1] is block
-        require(is_known, "the blocks run in another order than in the graph")
+        is_expected = number < len(self.blocks) and self.blocks[number][1] is block
+        require(is_expected, "the blocks run in another order than in the graph")
         arguments: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
         return number, dict(arguments)
 
     def _probe(self, block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Sees whether the loop keeps a stream for itself: then it hands on another, although blocks return the same.
+        """Detects a loop that holds a stream of its own.
 
-        The first block returns something else than at the computed step, and no later block may hear of it.
+        The first block returns something else than at the computed step, and all other blocks return the same. An
+        input of a later block that changes nevertheless comes from the loop.
         """
         number, given = self._next(block, args, kwargs)
         for role in self.template.streams_out if number > 1 else ():
-            known = self._received.get((number, role))
+            received = self._received.get((number, role))
             require(
-                known is None or torch.equal(given[self._place(number, given, role)], known),
-                f"between {self.blocks[number - 1][0]} and {self.blocks[number][0]} the loop does more than to change "
-                f"what the block returned: it keeps {role}, or another stream, for itself",
+                received is None or torch.equal(given[self._place(number, given, role)], received),
+                f"between {self.blocks[number - 1][0]} and {self.blocks[number][0]}, the loop does more than change "
+                f"what the block returned: it holds {role} or another stream in a variable of its own",
             )
         return self._again(number, lambda value: value * 1.5 if number == 0 and value.is_floating_point() else value)
 
@@ -96,7 +99,7 @@ class TemplateReference:
         streams = {role: given[place] for role, place in places.items()}
         if number and not self._reuse:
             self._follow(number, given, places)
-        if number == self.stop and not self._is_handed_on:
+        if number == self.stop and not self._is_passed_unchanged:
             if self._reuse:
                 streams = self._supplied()
                 given |= {places[role]: stream for role, stream in streams.items()}
@@ -117,61 +120,68 @@ class TemplateReference:
         return result
 
     def _place(self, number: int, given: Mapping[Place, Any], role: str) -> Place:
-        """Where a block takes a stream: under its name, or else at its position in `takes`."""
+        """Returns the place at which a block takes a stream: the argument of its name, or its position in `takes`."""
         path, block = self.blocks[number]
         names = list(inspect.signature(block.forward).parameters)
         name, position = self.template.streams.get(role, role), self.template.takes.index(role)
-        known: list[Place] = [name]
+        places: list[Place] = [name]
         if name in names:
-            known.append(names.index(name))
+            places.append(names.index(name))
         elif name not in given:
-            known = [position, *names[position : position + 1]]
-        found = next((place for place in known if isinstance(given.get(place), Tensor)), None)
+            places = [position, *names[position : position + 1]]
+        found = next((place for place in places if isinstance(given.get(place), Tensor)), None)
         require(
             found is not None,
-            f"{path} takes ({', '.join(names)}), where no tensor stands for {role}: none is called {name!r}, and none "
-            f"is at position {position}, that in takes; it follows blocks that take their streams one by one",
+            f"{path} takes ({', '.join(names)}), and none of these is a tensor for {role}: none is named {name!r}, and "
+            f"none is at position {position}, its position in takes; only blocks whose streams are arguments of their "
+            "own can be checked",
         )
         return found if found is not None else ""
 
     def _follow(self, number: int, given: Mapping[Place, Any], places: Mapping[str, Place]) -> None:
-        """Holds `returns` against which value of the block before this one takes as what."""
+        """Compares `returns` with the arguments that become of the values of the previous block."""
         before, path = self.blocks[number - 1][0], self.blocks[number][0]
         for role, place in places.items():
             index = next((i for i, value in enumerate(self._values) if value is given[place]), None)
             if index is None:
                 self._received[number, role] = given[place].clone()
-                self._is_handed_on &= number != self.stop
+                self._is_passed_unchanged &= number != self.stop
             elif len(self._values) > len(self.template.returns):
-                self._index[role] = index  # Of more values than are declared, only this tells.
+                self._index[role] = (
+                    index  # The block returns more than is declared, so `returns` has no position for it.
+                )
             elif index != self._index[role]:
                 raise AssertionError(
                     f"cachedit_fx: {self.template}: takes, returns and streams contradict each other.\n"
                     f"  expected: value {index} of what {before} returns is {self._role(index)}, by returns\n"
                     f"  found:    {path} takes it as {_argument(self.blocks[number][1], place)}, which is {role}\n"
-                    "What to do: give returns the order of the block's return statement, and say in streams what the "
-                    "block calls each of them (or give takes the order of its arguments)."
+                    "What to do: list the roles in returns in the order of the block's return statement, and give in "
+                    "streams the name of each argument (or list the roles in takes in the order of the arguments)."
                 )
         given_ids = {id(given[place]) for place in places.values()}
-        beside = [v for v in self._values if isinstance(v, Tensor) and any(v is g for g in given.values())]
-        is_all = all(id(value) in given_ids for value in beside)
-        require(is_all, f"{before} hands more on to {path} than the streams of the template")
+        passed = [v for v in self._values if isinstance(v, Tensor) and any(v is g for g in given.values())]
+        are_streams = all(id(value) in given_ids for value in passed)
+        require(are_streams, f"{before} passes more to {path} than the streams of the template")
 
     def _role(self, index: int) -> str:
         return next(role for role, i in self._index.items() if i == index)
 
     def _note(self, number: int, result: Any) -> None:
-        """Keeps what a block returned at a computed step."""
+        """Stores what a block returned at a computed step."""
         path, is_plain = self.blocks[number][0], isinstance(result, Tensor | list | tuple)
-        require(is_plain, f"{path} returns a {type(result).__name__}; it follows a tensor, or a tuple of them")
+        require(
+            is_plain,
+            f"{path} returns a {type(result).__name__}; only blocks that return a tensor or a tuple of tensors can be "
+            "checked",
+        )
         self._values = [result] if isinstance(result, Tensor) else list(result)
         returns = self.template.returns
         if len(self._values) < len(returns):
             raise AssertionError(
-                f"cachedit_fx: {self.template}: returns is not what a block returns.\n"
+                f"cachedit_fx: {self.template}: a block returns fewer values than returns declares.\n"
                 f"  expected: {len(returns)} values ({', '.join(returns)})\n"
-                f"  found:    {len(self._values)} of {path}\n"
-                "What to do: name in returns what the block's return statement holds, in its order."
+                f"  found:    {len(self._values)} from {path}\n"
+                "What to do: list in returns the values of the block's return statement, in their order."
             )
         if not self._reuse:
             self._results[number] = _with_values(result, [_cloned(value) for value in self._values])
@@ -179,30 +189,31 @@ class TemplateReference:
                 self._leave({role: self._values[self._index[role]] for role in self.template.streams_out})
 
     def _leave(self, streams: Mapping[str, Any]) -> None:
-        """Notes what leaves the blocks that may be skipped; the last block of a model may drop a stream."""
+        """Stores the streams that leave the blocks that may be skipped; the last block of a model may drop a stream."""
         self._left = {role: stream.clone() for role, stream in streams.items() if isinstance(stream, Tensor)}
         for role, stream in self._left.items():
             entered = self._entered[role]
             require(
                 stream.shape == entered.shape,
-                f"{role} enters {self.blocks[self.fn][0]} as {[*entered.shape]} and leaves "
-                f"{self.blocks[self.stop - 1][0]} as {[*stream.shape]}; choose Fn and Bn so that it keeps its shape",
+                f"{role} enters {self.blocks[self.fn][0]} with shape {[*entered.shape]} and leaves "
+                f"{self.blocks[self.stop - 1][0]} with shape {[*stream.shape]}; choose Fn and Bn so that its shape "
+                "does not change",
             )
         self._added = {role: stream - self._entered[role] for role, stream in self._left.items()}
 
     def _supplied(self) -> dict[str, Tensor]:
-        """The streams behind the skipped blocks."""
+        """Returns the streams after the skipped blocks."""
         kinds = self.template.cached
         is_one_size = all(self._entered[role].shape == left.shape for role, left in self._left.items())
-        require(is_one_size, "the calls differ in size, and between two sizes nothing is reused")
+        require(is_one_size, "the calls differ in size, and cached values are reused for one size only")
         return {
             role: left if kinds.get(role) == "value" else self._entered[role] + self._added[role]
             for role, left in self._left.items()
         }
 
     def _skip(self, number: int) -> Any:
-        """What a skipped block returns: what it did at step 0, except that streams leave the last of them anew."""
-        is_last = number == self.stop - 1 and self._is_handed_on
+        """Returns what a skipped block returned at step 0; the last one returns the streams of this step instead."""
+        is_last = number == self.stop - 1 and self._is_passed_unchanged
         new = {self._index[role]: stream for role, stream in self._supplied().items()} if is_last else {}
         return self._again(number, new=new)
 
@@ -212,7 +223,7 @@ class TemplateReference:
         change: Callable[[Tensor], Tensor] = lambda value: value,
         new: Mapping[int, Tensor] | None = None,
     ) -> Any:
-        """What a block returned at the last computed step, changed."""
+        """Returns what a block returned at the last computed step, with its tensors changed or replaced."""
         result = self._results[number]
         values = [result] if isinstance(result, Tensor) else [*result]
         values = [change(value.clone()) if isinstance(value, Tensor) else value for value in values]
@@ -232,22 +243,22 @@ class TemplateReference:
 
 @contextlib.contextmanager
 def _called_as(blocks: Sequence[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
-    """Lets every call of one of `blocks`, its hooks included, be `call(block, what it would have been, ...)`."""
+    """Replaces every call of one of `blocks`, its hooks included, by `call(block, original, *args, **kwargs)`."""
     try:
         for block in {*blocks}:
             block._compiled_call_impl = functools.partial(call, block, block._call_impl)
         yield
     finally:
         for block in {*blocks}:
-            del block._compiled_call_impl  # The class's own None shows again.
+            del block._compiled_call_impl  # The attribute of the class, None, is visible again.
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path, which may lead through a plain list."""
+    """Returns the module at a path, which may lead through a plain list."""
     found: Any = model
     for part in path.split("."):
         found = found[int(part)] if isinstance(found, list | tuple) else getattr(found, part, None)
-    require(isinstance(found, nn.Module), f"no module is at {path}, where the graph shows a block")
+    require(isinstance(found, nn.Module), f"there is no module at {path}, where the graph shows a block")
     return found  # type: ignore[no-any-return]
 
 
@@ -258,7 +269,7 @@ def _argument(block: nn.Module, place: Place) -> str:
 
 
 def _with_values(result: Any, values: list[Any]) -> Any:
-    """A result like `result` that holds other values."""
+    """Returns a result of the same type as `result` that holds other values."""
     if isinstance(result, Tensor):
         return values[0]
     return type(result)(*values) if hasattr(result, "_fields") else type(result)(values)
@@ -269,7 +280,7 @@ def _cloned(value: Any) -> Any:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors in what a model returned."""
+    """Returns the tensors in the output of a model."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):
@@ -282,7 +293,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 def require(holds: bool, text: str) -> None:
     if not holds:
         raise UncheckableError(
-            f"cachedit_fx: check_pattern cannot tell: {text}.\n"
-            "So the template may be right or wrong. What is expected of a model: "
+            f"cachedit_fx: check_pattern cannot check this model: {text}.\n"
+            "The template may be right or wrong. What the model must be like: "
             "help(cachedit_fx.testing.check_pattern)"
         )

@@ -1,4 +1,4 @@
-"""Finds from a few calls of a pipeline which steps to compute, for a quality or a speed that is wanted."""
+"""Finds which steps to compute for a target quality or speed-up, from a few calls of a pipeline."""
 
 from cachedit_fx.integrations.signature import check_signature
 from cachedit_fx.tuning.saved import load_tuned

@@ -1,4 +1,4 @@
-"""The given calls with the cache itself: what confirms a schedule, and what measures a threshold."""
+"""Runs the given calls with the cache enabled, to confirm a schedule or to measure a threshold."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cachedit_fx.tuning.schedule import NUM_FIRST, Schedule
 
 
 def config_of(schedule: Schedule) -> CacheConfig:
-    """The configuration that does what a schedule says: at reused steps next to nothing of the model runs."""
+    """Returns the configuration for a schedule. At its reused steps, almost nothing of the model runs."""
     return CacheConfig(
         Fn_compute_blocks=0,
         max_warmup_steps=0,
@@ -41,7 +41,7 @@ def _of_files(schedule: Schedule) -> LinearForecaster:
 
 
 def threshold_config(threshold: float, forecaster: LinearForecaster) -> CacheConfig:
-    """One that looks at the first block at every step, and forecasts what the others add."""
+    """Returns a dynamic configuration whose probe is the residual of the first block at every step."""
     return CacheConfig(
         Fn_compute_blocks=1,
         max_warmup_steps=NUM_FIRST,
@@ -51,11 +51,11 @@ def threshold_config(threshold: float, forecaster: LinearForecaster) -> CacheCon
 
 
 def measure_cached(meter: Meter, config: CacheConfig, key: str) -> Measured:
-    """The calls with the cache enabled; its pieces run eagerly, for nothing is worth compiling for so few steps.
+    """Measures the calls with the cache enabled and an eager inner backend, since so few steps do not repay compiling.
 
-    What is counted as computed is the share of the model's time; the blocks that a reused step runs are in it.
+    The measured share is the share of the time of the model. It includes the blocks that a reused step runs.
     """
-    if meter.is_known(key):
+    if meter.is_measured(key):
         return meter.measured[key]
     shares: list[float] = []
 
@@ -83,7 +83,10 @@ def _enabled(pipe: Any, config: CacheConfig) -> Iterator[None]:
 
 
 def _share(ran: Sequence[CacheStats]) -> float:
-    """Of the model's time, what is left: a reused step counts as much as it took, measured against computed ones."""
+    """Returns the remaining share of the time of the model, from 0 to 1.
+
+    A reused step counts as its median time divided by that of a computed step.
+    """
     reused = [entry.step_seconds[step] for entry in ran for step in entry.cached_steps]
     count = sum(entry.num_steps for entry in ran)
     computed = [s for e in ran for step, s in enumerate(e.step_seconds) if step not in {*e.cached_steps}]

@@ -1,4 +1,4 @@
-"""Runs the given calls again and again, with the same noise every time, and makes a tensor of what they return."""
+"""Runs the given calls repeatedly, with the same noise each time, and converts their results to tensors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Given = Mapping[str, Any] | Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the pipeline, which runs as often as one likes and starts from the same random state.
+    """One call of the pipeline. It can run any number of times, each time from the same random state.
 
     Attributes:
-        given: The pipeline's arguments, or a function of the pipeline.
-        seed: Of torch's global generators, for calls without one of their own.
-        states: What the generators among the arguments were like at the beginning.
+        given: The arguments of the pipeline, or a function of the pipeline.
+        seed: The seed of torch's global generators, for calls without a generator among their arguments.
+        states: The initial states of the generators among the arguments.
     """
 
     given: Given
@@ -30,10 +30,10 @@ class Call:
     states: tuple[tuple[torch.Generator, Tensor], ...] = ()
 
     def run(self, pipe: Any) -> Tensor:
-        """What the pipeline returns, float32 on the CPU, [images, ...].
+        """Runs the call and returns its images as a float32 tensor on the CPU, [images, ...].
 
         Raises:
-            ConfigError: It returned something that holds no pictures.
+            ConfigError: The result of the pipeline contains no images.
         """
         for generator, state in self.states:
             generator.set_state(state)
@@ -48,16 +48,16 @@ class Call:
 
 
 def calls_of(given: Any) -> tuple[Call, ...]:
-    """One `Call` per entry.
+    """Returns one `Call` per entry of the list.
 
     Raises:
-        ConfigError: It is not a list of arguments or functions.
+        ConfigError: `given` is not a list of dicts and functions, or is empty.
     """
     is_list = isinstance(given, Sequence) and not isinstance(given, str)
     if not is_list or not given or not all(isinstance(call, Mapping) or callable(call) for call in given):
         raise ConfigError(
-            "cachedit_fx: calls must be a list of dicts of the pipeline's arguments, or of functions of the pipeline, "
-            f"got {shown(given)}"
+            "cachedit_fx: calls must be a non-empty list of dicts of the pipeline's arguments, or of functions of the "
+            f"pipeline, got {shown(given)}"
         )
     return tuple(Call(call, seed, _states(call)) for seed, call in enumerate(given))
 
@@ -69,10 +69,12 @@ def _states(call: Given) -> tuple[tuple[torch.Generator, Tensor], ...]:
 
 
 def as_tensor(returned: Any) -> Tensor:
-    """The first thing that a pipeline returns: a tensor, an array, or pictures in lists; pixels of 8 bits as [0, 1].
+    """Converts the first value that a pipeline returned to a float32 tensor on the CPU.
+
+    The value may be a tensor, an array, or nested lists of images. 8-bit pixels are scaled to [0, 1].
 
     Raises:
-        ConfigError: It is none of these, or single pictures differ in size.
+        ConfigError: The value is none of these, or the images differ in size.
     """
     found = returned
     if isinstance(found, tuple) or hasattr(found, "to_tuple"):
@@ -81,7 +83,7 @@ def as_tensor(returned: Any) -> Tensor:
         tensor = found.detach().cpu() if isinstance(found, Tensor) else torch.from_numpy(np.array(_arrays(found)))
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            "cachedit_fx: a call must return a tensor, an array or pictures of one size, first in what it returns, got "
+            "cachedit_fx: a call must return a tensor, an array or images of one size as its first value, got "
             f"{shown(returned)}"
         ) from error
     return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()

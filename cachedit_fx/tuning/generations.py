@@ -1,4 +1,4 @@
-"""The given calls, recorded: from them all searching starts."""
+"""Runs the given calls without the cache and records them for the search."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from cachedit_fx.tuning.search import Pace
 
 @dataclass(frozen=True)
 class Recording:
-    """The calls, uncached.
+    """The recorded calls.
 
     Attributes:
-        module: The transformer that they run.
-        outputs: What each returned.
-        inputs: Shapes of what the transformer was given at first.
+        module: The transformer that the calls run.
+        outputs: The images that each call returned, float32 on the CPU, [images, ...].
+        recorded: The recorded runs, one per call and guidance branch.
+        inputs: Shapes of the tensors that the transformer was called with first, by argument name.
+        pace: The time of a generation and of a step.
     """
 
     module: nn.Module
@@ -39,10 +41,16 @@ class Recording:
 
 
 def record(pipe: Any, calls: Sequence[Call], max_bytes: int) -> Recording:
-    """Runs every call once.
+    """Runs every call once and records it.
+
+    Args:
+        pipe: The pipeline.
+        calls: The calls to run.
+        max_bytes: The largest size of the outputs of the model in one generation, in bytes of float32.
 
     Raises:
-        ConfigError: The pipeline is cached or compiled, does not run one transformer, or the calls differ in length.
+        ConfigError: The pipeline is cached or compiled, the number of transformers that it runs is not one, or the
+            calls differ in their number of steps.
     """
     modules = transformers_of(pipe)
     for name, module in modules.items():
@@ -51,7 +59,7 @@ def record(pipe: Any, calls: Sequence[Call], max_bytes: int) -> Recording:
     recorded: list[RecordedRun] = []
     used: dict[str, Recorder] = {}
     lengths: list[int] = []
-    others: list[float] = []  # Seconds of the pipeline beside its model.
+    others: list[float] = []  # Seconds that the pipeline spends outside of its model.
     piece_times: list[float] = []
     for call in calls:
         recorders = {name: Recorder(module, max_bytes) for name, module in modules.items()}
@@ -59,14 +67,14 @@ def record(pipe: Any, calls: Sequence[Call], max_bytes: int) -> Recording:
             for recorder in recorders.values():
                 stack.enter_context(recorder.recording())
             start = time.perf_counter()
-            outputs.append(call.run(pipe))  # On the CPU, so that an accelerator is done.
+            outputs.append(call.run(pipe))  # The result is on the CPU, so the accelerator has finished.
             seconds = time.perf_counter() - start
         used |= {name: recorder for name, recorder in recorders.items() if recorder.num_steps}
         if len(used) != 1:
             raise ConfigError(
-                "cachedit_fx: calls must be of a pipeline that runs one transformer, once per step and branch, "
-                f"got {' and '.join(used) or 'none'} of {', '.join(modules)}.\n"
-                "What to do: for several, give each a mask of its own by BlockAdapter and ParamsModifier."
+                "cachedit_fx: the pipeline must run one transformer, once per step and guidance branch, and the calls "
+                f"ran {' and '.join(used) or 'none'} of {', '.join(modules)}.\n"
+                "What to do: if it runs several, give each a mask with BlockAdapter and ParamsModifier instead."
             )
         (recorder,) = used.values()
         lengths.append(recorder.num_steps)
@@ -78,7 +86,7 @@ def record(pipe: Any, calls: Sequence[Call], max_bytes: int) -> Recording:
             recorded.append(RecordedRun(trajectory, weights))
     if len({*lengths}) > 1 or lengths[0] <= NUM_FIRST:
         raise ConfigError(
-            f"cachedit_fx: calls must all have one number of steps, more than {NUM_FIRST}, got {shown(lengths)}"
+            f"cachedit_fx: calls must all have the same number of steps, more than {NUM_FIRST}, got {shown(lengths)}"
         )
     step = statistics.median(piece_times) * len(piece_times) / sum(lengths)
     generation = statistics.median(others) + step * lengths[0]
@@ -88,10 +96,11 @@ def record(pipe: Any, calls: Sequence[Call], max_bytes: int) -> Recording:
 def _require_uncached(name: str, module: nn.Module) -> None:
     if isinstance(module, torch._dynamo.OptimizedModule):
         raise ConfigError(
-            f"cachedit_fx: {name} must not be wrapped by torch.compile, got one; give it as it was before"
+            f"cachedit_fx: {name} must not be wrapped by torch.compile, got an OptimizedModule; pass the module that "
+            "torch.compile was given"
         )
     if getattr(module, "is_cache_enabled", False) or module.__dict__.get("_compiled_call_impl") is not None:
         raise ConfigError(
-            f"cachedit_fx: {name} must be neither cached nor compiled, got one that is; call disable_cache() first, "
-            "and compile after tune"
+            f"cachedit_fx: {name} must be neither cached nor compiled, got a {type(module).__name__} that is; call "
+            "disable_cache() first, and compile after tune"
         )

@@ -1,4 +1,4 @@
-"""How far a schedule is from an uncached pipeline on the given calls. What was measured is kept."""
+"""Measures and stores the error of candidates against the uncached pipeline on the given calls."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from cachedit_fx.tuning.calls import Call
 from cachedit_fx.tuning.schedule import Schedule
 from cachedit_fx.tuning.simulate import Simulation
 
-_MARGIN_DB = 0.5  # Where a single image tells nothing of the spread.
-_MOST_DB = 150.0  # For outputs that are equal: infinity cannot be averaged, nor written as JSON.
+_MARGIN_DB = 0.5  # For a single image, whose spread is unknown.
+_MOST_DB = 150.0  # For equal outputs, because infinity can neither be averaged nor written as JSON.
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The error against the uncached outputs, one entry per image.
+    """The measured errors against the uncached outputs.
 
     Attributes:
-        errors: Mean squared errors.
-        powers: Mean squares of the uncached outputs.
-        peak: What PSNR is relative to.
-        share_computed: Of the steps.
-        seconds: Of all calls together.
+        errors: The mean squared error of each image.
+        powers: The mean square of each uncached image.
+        peak: The peak value of the PSNR, in units of the images.
+        share_computed: The share of the steps that was computed, from 0 to 1.
+        seconds: The time of all calls together.
     """
 
     errors: tuple[float, ...]
@@ -43,18 +43,18 @@ class Measured:
 
     @property
     def psnr(self) -> float:
-        """Of the mean squared error over all images, dB."""
+        """The PSNR of the mean squared error over all images, in dB, at most 150."""
         return _psnr(float(np.mean(self.errors)), self.peak)
 
     @property
     def rel_l2(self) -> float:
-        """Root of the mean over all images of |error|^2 / |output|^2."""
+        """The square root of the mean over all images of |error|^2 / |output|^2, dimensionless."""
         ratios = [error / power if power else error for error, power in zip(self.errors, self.powers, strict=True)]
         return math.sqrt(float(np.mean(ratios)))
 
     @property
     def margin_db(self) -> float:
-        """How much worse other calls may come out: the standard error of the images' PSNR."""
+        """The standard error of the PSNR of the images in dB, by which other calls may turn out worse."""
         each = [_psnr(error, self.peak) for error in self.errors]
         return float(np.std(each, ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else _MARGIN_DB
 
@@ -65,15 +65,19 @@ def _psnr(error: float, peak: float) -> float:
 
 @dataclass
 class Meter:
-    """Runs the calls and compares.
+    """Runs the calls with a candidate and compares their results with the uncached ones.
 
     Attributes:
-        references: What each call returned uncached.
-        resume: A JSON file of what was measured before.
-        measured: By the schedules' keys.
+        pipe: The pipeline.
+        module: The transformer of the pipeline.
+        calls: The calls to run.
+        references: What each call returned without the cache, float32 on the CPU, [images, ...].
+        peak: The peak value of the PSNR, in units of the images.
+        resume: A JSON file in which the measurements are stored. Those that it already holds are loaded.
+        measured: The measurements by the key of their candidate.
 
     Raises:
-        ConfigError: The file is of other calls or another pipeline, or cannot be understood.
+        ConfigError: The file `resume` cannot be read, or belongs to other calls or another pipeline.
     """
 
     pipe: Any
@@ -88,11 +92,11 @@ class Meter:
         if self.resume is not None and self.resume.exists():
             self._load(self.resume)
 
-    def is_known(self, key: str) -> bool:
+    def is_measured(self, key: str) -> bool:
         return key in self.measured
 
     def simulation(self, schedule: Schedule) -> Measured:
-        """The calls with the steps of a schedule left out."""
+        """Measures the calls with the model skipped at the reused steps of a schedule."""
         counts = [0, 0]
 
         def run(call: Call) -> Tensor:
@@ -106,7 +110,13 @@ class Meter:
         return self.measure(schedule.key, run, lambda: counts[0] / counts[1])
 
     def measure(self, key: str, run: Callable[[Call], Tensor], share_computed: Callable[[], float]) -> Measured:
-        """What is known under this key, or else what comes out of running every call."""
+        """Returns the measurement that is stored under `key`, or runs every call and stores the result.
+
+        Args:
+            key: The key of the candidate.
+            run: Runs one call with the candidate and returns its images.
+            share_computed: Returns the share of computed steps after all calls have run.
+        """
         if key in self.measured:
             return self.measured[key]
         errors: list[float] = []
@@ -126,7 +136,7 @@ class Meter:
 
     @property
     def _fingerprint(self) -> list[float]:
-        """Tells these calls from others; to few digits, for another machine rounds in another way."""
+        """Identifies the calls by the norms of their results, to three digits because rounding differs by machine."""
         return [float(f"{float(reference.double().norm()):.3g}") for reference in self.references]
 
     def _store(self, path: Path) -> None:
@@ -134,14 +144,14 @@ class Meter:
             key: {"errors": m.errors, "share_computed": m.share_computed, "seconds": m.seconds}
             for key, m in self.measured.items()
         }
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps({"references": self._fingerprint, "measured": entries}), encoding="utf-8")
-        os.replace(beside, path)  # Whole or not at all, whenever the run is cut off.
+        partial = path.with_name(path.name + ".part")
+        partial.write_text(json.dumps({"references": self._fingerprint, "measured": entries}), encoding="utf-8")
+        os.replace(partial, path)  # Atomic, in case the run is interrupted.
 
     def _load(self, path: Path) -> None:
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            of, entries = known["references"], known["measured"]
+            content = json.loads(path.read_text(encoding="utf-8"))
+            of, entries = content["references"], content["measured"]
             powers = tuple(power for reference in self.references for power in _mean_squares(reference))
             found = {
                 key: Measured(tuple(e["errors"]), powers, self.peak, e["share_computed"], e["seconds"])
@@ -150,17 +160,17 @@ class Meter:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"cachedit_fx: resume must be a new path or a file that tune wrote, got {str(path)!r}; "
-                "give another path"
+                "pass another path"
             ) from error
         if of != self._fingerprint:
             raise ConfigError(
-                f"cachedit_fx: resume must be of the same calls and pipeline, got {str(path)!r}, whose outputs have "
-                f"the norms {shown(of)} and not {shown(self._fingerprint)}; give another path"
+                f"cachedit_fx: resume must belong to the same calls and pipeline, got {str(path)!r}, whose outputs "
+                f"have the norms {shown(of)} instead of {shown(self._fingerprint)}; pass another path"
             )
         self.measured = found
 
 
 def _mean_squares(values: Tensor) -> list[float]:
-    """One per image, summed in float64."""
+    """Returns the mean square of each image, summed in float64."""
     each: list[float] = values.double().flatten(1).square().mean(1).tolist()
     return each

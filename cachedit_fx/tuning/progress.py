@@ -1,4 +1,4 @@
-"""A bar for the search, where rich is installed and someone looks on."""
+"""Shows a progress bar for the search, if rich is installed and stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
 
-Told = Callable[[str, float], None]  # A line, and the share of the budget that is used.
+Report = Callable[[str, float], None]  # Takes a line, and the share of the budget that is used.
 
 
 @contextlib.contextmanager
-def shown_progress(is_wanted: bool) -> Iterator[Told]:
-    """Yields what takes lines; they go to the log, and beside a bar on a terminal."""
+def shown_progress(is_wanted: bool) -> Iterator[Report]:
+    """Yields a function that logs a line and, on a terminal, shows it next to a progress bar."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,8 +27,8 @@ def shown_progress(is_wanted: bool) -> Iterator[Told]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
 
-        def told(line: str, share: float) -> None:
+        def report(line: str, share: float) -> None:
             log.info("%s", line)
             bar.update(task, description=line, completed=min(share, 1.0))
 
-        yield told
+        yield report

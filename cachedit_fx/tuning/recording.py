@@ -1,4 +1,4 @@
-"""What a model returned at every step: a call of the model is taken in hand without a word about the model."""
+"""Intercepts the calls of a module and records what it returned at every step."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from cachedit_fx.patterns.names import conditioning_names, timestep_name
 from cachedit_fx.runtime.stopwatch import PieceTime, Stopwatch
 
 _MISSING = object()
-_CHUNK = 1 << 20  # Values of an output that are multiplied at once in float64.
+_CHUNK = 1 << 20  # Number of values per output that are multiplied at once in float64.
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Which call of the model this is.
+    """Identifies one call of the model.
 
     Attributes:
-        guidance_branch: Number of the guidance branch, in the order in which they are first called.
-        number: How many calls of this branch went before, in this generation.
-        timestep: What the model was given; None where it takes none.
+        guidance_branch: Number of the guidance branch, in the order of their first calls.
+        number: Number of previous calls of this guidance branch in this generation.
+        timestep: The timestep that was passed to the model; None if it takes none.
     """
 
     guidance_branch: int
@@ -38,27 +38,30 @@ class Step:
     timestep: float | None
 
 
-Handler = Callable[[Step, Callable[[], Any]], Any]  # Is given what runs the model, and returns what the call returns.
+Handler = Callable[[Step, Callable[[], Any]], Any]  # Receives a function that runs the model; returns the result.
 
 
 class Steps:
     """Numbers the calls of one generation.
 
-    A branch is told by its conditioning tensor; where loops build that anew at every call, by the place among the calls
-    at one timestep.
+    A guidance branch is identified by its conditioning tensor. If a loop creates this tensor for every call, it is
+    identified by the position of the call among the calls at one timestep.
+
+    Attributes:
+        inputs: Shapes of the tensors of the first call, by argument name.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._names = list(inspect.signature(module.forward).parameters)
         self._timestep = timestep_name(self._names)
         self._conditioning = conditioning_names(self._names)
-        self._guidance_branches: dict[int, tuple[int, Any]] = {}  # With the tensor, so that no other one gets its id.
+        self._guidance_branches: dict[int, tuple[int, Any]] = {}  # Holds the tensor, so that its id stays unique.
         self._numbers: dict[int, int] = {}
-        self._last: tuple[float | None, int] = (math.nan, 0)  # Timestep, and how many calls it had so far.
+        self._last: tuple[float | None, int] = (math.nan, 0)  # The last timestep, and the number of its calls so far.
         self.inputs: dict[str, tuple[int, ...]] = {}
 
     def next(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
-        """The step that a call with these arguments is. Reads the timestep from the device."""
+        """Returns the step of a call with these arguments. Reads the timestep from the device."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if not self.inputs:
             tensors = {name: first_tensor(value) for name, value in given.items()}
@@ -78,7 +81,7 @@ class Steps:
 
 @contextlib.contextmanager
 def handled(module: nn.Module, handler: Handler) -> Iterator[Steps]:
-    """Hands every call of the module to `handler`, for one generation; then all is as before."""
+    """Passes every call of the module to `handler` for one generation, and restores the module afterwards."""
     before = module.__dict__.get("_compiled_call_impl", _MISSING)
     run = before if callable(before) else module._call_impl
     steps = Steps(module)
@@ -97,7 +100,7 @@ def handled(module: nn.Module, handler: Handler) -> Iterator[Steps]:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """A tensor, or the first of a list of them, as prompts are handed over by some."""
+    """Returns a tensor, or the first tensor of a list, because some pipelines pass prompts as lists."""
     if isinstance(value, list | tuple) and value:
         value = value[0]
     return value if isinstance(value, Tensor) else None
@@ -105,11 +108,11 @@ def first_tensor(value: Any) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a guidance branch returned in one generation, as far as errors of forecasts depend on it.
+    """The outputs of a guidance branch in one generation, reduced to what errors of forecasts depend on.
 
     Attributes:
-        gram: Inner products of the steps' outputs, float64 [S, S].
-        timesteps: What the model was given; None where it takes none.
+        gram: Inner products of the outputs of the S steps, float64 [S, S].
+        timesteps: The timesteps that were passed to the model; None if it takes none.
     """
 
     gram: NDArray[np.float64]
@@ -118,14 +121,17 @@ class Trajectory:
 
 @dataclass
 class Recorder:
-    """Takes in one uncached generation. Outputs lie on the CPU in float32 until `trajectories` is asked for.
+    """Records one uncached generation. The outputs stay on the CPU in float32 until `trajectories` is called.
 
     Attributes:
-        max_bytes: Of all outputs together.
-        inputs: Shapes of what the model was given at its first call.
+        module: The model.
+        max_bytes: The largest size of all outputs together, in bytes of float32.
+        inputs: Shapes of the tensors that the model was called with first, by argument name.
+        piece_times: The time of each call of the model.
 
     Raises:
-        ConfigError: (when the model is called) the outputs are larger, or hold no floating tensor.
+        ConfigError: When the model is called: the outputs are larger than `max_bytes`, or contain no floating-point
+            tensor.
     """
 
     module: nn.Module
@@ -149,15 +155,15 @@ class Recorder:
         found = floating(returned)
         if not found:
             raise ConfigError(
-                f"cachedit_fx: {type(self.module).__name__} must return a floating tensor, alone or in a tuple, list "
-                f"or output class, got {type(returned).__name__}"
+                f"cachedit_fx: {type(self.module).__name__} must return a floating-point tensor, alone or in a tuple, "
+                f"list or output class, got {type(returned).__name__}"
             )
         self._bytes += sum(4 * tensor.numel() for tensor in found)
         if self._bytes > self.max_bytes:
             raise ConfigError(
-                f"cachedit_fx: max_bytes must be at least what one generation's outputs take in float32, got "
-                f"{self.max_bytes}, passed at step {step.number}.\n"
-                "What to do: give tune fewer images per call or a smaller size, or max_bytes=... if there is memory."
+                f"cachedit_fx: max_bytes must be at least the size of all outputs of one generation in float32, got "
+                f"{self.max_bytes}, which was exceeded at step {step.number}.\n"
+                "What to do: pass calls with fewer or smaller images to tune, or a larger max_bytes if there is memory."
             )
         flat = torch.cat([tensor.detach().float().flatten().cpu() for tensor in found])
         self._outputs.setdefault(step.guidance_branch, []).append(flat)
@@ -166,15 +172,16 @@ class Recorder:
 
     @property
     def num_steps(self) -> int:
-        """Of the branch that was called most often; 0 if the model was not called."""
+        """The number of calls of the guidance branch that was called most often; 0 if the model was not called."""
         return max(map(len, self._timesteps.values()), default=0)
 
     def trajectories(self) -> list[Trajectory]:
-        """One per branch that took part in every step. Lets go of the outputs."""
+        """Returns one trajectory for each guidance branch that ran at every step, and releases the outputs."""
         found = []
         for guidance_branch, outputs in self._outputs.items():
             if len(outputs) < self.num_steps or len({len(output) for output in outputs}) > 1:
-                continue  # Guidance in some steps only: the mask counts its own steps, so other ones are meant.
+                # A branch that runs in some steps only counts its own steps, so the mask would mean other steps.
+                continue
             moments = [moment for moment in self._timesteps[guidance_branch] if moment is not None]
             found.append(Trajectory(_gram(outputs), tuple(moments) if len(moments) == len(outputs) else None))
         self._outputs.clear()
@@ -182,13 +189,13 @@ class Recorder:
 
 
 def floating(returned: Any) -> list[Tensor]:
-    """The floating tensors of what a model returns, in order."""
+    """Returns the floating-point tensors of a model's output, in order."""
     leaves = pytree.tree_leaves(returned)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where its first weight lies; the CPU if it has none."""
+    """Returns the device of the first weight of a module; the CPU if it has none."""
     weight = next(module.parameters(), None)
     return torch.device("cpu") if weight is None else weight.device
 
@@ -196,7 +203,7 @@ def device_of(module: nn.Module) -> torch.device:
 def _gram(outputs: list[Tensor]) -> NDArray[np.float64]:
     total = np.zeros((len(outputs), len(outputs)))
     for start in range(0, len(outputs[0]), _CHUNK):
-        # float64: what a forecast misses is a small difference of large products.
+        # In float64, because the error of a forecast is a small difference of large products.
         part = torch.stack([output[start : start + _CHUNK] for output in outputs]).double().numpy()
         total += part @ part.T
     return total

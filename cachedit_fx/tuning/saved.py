@@ -1,4 +1,4 @@
-"""A tuned configuration as a file, and back: `save`, `load_tuned`."""
+"""Saves a tuned configuration to a file and loads it again: `save`, `load_tuned`."""
 
 from __future__ import annotations
 
@@ -15,41 +15,48 @@ from cachedit_fx.integrations.signature import Signature
 
 
 class Tuned(NamedTuple):
-    """A configuration, and what it was tuned on: for `enable_cache(pipe, config)` and `check_signature`."""
+    """A tuned configuration.
+
+    Attributes:
+        config: The configuration, for `enable_cache(pipe, config)`.
+        signature: What it was tuned on, for `check_signature`.
+    """
 
     config: CacheConfig
     signature: Signature
 
 
 def load_tuned(path: str | PathLike[str]) -> Tuned:
-    """Reads what `TuneResult.save` wrote.
+    """Loads a file that `TuneResult.save` wrote.
 
     Raises:
-        ConfigError: The file cannot be read, or is not one of these.
-        ImportError: A YAML file, and PyYAML is not installed.
+        ConfigError: The file cannot be read, or was not written by `TuneResult.save`.
+        ImportError: The file is YAML, and PyYAML is not installed.
     """
     text = _read(Path(path))
     try:
-        known = json.loads(text) if Path(path).suffix == ".json" else _yaml().safe_load(text)
+        found = json.loads(text) if Path(path).suffix == ".json" else _yaml().safe_load(text)
     except ValueError as error:
         raise _no_result(path) from error
-    except Exception as error:  # YAML's own errors have no base class that is known without it.
+    except Exception as error:  # The base class of YAML's errors is not available without PyYAML.
         if type(error).__module__.startswith("yaml"):
             raise _no_result(path) from error
         raise
-    if not isinstance(known, Mapping) or not all(isinstance(known.get(n), Mapping) for n in ("cache_config", "tuned")):
+    if not isinstance(found, Mapping) or not all(isinstance(found.get(n), Mapping) for n in ("cache_config", "tuned")):
         raise _no_result(path)
-    return Tuned(CacheConfig(**known["cache_config"]), dict(known["tuned"].get("signature") or {}))
+    return Tuned(CacheConfig(**found["cache_config"]), dict(found["tuned"].get("signature") or {}))
 
 
 def save(path: str | PathLike[str], config: CacheConfig, tuned: Mapping[str, Any]) -> Path:
-    """Writes YAML, or JSON where the name ends so.
+    """Writes a configuration to a YAML file, or to a JSON file if the path ends in `.json`.
 
     Args:
-        tuned: The signature, and what was found, of numbers, strings, lists and dicts.
+        path: The file to write.
+        config: The configuration.
+        tuned: The signature and the results of the search, as numbers, strings, lists and dicts.
 
     Raises:
-        ImportError: Not a JSON file, and PyYAML is not installed.
+        ImportError: The path does not end in `.json`, and PyYAML is not installed.
     """
     target, content = Path(path), {"cache_config": config_to(config), "tuned": dict(tuned)}
     if target.suffix == ".json":
@@ -61,14 +68,14 @@ def save(path: str | PathLike[str], config: CacheConfig, tuned: Mapping[str, Any
 
 
 def config_to(config: CacheConfig) -> dict[str, Any]:
-    """What differs from the defaults of `CacheConfig` or was given, of what JSON holds.
+    """Returns the fields that were given or differ from the defaults of `CacheConfig`, as values that JSON can hold.
 
     Raises:
-        ConfigError: The forecaster's class has no name.
+        ConfigError: The class of the forecaster is not registered.
     """
     named = dict(config.plain_changes) | {"forecaster": as_mapping(config.forecaster)}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}
-    # A member of an enum is a str to JSON, but nothing that YAML knows.
+    # JSON treats a member of a string enum as a string, YAML does not.
     return {name: str(value) if isinstance(value, str) else value for name, value in fields.items()}
 
 
@@ -83,7 +90,7 @@ def _read(path: Path) -> str:
 
 
 def _no_result(path: str | PathLike[str]) -> ConfigError:
-    return ConfigError(f"cachedit_fx: path must be a file that TuneResult.save wrote, got {str(path)!r}, which is not")
+    return ConfigError(f"cachedit_fx: path must be a file that TuneResult.save wrote, got {str(path)!r}")
 
 
 def _yaml() -> Any:
@@ -91,7 +98,7 @@ def _yaml() -> Any:
         import yaml
     except ImportError as error:
         raise ImportError(
-            "cachedit_fx: YAML needs PyYAML, which is not installed: pip install pyyaml; or give a path that ends in "
+            "cachedit_fx: YAML needs PyYAML, which is not installed: pip install pyyaml, or pass a path that ends in "
             ".json"
         ) from error
     return yaml

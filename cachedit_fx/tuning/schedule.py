@@ -1,14 +1,14 @@
-"""Which steps to compute: the best choice for every number of them, by a dynamic programme over recorded outputs.
+"""Finds the best steps to compute, for every number of computed steps, by dynamic programming over recorded outputs.
 
-A reused step returns a sum of earlier outputs with factors that the positions alone tell. What the latents miss at the
-end is about
+A reused step returns a sum of earlier outputs, with factors that follow from the positions. The error of the latents at
+the end is approximately
 
     sum over reused steps k of weight[k] * (forecast[k] - output[k])
 
-where the weights are the scheduler's steps. Inside a gap between two computed steps errors add as vectors and may
-cancel; gaps are taken to be independent, and their squares add, each times a gain: what is missed early the later steps
-mend in part, or make worse. Every gap's square is then a quadratic form of the Gram matrix, and depends on the last few
-computed steps alone.
+where the weights are the lengths of the scheduler's steps. Within a gap between two computed steps, errors add as
+vectors and may cancel. Different gaps are assumed to be independent: their squared errors add, each multiplied by a
+gain, because later steps may reduce or amplify an earlier error. The squared error of a gap is then a quadratic form of
+the Gram matrix that depends only on the last few computed steps.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from numpy.typing import NDArray
 
 from cachedit_fx.forecasters.forecaster import LinearForecaster, Times
 
-NUM_FIRST = 1  # Steps that are always computed: before them there is nothing to forecast from.
-_MAX_STATES = 15_000  # Of the dynamic programme, about; longer gaps are left out beyond.
+NUM_FIRST = 1  # Number of first steps that are always computed, because nothing can be forecast before them.
+_MAX_STATES = 15_000  # Approximate number of states of the dynamic program; it limits the length of gaps.
 
 State = tuple[int, ...]  # The last computed steps, newest first.
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One generation, or the mean of several with the same timesteps.
+    """One generation of S steps, or the mean of several with the same timesteps.
 
     Attributes:
         gram: Inner products of the outputs, float64 [S, S].
-        weights: How far the scheduler goes with the output of each step, float64 [S].
-        positions: Of each step, for `Times`.
-        gains: Per step, what becomes at the end of the square of an error made there, float64 [S]; None for 1.
+        weights: The length of the scheduler's step for each output, float64 [S].
+        positions: The position of each step, as in `Times`.
+        gains: For each step, the factor from the squared error there to the squared error at the end, float64 [S];
+            None for 1.
     """
 
     gram: NDArray[np.float64]
@@ -50,10 +51,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps to compute, and the forecaster for all others.
+    """The steps to compute, and the forecaster for all others.
 
     Attributes:
-        cost: Squared error of the latents as the model of the errors has it, relative to the way they go in all.
+        forecaster: The forecaster of the reused steps.
+        computed: The numbers of the computed steps, in ascending order.
+        num_steps: The number of steps of a generation.
+        cost: The predicted squared error of the latents, relative to the square of their total change.
     """
 
     forecaster: LinearForecaster
@@ -71,12 +75,19 @@ class Schedule:
 
     @property
     def key(self) -> str:
-        """Equal for equal schedules: what is measured is stored under it."""
+        """The key under which measurements are stored; equal for equal schedules."""
         return f"{self.forecaster!r} {''.join(map(str, self.mask))}"
 
 
 def gap_costs(problem: Problem, forecaster: LinearForecaster, state: State, length: int) -> NDArray[np.float64]:
-    """Squares of what the gap behind `state` adds to the error if 0, 1, ... `length` steps are reused, [length + 1]."""
+    """Returns the squared error of the gap after `state` if 0, 1, ... `length` steps are reused, float64 [length + 1].
+
+    Args:
+        problem: The problem.
+        forecaster: The forecaster of the reused steps.
+        state: The last computed steps before the gap, newest first.
+        length: The largest number of reused steps.
+    """
     newest, where = state[0], problem.positions
     missed = np.zeros((length + 1, problem.num_steps))
     computed = tuple(where[step] for step in state)
@@ -95,7 +106,7 @@ def gap_costs(problem: Problem, forecaster: LinearForecaster, state: State, leng
 
 
 def cost_of(problems: Sequence[Problem], forecaster: LinearForecaster, computed: Sequence[int]) -> float:
-    """The modelled square of the latents' error, with these steps computed: the mean over the problems."""
+    """Returns the predicted relative squared error of the latents with these computed steps, averaged over problems."""
     ends = [*computed[1:], problems[0].num_steps]
     total = 0.0
     for index, (step, end) in enumerate(zip(computed, ends, strict=True)):
@@ -107,12 +118,12 @@ def cost_of(problems: Sequence[Problem], forecaster: LinearForecaster, computed:
 
 
 def best_schedules(problems: Sequence[Problem], forecaster: LinearForecaster) -> dict[int, Schedule]:
-    """For every number of computed steps, below all of them, the schedule with the smallest cost."""
+    """Returns the schedule with the smallest cost for every number of computed steps less than the number of steps."""
     num_steps, first = problems[0].num_steps, tuple(reversed(range(min(NUM_FIRST, problems[0].num_steps))))
     scales = [_scale(problem) * len(problems) for problem in problems]
     longest = _longest_gap(num_steps, forecaster.depth)
     start = first[: forecaster.depth]
-    best = {start: np.full(num_steps + 1, np.inf)}  # Per state and number of computed steps.
+    best = {start: np.full(num_steps + 1, np.inf)}  # The smallest cost by state and number of computed steps.
     best[start][len(first)] = 0.0
     came: dict[State, list[State | None]] = {start: [None] * (num_steps + 1)}
     ended = np.full(num_steps + 1, np.inf)
@@ -136,7 +147,7 @@ def best_schedules(problems: Sequence[Problem], forecaster: LinearForecaster) ->
                 moved = np.concatenate(([np.inf], best[state][:-1] + cost))
                 _keep_better(best[reached], came[reached], moved, state)
     return {
-        count: Schedule(forecaster, _way(came, last[count], count), num_steps, float(ended[count]))
+        count: Schedule(forecaster, _path(came, last[count], count), num_steps, float(ended[count]))
         for count in range(len(first), num_steps)
         if np.isfinite(ended[count])
     }
@@ -147,8 +158,8 @@ def _keep_better(best: NDArray[np.float64], origin: list, costs: NDArray[np.floa
         best[count], origin[count] = costs[count], state
 
 
-def _way(came: dict[State, list[State | None]], state: State | None, count: int) -> tuple[int, ...]:
-    """The computed steps on the way to a state, in order."""
+def _path(came: dict[State, list[State | None]], state: State | None, count: int) -> tuple[int, ...]:
+    """Returns the computed steps on the path to a state, in ascending order."""
     steps: list[int] = []
     while state is not None:
         steps.append(state[0])
@@ -163,5 +174,5 @@ def _longest_gap(num_steps: int, depth: int) -> int:
 
 
 def _scale(problem: Problem) -> float:
-    """Square of the way that the latents go in all; where that is nothing, as it is."""
+    """Returns the square of the total change of the latents, or 1 if it is 0."""
     return float(problem.weights @ problem.gram @ problem.weights) or 1.0

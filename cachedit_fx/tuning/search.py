@@ -1,4 +1,4 @@
-"""The search: from what the model of the errors says is best to what measures best, while the budget lasts."""
+"""Searches for the best schedule: measures those with the smallest predicted error while the budget lasts."""
 
 from __future__ import annotations
 
@@ -13,33 +13,46 @@ from cachedit_fx.tuning.measure import Measured, Meter
 from cachedit_fx.tuning.schedule import NUM_FIRST, Problem, Schedule, best_schedules, cost_of
 from cachedit_fx.tuning.targets import Budget, Target
 
-_WEIGHED = (0.0, 0.12, 0.25, 0.42, 0.6, 0.8)  # Where in a generation the gain of an error is measured.
-_WEIGHED_SHARE = 0.25  # Of the budget, at the most, for that.
-_POLISH_DB = 3.0  # How far from the target one step less may be to be worth more runs.
-_NEIGHBOURS = 6  # Of a schedule, the most promising, that are measured at the most.
+_GAIN_PLACES = (0.0, 0.12, 0.25, 0.42, 0.6, 0.8)  # Where the gain of an error is measured, as parts of a generation.
+_GAIN_SHARE = 0.25  # The largest share of the budget that measuring the gains may use.
+_POLISH_DB = 3.0  # One step less is tried further if it misses the target by less than this.
+_NEIGHBORS = 6  # The largest number of neighbors of a schedule that are measured.
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that a speed-up is reckoned from: of a generation uncached, and of its model's steps."""
+    """The times without the cache, from which speed-ups are computed.
+
+    Attributes:
+        generation: Seconds of a generation.
+        step: Seconds of the model at one step.
+        num_steps: The number of steps of a generation.
+    """
 
     generation: float
     step: float
     num_steps: int
 
     def speedup(self, share_computed: float) -> float:
-        """Where a reused step costs nothing beside what the pipeline does anyway."""
+        """Returns the speed-up of a generation if a reused step takes no time in the model."""
         saved = self.step * self.num_steps * (1 - share_computed)
         return self.generation / max(self.generation - saved, 1e-9)
 
 
 @dataclass
 class Search:
-    """Schedules by the number of steps that they compute, and what was measured of them.
+    """Searches for the schedule with the fewest computed steps that reaches a target, and for the best one with these.
 
     Attributes:
-        problems: The recorded generations, with the positions of "step" and "timestep".
-        told: Called with a line after every measurement.
+        problems: The problems of the recorded runs, for positions by "step" and by "timestep".
+        forecasters: The forecasters to try.
+        meter: Runs the calls with a schedule.
+        target: The target to reach.
+        budget: The limit on measurements.
+        pace: The times without the cache.
+        report: Called with a line after every measurement.
+        tables: For each forecaster, the best schedule for every number of computed steps.
+        found: The measured schedules.
     """
 
     problems: Mapping[str, Sequence[Problem]]
@@ -48,13 +61,13 @@ class Search:
     target: Target
     budget: Budget
     pace: Pace
-    told: Callable[[str], None] = lambda line: None
+    report: Callable[[str], None] = lambda line: None
     tables: list[dict[int, Schedule]] = field(default_factory=list)
     found: dict[Schedule, Measured] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Fills `found`. At least one schedule is measured, whatever the budget."""
-        self._weigh()
+        """Runs the search and fills `found`. At least one schedule is measured, whatever the budget."""
+        self._measure_gains()
         self.tables = [best_schedules(self.problems[f.by], f) for f in self.forecasters]
         if self.target.kind == "speedup":
             count = self._most_for_speedup()
@@ -74,11 +87,11 @@ class Search:
 
     @property
     def counts(self) -> list[int]:
-        """Numbers of computed steps for which there is a schedule."""
+        """The numbers of computed steps for which there is a schedule, in ascending order."""
         return sorted({count for table in self.tables for count in table})
 
     def is_reached(self, measured: Measured) -> bool:
-        """Whether the target is met with the margin."""
+        """Returns whether a measurement reaches the target, including the margin."""
         factor = 10 ** (measured.margin_db / 20)
         if self.target.kind == "psnr":
             return measured.psnr - measured.margin_db >= self.target.value
@@ -87,7 +100,11 @@ class Search:
         return self.pace.speedup(measured.share_computed) >= self.target.value
 
     def best(self) -> tuple[Schedule, Measured] | None:
-        """Of those that reach the target, the fastest, and of these the best; else the best of all."""
+        """Returns the best measured schedule; None if nothing was measured.
+
+        This is the fastest schedule that reaches the target, and of equally fast ones the one with the highest PSNR.
+        For a target speed-up, or if none reaches the target, it is the schedule with the highest PSNR.
+        """
         if not self.found:
             return None
         reaching = [pair for pair in self.found.items() if self.is_reached(pair[1])]
@@ -96,36 +113,36 @@ class Search:
         return min(reaching, key=lambda pair: (pair[1].share_computed, -pair[1].psnr))
 
     def expected(self) -> list[tuple[Schedule, float]]:
-        """For every number of steps of which nothing was measured, the best schedule and its PSNR as predicted, dB."""
+        """Returns the best schedule and its predicted PSNR in dB for every number of steps that was not measured."""
         counts = {len(schedule.computed) for schedule in self.found}
         left = (self._ranked(count)[0] for count in self.counts if count not in counts)
         return [(schedule, self._shifted(schedule, lambda m: m.psnr)) for schedule in left]
 
     # Choosing what to measure.
 
-    def _weigh(self) -> None:
-        """Measures what becomes of errors: schedules with a single gap, here and there, held against their cost."""
+    def _measure_gains(self) -> None:
+        """Measures the gains of errors, from schedules with a single gap at several places of a generation."""
         forecaster, num_steps = self.forecasters[0], self.pace.num_steps
         problems, gap = self.problems[forecaster.by], max(1, num_steps // 9)
-        starts = sorted({max(NUM_FIRST, round(part * num_steps)) for part in _WEIGHED})
-        known: list[tuple[float, float]] = []
+        starts = sorted({max(NUM_FIRST, round(part * num_steps)) for part in _GAIN_PLACES})
+        log_gains: list[tuple[float, float]] = []
         for start in starts:
             computed = tuple(step for step in range(num_steps) if not start <= step < start + gap)
             cost = cost_of(problems, forecaster, computed)
-            if self.budget.share_used > _WEIGHED_SHARE or len(computed) == num_steps:
+            if self.budget.share_used > _GAIN_SHARE or len(computed) == num_steps:
                 break
             measured = self._simulated(Schedule(forecaster, computed, num_steps, cost))
             if cost > 0 and (error := sum(measured.errors)) > 0:
-                known.append((start + (gap - 1) / 2, math.log(error / cost)))
-        if not known:
+                log_gains.append((start + (gap - 1) / 2, math.log(error / cost)))
+        if not log_gains:
             return
-        at, logs = zip(*known, strict=True)
-        # Relative to their mean: PSNR is told by measurements, so that only the ratios count.
+        at, logs = zip(*log_gains, strict=True)
+        # Relative to their mean, because only the ratios of gains matter: the PSNR is measured.
         gains = np.exp(np.interp(np.arange(num_steps), at, logs) - np.mean(logs))
         self.problems = {by: [replace(p, gains=gains) for p in each] for by, each in self.problems.items()}
 
     def _bracket(self) -> int:
-        """The smallest number of steps whose best schedule reaches the target, by few measurements."""
+        """Finds the smallest number of steps whose best schedule reaches the target, with few measurements."""
         counts = self.counts
         fails, reaches = counts[0] - 1, counts[-1] + 1
         count = counts[min(len(counts) - 1, len(counts) // 4)]
@@ -145,27 +162,27 @@ class Search:
         return likely[0] if likely else between[-1] if len(between) < 3 else between[len(between) // 2]
 
     def _shortfall(self, schedule: Schedule) -> float:
-        """How many dB a schedule that is not measured is expected to lack."""
+        """Returns by how many dB a schedule is predicted to miss the target."""
         if self.target.kind == "psnr":
             return self.target.value - self._shifted(schedule, lambda m: m.psnr - m.margin_db)
         wanted = -20 * math.log10(self.target.value)
         return wanted - self._shifted(schedule, lambda m: -20 * math.log10(max(m.rel_l2, 1e-12)) - m.margin_db)
 
     def _shifted(self, schedule: Schedule, value: Callable[[Measured], float]) -> float:
-        """A measured value in dB, moved by what the model of the errors says of the difference."""
-        known = [(s, m) for s, m in self.found.items() if s.cost > 0 and s.num_steps == schedule.num_steps]
-        if not known or schedule.cost <= 0:
-            return math.nan if not known else math.inf
+        """Predicts a value in dB from the nearest measured schedule, by the ratio of the two costs."""
+        pairs = [(s, m) for s, m in self.found.items() if s.cost > 0 and s.num_steps == schedule.num_steps]
+        if not pairs or schedule.cost <= 0:
+            return math.nan if not pairs else math.inf
         count = len(schedule.computed)
-        nearest, measured = min(known, key=lambda pair: (abs(len(pair[0].computed) - count), -pair[1].psnr))
+        nearest, measured = min(pairs, key=lambda pair: (abs(len(pair[0].computed) - count), -pair[1].psnr))
         return value(measured) + 10 * math.log10(nearest.cost / schedule.cost)
 
     def _ranked(self, count: int) -> list[Schedule]:
-        """Every forecaster's schedule with so many steps, the one with the smallest modelled error first."""
+        """Returns the schedules of all forecasters with `count` computed steps, smallest predicted error first."""
         found: dict[object, Schedule] = {}
         for table in self.tables:
             if (schedule := table.get(count)) is not None:
-                # Where the timestep moves evenly, two that differ in what positions are told by are one.
+                # With evenly spaced timesteps, forecasters that differ only in `by` are equal.
                 kind = replace(schedule.forecaster, by="step")
                 found.setdefault((kind, schedule.computed, float(f"{schedule.cost:.6g}")), schedule)
         return sorted(found.values(), key=lambda schedule: schedule.cost)
@@ -180,19 +197,19 @@ class Search:
     def _measure(self, schedule: Schedule) -> Measured:
         if schedule not in self.found:
             self.found[schedule] = measured = self._simulated(schedule)
-            self.told(f"{len(schedule.computed)} of {schedule.num_steps} steps: PSNR {measured.psnr:.1f} dB")
+            self.report(f"{len(schedule.computed)} of {schedule.num_steps} steps computed: PSNR {measured.psnr:.1f} dB")
         return self.found[schedule]
 
     def _simulated(self, schedule: Schedule) -> Measured:
-        self.budget.used += not self.meter.is_known(schedule.key)
+        self.budget.used += not self.meter.is_measured(schedule.key)
         return self.meter.simulation(schedule)
 
     def _reaches(self, count: int) -> bool:
         return any(self.is_reached(m) for s, m in self.found.items() if len(s.computed) == count)
 
     def _best_of(self, count: int) -> Schedule | None:
-        known = [(m.psnr, i, s) for i, (s, m) in enumerate(self.found.items()) if len(s.computed) == count]
-        return max(known)[2] if known else None
+        measured = [(m.psnr, i, s) for i, (s, m) in enumerate(self.found.items()) if len(s.computed) == count]
+        return max(measured)[2] if measured else None
 
     def _is_near(self, count: int) -> bool:
         best = self._best_of(count)
@@ -200,25 +217,25 @@ class Search:
         return self._shortfall(schedule) < _POLISH_DB
 
     def _polish(self, count: int, *, until_reached: bool = False) -> None:
-        """Other forecasters, then one step moved at a time, from the best one on, until nothing is better."""
+        """Improves the best schedule with `count` steps: tries other forecasters, then moves one step at a time."""
         for schedule in self._ranked(count)[:3]:
             if self.budget.is_over or (until_reached and self._reaches(count)):
                 return
             self._measure(schedule)
         while (best := self._best_of(count)) is not None:
             before = self.found[best].psnr
-            for neighbour in self._neighbours(best):
+            for neighbor in self._neighbors(best):
                 if self.budget.is_over or (until_reached and self._reaches(count)):
                     return
-                if self._measure(neighbour).psnr > before:
+                if self._measure(neighbor).psnr > before:
                     break
             else:
                 return
 
-    def _neighbours(self, schedule: Schedule) -> list[Schedule]:
-        """One step earlier or later, those with the smallest modelled error first."""
+    def _neighbors(self, schedule: Schedule) -> list[Schedule]:
+        """Returns schedules with one step moved by one, smallest predicted error first."""
         moved = [s for s in _moves(schedule, self.problems[schedule.forecaster.by]) if s not in self.found]
-        return sorted(moved, key=lambda s: s.cost)[:_NEIGHBOURS]
+        return sorted(moved, key=lambda s: s.cost)[:_NEIGHBORS]
 
 
 def _moves(schedule: Schedule, problems: Sequence[Problem]) -> Iterator[Schedule]:

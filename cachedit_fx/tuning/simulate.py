@@ -1,6 +1,6 @@
-"""A schedule without the compiler: the model's forward is left out at reused steps, and its output forecast.
+"""Simulates a schedule without compiling: at reused steps, the forward of the model is replaced by a forecast.
 
-What reuses the model's whole output does in the runtime what this does around the forward; nothing has to be compiled.
+The result is that of the runtime with a configuration that reuses the whole output of the model.
 """
 
 from __future__ import annotations
@@ -22,21 +22,24 @@ from cachedit_fx.tuning.schedule import Schedule
 
 @dataclass
 class _GuidanceBranch:
-    """What a guidance branch keeps, as a region's state does: one entry per floating tensor of the output."""
+    """The state of one guidance branch, which corresponds to the state of a region in the runtime."""
 
-    cached: list[CachedValue] = field(default_factory=list)
+    cached: list[CachedValue] = field(default_factory=list)  # One per floating-point tensor of the output.
     reused: Reused = ((), ())
     timesteps: list[float | None] = field(default_factory=list)
-    is_outdated: bool = False  # Whether a gap came since the newest computed step.
-    returned: Any = None  # At the newest computed step: what holds the tensors.
+    is_outdated: bool = False  # Whether steps were skipped since the newest computed step.
+    returned: Any = None  # What the model returned at the newest computed step.
 
 
 @dataclass
 class Simulation:
-    """Runs one generation by a schedule.
+    """Runs one generation with a schedule.
 
     Attributes:
-        num_computed, num_calls: How often the model ran and was called.
+        module: The model.
+        schedule: The schedule.
+        num_computed: The number of calls in which the model ran.
+        num_calls: The number of all calls.
     """
 
     module: nn.Module
@@ -68,10 +71,10 @@ class Simulation:
             return self._compute(guidance_branch, now, run())
         leaves, spec = pytree.tree_flatten(guidance_branch.returned)
         cached = iter(guidance_branch.cached)
-        made = [self._value(next(cached), guidance_branch, now) if _is_floating(leaf) else leaf for leaf in leaves]
+        values = [self._value(next(cached), guidance_branch, now) if _is_floating(leaf) else leaf for leaf in leaves]
         since, between = guidance_branch.reused
         guidance_branch.reused = (*since, now), between
-        return pytree.tree_unflatten(made, spec)
+        return pytree.tree_unflatten(values, spec)
 
     def _value(self, cached: CachedValue, guidance_branch: _GuidanceBranch, now: float) -> Tensor:
         value = cached.at(now, guidance_branch.reused, self._forecast, is_outdated=guidance_branch.is_outdated)
@@ -92,7 +95,7 @@ class Simulation:
 
 
 def position(by: str, number: int, timestep: float | None, first: float | None) -> float:
-    """Where a step stands, for `Times`: its number, or how far the timestep has moved."""
+    """Returns the position of a step as in `Times`: its number, or the distance from the first timestep."""
     if by == "step" or timestep is None or first is None:
         return float(number)
     return abs(timestep - first)

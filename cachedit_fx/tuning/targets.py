@@ -1,4 +1,4 @@
-"""What a search is to reach, and how long it may take: `Target`, `Budget`."""
+"""The target of a search and its budget: `Target`, `Budget`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ _BUDGETS = ("runs", "seconds")
 
 @dataclass(frozen=True)
 class Target:
-    """At least this PSNR (dB), at most this relative L2 distance, or at least this speed-up."""
+    """A PSNR in dB or a speed-up to reach at least, or a relative L2 distance that must not be exceeded.
+
+    Attributes:
+        kind: "psnr", "rel_l2" or "speedup".
+        value: The value to reach.
+    """
 
     kind: str
     value: float
@@ -26,10 +31,10 @@ class Target:
 
     @classmethod
     def of(cls, given: Any) -> Target:
-        """Reads `{"psnr": 35}` or `"psnr=35"`.
+        """Parses `{"psnr": 35}` or `"psnr=35"`.
 
         Raises:
-            ConfigError: It names something else, or a value that it cannot have.
+            ConfigError: The name is unknown, or the value is not allowed.
         """
         kind, value = _one(given, "target", _TARGETS, "psnr=35")
         if value <= 0 or (kind == "speedup" and value <= 1):
@@ -40,7 +45,13 @@ class Target:
 
 @dataclass
 class Budget:
-    """How much more may be measured: so many candidates, or so many seconds from now on."""
+    """The limit on measurements: a number of candidates, or a number of seconds from now on.
+
+    Attributes:
+        kind: "runs" or "seconds".
+        value: The number of runs or seconds.
+        used: The number of candidates that were measured.
+    """
 
     kind: str
     value: float
@@ -49,10 +60,10 @@ class Budget:
 
     @classmethod
     def of(cls, given: Any) -> Budget:
-        """Reads `{"runs": 24}`, `"seconds=300"`, or a number of seconds.
+        """Parses `{"runs": 24}`, `"seconds=300"`, or a number of seconds.
 
         Raises:
-            ConfigError: It names something else, or a value that it cannot have.
+            ConfigError: The name is unknown, or the value is not allowed.
         """
         if isinstance(given, int | float) and not isinstance(given, bool):
             given = {"seconds": given}
@@ -63,7 +74,7 @@ class Budget:
 
     @property
     def share_used(self) -> float:
-        """From 0 to 1, or more where the last run took longer than what was left."""
+        """The used share of the budget; more than 1 if the last run took longer than the rest of the budget."""
         used = self.used if self.kind == "runs" else time.perf_counter() - self._start
         return used / self.value
 
@@ -85,7 +96,7 @@ def _one(given: Any, what: str, allowed: tuple[str, ...], example: str) -> tuple
             value = math.nan
     if name not in allowed or not math.isfinite(value):
         raise ConfigError(
-            f"cachedit_fx: {what} must be one of {', '.join(allowed)} with a number, as {example!r} or "
+            f"cachedit_fx: {what} must be one of {', '.join(allowed)} with a number, such as {example!r} or "
             f"{{{example.partition('=')[0]!r}: {example.partition('=')[2]}}}, got {shown(given)}"
         )
     return name, value

@@ -1,4 +1,4 @@
-"""The search as one call: `tune`."""
+"""Runs the whole search in one call: `tune`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cachedit_fx.tuning.fit import Fitting, fitting
 from cachedit_fx.tuning.generations import record
 from cachedit_fx.tuning.measure import Measured, Meter
 from cachedit_fx.tuning.problems import problems_of
-from cachedit_fx.tuning.progress import Told, shown_progress
+from cachedit_fx.tuning.progress import Report, shown_progress
 from cachedit_fx.tuning.search import Pace, Search
 from cachedit_fx.tuning.targets import Budget, Target
 from cachedit_fx.tuning.tuning_result import Point, Quality, TuneResult
@@ -59,28 +59,31 @@ def tune(
     max_bytes: int = MAX_BYTES,
     progress: bool = True,
 ) -> TuneResult:
-    """Finds which steps to compute, and how to forecast the others, from a few calls of the pipeline.
+    """Finds which steps to compute, and how to forecast the others, from a few calls of a pipeline.
 
-    The calls run uncached once, and from what the model returned the best schedule is reckoned for every number of
-    computed steps; the candidates among them are then measured. Last, thresholds are measured while the budget lasts.
-    Every candidate is a `CacheConfig`, so the fields that are not searched keep its defaults.
+    The calls run once without the cache. From what the model returned, the best schedule is predicted for every number
+    of computed steps, and the candidates among these schedules are measured. Then, thresholds are measured while the
+    budget lasts. Every candidate is a `CacheConfig` whose other fields have their defaults.
 
     Args:
-        pipe: A pipeline, or anything with a `transformer` that can be called; no cache is enabled. Left as it was.
-        calls: Dicts of the pipeline's arguments, or functions that are given the pipeline and return what it makes.
-            Each is one generation, all with one number of steps; their generators are set back before every run.
-        target: `{"psnr": 35}` (dB), `{"rel_l2": 0.05}` or `{"speedup": 2}`; also as text, `"psnr=35"`.
-        budget: `{"runs": 24}` candidates, `{"seconds": 300}`, a number of seconds, or a text as `"runs=24"`.
-        forecasters: What is tried.
-        thresholds: Of the dynamic policy; empty for none.
-        peak: What PSNR is relative to: by default 1 for outputs within [0, 1], else their range.
-        confirm: Whether the choice is measured once more with the cache itself.
-        resume: A JSON file that keeps what was measured, for a search that was cut off or that wants more.
-        max_bytes: What a generation's outputs may take in float32.
-        progress: Whether to show a bar on a terminal.
+        pipe: A pipeline, or any callable with a `transformer`, without a cache. It is returned in the same state.
+        calls: Dicts of the pipeline's arguments, or functions that take the pipeline and return its images. Each is
+            one generation, and all have the same number of steps. Their generators are reset before every run.
+        target: `{"psnr": 35}` (dB), `{"rel_l2": 0.05}` or `{"speedup": 2}`; or a string such as `"psnr=35"`.
+        budget: `{"runs": 24}` candidates, `{"seconds": 300}`, a number of seconds, or a string such as `"runs=24"`.
+        forecasters: The forecasters to try.
+        thresholds: The thresholds of the dynamic policy to try; may be empty.
+        peak: The peak value of the PSNR. The default is 1 for outputs within [0, 1], else the range of the outputs.
+        confirm: Whether to measure the chosen configuration once more with the cache enabled.
+        resume: A JSON file that stores the measurements, so that an interrupted search can continue.
+        max_bytes: The largest size of the outputs of the model in one generation, in bytes of float32.
+        progress: Whether to show a progress bar on a terminal.
+
+    Returns:
+        The chosen configuration, its measured and predicted quality, and all other candidates.
 
     Raises:
-        ConfigError: An argument has a value that it cannot have, or the calls cannot be tuned for.
+        ConfigError: The value of an argument is not allowed, or `tune` does not support the pipeline or the calls.
     """
     wanted, limit, runs = Target.of(target), Budget.of(budget), calls_of(calls)
     _check_forecasters(forecasters)
@@ -91,18 +94,18 @@ def tune(
         resume=None if resume is None else Path(resume),
     )
     problems = {by: problems_of(recording.recorded, by) for by in ("step", "timestep")}
-    with shown_progress(progress) as told:
+    with shown_progress(progress) as report:
         tried = [fitting(forecaster, problems["step"]) for forecaster in forecasters]
         parts = (problems, tried, meter, wanted, limit, recording.pace)
-        search = Search(*parts, told=lambda line: told(line, limit.share_used))
+        search = Search(*parts, report=lambda line: report(line, limit.share_used))
         search.run()
-        points = _points(search) + _thresholds(search, thresholds, told)
+        points = _points(search) + _thresholds(search, thresholds, report)
         config, measured, is_confirmed = _choice(search, points, confirm)
     is_reached = search.is_reached(measured)
     if not is_reached:
         log.warning(
-            "cachedit_fx: target %s was not reached: the best that was measured has %s.\n"
-            "What to do: give a larger budget, more calls (the margin was %.1f dB), or another target.",
+            "cachedit_fx: target %s was not reached: the best measured configuration has %s.\n"
+            "What to do: pass a larger budget, more calls (the margin was %.1f dB), or another target.",
             *(wanted, _quality(measured, recording.pace), measured.margin_db),
         )
     given = [call.given for call in runs if isinstance(call.given, Mapping)]
@@ -121,8 +124,8 @@ def tune(
 def _check_forecasters(forecasters: Sequence[LinearForecaster]) -> None:
     if not forecasters or not all(isinstance(each, LinearForecaster) for each in forecasters):
         raise ConfigError(
-            "cachedit_fx: forecasters must be a list of linear ones, as PolynomialCalibratorConfig(order=2), got "
-            f"{shown(forecasters)}"
+            "cachedit_fx: forecasters must be a list of linear forecasters, such as PolynomialCalibratorConfig("
+            f"order=2), got {shown(forecasters)}"
         )
 
 
@@ -135,21 +138,21 @@ def _points(search: Search) -> list[tuple[CacheConfig, Measured]]:
     return [(config_of(schedule), measured) for schedule, measured in search.found.items()]
 
 
-def _thresholds(search: Search, thresholds: Sequence[float], told: Told) -> list[tuple[CacheConfig, Measured]]:
-    """The dynamic policy, largest threshold first, with the forecaster of the best schedule."""
+def _thresholds(search: Search, thresholds: Sequence[float], report: Report) -> list[tuple[CacheConfig, Measured]]:
+    """Measures the dynamic policy with the forecaster of the best schedule, largest threshold first."""
     best, found = search.best(), []
     for threshold in sorted(thresholds, reverse=True):
         if best is None or search.budget.is_over:
             break
-        fits = isinstance(best[0].forecaster, Fitting)  # To steps that are known, as a threshold's are not.
+        fits = isinstance(best[0].forecaster, Fitting)  # It needs computed steps that are known beforehand.
         config = threshold_config(threshold, _SMOOTH if fits else best[0].forecaster)
         search.budget.used += 1
         try:
             measured = measure_cached(search.meter, config, f"threshold {threshold:g} {config.forecaster!r}")
         except (ConfigError, NoMatchError) as error:
-            log.info("thresholds are left out: %s", error)
+            log.info("no more thresholds are measured: %s", error)
             break
-        told(f"threshold {threshold:g}: PSNR {measured.psnr:.1f} dB", search.budget.share_used)
+        report(f"threshold {threshold:g}: PSNR {measured.psnr:.1f} dB", search.budget.share_used)
         found.append((config, measured))
     return found
 
@@ -157,7 +160,11 @@ def _thresholds(search: Search, thresholds: Sequence[float], told: Told) -> list
 def _choice(
     search: Search, points: Sequence[tuple[CacheConfig, Measured]], confirm: bool
 ) -> tuple[CacheConfig, Measured, bool]:
-    """Of those that reach the target the fastest (for a speed the best), else the best; if wanted measured again."""
+    """Returns the chosen configuration, its measurement, and whether it was measured with the cache enabled.
+
+    This is the fastest configuration that reaches the target. For a target speed-up, or if none reaches the target, it
+    is the one with the highest PSNR.
+    """
     reaching = [pair for pair in points if search.is_reached(pair[1])]
     if reaching and search.target.kind != "speedup":
         config, measured = min(reaching, key=lambda pair: (pair[1].share_computed, -pair[1].psnr))
@@ -166,7 +173,7 @@ def _choice(
     if not confirm:
         return config, measured, False
     again = measure_cached(search.meter, config, f"cached {config.changes!r}")
-    # What a run that is not compiled takes says less of the speed than the share that was reckoned with.
+    # This run was not compiled, so its time says less about the speed than the share from the search.
     return config, replace(again, share_computed=measured.share_computed), True
 
 
@@ -181,7 +188,7 @@ def _expected(measured: Measured, pace: Pace) -> Quality:
 
 
 def _frontier(search: Search, points: Sequence[tuple[CacheConfig, Measured]]) -> tuple[Point, ...]:
-    """The best that was measured of every share; for the numbers of steps of which nothing was, what is predicted."""
+    """Returns the best measured point for every share, and predictions for numbers of steps without a measurement."""
     best: dict[float, Point] = {}
     for config, measured in sorted(points, key=lambda pair: pair[1].psnr):
         best[measured.share_computed] = Point(config, _quality(measured, search.pace), True)

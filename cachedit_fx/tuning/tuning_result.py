@@ -1,4 +1,4 @@
-"""What `tune` found: `TuneResult`."""
+"""The result of `tune`: `TuneResult`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ _STYLES = {True: ("o", "#1f66b8", "measured"), False: ("x", "#999999", "predicte
 
 @dataclass(frozen=True)
 class Quality:
-    """How good and how fast.
+    """The quality and the speed of a configuration.
 
     Attributes:
-        psnr: dB, of the mean squared error over all images against the uncached ones.
-        rel_l2: Relative L2 distance, dimensionless: root mean square over the images.
-        speedup: Of a whole generation, reckoned from the uncached one's times.
-        share_computed: Of the steps, or where reused ones run blocks too, of the model's time.
+        psnr: The PSNR in dB, of the mean squared error over all images against the uncached ones.
+        rel_l2: The relative L2 distance, dimensionless, as the root mean square over the images.
+        speedup: The speed-up of a whole generation, computed from the times without the cache.
+        share_computed: The share of the steps that are computed. If reused steps run blocks too, the share of the
+            model's time.
     """
 
     psnr: float
@@ -48,7 +49,9 @@ class Point:
     """A configuration and its quality.
 
     Attributes:
-        is_measured: Else it is what the model of the errors says, and its `rel_l2` is NaN.
+        config: The configuration.
+        quality: Its quality.
+        is_measured: Whether the quality was measured. If not, it is predicted, and its `rel_l2` is NaN.
     """
 
     config: CacheConfig
@@ -58,16 +61,17 @@ class Point:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """A configuration for `enable_cache`, and what is known of it.
+    """A configuration for `enable_cache`, and its quality.
 
     Attributes:
-        target: What was wanted.
-        is_reached: Whether it was, with the margin.
-        predicted: What to expect of other calls: measured, less the margin.
-        verified: Measured on the given calls.
-        is_confirmed: Whether `verified` comes from the cache itself, and not from leaving out the model's forward.
-        frontier: Everything that was measured or predicted, fastest first.
-        signature: What it was tuned on.
+        config: The chosen configuration.
+        target: The target of the search.
+        is_reached: Whether the target was reached, including the margin.
+        predicted: The quality to expect for other calls: the measured quality less the margin.
+        verified: The quality that was measured on the given calls.
+        is_confirmed: Whether `verified` was measured with the cache enabled, and not by simulating the schedule.
+        frontier: All points that were measured or predicted, fastest first.
+        signature: What the configuration was tuned on.
     """
 
     config: CacheConfig
@@ -84,10 +88,10 @@ class TuneResult:
         return f"{self.target} {reached}\n  predicted: {self.predicted}\n  verified:  {self.verified}"
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Writes YAML (JSON where the name ends so) for `load_tuned` and `load_configs`.
+        """Writes a YAML file (JSON if the path ends in `.json`) for `load_tuned` and `load_configs`.
 
         Raises:
-            ImportError: Not a JSON file, and PyYAML is not installed.
+            ImportError: The path does not end in `.json`, and PyYAML is not installed.
         """
         found = {
             "target": str(self.target),
@@ -98,19 +102,19 @@ class TuneResult:
         return save(path, self.config, found)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
-        """Quality over speed: what was measured, what is predicted, the choice and the target.
+        """Plots quality over speed: the measured and predicted points, the choice and the target.
 
         Args:
-            path: Where to write it, if anywhere: png, svg or pdf.
+            path: The file to write, if any: png, svg or pdf.
 
         Raises:
             ConfigError: matplotlib is not installed.
         """
         figure = new_figure(7.0, 4.2)
         axes = figure.add_subplot()
-        for is_measured, (marker, colour, label) in _STYLES.items():
+        for is_measured, (marker, color, label) in _STYLES.items():
             shown = [point.quality for point in self.frontier if point.is_measured == is_measured]
-            axes.scatter([q.speedup for q in shown], [q.psnr for q in shown], marker=marker, color=colour, label=label)
+            axes.scatter([q.speedup for q in shown], [q.psnr for q in shown], marker=marker, color=color, label=label)
         chosen = self.verified
         axes.scatter([chosen.speedup], [chosen.psnr], marker="*", s=180, color="#d06000", label="chosen", zorder=3)
         if self.target.kind == "psnr":

@@ -2,8 +2,8 @@
 
     python examples/digits/demo.py [--out DIR] [--steps 28] [--threshold 0.2]
 
-Both sides run the FluxPipeline of diffusers on the weights in this folder and compile with inductor; the cached
-side differs in the backend alone. The sides take turns, digit by digit, so that a busy machine slows both.
+Both sides run the FluxPipeline of diffusers on the weights in this folder and compile with Inductor; they differ in the
+backend only. The two sides alternate after every digit, so that other work on the machine slows both equally.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 def build_uncached() -> FluxPipeline:
-    """The pipeline with a transformer that is compiled and nothing else."""
+    """Returns the pipeline with a compiled transformer and no cache."""
     return build_pipeline(torch.compile(load_transformer(), backend="inductor", fullgraph=True))
 
 
 def build_cached(threshold: float, warmup_steps: int) -> FluxPipeline:
-    """The pipeline with a transformer that is compiled and reuses the last residual of all blocks but the first."""
+    """Returns the pipeline with a compiled transformer that reuses the last residual of all blocks except the first."""
     options = {
         "Fn_compute_blocks": 1,
         "Bn_compute_blocks": 0,
@@ -47,7 +47,7 @@ def build_cached(threshold: float, warmup_steps: int) -> FluxPipeline:
 
 
 def generate(pipeline: FluxPipeline, digit: int, steps: int, seed: int) -> tuple[Tensor, float]:
-    """One image of `digit`, [8, 8] in [-1, 1], and the seconds that it took.
+    """Generates one image of `digit`, [8, 8] in [-1, 1]; returns it and the time in seconds.
 
     The noise depends on `digit` and `seed` only, so that two pipelines can be compared pixel by pixel.
     """
@@ -69,17 +69,17 @@ def generate(pipeline: FluxPipeline, digit: int, steps: int, seed: int) -> tuple
 
 
 def warm_up(name: str, pipeline: FluxPipeline, steps: int, seed: int) -> float:
-    """Seconds of the first image, which waits for the compilation. Not one of the images shown."""
+    """Generates a first image, which is not shown, and returns the time in seconds, including compilation."""
     pipeline.set_progress_bar_config(desc=f"{name}: compiling, then a first image", unit="step")
-    # Without this the second side would find on disk what the first one, or an earlier run, has compiled.
+    # Otherwise, the second side would load from disk what the first side or an earlier run has compiled.
     with fresh_cache():
         _, seconds = generate(pipeline, 0, steps, seed)
-    pipeline.set_progress_bar_config(disable=True)  # From here on one bar for all images, not one per image.
+    pipeline.set_progress_bar_config(disable=True)  # The following images share one progress bar.
     return seconds
 
 
 def compare(uncached: FluxPipeline, cached: FluxPipeline, steps: int, seed: int) -> list[Outcome]:
-    """The ten digits from both pipelines, taking turns."""
+    """Generates the ten digits with both pipelines in alternation."""
     outcomes = []
     with tqdm(total=20, desc="ten digits, twice", unit="image") as bar:
         for digit in range(10):
@@ -94,7 +94,7 @@ def compare(uncached: FluxPipeline, cached: FluxPipeline, steps: int, seed: int)
 
 
 def print_digits(outcomes: list[Outcome]) -> None:
-    """One row per digit, and what holds for all ten."""
+    """Prints one row per digit, and a summary of all ten."""
     print("digit  reused steps  PSNR (dB)  uncached (ms)  cached (ms)")
     for o in outcomes:
         reused = f"{len(o.stats.cached_steps)}/{o.stats.num_steps}"
@@ -102,14 +102,14 @@ def print_digits(outcomes: list[Outcome]) -> None:
         print(f"{o.digit:>5}  {reused:>12}  {o.psnr:>9.1f}  {times}")
     reused = sum(len(o.stats.cached_steps) for o in outcomes)
     total = sum(o.stats.num_steps for o in outcomes)
-    # A digit without a reused step may have no error; its infinite PSNR would hide the others' in a mean.
+    # A digit without a reused step may have no error. Its infinite PSNR would make the mean infinite.
     finite = [o.psnr for o in outcomes if math.isfinite(o.psnr)]
     mean = f"{statistics.mean(finite):.1f} dB over {len(finite)} digits" if finite else "infinite: same pixels"
     print(f"reused {reused} of {total} steps ({reused / total:.0%}), mean PSNR {mean}\n")
 
 
 def print_times(outcomes: list[Outcome], first_uncached: float, first_cached: float) -> None:
-    """Time per image, median of ten, and the compilation apart from it."""
+    """Prints the median time per image of ten images, and separately the compilation time."""
     uncached = statistics.median(o.uncached_seconds for o in outcomes)
     cached = statistics.median(o.cached_seconds for o in outcomes)
     print(f"CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
@@ -121,12 +121,12 @@ def print_times(outcomes: list[Outcome], first_uncached: float, first_cached: fl
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the figures")
     parser.add_argument("--steps", type=int, default=28, help="denoising steps per image")
-    parser.add_argument("--threshold", type=float, default=0.2, help="reuse a step below this residual diff")
-    parser.add_argument("--warmup-steps", type=int, default=4, help="first steps, which are always computed")
-    parser.add_argument("--seed", type=int, default=0, help="each seed gives ten other digits")
-    # Tensors of 18 tokens and 128 channels are too small to share: on two threads, the threads wait for each other.
+    parser.add_argument("--threshold", type=float, default=0.2, help="a step below this residual diff is reused")
+    parser.add_argument("--warmup-steps", type=int, default=4, help="number of first steps that are always computed")
+    parser.add_argument("--seed", type=int, default=0, help="each seed generates ten different digits")
+    # Tensors of 18 tokens and 128 channels are too small for several threads, which would wait for each other.
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     return parser.parse_args()
 
@@ -141,13 +141,13 @@ def main() -> None:
 
     outcomes = compare(uncached, cached, steps, seed)
 
-    print(f"\n{cachedit_fx.summary(cached.transformer)}\n")  # The first line is the image that waited to compile.
+    print(f"\n{cachedit_fx.summary(cached.transformer)}\n")
     print_digits(outcomes)
     print_times(outcomes, first_uncached, first_cached)
     arguments.out.mkdir(parents=True, exist_ok=True)
     draw_grid(outcomes, arguments.out / "digits.png")
     draw_timeline(outcomes, arguments.threshold, arguments.out / "timeline.png")
-    print(f"pictures: digits.png and timeline.png in {arguments.out.resolve()}")
+    print(f"written: digits.png and timeline.png in {arguments.out.resolve()}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What training and generating digits have in common: model, conditioning, packing, pipeline.
+"""The digit model, its conditioning, the packing of images, and the pipeline, for training and generation.
 
-An image is one channel of 8x8 pixels in [-1, 1]. It stands where a latent stands in Flux, so that the
-`FluxPipeline` of diffusers runs on it unchanged: no text encoder, no autoencoder, `output_type="latent"`.
+An image has one channel of 8x8 pixels in [-1, 1]. It takes the place of a latent in Flux, so that the `FluxPipeline` of
+diffusers runs on it unchanged: without a text encoder or an autoencoder, and with `output_type="latent"`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 NUM_CLASSES = 10
 CONDITIONING_TOKENS = 2
 IMAGE_SIDE = 8  # Pixels.
-GRID_SIDE = IMAGE_SIDE // 2  # Tokens: a token is a 2x2 patch.
-# FluxPipeline takes a size in pixels and divides by 8, the scale of the autoencoder that is not there.
+GRID_SIDE = IMAGE_SIDE // 2  # Tokens; a token is a patch of 2x2 pixels.
+# FluxPipeline takes a size in pixels and divides it by 8, the scale of the autoencoder, which this pipeline lacks.
 PIPELINE_SIDE = 8 * IMAGE_SIDE
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 
 
 def build_transformer() -> FluxTransformer2DModel:
-    """A Flux transformer of width 128 with 4 dual-stream and 8 single-stream blocks, not yet trained."""
+    """Returns an untrained Flux transformer of width 128 with 4 dual-stream and 8 single-stream blocks."""
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
@@ -44,16 +44,16 @@ def build_transformer() -> FluxTransformer2DModel:
 
 
 def load_transformer(path: Path = WEIGHTS) -> FluxTransformer2DModel:
-    """The trained transformer in float32, for inference. The file holds float16, half the size."""
+    """Returns the trained transformer in float32, for inference. The file contains the weights in float16."""
     transformer = build_transformer()
     transformer.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return transformer.eval().requires_grad_(False)
 
 
 def build_pipeline(transformer: nn.Module) -> FluxPipeline:
-    """The `FluxPipeline` of diffusers around `transformer`, which may be compiled."""
-    # Only here: the import pulls in transformers, which training does not need and which warns about
-    # image processors that are missing and not used.
+    """Returns a `FluxPipeline` of diffusers with `transformer`, which may be compiled."""
+    # Imported here because the import loads transformers, which training does not need and which warns about missing
+    # image processors that are not used.
     from transformers.utils.logging import set_verbosity_error
 
     set_verbosity_error()
@@ -71,14 +71,14 @@ def build_pipeline(transformer: nn.Module) -> FluxPipeline:
 
 
 def class_conditioning(digits: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands in for the two text embeddings.
+    """Returns the conditioning that replaces the two text embeddings.
 
     Args:
         digits: Classes, [B], int64.
 
     Returns:
-        Token embeddings, [B, 2, 20], where each token has the one-hot class in ten components of its own,
-        and the pooled embedding, [B, 10], the one-hot class. Both float32.
+        Token embeddings, float32 [B, 2, 20], in which each token has the one-hot class in ten components of its own,
+        and the pooled embedding, float32 [B, 10], which is the one-hot class.
     """
     pooled = one_hot(digits, NUM_CLASSES).float()
     tokens = pooled.new_zeros(len(digits), CONDITIONING_TOKENS, CONDITIONING_TOKENS, NUM_CLASSES)
@@ -88,19 +88,22 @@ def class_conditioning(digits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def position_ids() -> tuple[Tensor, Tensor]:
-    """Rotary positions as `FluxPipeline` makes them: text, [2, 3], all zero; image, [16, 3], (0, row, column)."""
+    """Returns rotary positions like those of `FluxPipeline`, float32.
+
+    Text positions, [2, 3], are zero. Image positions, [16, 3], are (0, row, column).
+    """
     row, column = torch.meshgrid(torch.arange(GRID_SIDE), torch.arange(GRID_SIDE), indexing="ij")
     image = torch.stack((torch.zeros_like(row), row, column), dim=-1).flatten(0, 1)
     return torch.zeros(CONDITIONING_TOKENS, 3), image.float()
 
 
 def patchify(images: Tensor) -> Tensor:
-    """Images, [B, 8, 8], as tokens, [B, 16, 4], in the order in which `FluxPipeline` packs latents."""
+    """Converts images, [B, 8, 8], to tokens, [B, 16, 4], in the order in which `FluxPipeline` packs latents."""
     patches = images.unflatten(2, (GRID_SIDE, 2)).unflatten(1, (GRID_SIDE, 2))
     return patches.permute(0, 1, 3, 2, 4).reshape(-1, GRID_SIDE * GRID_SIDE, 4)
 
 
 def unpatchify(tokens: Tensor) -> Tensor:
-    """Tokens, [B, 16, 4], as images, [B, 8, 8]. The inverse of `patchify`."""
+    """Converts tokens, [B, 16, 4], to images, [B, 8, 8]. This is the inverse of `patchify`."""
     patches = tokens.reshape(-1, GRID_SIDE, GRID_SIDE, 2, 2)
     return patches.permute(0, 1, 3, 2, 4).reshape(-1, IMAGE_SIDE, IMAGE_SIDE)

@@ -1,4 +1,4 @@
-"""The two pictures of the demo: the digits side by side, and the cache's decisions step by step."""
+"""Draws the two figures of the demo: the digits side by side, and the decision of the cache at every step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from cachedit_fx import CacheStats
 
-matplotlib.use("agg")  # Files only: the demo also runs where there is no display.
+matplotlib.use("agg")  # This backend needs no display.
 
 COMPUTED, REUSED = "#1f4e79", "#f2a541"
 DPI = 150
@@ -25,7 +25,7 @@ DPI = 150
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One digit from both pipelines. Images are [8, 8] in [-1, 1]."""
+    """One digit from both pipelines. Images are float32 [8, 8] in [-1, 1], times are in seconds."""
 
     digit: int
     uncached: Tensor
@@ -36,17 +36,17 @@ class Outcome:
 
     @property
     def psnr(self) -> float:
-        """Peak signal-to-noise ratio of the cached image against the uncached one, in dB; infinite if equal."""
+        """The peak signal-to-noise ratio of the cached image against the uncached one, in dB; infinite if equal."""
         error = (self.cached - self.uncached).square().mean().item()
         peak = 2.0  # From -1 to 1.
         return 10 * math.log10(peak**2 / error) if error else math.inf
 
 
 def draw_grid(outcomes: list[Outcome], path: Path) -> None:
-    """Writes rows uncached, cached and their difference, a column per digit with its PSNR."""
+    """Writes a figure with one column per digit, and the rows uncached, cached and difference with the PSNR."""
     figure, rows = plt.subplots(3, len(outcomes), figsize=(1.2 * len(outcomes) + 0.8, 4.6), layout="constrained")
     ink = {"cmap": "gray_r", "vmin": -1, "vmax": 1, "interpolation": "nearest"}
-    # A quarter of the range from -1 to 1 is the brightest, else differences that matter are too dark to see.
+    # A quarter of the range from -1 to 1 is the brightest color; otherwise, relevant differences would be invisible.
     glow = {"cmap": "magma", "vmin": 0, "vmax": 0.5, "interpolation": "nearest"}
     for column, o in enumerate(outcomes):
         uncached, cached, difference = rows[:, column]
@@ -61,14 +61,14 @@ def draw_grid(outcomes: list[Outcome], path: Path) -> None:
         axes.set_yticks([])
     for axes, name in zip(rows[:, 0], ("uncached", "cached", "|difference|"), strict=True):
         axes.set_ylabel(name)
-    # Beside every row, so that the columns of the three rows stay under each other.
+    # The color bar takes room from all rows, so that their columns stay aligned.
     figure.colorbar(shown, ax=rows, shrink=0.3, anchor=(0, 0.05), aspect=8, pad=0.005)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
 
 def draw_timeline(outcomes: list[Outcome], threshold: float, path: Path) -> None:
-    """Writes the diff at each step against the threshold, and below it which steps were computed."""
+    """Writes a figure with the diff of each step and the threshold, and below it the steps that were computed."""
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(10, 7), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
@@ -96,7 +96,7 @@ def _draw_decisions(axes: Axes, outcomes: list[Outcome]) -> None:
     steps = max(o.stats.num_steps for o in outcomes)
     reused = [[int(s in o.stats.cached_steps) for s in range(steps)] for o in outcomes]
     colors = ListedColormap([COMPUTED, REUSED])
-    # Centres, not corners: step s stands under the point at s.
+    # The coordinates are centers of the cells, so that step s is below the point at s.
     axes.pcolormesh(range(steps), range(len(outcomes)), reused, cmap=colors, vmin=0, vmax=1, edgecolors="white")
     axes.set_yticks(range(len(outcomes)), [str(o.digit) for o in outcomes])
     axes.invert_yaxis()

@@ -2,8 +2,8 @@
 
     python examples/digits/train.py
 
-Ctrl-C writes a checkpoint and stops; the same command goes on from it. Since the checkpoint has the state of
-the random generator, a run that was interrupted gives the weights of one that was not.
+Ctrl-C writes a checkpoint and stops; the same command continues from the checkpoint. The checkpoint contains the state
+of the random generator, so an interrupted run results in the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 CHECKPOINT_EVERY = 250  # Iterations.
-LOSS_WINDOW = 200  # Iterations over which a loss is averaged before it is shown or recorded.
+LOSS_WINDOW = 200  # Number of iterations over which a displayed or recorded loss is averaged.
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the weights, besides the versions of the libraries."""
+    """Everything that determines the weights, except the versions of the libraries."""
 
     seed: int = 0
     iterations: int = 4000
@@ -47,7 +47,12 @@ class Recipe:
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is. `seconds` counts training only, over all its parts."""
+    """The progress of a run.
+
+    Attributes:
+        losses: The loss of every iteration.
+        seconds: The time spent on training, over all parts of an interrupted run.
+    """
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -59,7 +64,7 @@ class Progress:
 
 
 class Trainer:
-    """One run: the model, what moves it, and how to write both down."""
+    """One run: the model, its optimizer and moving average, and their checkpoints."""
 
     def __init__(self, recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)
@@ -76,15 +81,15 @@ class Trainer:
         self.text_ids, self.image_ids = position_ids()
 
     def loss(self) -> Tensor:
-        """The flow matching loss of one random batch, a scalar.
+        """Returns the flow matching loss of one random batch, a scalar.
 
-        `FluxPipeline` hands the model timestep / 1000, which is sigma: 1 is noise, 0 is data. On the straight
-        line x = (1 - sigma) * data + sigma * noise the velocity dx/dsigma is noise - data.
+        `FluxPipeline` passes timestep / 1000 to the model, which is sigma: 1 is noise, 0 is data. On the straight line
+        x = (1 - sigma) * data + sigma * noise, the velocity dx/dsigma is noise - data.
         """
         pick = torch.randint(len(self.images), (self.recipe.batch_size,), generator=self.generator)
         data = patchify(self.images[pick])
         noise = torch.randn(data.shape, generator=self.generator)
-        # Logit-normal: most of the steps go to the middle of the line, where the velocity is hardest to tell.
+        # Logit-normal: most samples are in the middle of the line, where the velocity is hardest to predict.
         sigma = torch.randn(len(pick), generator=self.generator).sigmoid()
         at = sigma[:, None, None]
         tokens, pooled = class_conditioning(self.digits[pick])
@@ -100,7 +105,7 @@ class Trainer:
         return mse_loss(velocity, noise - data)
 
     def iterate(self) -> None:
-        """One batch: gradient, optimizer, moving average."""
+        """Trains on one batch: computes the gradient, and updates the weights and their moving average."""
         started = time.perf_counter()
         loss = self.loss()
         self.optimizer.zero_grad(set_to_none=True)
@@ -113,7 +118,7 @@ class Trainer:
         self.progress.seconds += time.perf_counter() - started
 
     def save_checkpoint(self, path: Path) -> None:
-        """Writes all that `load_checkpoint` needs; a crash meanwhile leaves the previous file."""
+        """Writes a checkpoint for `load_checkpoint`. If the process crashes meanwhile, the previous file remains."""
         partial = path.with_suffix(".partial")
         state = {name: part.state_dict() for name, part in self._parts().items()}
         state |= {
@@ -125,16 +130,16 @@ class Trainer:
         os.replace(partial, path)
 
     def load_checkpoint(self, path: Path) -> None:
-        """Goes back to where `save_checkpoint` was called.
+        """Restores the state at the time of `save_checkpoint`.
 
         Raises:
-            ValueError: The checkpoint is of another recipe.
+            ValueError: The checkpoint belongs to another recipe.
         """
         state = torch.load(path, weights_only=True)
         if state["recipe"] != asdict(self.recipe):
             raise ValueError(
-                f"{path} was made with {state['recipe']}, this run asks for {asdict(self.recipe)}. "
-                "Give the same options to go on with it, or delete it to start again."
+                f"{path} was written with {state['recipe']}, but this run uses {asdict(self.recipe)}. "
+                "Pass the same options to continue from it, or delete it to start again."
             )
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
@@ -142,7 +147,7 @@ class Trainer:
         self.generator.set_state(state["generator"])
 
     def save_weights(self, path: Path) -> None:
-        """Writes the averaged weights in float16 and, beside them as JSON, where they come from."""
+        """Writes the averaged weights in float16, and a JSON file that describes how they were trained."""
         state = self.ema.module.state_dict()
         save_file({name: value.half().contiguous() for name, value in state.items()}, path)
         record = {
@@ -168,18 +173,18 @@ class Trainer:
 
 
 def load_data() -> tuple[Tensor, Tensor]:
-    """The 1797 images, [N, 8, 8], float32 in [-1, 1], and their classes, [N], int64."""
+    """Returns the 1797 images, float32 [N, 8, 8] in [-1, 1], and their classes, int64 [N]."""
     digits = load_digits()
-    # The file has grey levels 0 to 16.
+    # The file contains gray levels from 0 to 16.
     return torch.tensor(digits.images, dtype=torch.float32) / 8 - 1, torch.tensor(digits.target, dtype=torch.int64)
 
 
 def train(trainer: Trainer, checkpoint: Path) -> bool:
-    """Iterates to the end of the recipe. Returns whether it got there, which Ctrl-C prevents."""
+    """Trains to the end of the recipe. Returns False if Ctrl-C stopped it earlier."""
     stop = False
 
     def request_stop(*_: object) -> None:
-        # Only noted: a stop within an iteration could leave the optimizer and the average out of step.
+        # Stopping within an iteration could update the optimizer without the average.
         nonlocal stop
         stop = True
 
@@ -200,9 +205,11 @@ def train(trainer: Trainer, checkpoint: Path) -> bool:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line. Every field of `Recipe` that one may want to change is an option."""
+    """Parses the command line. Some fields of `Recipe` are options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="weights to write; a .json goes beside them")
+    parser.add_argument(
+        "--out", type=Path, default=WEIGHTS, help="file for the weights; a .json file is written next to it"
+    )
     parser.add_argument("--checkpoint", type=Path, default=WEIGHTS.with_name("checkpoint.pt"))
     parser.add_argument("--seed", type=int, default=Recipe().seed)
     parser.add_argument("--iterations", type=int, default=Recipe().iterations)
@@ -217,7 +224,7 @@ def main() -> None:
     if arguments.checkpoint.exists():
         trainer.load_checkpoint(arguments.checkpoint)
     if not train(trainer, arguments.checkpoint):
-        print(f"stopped; the same command goes on from {arguments.checkpoint}")
+        print(f"stopped; the same command continues from {arguments.checkpoint}")
         return
     trainer.save_weights(arguments.out)
     arguments.checkpoint.unlink()  # So that the next run starts from scratch.

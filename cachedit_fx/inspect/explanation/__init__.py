@@ -1,1 +1,1 @@
-"""What the compiler makes of a model, and why: `explain` and all that it is made of."""
+"""Explains what the compiler does with a model, and why: `explain`."""

@@ -1,4 +1,4 @@
-"""A graph as the compiler behind sees it: aten operations."""
+"""Traces a graph into aten operations, which the inner backend receives."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cachedit_fx.patterns.nodes import value_of
 
 
 def aten_view(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph traced by functorch at the shapes of the explained call. Computes nothing.
+    """Returns the graph traced by functorch, at the shapes of the explained call. Nothing is computed.
 
     Raises:
-        RuntimeError: The graph calls the runtime ("after"), or its shapes depend on data.
+        RuntimeError: The graph calls the runtime (as the graph "after" does), or its shapes depend on data.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]

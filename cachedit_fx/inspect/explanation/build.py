@@ -1,4 +1,4 @@
-"""Turns what was traced of one graph into a `GraphReport`."""
+"""Builds the `GraphReport` of a graph from the trace of its passes."""
 
 from __future__ import annotations
 
@@ -54,13 +54,24 @@ def build_report(
     risks: tuple[RiskReport, ...] = (),
     break_after: BreakReport | None = None,
 ) -> GraphReport:
-    """The report of a graph that went through the passes; `gm` is the graph that they worked on."""
+    """Returns the report of a graph that the passes ran on.
+
+    Args:
+        gm: The graph that the passes worked on.
+        trace: What the passes reported.
+        config: The configuration.
+        declared: What the user declared about the model.
+        cls: The name of the class of the transformer.
+        number: The number of the graph, from 0.
+        risks: The arguments that the graph is specialized on.
+        break_after: Why the graph ends before the model does; None if it does not.
+    """
     program = trace.program or Program(gm.graph)
     return _Builder(gm, program, trace, config, declared).report(cls, number, risks, break_after)
 
 
 class _Builder:
-    """The parts of one report; costs are counted once for all of them."""
+    """Builds the parts of one report, with a common counter of costs."""
 
     def __init__(
         self, gm: fx.GraphModule, program: Program, trace: Trace, config: CacheConfig, declared: Declaration
@@ -110,7 +121,7 @@ class _Builder:
     def _blocks(self) -> tuple[BlockReport, ...]:
         lines = statements(self.program.nodes[0].graph)
         parts = self._parts()
-        # A block of which a part is deferred has two; the one that it mainly is comes first.
+        # A block with a deferred part is in two pieces; the first one is its main piece.
         pieces = {block: i for i, piece in reversed([*enumerate(self.trace.piece_list)]) for block in piece.blocks}
         found: list[BlockReport] = []
         for blocks in self._chain():
@@ -142,7 +153,10 @@ class _Builder:
         return tuple(node.name for node in read if is_tensor(node))
 
     def _parts(self) -> dict[int, tuple[str, int | None]]:
-        """Number of a block -> "Fn", "region" or "Bn" (or "between" two regions), and its region's number."""
+        """Returns the part of each block by its number, with the number of its region.
+
+        The part is "Fn", "region" or "Bn", or "between" if the block is between two regions.
+        """
         plan = self.trace.plan
         if plan is None or not self.trace.piece_list:
             return {}
@@ -164,7 +178,7 @@ class _Builder:
         return parts
 
     def _around(self, blocks: Sequence[BlockReport]) -> Cost:
-        """The cost of what belongs to no block."""
+        """Returns the cost of the nodes that belong to no block."""
         inside = {
             position
             for blocks_of in self._chain()
@@ -232,18 +246,18 @@ class _Builder:
         return "ratios" if config.probe == "timestep" else "mask" if config.is_static else "decider"
 
     def _probe(self, region: Region) -> str:
-        """The probe, in words."""
+        """Returns a description of the probe. Without a probe, it begins with "none ("."""
         config = self.config.override(region.overrides)
         if region.probed_at is None:
             return _WITHOUT_PROBE[self._decided_by(region)]
         probe = region.probed_at.name
         if region.probed_since is not None:
-            probe = f"{probe} - {region.probed_since.name}: the residual over the Fn blocks"
+            probe = f"{probe} - {region.probed_since.name}, the residual over the Fn blocks"
         elif config.probe == "modulated_input" and config.cache_type != CacheType.DBPrune:
-            probe += ": the first block's input, normed and modulated by the timestep"
+            probe += ", the input of the first block after its norm and the modulation by the timestep"
         else:
-            probe += ", in front of the block"
-        return probe if region.sample_dim is None else f"{probe}; each sample on its own"
+            probe += ", the value before the block"
+        return probe if region.sample_dim is None else f"{probe}; each sample is compared separately"
 
     def _region(self, region: Region) -> RegionReport:
         return RegionReport(
@@ -269,7 +283,7 @@ class _Builder:
         )
 
     def _state_bytes(self, region: Region) -> int:
-        """What a session keeps of a region once a forecaster's history is full."""
+        """Returns the bytes that a session caches for a region once the history of a forecaster is full."""
         examples, forecaster = cached_examples(region), self.config.override(region.overrides).forecaster
         total = sum(map(num_bytes, examples))
         if forecaster is None:
@@ -303,7 +317,7 @@ def _is_argument(node: fx.Node) -> bool:
 
 
 def value_report(node: fx.Node, label: str = "", role: str = "") -> Value:
-    """A tensor node as data."""
+    """Returns the report of a tensor node."""
     value = value_of(node)
     return Value(
         name=node.name,

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of the nodes of a graph, counted while its operations run on fake tensors. Computes nothing."""
+"""Counts the FLOPs and bytes of the nodes of a graph, by running its operations on fake tensors."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class CostCounter:
-    """Costs of runs of nodes of one graph; runs of equal structure are counted once.
+    """Counts the costs of sequences of nodes of one graph. Sequences of equal structure are counted once.
 
     Attributes:
-        is_estimated: Some run could not be run on fake tensors (its shapes depend on data). Its FLOPs are then the sum
-            over its nodes, each run by itself, and its bytes are not known.
+        is_estimated: Whether some sequence could not be run on fake tensors, because its shapes depend on data. Its
+            FLOPs are then the sum over its nodes, each run by itself, and its bytes are unknown.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
-        self._known: dict[Hashable, Cost] = {}
+        self._counted: dict[Hashable, Cost] = {}
         self.is_estimated = False
 
     def of(self, nodes: Sequence[fx.Node]) -> Cost:
-        """The cost of these nodes, in program order."""
+        """Returns the cost of nodes that are given in program order."""
         run = [node for node in nodes if node.op not in ("placeholder", "get_attr", "output")]
         if not run:
             return Cost()
@@ -45,13 +45,13 @@ class CostCounter:
         return self.of_piece(taken.finish(self._gm, [taken.copies[node] for node in outputs_of(run)], "Counted"))
 
     def of_piece(self, piece: fx.GraphModule) -> Cost:
-        """The cost of one call of a graph of its own, whose placeholders keep what they were traced with."""
+        """Returns the cost of one call of a separate graph, whose placeholders hold the values of the traced call."""
         inputs = [node for node in piece.graph.nodes if node.op == "placeholder"]
         weights = [i for i, n in enumerate(inputs) if is_weight(n) and isinstance(value_of(n), torch.Tensor)]
         key = (structure_key(piece, strides=False), tuple(weights))
-        if key not in self._known:
-            self._known[key] = self._count(piece, inputs, sum(num_bytes(value_of(inputs[i])) for i in weights))
-        return self._known[key]
+        if key not in self._counted:
+            self._counted[key] = self._count(piece, inputs, sum(num_bytes(value_of(inputs[i])) for i in weights))
+        return self._counted[key]
 
     def _count(self, piece: fx.GraphModule, placeholders: list[fx.Node], weight_bytes: int) -> Cost:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -61,7 +61,7 @@ class CostCounter:
                 inputs = [at_hint(value_of(node), mode) for node in placeholders]
                 with counter, moved:
                     _Interpreter(piece).run(*inputs, enable_io_processing=False)
-        except Exception as error:  # Whatever an operation on fakes may raise: this is only looked at.
+        except Exception as error:  # An operation on fake tensors may raise anything; the costs are only displayed.
             log.debug("costs are estimated: %s: %s", type(error).__name__, str(error).partition("\n")[0])
             self.is_estimated = True
             return Cost(sum(flops_of(piece.graph.nodes)), 0, weight_bytes)
@@ -69,17 +69,17 @@ class CostCounter:
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a graph on fakes; numbers are those of the traced call."""
+    """Runs a graph on fake tensors. The values of numbers are those of the traced call."""
 
     def run_node(self, n: fx.Node) -> Any:
-        known = value_of(n)
-        if n.op in ("call_function", "call_method") and isinstance(known, _NUMBERS):
-            return hint(known)
+        value = value_of(n)
+        if n.op in ("call_function", "call_method") and isinstance(value, _NUMBERS):
+            return hint(value)
         return super().run_node(n)
 
 
 class _MovedBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums what every operation reads and writes; views move nothing."""
+    """Sums the bytes that every operation reads and writes. Views are not counted."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -96,7 +96,7 @@ class _MovedBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def at_hint(value: Any, mode: FakeTensorMode) -> Any:
-    """A value as it was at the traced call: sizes as ints, a fake tensor of `mode`."""
+    """Returns a value with the sizes of the traced call as ints; a tensor becomes a fake tensor of `mode`."""
     if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
         return mode.from_tensor(value, static_shapes=True)
     if isinstance(value, torch.Tensor):
@@ -106,7 +106,7 @@ def at_hint(value: Any, mode: FakeTensorMode) -> Any:
 
 
 def num_bytes(value: Any) -> int:
-    """Bytes of a tensor at the traced call's sizes."""
+    """Returns the size of a tensor in bytes, at the sizes of the traced call."""
     count = 1
     for size in value.shape:
         count *= int(hint(size))

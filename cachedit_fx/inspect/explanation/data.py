@@ -1,4 +1,4 @@
-"""What `explain` found out, as data: frozen, and as JSON takes it (`Explanation.to_dict`)."""
+"""The results of `explain` as frozen dataclasses, which JSON can store (`Explanation.to_dict`)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What some nodes of a graph cost at the shapes of the explained call.
+    """The cost of some nodes of a graph, at the shapes of the explained call.
 
     Attributes:
-        flops: Floating point operations of matrix products, attention and convolutions; a multiplication with its
-            addition counts two. Source: `torch.utils.flop_counter`.
-        moved_bytes: Bytes that their aten operations read and write, each operation on its own (nothing fused); views
-            move nothing.
-        weight_bytes: Of the parameters and buffers that they read.
+        flops: Floating-point operations of matrix products, attention and convolutions. A multiplication with its
+            addition counts as two. Source: `torch.utils.flop_counter`.
+        moved_bytes: Bytes that the aten operations of the nodes read and write if nothing is fused. Views are not
+            counted.
+        weight_bytes: Bytes of the parameters and buffers that the nodes read.
     """
 
     flops: int = 0
@@ -33,12 +33,12 @@ class Value:
     """A tensor of the graph.
 
     Attributes:
-        name: Of the graph's node.
-        label: What the model's code calls it.
-        shape: Sizes; one that is not known before the call is written as its symbol ("s27", "u0").
-        dtype: As in "float32".
-        nbytes: At the sizes of the explained call.
-        role: "hidden_states" or "encoder_hidden_states" for a stream; empty for what is none.
+        name: The name of its node.
+        label: Its name in the code of the model.
+        shape: Its sizes. A size that is not known before the call is given as its symbol ("s27", "u0").
+        dtype: Its dtype, such as "float32".
+        nbytes: Its size in bytes, at the sizes of the explained call.
+        role: The role of a stream, such as "hidden_states"; empty if it is not a stream.
     """
 
     name: str
@@ -57,20 +57,20 @@ class BlockReport:
     """One block of the chain.
 
     Attributes:
-        number: In the chain, from 0, over all of its lists.
-        path: Of its module, as in `transformer_blocks.3`.
-        cls: Its class; empty where Dynamo did not keep it.
-        part: "Fn" (always runs, and is looked at), "region" (runs or is skipped), "Bn" (always runs) or "" (it matched,
-            but the graph is not cached).
-        region: Number of its region; None outside of one.
-        piece: Number of the compiled piece that it shares with blocks of equal structure; None where blocks are not
-            compiled apart.
-        num_nodes: Nodes of the graph, with the work between it and the next block.
-        cost: Of these nodes.
-        where: `file.py:line` of its first own operation.
-        reads: Values from before the block that it reads, in order: streams, invariants; no weights.
-        makes: Streams that it hands on.
-        code: Its nodes as Python, a line each.
+        number: Its number in the chain, from 0, over all block lists.
+        path: The path of its module, such as `transformer_blocks.3`.
+        cls: The name of its class; empty if Dynamo did not record it.
+        part: "Fn" (always runs), "region" (runs or is skipped), "Bn" (always runs), "between" (always runs, between
+            two regions) or "" (the graph is not cached).
+        region: The number of its region; None if it is in no region.
+        piece: The number of the compiled piece that it shares with blocks of equal structure; None if it is not
+            compiled as a piece of its own.
+        num_nodes: The number of its nodes, including those between it and the next block.
+        cost: The cost of these nodes.
+        where: `file.py:line` of its first operation.
+        reads: The values computed before the block that it reads, in order: streams and invariants, but no weights.
+        makes: The streams that it passes on.
+        code: Its nodes as Python code, one line each.
     """
 
     number: int
@@ -89,16 +89,17 @@ class BlockReport:
 
 @dataclass(frozen=True, slots=True)
 class ListReport:
-    """One list of blocks that was found.
+    """One block list.
 
     Attributes:
-        path: As in `transformer_blocks`; `alternates` is the list that takes turns with it, if one does.
-        pattern: The template that it fits, as in "pattern 1 (dual-stream, encoder first)"; empty if none does.
-        in_chain: Whether it is a part of the chain; other lists (a text encoder's) run as they are.
-        first: Number of its first block in the chain; None outside of it.
-        num_blocks: At least two.
-        streams: What enters its first block.
-        invariants: Values made before it that every block reads.
+        path: Its path, such as `transformer_blocks`.
+        alternates: The paths of the lists that are called alternately with it.
+        pattern: The template that it fits, such as "pattern 1 (dual-stream, encoder first)"; empty if none fits.
+        in_chain: Whether it is part of the chain. Other lists (such as those of a text encoder) always run.
+        first: The number of its first block in the chain; None if it is not part of the chain.
+        num_blocks: The number of its blocks, at least two.
+        streams: The streams that enter its first block.
+        invariants: The values computed before it that every block reads.
         lost_at: Index of the first boundary at which no stream continues (boundary i lies before block i); None if a
             stream continues to the end.
         loss: The same in words; empty if `lost_at` is None.
@@ -151,14 +152,16 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class CachedValueReport:
-    """A value that a reused step supplies.
+    """A live-out of a region, which a reused step computes from a cached value.
 
     Attributes:
-        value: Where it leaves the region.
-        cached_as: "residual" (a reused step adds what the region added last time) or "value" (it takes it as it was).
-        since: Name of what the residual is taken against; empty for a value.
-        is_joined: The residual is taken against the streams joined as the model joins them inside the region.
-        is_measured: Its sizes depend on data, so every step measures whether it kept its shape.
+        value: The live-out.
+        cached_as: "residual" (a reused step adds what the region added last time) or "value" (a reused step uses the
+            value of the last time).
+        since: The name of the value that the residual is taken against; empty for a value.
+        is_joined: Whether the residual is taken against the streams joined in the way in which the model joins them
+            inside the region.
+        is_measured: Whether its sizes depend on data, so that every step checks its shape.
     """
 
     value: Value
@@ -170,19 +173,21 @@ class CachedValueReport:
 
 @dataclass(frozen=True, slots=True)
 class RegionReport:
-    """The blocks between two cuts: what the conditional runs or skips.
+    """A region: the blocks between two cuts, which a step computes or reuses.
 
     Attributes:
-        name: As in `transformer_blocks[1:]`; followed by `-> output` where it goes on to what the graph returns.
-        first, last: Numbers of its first block in the chain, and of the first behind it.
+        name: Its name, such as `transformer_blocks[1:]`; followed by `-> output` if it reaches to the output.
+        first: The number of its first block in the chain.
+        last: The number of the first block after it.
         decided_by: What a step is decided by: "diff" (the residual diff of the probe), "ratios" (magnitude_ratios),
             "decider" or "mask". There is a probe only with "diff".
-        probe: The probe, in words.
-        cached: What a reused step supplies.
-        state_bytes: What a session keeps of it at these shapes: what was looked at, and all of `cached`.
-        cost: Of its nodes: what a reused step saves, but for adding what is kept.
-        threshold: `residual_diff_threshold` here.
-        reaches_output: It ends where the graph does, and takes in what is before it as far as nothing else reads that.
+        probe: A description of its probe.
+        cached: Its live-outs.
+        state_bytes: The bytes that a session caches for it at these shapes: the probe and all of `cached`.
+        cost: The cost of its nodes, which a reused step saves, except for adding the cached values.
+        threshold: The value of `residual_diff_threshold` for it.
+        reaches_output: Whether it extends to what the graph returns. It then also contains nodes before its blocks
+            that nothing else reads.
     """
 
     name: str
@@ -199,14 +204,14 @@ class RegionReport:
 
 @dataclass(frozen=True, slots=True)
 class PieceReport:
-    """One graph that the inner backend compiles.
+    """A piece: one graph that the inner backend compiles.
 
     Attributes:
-        number: From 0.
-        blocks: Numbers of the blocks that share it; empty for what lies around the blocks.
-        segments: Where it is called: "head", "compute_0", "reuse_0", "tail"; each once.
-        num_nodes: Its nodes, placeholders and output included.
-        cost: Of one call.
+        number: Its number, from 0.
+        blocks: The numbers of the blocks that share it; empty if it contains the nodes around the blocks.
+        segments: The segments that call it, each once: "head", "compute_0", "reuse_0", "tail".
+        num_nodes: The number of its nodes, including placeholders and output.
+        cost: The cost of one call.
     """
 
     number: int
@@ -218,12 +223,12 @@ class PieceReport:
 
 @dataclass(frozen=True, slots=True)
 class BreakReport:
-    """Where Dynamo ended a graph before the model's end.
+    """A graph break.
 
     Attributes:
-        reason: Dynamo's.
-        where: `file.py:line` of the user's code, and
-        line: that line.
+        reason: Dynamo's reason.
+        where: `file.py:line` of the user's code.
+        line: The text of this line.
     """
 
     reason: str
@@ -233,12 +238,12 @@ class BreakReport:
 
 @dataclass(frozen=True, slots=True)
 class RiskReport:
-    """What a graph was specialised on: another value compiles once more, up to Dynamo's `recompile_limit`.
+    """An argument that a graph is specialized on. Another value triggers a recompilation, up to `recompile_limit`.
 
     Attributes:
-        what: The argument, as in "hidden_states" or "joint_attention_kwargs['scale']".
-        found: What it was.
-        consequence: What happens with another one.
+        what: The argument, such as "hidden_states" or "joint_attention_kwargs['scale']".
+        found: Its value in the explained call.
+        consequence: What happens with another value.
     """
 
     what: str
@@ -248,28 +253,28 @@ class RiskReport:
 
 @dataclass(frozen=True, slots=True)
 class GraphReport:
-    """One graph that Dynamo made of one transformer.
+    """One graph that Dynamo captured of one transformer.
 
     Attributes:
-        module: Name of the transformer in the pipeline; empty where a transformer was explained itself.
-        cls: Its class.
-        number: Of the graph, from 0; a transformer that Dynamo breaks up has several.
-        is_cached: Whether it gets a conditional.
-        num_nodes: Nodes as captured, weights and inputs included.
-        arguments: What the caller passes, weights left out.
-        cost: Of the whole graph.
-        is_estimated: The costs are estimates from shapes: the operations could not be run on fake tensors.
-        lists: Lists of blocks that were found, in execution order.
-        blocks: Those of the chain, in execution order.
-        verdicts: Why it is not cached, nearest miss first; of a cached graph, why the templates tried before did not
-            fit.
-        regions, pieces: Empty where it is not cached.
-        timestep, conditioning: Names of the inputs that tell where in which generation a call stands; empty where
-            there is none.
-        saved_flops: Share of the graph's FLOPs that a step with every region reused does not do, 0 to 1.
-        state_bytes: What a session keeps at these shapes.
-        break_after: Why the graph ends before the model does; None where it is the last.
-        risks: What it was specialised on.
+        module: The name of the transformer in the pipeline; empty if the transformer itself was explained.
+        cls: The name of the class of the transformer.
+        number: The number of the graph, from 0. A transformer that Dynamo breaks up has several graphs.
+        is_cached: Whether the graph gets a conditional.
+        num_nodes: The number of its nodes as captured, including weights and inputs.
+        arguments: The tensors that the caller passes, without the weights.
+        cost: The cost of the whole graph.
+        is_estimated: Whether the costs are estimates from shapes, because operations could not be run on fake tensors.
+        lists: Its block lists, in execution order.
+        blocks: The blocks of the chain, in execution order.
+        verdicts: Why it is not cached, nearest miss first. For a cached graph, why other templates did not fit.
+        regions: Its regions; empty if it is not cached.
+        pieces: Its pieces; empty if it is not cached.
+        timestep: The name of the timestep input; empty if there is none.
+        conditioning: The name of the input that identifies the prompt; empty if there is none.
+        saved_flops: The share of the FLOPs of the graph that a step saves if every region is reused, from 0 to 1.
+        state_bytes: The bytes that a session caches at these shapes.
+        break_after: Why the graph ends before the model does; None for the last graph.
+        risks: The arguments that it is specialized on.
     """
 
     module: str
@@ -298,12 +303,12 @@ class Captured:
     """How one transformer was captured.
 
     Attributes:
-        module: Its name in the pipeline; empty where it was explained itself.
-        cls: Its class.
-        how: "whole", "whole, sizes that depend on data captured" or "in parts".
-        why: What Dynamo met where it could not be captured whole.
-        cure: What makes it whole, where none of its parts is cached.
-        config: The fields of its `CacheConfig` that were given or are not the default (`CacheConfig.shown_changes`).
+        module: Its name in the pipeline; empty if the transformer itself was explained.
+        cls: The name of its class.
+        how: "whole" or "in parts", which "with sizes that depend on data" may follow.
+        why: Why Dynamo could not capture it whole; empty if it could.
+        cure: How it can be captured whole; empty if one of its parts is cached.
+        config: The fields of its `CacheConfig` that were given or differ from the defaults.
     """
 
     module: str

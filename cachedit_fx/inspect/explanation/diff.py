@@ -1,4 +1,4 @@
-"""A diff of a graph before and after the rewriting that a person can read: a line per block."""
+"""Writes a readable diff of a graph before and after the rewrite, with one line per block."""
 
 from __future__ import annotations
 
@@ -16,24 +16,30 @@ from cachedit_fx.passes.transforms.insert_conditionals import compute_or_reuse
 
 
 def unified_diff(report: GraphReport, graphs: Mapping[str, fx.GraphModule], expand: Sequence[str] | bool = ()) -> str:
-    """`before` against `after`, unified; empty where the graph is not cached.
+    """Returns a unified diff of the graphs "before" and "after"; empty if the graph is not cached.
 
     Args:
-        graphs: By what `Explanation.graph` calls them.
-        expand: Paths of blocks whose nodes are shown; True for all.
+        report: The report of the graph.
+        graphs: The graphs by the names that `Explanation.graph` takes.
+        expand: The paths of the blocks whose nodes are shown; True for all blocks.
 
     Raises:
         ConfigError: `expand` names a block that the graph does not have.
     """
     before, after = side_by_side(report, graphs, expand)
-    context = len(before) if expand else 3  # What is expanded is to be seen, changed or not.
+    context = len(before) if expand else 3  # Expanded blocks are shown whether they changed or not.
     return "\n".join(difflib.unified_diff(before, after, "before", "after", lineterm="", n=context))
 
 
 def side_by_side(
     report: GraphReport, graphs: Mapping[str, fx.GraphModule], expand: Sequence[str] | bool = ()
 ) -> tuple[list[str], list[str]]:
-    """The lines of the graph as captured, and with its conditionals; both the same where it is not cached.
+    """Returns the lines of the captured graph and those of the cached graph; equal if the graph is not cached.
+
+    Args:
+        report: The report of the graph.
+        graphs: The graphs by the names that `Explanation.graph` takes.
+        expand: The paths of the blocks whose nodes are shown; True for all blocks.
 
     Raises:
         ConfigError: `expand` names a block that the graph does not have.
@@ -44,7 +50,7 @@ def side_by_side(
     if unknown:
         near = difflib.get_close_matches(unknown[0], paths, n=3, cutoff=0.0)
         raise ConfigError(
-            f"cachedit_fx: expand must name blocks of this graph, as in {', '.join(near)}, got {unknown[0]!r}; "
+            f"cachedit_fx: expand must name blocks of this graph, such as {', '.join(near)}, got {unknown[0]!r}; "
             f"there are {len(paths)} of them, in explanation.graphs[i].blocks"
         )
     writer = _Writer(report.blocks, shown)
@@ -55,8 +61,9 @@ def side_by_side(
 class _Writer:
     """Writes graphs as lines.
 
-    Nodes are told to be a block's by their names, which the rewriting keeps. What it adds to one segment may be called
-    as a block's node in another: that has no stack of modules, nor the statement.
+    The nodes of a block are identified by their names, which the rewrite does not change. A node that the rewrite adds
+    to one segment may have the name of a block's node in another segment. Such a node has neither a stack of modules
+    nor the same statement.
     """
 
     def __init__(self, blocks: Sequence[BlockReport], shown: set[str]) -> None:
@@ -66,7 +73,7 @@ class _Writer:
         self.block_of = {line.partition(" = ")[0]: block for line, block in lines if " = " in line}
 
     def lines(self, gm: fx.GraphModule, *, returns: bool = True) -> list[str]:
-        """A graph, a line per node or block."""
+        """Returns the lines of a graph, one per node or block."""
         text, found = statements(gm.graph), []
         written: set[int] = set()
         for node in gm.graph.nodes:
@@ -85,18 +92,18 @@ class _Writer:
         return found
 
     def _part_of(self, block: BlockReport, text: Mapping[str, str]) -> str:
-        """A remark where a segment holds but a part of the block: the rest of it was deferred."""
+        """Returns a remark if the segment contains only a part of the block, because the rest was deferred."""
         names = [name for name, other in self.block_of.items() if other is block]
         here = sum(name in text for name in names)
         return "" if here == len(names) else f", {here} of them here"
 
     def rewritten_lines(self, after: fx.GraphModule) -> list[str]:
-        """The cached graph with its segments written out where they are called."""
+        """Returns the lines of the cached graph, with each segment in place of its call."""
         return list(self._rewritten_lines(after))
 
     def _rewritten_lines(self, after: fx.GraphModule) -> Iterator[str]:
         parts = {name: part for name, part in after.named_children() if isinstance(part, fx.GraphModule)}
-        called: dict[fx.Node, list[str]] = {}  # What each call returns, by its names in the segment.
+        called: dict[fx.Node, list[str]] = {}  # The names, in the segment, of what each call returns.
         names: dict[fx.Node, str] = {}
         for node in after.graph.nodes:
             if node.op == "call_module":
@@ -120,7 +127,7 @@ class _Writer:
 
 
 def _returned(gm: fx.GraphModule) -> list[str]:
-    """Names of the nodes that a segment returns."""
+    """Returns the names of the nodes that a segment returns."""
     return [str(arg) for arg in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
 
 
@@ -132,6 +139,6 @@ def _text(argument: Any, names: Mapping[fx.Node, str]) -> str:
 
 
 def block_line(block: BlockReport) -> str:
-    """A block that is not expanded."""
+    """Returns the line of a block that is not expanded."""
     made = ", ".join(block.makes) or "..."
     return f"{made} = {block.path}({', '.join(block.reads)})  # {block.cls}, {block.num_nodes} nodes"

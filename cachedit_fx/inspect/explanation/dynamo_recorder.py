@@ -1,4 +1,4 @@
-"""A backend that follows every graph through the passes and compiles none."""
+"""A backend that runs the passes on every graph, records the results, and compiles nothing."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ from cachedit_fx.inspect.explanation.trace import Trace
 
 
 class Stop(Exception):
-    """The module was captured whole, so nothing of it need run."""
+    """Stops a module that was captured whole before it runs."""
 
 
 @dataclass
 class RecordedGraph:
-    """One graph: its report, and the graphs themselves by what `Explanation.graph` calls them."""
+    """The report of one graph, and its graphs by the names that `Explanation.graph` takes."""
 
     report: GraphReport
     graphs: dict[str, fx.GraphModule]
 
 
 class DynamoRecorder(Backend):
-    """What `explain` compiles a module with.
+    """The backend with which `explain` compiles a module.
 
     Attributes:
-        recorded: The graphs of the last strategy that captured any.
-        strategy: The way in which it captured. A module that is to be one graph is not run: `Stop` is raised.
+        recorded: The graphs that the last capture strategy captured.
+        strategy: The current capture strategy. If it captures the module as one graph, the module does not run: `Stop`
+            is raised instead.
     """
 
     def __init__(self, like: Backend, arguments: Collection[str]) -> None:
@@ -51,17 +52,17 @@ class DynamoRecorder(Backend):
         self.recorded: list[RecordedGraph] = []
         self.strategy = CaptureStrategy(whole=True, captures_data=False)
 
-    # Equal backends share their compiled graphs, and this one's do not run.
+    # Equal backends share compiled graphs, and the graphs of this backend must not be shared.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     def begin(self, strategy: CaptureStrategy) -> None:
-        """A way to capture the module is tried: what an earlier one captured counts no more."""
+        """Begins a capture strategy, and discards what an earlier one captured."""
         self.strategy = strategy
         self.recorded.clear()
 
     def capturing(self, *, data: bool) -> DynamoRecorder:
-        return self  # What is recorded of every way is the same one's.
+        return self  # All capture strategies share one recorder.
 
     def __call__(
         self,
@@ -93,7 +94,10 @@ class DynamoRecorder(Backend):
         return _stop if self.strategy.whole else gm.forward
 
     def add_risks(self, guards: Sequence[Any]) -> list[bool]:
-        """Takes what the graph captured last was specialised on. Dynamo's `guard_filter_fn`; all guards are kept."""
+        """Adds the arguments that the last graph is specialized on to its report.
+
+        This is Dynamo's `guard_filter_fn`; it keeps all guards.
+        """
         if self.recorded:
             last = self.recorded[-1]
             last.report = replace(last.report, risks=risks_of(guards, self._arguments))
@@ -105,7 +109,7 @@ def _stop(*_: Any) -> Any:
 
 
 def _break_after(gm: fx.GraphModule) -> BreakReport | None:
-    """Why Dynamo ended the graph; None at the end of a function."""
+    """Returns why Dynamo ended the graph; None if it is the end of a function."""
     reason: Any = getattr(gm, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return None
@@ -117,16 +121,16 @@ def _break_after(gm: fx.GraphModule) -> BreakReport | None:
 
 @contextlib.contextmanager
 def forgotten_sizes() -> Iterator[None]:
-    """Lets Dynamo forget the sizes that it sees inside: it would take them for dynamic in the user's next call."""
+    """Discards the sizes that Dynamo observes inside; it would treat them as dynamic in the user's next call."""
     state = get_code_state()
-    known = copy.deepcopy(dict(state))
+    before = copy.deepcopy(dict(state))
     try:
         yield
     finally:
         state.clear()
-        state.update(known)
+        state.update(before)
 
 
 def isolated() -> dict[str, Any]:
-    """Arguments that keep what is compiled out of the way of the user's own compilations, where torch has them."""
+    """Returns arguments of `torch.compile` that separate its cache entries from the user's, if torch has them."""
     return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}

@@ -1,4 +1,4 @@
-"""`explain`: what the compiler would make of a model or a pipeline at one call, and why."""
+"""Explains what the compiler would do with a model or a pipeline for one call, and why: `explain`."""
 
 from __future__ import annotations
 
@@ -39,30 +39,32 @@ _HOW = {
 
 
 def explain(target: Any, *args: Any, cache_config: CacheConfig | None = None, **kwargs: Any) -> Explanation:
-    """What the compiler makes of a transformer or a pipeline at this call: what is cached, how, or why not.
+    """Explains what the compiler does with a transformer or a pipeline for one call: what is cached, how, or why not.
 
-    Captures the transformer and runs the passes; compiles nothing, and changes neither the model nor what is compiled
-    of it. A transformer that Dynamo captures whole is not run at all; one that it breaks up runs eagerly. A pipeline
-    runs up to the first call of the last of its transformers.
+    The transformer is captured, and the passes run. Nothing is compiled, and neither the model nor its compiled code
+    is changed. A transformer that Dynamo captures whole does not run at all; one that Dynamo breaks up runs eagerly. A
+    pipeline runs up to the first call of the last of its transformers.
 
     Args:
-        target: A transformer (compiled, cached or neither), a pipeline, or a `BlockAdapter` with either.
-        args, kwargs: Of the call.
-        cache_config: By default that which the cache is enabled or compiled with, else `CacheConfig()`.
+        target: A transformer (compiled, cached or neither), a pipeline, or a `BlockAdapter` of either.
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments of the call.
+        cache_config: The configuration. By default, the one that the cache is enabled or compiled with, or else
+            `CacheConfig()`.
 
     Returns:
-        Prints as a page, and holds everything as data.
+        The explanation. Its `str` is a page of text, and its attributes hold the results as data.
 
     Raises:
         ConfigError: There is no transformer, or the pipeline calls none.
-        PatternError: The model contradicts what was declared of it.
+        PatternError: The model contradicts what was declared about it.
     """
     plain = getattr(target, "_orig_mod", target)
     found = settings_for(plain, cache_config)
     calls: dict[str, _Call] = {}
     if isinstance(plain, nn.Module):
         calls = dict.fromkeys(found, _Call(args, kwargs))
-        found = {name: (target if module is plain else module, known) for name, (module, known) in found.items()}
+        found = {name: (target if module is plain else module, settings) for name, (module, settings) in found.items()}
     else:
         pipe = plain.pipe if isinstance(plain, BlockAdapter) and plain.pipe is not None else plain
         modules = {name: module for name, (module, _) in found.items()}
@@ -73,18 +75,21 @@ def explain(target: Any, *args: Any, cache_config: CacheConfig | None = None, **
             calls = dict.fromkeys(modules, _Call(args, kwargs))
     if not calls:
         raise ConfigError(
-            f"cachedit_fx: target must be a transformer or a pipeline that calls one, got {type(plain).__name__}; it "
-            f"called none of {', '.join(found)} with these arguments"
+            f"cachedit_fx: target must be a transformer or a pipeline that calls one, got {type(plain).__name__}, "
+            f"which called none of {', '.join(found)} with these arguments"
         )
     captured: list[Captured] = []
     recorded: list[RecordedGraph] = []
-    notes = [f"{name} was not called, so nothing is known of it." for name in found if name not in calls]
+    notes = [f"{name} was not called, so it is not explained." for name in found if name not in calls]
     if torch.is_grad_enabled() and isinstance(plain, nn.Module):
-        notes.append("Captured without gradients. The cache is for inference: call the model under torch.no_grad().")
+        notes.append(
+            "The model was captured without gradients. The cache is for inference only: call the model under "
+            "torch.no_grad()."
+        )
     for name, call in calls.items():
         module, settings = found[name]
         is_bare = len(found) == 1 and module is target
-        settings = _known(module, settings, is_given=cache_config is not None)
+        settings = _current_settings(module, settings, is_given=cache_config is not None)
         how, graphs = _capture(module, settings, call, "" if is_bare else name)
         captured.append(how)
         recorded += graphs
@@ -97,10 +102,10 @@ class _Call:
     kwargs: dict[str, Any]
 
 
-def _known(module: nn.Module, settings: Settings, *, is_given: bool) -> Settings:
-    """What the module is cached or compiled with already, unless a configuration was given."""
+def _current_settings(module: nn.Module, settings: Settings, *, is_given: bool) -> Settings:
+    """Returns the settings with which the module is cached or compiled already, unless a configuration was given."""
     enabled = enabled_settings(getattr(module, "_orig_mod", module))
-    if enabled is not None:  # Its functor has prepared the module.
+    if enabled is not None:  # The functor has prepared the module already.
         enabled = replace(enabled, functor=None)
         return replace(enabled, config=settings.config) if is_given else enabled
     config = _compiled_config(module)
@@ -108,7 +113,7 @@ def _known(module: nn.Module, settings: Settings, *, is_given: bool) -> Settings
 
 
 def _compiled_config(module: Any) -> CacheConfig | None:
-    """The configuration that a module was compiled with by `torch.compile(module, backend="cachedit")`."""
+    """Returns the configuration of `torch.compile(module, backend="cachedit")`; None for another backend."""
     found: Any = getattr(getattr(module, "dynamo_ctx", None), "callback", None)
     while found is not None:
         compiler, kwargs = getattr(found, "compiler_fn", None), getattr(found, "kwargs", None)
@@ -123,16 +128,15 @@ def _compiled_config(module: Any) -> CacheConfig | None:
 
 
 def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> tuple[Captured, list[RecordedGraph]]:
-    """Every graph of one transformer."""
+    """Captures one transformer, and returns how it was captured and all of its graphs."""
     is_compiled = isinstance(module, torch._dynamo.OptimizedModule)
     module = getattr(module, "_orig_mod", module)
     recorder = DynamoRecorder(settings.backend(), {*inspect.signature(module.forward).parameters, "args"})
     kwargs = {k: v for k, v in settings.compile_kwargs.items() if k in ("fullgraph", "dynamic")}
     kwargs |= {"options": {"guard_filter_fn": recorder.add_risks}, **isolated()}
-    ways = [
-        way for way in CAPTURE_STRATEGIES if not (is_compiled and way.captures_data)
-    ]  # That is what enable_cache does.
-    strategies = CaptureStrategies(module, recorder, kwargs, before_each=recorder.begin, strategies=ways)
+    # Only enable_cache captures sizes that depend on data; torch.compile with this backend does not.
+    allowed = [strategy for strategy in CAPTURE_STRATEGIES if not (is_compiled and strategy.captures_data)]
+    strategies = CaptureStrategies(module, recorder, kwargs, before_each=recorder.begin, strategies=allowed)
     with _prepared(module, settings), forgotten_sizes(), torch.no_grad():
         try:
             strategies(*call.args, **call.kwargs)
@@ -160,7 +164,7 @@ def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> t
 
 @contextlib.contextmanager
 def _prepared(module: nn.Module, settings: Settings) -> Iterator[None]:
-    """The module as its patch functor wants it, and as it was afterwards."""
+    """Prepares the module with its patch functor, and restores it afterwards."""
     if settings.functor is None:
         yield
         return
@@ -172,34 +176,34 @@ def _prepared(module: nn.Module, settings: Settings) -> Iterator[None]:
 
 
 class _AllCalled(BaseException):
-    """Every transformer was called once. No pipeline catches it."""
+    """Stops a pipeline after every transformer was called once. Pipelines do not catch it: it is no `Exception`."""
 
 
 def _first_calls(run: Callable[[], Any], modules: dict[str, nn.Module]) -> dict[str, _Call]:
-    """What each transformer is called with first while `run` runs; it is cut off where all are known."""
+    """Runs `run` until each transformer was called once, and returns their first calls by name."""
     calls: dict[str, _Call] = {}
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
-            stack.enter_context(_noting(name, module, calls, len(modules)))
+            stack.enter_context(_recorded(name, module, calls, len(modules)))
         with contextlib.suppress(_AllCalled):
             run()
     return {name: calls[name] for name in modules if name in calls}
 
 
 @contextlib.contextmanager
-def _noting(name: str, module: nn.Module, calls: dict[str, _Call], count: int) -> Iterator[None]:
-    """Takes the module's calls, in place of whatever its compiled call was, and runs them as they are."""
+def _recorded(name: str, module: nn.Module, calls: dict[str, _Call], count: int) -> Iterator[None]:
+    """Records the first call of the module. The calls run eagerly, without what the module was compiled with."""
     held = module.__dict__
     had, before = "_compiled_call_impl" in held, held.get("_compiled_call_impl")
     plain = getattr(module, "_orig_mod", module)
 
-    def note(*args: Any, **kwargs: Any) -> Any:
+    def record(*args: Any, **kwargs: Any) -> Any:
         calls.setdefault(name, _Call(args, kwargs))
         if len(calls) == count:
             raise _AllCalled
         return plain._call_impl(*args, **kwargs)
 
-    held["_compiled_call_impl"] = note
+    held["_compiled_call_impl"] = record
     try:
         yield
     finally:
@@ -210,7 +214,7 @@ def _noting(name: str, module: nn.Module, calls: dict[str, _Call], count: int) -
 
 
 def _end_of_call(pipe: Any) -> None:
-    """What a pipeline does at its end, which it did not reach: offloaded parts go back to where they were."""
+    """Moves offloaded components back, as the pipeline would have done at its end."""
     free = getattr(pipe, "maybe_free_model_hooks", None)
     if callable(free):
         free()

@@ -1,4 +1,4 @@
-"""Graphs to look at: copies that outlive the compilation, and their nodes as lines of Python."""
+"""Copies graphs for inspection, and writes their nodes as lines of Python."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cachedit_fx.patterns.nodes import value_of
 
 
 def snapshot(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph and of the graphs that it calls; weights are shared. It holds no inputs of a call."""
+    """Returns a copy of a graph and of the graphs that it calls. It shares the weights, and holds no inputs."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     for node in graph.nodes:
@@ -26,7 +26,7 @@ def snapshot(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def statements(graph: fx.Graph) -> dict[str, str]:
-    """Node's name -> its line of Python, as the graph prints it, with weights by their paths."""
+    """Returns the line of Python for each node, by its name. Weights are given by their paths."""
     inputs = {node.name: node.meta.get("cachedit_input") for node in graph.nodes if node.op == "placeholder"}
     paths = {name: info.path for name, info in inputs.items() if info is not None and info.path}
     found = {}
@@ -39,7 +39,7 @@ def statements(graph: fx.Graph) -> dict[str, str]:
 
 
 def code_of(nodes: Sequence[fx.Node], lines: dict[str, str]) -> str:
-    """The nodes as Python, a line each, with the user's line behind where it changes."""
+    """Returns the nodes as Python code, one line each, followed by the place in the user's code where it changes."""
     found, last = [], ""
     for node in nodes:
         line = lines.get(node.name)
@@ -52,7 +52,7 @@ def code_of(nodes: Sequence[fx.Node], lines: dict[str, str]) -> str:
 
 
 def last_frame(node: fx.Node) -> str:
-    """`attention.py:123, in forward` of the user's code that made the node; empty where Dynamo kept no stack."""
+    """Returns the place in the user's code, such as `attention.py:123, in forward`; empty if Dynamo stored no stack."""
     trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
     frames = [line.strip() for line in trace if line.strip().startswith("File ")]
     if not frames:
@@ -63,7 +63,7 @@ def last_frame(node: fx.Node) -> str:
 
 
 def shapes_of(node: fx.Node) -> str:
-    """`float32[2, 16, 32]`; empty for what is no tensor."""
+    """Returns the dtype and shape of a node, such as `float32[2, 16, 32]`; empty if it is not a tensor."""
     value: Any = value_of(node)
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         return ""

@@ -1,4 +1,4 @@
-"""What `explain` returns."""
+"""The result of `explain`: `Explanation`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ GRAPHS = ("before", "after", "head", "compute", "reuse", "tail")
 
 
 class Explanation:
-    """What the compiler makes of a model, without compiling it. Prints as a page.
+    """What the compiler does with a model. Its `str` is a page of text.
 
     Attributes:
-        title: The class of what was explained.
+        title: The name of the class of the explained object.
         modules: How each transformer was captured.
-        graphs: A report of every graph, in the order in which they run; of a model that is captured whole one.
-        notes: What else there is to know, a sentence each.
+        graphs: The report of each graph, in execution order. A model that is captured whole has one graph.
+        notes: Further remarks, one sentence each.
     """
 
     def __init__(
@@ -45,14 +45,16 @@ class Explanation:
         return all(captured.module in cached for captured in self.modules)
 
     def graph(self, which: str, index: int | None = None, *, region: int = 0, aten: bool = False) -> fx.GraphModule:
-        """One of the graphs, to be printed (`print_readable()`, `code`); a copy, whose weights are the model's.
+        """Returns a copy of one of the graphs, which can be printed (`print_readable()`, `code`).
+
+        The copy shares the weights of the model.
 
         Args:
-            which: "before" (as captured), "after" (with its conditionals), or a part of the latter: "head", "compute",
-                "reuse", "tail".
-            index: Which of `graphs`; by default the first that is cached, else the largest.
-            region: Of which region, for "compute" and "reuse".
-            aten: As aten operations (by functorch), at the shapes of the explained call.
+            which: "before" (the captured graph), "after" (the cached graph), or a part of the latter: "head",
+                "compute", "reuse", "tail".
+            index: The index in `graphs`; by default the largest cached graph, or else the largest graph.
+            region: The number of the region, for "compute" and "reuse".
+            aten: Whether to return aten operations (by functorch), at the shapes of the explained call.
 
         Raises:
             ConfigError: There is no such graph.
@@ -60,16 +62,16 @@ class Explanation:
         held = self._graphs[self.index(index)]
         name = f"{which}_{region}" if which in ("compute", "reuse") else which
         if name not in held:
-            allowed = ", ".join(repr(known.removesuffix("_0")) for known in held)
+            allowed = ", ".join(repr(graph_name.removesuffix("_0")) for graph_name in held)
             raise ConfigError(f"cachedit_fx: which must be one of {allowed} for this graph, got {which!r}")
         return aten_view(held[name]) if aten else held[name]
 
     def diff(self, index: int | None = None, *, expand: Sequence[str] | bool = ()) -> str:
-        """A unified diff of the graph before and after, a line per block.
+        """Returns a unified diff of the graph before and after the rewrite, with one line per block.
 
         Args:
             index: As for `graph`.
-            expand: Paths of blocks whose nodes are shown; True for all.
+            expand: The paths of the blocks whose nodes are shown; True for all blocks.
 
         Raises:
             ConfigError: `expand` names a block that the graph does not have.
@@ -78,10 +80,10 @@ class Explanation:
         return unified_diff(self.graphs[i], self._graphs[i], expand)
 
     def index(self, index: int | None = None) -> int:
-        """The number in `graphs` that `graph` and `diff` take by default.
+        """Returns a valid index in `graphs`: `index` itself, or the default of `graph` and `diff` for None.
 
         Raises:
-            ConfigError: There is no graph of that number.
+            ConfigError: There is no graph with this index.
         """
         if index is None:
             order = sorted(self.graphs, key=lambda report: (report.is_cached, report.num_nodes))
@@ -91,7 +93,7 @@ class Explanation:
         return index
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; the graphs as diffs."""
+        """Returns all data, except the graphs themselves, in a form that JSON can store."""
         return {
             "title": self.title,
             "is_cached": self.is_cached,
@@ -101,7 +103,11 @@ class Explanation:
         }
 
     def to_html(self, path: str | Path) -> Path:
-        """Writes the page as one file that needs no network; returns its path."""
+        """Writes the explanation as one HTML file that loads nothing from the network, and returns its path.
+
+        Raises:
+            ConfigError: jinja2 is not installed.
+        """
         from cachedit_fx.inspect.pages import explanation_page
 
         target = Path(path)
@@ -109,7 +115,11 @@ class Explanation:
         return target
 
     def plot(self, path: str | Path | None = None, *, index: int | None = None) -> Any:
-        """The chain as a matplotlib figure; written to `path` (png, svg, pdf) if there is one."""
+        """Returns the chain as a matplotlib figure, and writes it to `path` (png, svg or pdf) if a path is given.
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+        """
         from cachedit_fx.inspect.pages import plot_chain
 
         return plot_chain(self.graphs[self.index(index)], path)

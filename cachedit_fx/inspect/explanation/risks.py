@@ -1,4 +1,4 @@
-"""What a graph was specialised on, read off Dynamo's guards."""
+"""Lists the arguments that a graph is specialized on, from Dynamo's guards."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _LENGTHS = ("SEQUENCE_LENGTH", "LIST_LENGTH", "DICT_KEYS", "DICT_LENGTH")
 
 
 def risks_of(guards: Sequence[Any], arguments: Collection[str]) -> tuple[RiskReport, ...]:
-    """The arguments of the call that the guards look at, each once; nothing that the model holds.
+    """Returns the arguments of the call that the guards check, each once. What the model holds is not included.
 
-    A size, a number, a string or an argument that is there or not: another one compiles once more.
+    Another size, number or string, or an argument that is present or missing, triggers a recompilation.
 
     Args:
-        guards: `GuardFilterEntry`s of one graph.
-        arguments: Names of the forward's parameters.
+        guards: The `GuardFilterEntry` objects of one graph.
+        arguments: The names of the parameters of the forward.
     """
     found: dict[str, RiskReport] = {}
     for guard in guards:
@@ -40,20 +40,24 @@ def _risk(what: str, value: Any, guard_type: str) -> RiskReport | None:
         return RiskReport(
             what,
             text,
-            "another size compiles once more, and the size is dynamic from then on; another dtype, device or number "
-            "of dimensions compiles each time",
+            "a new size triggers one recompilation, and that dimension is dynamic afterwards; every new dtype, device "
+            "or number of dimensions triggers a recompilation",
         )
     if value is None or isinstance(value, bool | str):
-        return RiskReport(what, repr(value), "another value compiles each time")
+        return RiskReport(what, repr(value), "every new value triggers a recompilation")
     if isinstance(value, int | float):
-        return RiskReport(what, repr(value), "another value compiles once more; it may be dynamic from then on")
+        return RiskReport(
+            what, repr(value), "a new value triggers a recompilation, and the number may be dynamic afterwards"
+        )
     if guard_type in _LENGTHS and hasattr(value, "__len__"):
-        return RiskReport(what, f"{type(value).__name__} of {len(value)}", "another length or key compiles each time")
+        return RiskReport(
+            what, f"{type(value).__name__} of {len(value)}", "every new length or key triggers a recompilation"
+        )
     return None
 
 
 def _label(source: str) -> str:
-    """`kwargs['timestep']` -> `timestep`; `a['b'][0]` -> `a[b][0]`."""
+    """Shortens the source of a guard: `kwargs['timestep']` to `timestep`, and `a['b'][0]` to `a[b][0]`."""
     bare = re.sub(r"^L\['(\w+)'\]", r"\1", source)
     name = re.sub(r"^kwargs\['(\w+)'\]", r"\1", bare)
     return name.replace("'", "").replace('"', "")

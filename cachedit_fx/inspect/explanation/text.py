@@ -1,4 +1,4 @@
-"""The page that an explanation prints as."""
+"""Writes an explanation as a page of text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PARTS = {"Fn": "Fn, always runs", "region": "region", "Bn": "Bn, always runs", 
 
 
 def page(explanation: Explanation) -> str:
-    """The whole page, without a trailing newline."""
+    """Returns the whole page, without a trailing newline."""
     lines = [f"cachedit_fx.explain: {explanation.title}"]
     for captured in explanation.modules:
         lines.append("")
@@ -59,7 +59,7 @@ def _module(captured: Captured, graphs: list[GraphReport]) -> Iterator[str]:
 
 
 def _short(number: int, graph: GraphReport) -> Iterator[str]:
-    """A graph among others of a transformer that is captured in parts."""
+    """Yields the line of one of several graphs of a transformer that is captured in parts."""
     ends = ""
     if graph.break_after is not None:
         place = f" at {graph.break_after.where}" if graph.break_after.where else ""
@@ -76,7 +76,7 @@ def _graph(number: int, graph: GraphReport) -> Iterator[str]:
             yield from (f"  {line}" for line in _list(blocks))
     others = [f"{blocks.path} ({blocks.num_blocks})" for blocks in graph.lists if not blocks.in_chain]
     if others:
-        yield f"  lists that are no part of the chain: {', '.join(others)}"
+        yield f"  block lists outside of the chain: {', '.join(others)}"
     if graph.blocks:
         yield "  chain:"
         yield from (f"    {line}" for line in chain_lines(graph))
@@ -90,8 +90,8 @@ def _graph(number: int, graph: GraphReport) -> Iterator[str]:
         yield f"  pieces to compile: {len(graph.pieces)}"
         yield from (f"    {line}" for line in _pieces(graph))
         ends = graph.timestep or "none (reuses only inside session(key))", graph.conditioning or "none"
-        yield f"  a generation is told by: timestep {ends[0]}, conditioning {ends[1]}"
-        yield f"  a reused step saves {graph.saved_flops:.1%} of the FLOPs; a session keeps {size(graph.state_bytes)}"
+        yield f"  inputs that identify a session: timestep {ends[0]}, conditioning {ends[1]}"
+        yield f"  a reused step saves {graph.saved_flops:.1%} of the FLOPs; a session caches {size(graph.state_bytes)}"
     if graph.break_after is not None:
         place = f" at {graph.break_after.where}" if graph.break_after.where else ""
         yield f"  ends{place}: {shorten(graph.break_after.reason, 160)}"
@@ -110,7 +110,7 @@ def _list(blocks: ListReport) -> Iterator[str]:
         shown = ", ".join(f"{value.label} {value}" for value in blocks.invariants)
         yield f"  every block reads: {shown}"
     if blocks.loss:
-        yield f"  streams end: {blocks.loss}"
+        yield f"  the streams end: {blocks.loss}"
 
 
 def _value(value: Value) -> str:
@@ -118,7 +118,7 @@ def _value(value: Value) -> str:
 
 
 def chain_lines(graph: GraphReport) -> list[str]:
-    """The chain, a line for each run of blocks that are alike, with the conditionals between them."""
+    """Returns the chain, with one line for each run of equal blocks."""
     lines = []
     for _, run in itertools.groupby(graph.blocks, key=_kind):
         lines.append(_run_line(list(run)))
@@ -154,13 +154,13 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
 
 
 def _region(region: RegionReport) -> Iterator[str]:
-    yield f"region {region.name}: {flops(region.cost.flops)} that a reused step does not do"
+    yield f"region {region.name}: a reused step saves {flops(region.cost.flops)}"
     reuses = "" if region.decided_by != "diff" else f"; reuses below {region.threshold}"
-    yield f"  the probe is {region.probe}{reuses}"
+    yield f"  probe: {region.probe}{reuses}"
     for cached in region.cached:
-        how = f"residual against {cached.since}" if cached.cached_as == "residual" else "value as it is"
-        more = " (joined)" * cached.is_joined + " (sizes measured at every step)" * cached.is_measured
-        yield f"  keeps {cached.value.role or cached.value.label}: {how}{more}, {_value(cached.value)}"
+        how = f"residual against {cached.since}" if cached.cached_as == "residual" else "value"
+        more = " (joined)" * cached.is_joined + " (sizes checked at every step)" * cached.is_measured
+        yield f"  caches {cached.value.role or cached.value.label}: {how}{more}, {_value(cached.value)}"
 
 
 def _pieces(graph: GraphReport) -> Iterator[str]:
@@ -175,7 +175,8 @@ def _pieces(graph: GraphReport) -> Iterator[str]:
 def _risks(graph: GraphReport) -> Iterator[str]:
     if not graph.risks:
         return
-    yield f"compiles once more if one of these changes (recompile_limit: {torch._dynamo.config.recompile_limit}):"
+    limit = torch._dynamo.config.recompile_limit
+    yield f"a change of one of these arguments triggers a recompilation (recompile_limit: {limit}):"
     by_consequence: dict[str, list[str]] = {}
     for risk in graph.risks:
         by_consequence.setdefault(risk.consequence, []).append(f"{risk.what} = {risk.found}")

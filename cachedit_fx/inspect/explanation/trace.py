@@ -1,4 +1,4 @@
-"""Follows one graph through the passes and keeps what there is to see."""
+"""Records what the passes report about one graph."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from cachedit_fx.patterns.mismatch import Match, Mismatch
 
 
 class Trace(Observer):
-    """What became of a graph.
+    """The results of the passes over one graph. Results of passes that did not run are empty or None.
 
     Attributes:
-        before: As captured. All else is empty (or None) where the way did not get so far.
-        program: The tidied graph; `found` and `chain` are block lists in it.
-        matches: Path of a list -> the template that it fits.
-        mismatches: Why templates do not fit, nearest miss first; or why nothing can be cached.
-        plan: What was decided on.
-        after: The cached graph, its segments whole.
-        piece_list: What would be compiled.
-        segments: Names of the segments, by the object that calls a piece.
+        before: The captured graph.
+        program: The graph that the analyses read.
+        found: The block lists of this graph.
+        chain: Those of them that form the chain.
+        matches: The template that each list fits, by the path of the list.
+        mismatches: Why templates do not fit, nearest miss first, or why nothing can be cached.
+        plan: The regions, and what else the analyses found.
+        after: The cached graph, before its segments are split into pieces.
+        piece_list: The pieces.
+        segments: The names of the segments, by the id of the module.
     """
 
     def __init__(self) -> None:
@@ -69,11 +71,11 @@ class Trace(Observer):
         self.segments = {id(module): name for name, module in cached_graph.gm.named_children()}
 
     def refuse(self, mismatches: tuple[Mismatch, ...]) -> None:
-        """The graph is not cached after all, for a reason that no pass knows."""
+        """Records that the graph is not cached, for reasons that no pass found."""
         self.mismatches, self.piece_list, self.after = mismatches, (), None
 
     def graphs(self) -> dict[str, fx.GraphModule]:
-        """The graphs by name: "before"; "after" and its segments where the graph is cached."""
+        """Returns the graphs by name: "before", and, if the graph is cached, "after" and its segments."""
         assert self.before is not None
         found = {"before": self.before}
         if self.after is not None:

@@ -1,15 +1,15 @@
-"""Numbers as people read them."""
+"""Formats FLOPs and bytes with a unit."""
 
 from __future__ import annotations
 
 
 def flops(count: int) -> str:
-    """`1.25 GFLOP`."""
+    """Formats a number of FLOPs, such as `1.25 GFLOP`."""
     return _scaled(count, 1000, "FLOP")
 
 
 def size(count: int) -> str:
-    """`3.1 MiB`."""
+    """Formats a number of bytes, such as `3.1 MiB`."""
     return _scaled(count, 1024, "B")
 
 

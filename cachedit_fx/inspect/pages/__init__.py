@@ -1,4 +1,4 @@
-"""Pages and plots of what `explain` found out and of what a run did. jinja2 and matplotlib wait until then."""
+"""HTML pages and plots of explanations and of runs. jinja2 and matplotlib are imported when they are needed."""
 
 from cachedit_fx.inspect.pages.explained import explanation_fragment, explanation_page
 from cachedit_fx.inspect.pages.plots import plot_chain, plot_run

@@ -1,4 +1,4 @@
-"""Axes of a chart: scales and ticks, in the pixels of an SVG."""
+"""The axes of a chart: scales and ticks, in pixels of an SVG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cachedit_fx.inspect.pages.svg import tag, text
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A linear scale from the values `low` to `high` onto the pixels `start` to `stop`."""
+    """A linear scale that maps the values `low` to `high` to the pixels `start` to `stop`."""
 
     low: float
     high: float
@@ -24,7 +24,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A chart's axes. `x` and `y` map values to pixels."""
+    """The axes of a chart. `x` and `y` map values to pixels."""
 
     width: float
     height: float
@@ -32,7 +32,7 @@ class Frame:
     y: Scale
 
     def rows(self, name: str) -> Iterator[str]:
-        """Horizontal lines with what they stand for, and above them the axis' name."""
+        """Yields horizontal grid lines with their values, and the name of the vertical axis above them."""
         yield text(4, 12, name, "axis-name")
         for value in ticks(self.y.high):
             y = self.y(value)
@@ -40,25 +40,25 @@ class Frame:
             yield text(self.x.start - 7, y + 4, f"{value:.3g}", "tick", "end")
 
     def columns(self, name: str, values: list[float]) -> Iterator[str]:
-        """What stands beneath the chart."""
+        """Yields the values and the name of the horizontal axis below the chart."""
         for value in values:
             yield text(self.x(value), self.y.start + 16, f"{value:.3g}", "tick", "middle")
         yield text(self.x.stop, self.y.start + 32, name, "axis-name", "end")
 
     def svg(self, parts: Iterator[str], label: str) -> str:
-        """The chart."""
+        """Returns the chart as an SVG element."""
         box = f"0 0 {self.width:.0f} {self.height:.0f}"
         return tag("svg", *parts, class_="ch", viewBox=box, role="img", aria_label=label)
 
 
 def frame(columns: tuple[float, float], high: float, *, width: float = 430, height: float = 216) -> Frame:
-    """Axes with room for their labels; the vertical one begins at 0."""
+    """Returns axes with room for their labels. The vertical axis begins at 0."""
     x = Scale(*columns, 54, width - 10)
     return Frame(width, height, x, Scale(0, ticks(high)[-1], height - 42, 24))
 
 
 def ticks(high: float) -> list[float]:
-    """Four to six round numbers from 0 to what is not below `high`."""
+    """Returns four to six round numbers from 0 to a number that is at least `high`."""
     if not math.isfinite(high) or high <= 0:
         return [0.0, 1.0]
     unit = 10.0 ** math.floor(math.log10(high / 5))
@@ -67,6 +67,6 @@ def ticks(high: float) -> list[float]:
 
 
 def step_ticks(num_steps: int) -> list[float]:
-    """Numbers of steps, at most twelve."""
+    """Returns at most twelve numbers of steps."""
     every = max(1, math.ceil(num_steps / 12))
     return [float(step) for step in range(0, num_steps, every)]

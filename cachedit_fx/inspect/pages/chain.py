@@ -1,4 +1,4 @@
-"""The chain of a graph as SVG: blocks, streams, conditionals and what they let pass."""
+"""Draws the chain of a graph as SVG: blocks, streams, conditionals and reuse branches."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cachedit_fx.inspect.pages.layout import BLOCK_HEIGHT, Band, Layout, lay_out
 from cachedit_fx.inspect.pages.pieces import kinds_of
 from cachedit_fx.inspect.pages.svg import fit, points, tag, text, title
 
-TOP = 104.0  # Of the blocks, below the path around a region; where there is none they stand higher:
-TOP_PLAIN = 46.0
-REUSE = 58.0  # Height of the path around a region.
-CONDITIONAL_WIDTH, CONDITIONAL_HEIGHT = 34.0, 38.0  # Half of a conditional's.
-JOIN_WIDTH = 10.0  # Half of a join's.
-SKIPS = 46.0  # Room for edges that pass over blocks.
-BARS = 40.0  # Height of the most expensive block's bar.
+TOP = 104.0  # Top of the blocks, below the path around a region.
+TOP_PLAIN = 46.0  # Top of the blocks in a graph that is not cached.
+REUSE = 58.0  # Vertical position of the path around a region.
+CONDITIONAL_WIDTH, CONDITIONAL_HEIGHT = 34.0, 38.0  # Half of the size of a conditional.
+JOIN_WIDTH = 10.0  # Half of the width of a join.
+SKIPS = 46.0  # Height of the edges that skip blocks.
+BARS = 40.0  # Height of the bar of the most expensive block.
 ROLES = ("hidden_states", "encoder_hidden_states")
 PARTS = {
     "Fn": ("Fn", "Fn: always runs"),
@@ -28,20 +28,25 @@ PARTS = {
 
 
 def chain_svg(graph: GraphReport, name: str, *, opens: bool = True) -> str:
-    """The drawing.
+    """Returns the drawing.
 
     Args:
-        name: Begins the ids in it, and tells its blocks from those of other drawings on a page.
-        opens: Blocks are buttons.
+        graph: The report of the graph.
+        name: The prefix of the ids in the drawing, unique on a page.
+        opens: Whether the blocks are buttons that open a panel.
     """
     return _Drawing(graph, name, opens).svg()
 
 
-_WITHOUT_PROBE = {"ratios": "the ratios' sum allows it", "decider": "the decider says so", "mask": "the mask says so"}
+_WITHOUT_PROBE = {
+    "ratios": "sum of ratios allows it",
+    "decider": "the decider decides",
+    "mask": "the mask has a 0",
+}
 
 
 def reuses_when(region: RegionReport) -> str:
-    """What lets the conditional reuse, in a few words."""
+    """Returns the condition under which a step is reused, in a few words."""
     if region.decided_by != "diff":
         return _WITHOUT_PROBE[region.decided_by]
     return "threshold ≥ 1" if region.threshold >= 1 else f"diff < {region.threshold:g}"
@@ -68,7 +73,7 @@ class _Drawing:
         parts = [self._defs(), *self._bands(), *self._lists(), *self._streams(), *self._skip_edges()]
         parts += [*self._invariants(), *self._conditionals(), *self._ends(), *self._bars(), *self._blocks()]
         count = f"{len(self.graph.blocks)} blocks"
-        label = f"Chain of {count}; the arrow keys go from block to block" if self.opens else f"Chain of {count}"
+        label = f"Chain of {count}; the arrow keys move between blocks" if self.opens else f"Chain of {count}"
         return tag(
             "svg",
             *parts,
@@ -88,7 +93,7 @@ class _Drawing:
 
     def _bands(self) -> Iterator[str]:
         for band in self.layout.bands:
-            short, long = PARTS.get(band.part, (f"region {band.region}", f"region {band.region}: runs, or is skipped"))
+            short, long = PARTS.get(band.part, (f"region {band.region}", f"region {band.region}: runs or is skipped"))
             if not short:
                 continue
             x, width = band.x - 7, band.right - band.x + 14
@@ -113,7 +118,7 @@ class _Drawing:
         return next((one for one in reversed(chained) if (one.first or 0) <= number), chained[0] if chained else None)
 
     def _roles(self, number: int) -> list[str]:
-        """The streams on the way into a block, or for the number behind the last one out of it."""
+        """Returns the streams that enter a block; for the number after the last block, those that leave it."""
         found = self._list_of(number)
         roles = [value.role for value in found.streams if value.role] if found is not None else []
         if number and self.graph.blocks[number - 1].makes:
@@ -134,10 +139,10 @@ class _Drawing:
                     yield tag("polygon", points=arrow, class_="arrow")
 
     def _skips(self) -> Iterator[tuple[int, int]]:
-        """Blocks that read what an earlier block than the one before them made: (from, to)."""
-        made = {name: block.number for block in self.graph.blocks for name in block.makes}
+        """Yields (from, to) for blocks that read an output of a block other than the one before them."""
+        source_of = {name: block.number for block in self.graph.blocks for name in block.makes}
         for block in self.graph.blocks:
-            for source in {made[name] for name in block.reads if name in made}:
+            for source in {source_of[name] for name in block.reads if name in source_of}:
                 if source < block.number - 1:
                     yield source, block.number
 
@@ -146,7 +151,7 @@ class _Drawing:
             a, b = self.layout.boxes[source].middle, self.layout.boxes[target].middle
             depth = self.bottom + 20 + SKIPS * (target - source) / max(t - s for s, t in self.skips)
             path = f"M{a:.1f},{self.bottom:.1f} C{a:.1f},{depth:.1f} {b:.1f},{depth:.1f} {b:.1f},{self.bottom:.1f}"
-            words = f"block {target} also reads what block {source} made"
+            words = f"block {target} also reads an output of block {source}"
             yield tag("g", title(words), tag("path", d=path, class_="skip"))
 
     def _invariants(self) -> Iterator[str]:
@@ -159,8 +164,8 @@ class _Drawing:
         path = f"M{start:.1f},{self.bottom:.1f} V{self.rail - 6:.1f} q0,6 6,6 H{last.middle:.1f}"
         ticks = "".join(f"M{box.middle:.1f},{self.rail:.1f} V{self.bottom:.1f}" for box in self.layout.boxes)
         yield tag("path", d=path + ticks, class_="invariant")
-        said = fit(f"every block reads {names}", last.right - first.x + 30, 10.5)
-        yield tag("g", title(f"every block reads {names}"), text(first.x - 12, self.rail + 15, said, "small"))
+        label = fit(f"every block reads {names}", last.right - first.x + 30, 10.5)
+        yield tag("g", title(f"every block reads {names}"), text(first.x - 12, self.rail + 15, label, "small"))
 
     def _conditionals(self) -> Iterator[str]:
         for band in self.layout.bands:
@@ -183,7 +188,7 @@ class _Drawing:
             (x + CONDITIONAL_WIDTH, self.middle),
         )
         diamond = tag("polygon", points=points(*corners, (x, self.middle + CONDITIONAL_HEIGHT)), class_="conditional")
-        words = f"The probe of {region.name} is {region.probe}; reuses if: {reuses_when(region)}"
+        words = f"{region.name}: probe {region.probe}; a step is reused if: {reuses_when(region)}"
         yield tag("g", title(words), diamond, text(x, self.middle + 4, "reuse?", "conditional-text", "middle"))
         yield text(x + 6, self.middle - CONDITIONAL_HEIGHT - 5, "yes", "small strong")
         yield text(x + 19, self.middle - 20, "no", "small strong")
@@ -193,20 +198,20 @@ class _Drawing:
         )
         yield tag(
             "g",
-            title("Computed or reused, the same values go on"),
+            title("Both branches return the same values"),
             capsule,
             text(join, self.middle + 5, "+", "plus", "middle"),
         )
 
     def _reuse_label(self, x: float, join: float, state_bytes: int, saved: int) -> Iterator[str]:
         room = join - x - 60
-        said = f"reuse: adds what was kept ({size(state_bytes)}), saves {flops(saved)}"
-        shorter = (said, f"reuse: saves {flops(saved)}", "reuse")
-        said = next((words for words in shorter if len(words) * 7 < room), "reuse")
-        width = len(said) * 6.8 + 20
-        middle = min((x + join) / 2, x + 60 + width / 2)  # Of a long path, where one begins to read.
+        longest = f"reuse: adds the cached values ({size(state_bytes)}), saves {flops(saved)}"
+        labels = (longest, f"reuse: saves {flops(saved)}", "reuse")
+        label = next((words for words in labels if len(words) * 7 < room), "reuse")
+        width = len(label) * 6.8 + 20
+        middle = min((x + join) / 2, x + 60 + width / 2)  # Near the left end of a long path.
         yield tag("rect", x=middle - width / 2, y=REUSE - 10, width=width, height=20, rx=10, class_="pill")
-        yield text(middle, REUSE + 4, said, "reuse-text", "middle")
+        yield text(middle, REUSE + 4, label, "reuse-text", "middle")
 
     def _ends(self) -> Iterator[str]:
         named = ("head", "tail") if self.graph.is_cached else ("before", "after")
@@ -238,7 +243,7 @@ class _Drawing:
         place = f"region {block.region}" if block.region is not None else block.part
         label = ", ".join(filter(None, (f"Block {block.number}", block.path, block.cls, place, kind.name)))
         shape = dict(x=box.x, y=self.top, width=box.width, height=BLOCK_HEIGHT, rx=6)
-        parts = [title(label), tag("rect", **shape, class_="body", fill=kind.colour)]
+        parts = [title(label), tag("rect", **shape, class_="body", fill=kind.color)]
         if kind.is_striped:
             parts.append(tag("rect", **shape, fill=f"url(#{self.name}-stripes)"))
         number = block.path.rpartition(".")[2] or str(block.number)

@@ -1,4 +1,7 @@
-"""Charts of a run as SVG. A computed step is a filled circle or bar, a reused one a hollow diamond or hatched bar."""
+"""Draws the charts of a run as SVG.
+
+A computed step is a filled circle or bar, a reused step a hollow diamond or a hatched bar.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from cachedit_fx.inspect.pages.thresholds import measured
 from cachedit_fx.inspect.pages.words import why
 from cachedit_fx.runtime.stats import CacheStats
 
-_OUTLIER = 3  # A step that took more than so many medians is cut off, so that the others can be told apart.
+_OUTLIER = 3  # A step that took more than this many medians is cut off, so that the others are distinguishable.
 
 
 def diff_chart(entry: CacheStats) -> str:
-    """The diff of every step against its threshold."""
+    """Returns a chart of the diff of every step and its threshold."""
     finite = [d for d in (*entry.compared.values(), *entry.thresholds.values()) if math.isfinite(d)]
     axes = _per_step(entry, 1.03 * max(finite, default=1.0))
     return axes.svg(_diffs(entry, axes), f"Diff per step, {_counts(entry)}")
@@ -27,12 +30,12 @@ def _diffs(entry: CacheStats, axes: Frame) -> Iterator[str]:
     yield from axes.rows("accumulated diff" if entry.adds_up else "diff (relative L1)")
     yield from axes.columns("step", step_ticks(entry.num_steps))
     yield from _threshold(entry, axes)
-    known = [(step, diff) for step, diff in sorted(entry.compared.items()) if math.isfinite(diff)]
-    yield tag("polyline", points=points(*((axes.x(s), axes.y(d)) for s, d in known)), class_="faint")
+    finite = [(step, diff) for step, diff in sorted(entry.compared.items()) if math.isfinite(diff)]
+    yield tag("polyline", points=points(*((axes.x(s), axes.y(d)) for s, d in finite)), class_="faint")
     for step in range(entry.num_steps):
         diff = entry.compared.get(step)
-        said = "not looked at" if diff is None else f"{diff:.4g}"
-        words = f"step {step}: {_decision(entry, step)}, diff {said}. {why(_reason(entry, step))}"
+        shown = "not used" if diff is None else f"{diff:.4g}"
+        words = f"step {step}: {_decision(entry, step)}, diff {shown}. {why(_reason(entry, step))}"
         if diff is None:
             y = axes.y.start
             yield tag("g", title(words), mark(axes.x(step), y, step in entry.cached_steps, size=3.6, class_="unprobed"))
@@ -42,16 +45,16 @@ def _diffs(entry: CacheStats, axes: Frame) -> Iterator[str]:
 
 
 def _threshold(entry: CacheStats, axes: Frame) -> Iterator[str]:
-    known = sorted(entry.thresholds.items())
-    if not known:
+    thresholds = sorted(entry.thresholds.items())
+    if not thresholds:
         return
     half = abs(axes.x(0.5) - axes.x(0))
-    stairs = [(axes.x(step) + side, axes.y(value)) for step, value in known for side in (-half, half)]
+    stairs = [(axes.x(step) + side, axes.y(value)) for step, value in thresholds for side in (-half, half)]
     yield tag("polyline", points=points(*stairs), class_="threshold")
 
 
 def time_chart(entry: CacheStats) -> str:
-    """How long every step took; empty where nothing was timed."""
+    """Returns a chart of the time of every step; empty if no times were measured."""
     seconds = list(entry.step_seconds)
     if not seconds:
         return ""
@@ -60,7 +63,10 @@ def time_chart(entry: CacheStats) -> str:
 
 
 def longest_shown(entry: CacheStats) -> float:
-    """Seconds of the longest step that is no outlier, as one is that compiles; 0 where nothing was timed."""
+    """Returns the seconds of the longest step that is not an outlier; 0 if no times were measured.
+
+    A step that compiles is an outlier.
+    """
     reused = set(entry.cached_steps)
     by_kind: tuple[list[float], list[float]] = ([], [])
     for step, second in enumerate(entry.step_seconds):
@@ -84,7 +90,7 @@ def _times(entry: CacheStats, axes: Frame, seconds: Sequence[float]) -> Iterator
 
 
 def error_chart(entry: CacheStats) -> str:
-    """The error of the output and of every stream, per step; empty where none is known."""
+    """Returns a chart of the error of the output and of every stream at each step; empty without errors."""
     if not entry.errors:
         return ""
     values = [v for e in entry.errors.values() for v in (e.output, *e.streams.values()) if math.isfinite(v)]
@@ -103,12 +109,12 @@ def _errors(entry: CacheStats, axes: Frame) -> Iterator[str]:
     line = [(step, error.output) for step, error in sorted(entry.errors.items()) if math.isfinite(error.output)]
     yield tag("polyline", points=points(*((axes.x(s), axes.y(v)) for s, v in line)), class_="output")
     for step, value in line:
-        words = f"step {step}: {_decision(entry, step)}; reusing would have been off by {value:.3g}"
+        words = f"step {step}: {_decision(entry, step)}; the error of reusing it is {value:.3g}"
         yield tag("g", title(words), mark(axes.x(step), axes.y(value), step in entry.cached_steps))
 
 
 def scatter_chart(entry: CacheStats) -> str:
-    """Error against diff, and the largest error below every threshold; empty where none is known."""
+    """Returns a chart of error against diff with the largest error below every threshold; empty without errors."""
     steps = measured(entry)
     if not steps:
         return ""
@@ -142,7 +148,7 @@ def _scatter(entry: CacheStats, axes: Frame) -> Iterator[str]:
 
 
 def spark(entry: CacheStats, width: float = 150, height: float = 30) -> str:
-    """Diffs of a session in the height of a line of a table."""
+    """Returns a small chart of the diffs of a session that fits into a row of a table."""
     finite = [d for d in (*entry.compared.values(), *entry.thresholds.values()) if math.isfinite(d)]
     x = Scale(0, max(1, entry.num_steps - 1), 6, width - 6)
     y = Scale(0, max(finite, default=1.0) or 1.0, height - 5, 5)
@@ -161,7 +167,7 @@ def spark(entry: CacheStats, width: float = 150, height: float = 30) -> str:
 
 
 def mark(x: float, y: float, is_reused: bool, *, size: float = 5.0, class_: str = "") -> str:
-    """A step: a circle that was computed, a diamond that was reused."""
+    """Returns the mark of a step: a circle if it was computed, a diamond if it was reused."""
     if not is_reused:
         return tag("circle", cx=x, cy=y, r=size, class_=f"computed {class_}".strip())
     reach = 1.25 * size

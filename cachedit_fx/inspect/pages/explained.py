@@ -1,4 +1,4 @@
-"""The page of an `Explanation`, and what a notebook shows of one."""
+"""Writes the HTML page of an `Explanation`, and its display in a notebook."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cachedit_fx.inspect.explanation.result import Explanation
 
 _PARTS = {
-    "Fn": "Fn: always runs; what it adds is the probe",
+    "Fn": "Fn: always runs; the probe is usually the residual over these blocks",
     "Bn": "Bn: always runs",
     "between": "always runs, between two regions",
     "": "runs; the graph is not cached",
@@ -32,11 +32,13 @@ _PARTS = {
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A part of a graph's FLOPs.
+    """A part of the FLOPs of a graph.
 
     Attributes:
-        percent: Of the graph's, 0 to 100.
-        is_skipped: A reused step does not do it.
+        name: The name of the part.
+        flops: The FLOPs of the part.
+        percent: The percentage of the FLOPs of the graph, from 0 to 100.
+        is_skipped: Whether a reused step skips the part.
     """
 
     name: str
@@ -47,13 +49,17 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class GraphView:
-    """A graph as the template takes it.
+    """The data of a graph for the HTML template.
 
     Attributes:
-        key: Begins the ids of its blocks.
-        is_main: Whether it is shown unfolded.
-        chain: SVG; empty where there are no blocks.
-        names: Of the blocks, by number.
+        key: The prefix of the ids of its blocks.
+        report: The report of the graph.
+        is_main: Whether it is shown expanded.
+        chain: The drawing of the chain as SVG; empty if there are no blocks.
+        kinds: The kinds of blocks.
+        shares: The parts of the FLOPs.
+        chunks: The rows of the graph before and after the rewrite.
+        names: The paths of the blocks, by their numbers.
     """
 
     key: str
@@ -66,34 +72,34 @@ class GraphView:
     names: dict[int, str]
 
     def reuses_when(self, region: RegionReport) -> str:
-        """What lets the conditional reuse, in a few words."""
+        """Returns the condition under which a step is reused, in a few words."""
         return reuses_when(region)
 
     @property
     def has_text(self) -> bool:
-        """Whether a second stream runs along the chain."""
+        """Whether the chain has a second stream."""
         return any(stream.role == ROLES[1] for one in self.report.lists if one.in_chain for stream in one.streams)
 
     @property
     def headline(self) -> str:
-        """What becomes of the graph, in a sentence."""
+        """One sentence that states whether the graph is cached."""
         report = self.report
         if report.is_cached:
             saves = f"a reused step skips {report.saved_flops:.1%} of the FLOPs"
-            return f"Cached: {saves}, and a session keeps {size(report.state_bytes)}."
+            return f"Cached: {saves}, and a session caches {size(report.state_bytes)}."
         return f"Runs without caching: {_why_not(report)}."
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleView:
-    """A transformer with its graphs."""
+    """The data of a transformer and its graphs for the HTML template."""
 
     captured: Captured
     graphs: list[GraphView]
 
 
 def explanation_page(explanation: Explanation) -> str:
-    """One HTML file that needs no network.
+    """Returns the page as HTML that loads nothing from the network.
 
     Raises:
         ConfigError: jinja2 is not installed.
@@ -114,7 +120,7 @@ def explanation_page(explanation: Explanation) -> str:
 
 
 def explanation_fragment(explanation: Explanation) -> str:
-    """What a notebook shows: the chain of the main graph and a small table. Needs neither scripts nor jinja2."""
+    """Returns HTML for a notebook: the chain of the main graph and a small table, without scripts and jinja2."""
     mark = "✓" if explanation.is_cached else "✗"
     head = f"<strong>{escape(explanation.title)}</strong> {mark} {escape(verdict_line(explanation))}"
     parts = [f"<style>{asset('chain.css')}</style>", f"<div>{head}</div>"]
@@ -131,22 +137,22 @@ def explanation_fragment(explanation: Explanation) -> str:
 
 
 def verdict_line(explanation: Explanation) -> str:
-    """What becomes of the whole, in a sentence."""
+    """Returns one sentence that states whether the model is cached."""
     graphs = explanation.graphs
     cached = [graph for graph in graphs if graph.is_cached]
     if explanation.is_cached and len(cached) == 1:
         saved, state = cached[0].saved_flops, size(cached[0].state_bytes)
-        return f"Cached: a reused step skips {saved:.1%} of the FLOPs, and a session keeps {state}."
+        return f"Cached: a reused step skips {saved:.1%} of the FLOPs, and a session caches {state}."
     if cached:
-        how = "Cached" if explanation.is_cached else "Cached in part"
+        how = "Cached" if explanation.is_cached else "Partly cached"
         named = ", ".join(f"{graph.module or graph.cls} {graph.saved_flops:.1%}" for graph in cached)
         count = f"{len(cached)} of {len(graphs)} graphs"
-        return f"{how}: {count} have a conditional; a reused step skips of the FLOPs: {named}."
+        return f"{how}: {count} have a conditional; the share of the FLOPs that a reused step skips is {named}."
     if not graphs:
         return "Not cached: Dynamo captured no graph."
     reason = _why_not(graphs[explanation.index()])
     if len(graphs) > len(explanation.modules) and any(captured.why for captured in explanation.modules):
-        return f"Not cached: Dynamo captured {len(graphs)} graphs instead of one; the largest of them: {reason}."
+        return f"Not cached: Dynamo captures it only in {len(graphs)} graphs; for the largest, {reason}."
     return f"Not cached: {reason}."
 
 
@@ -212,20 +218,20 @@ def _shares(graph: GraphReport) -> list[Share]:
 
 
 def _block(block: BlockReport) -> dict[str, Any]:
-    """What the panel shows of a block."""
-    part = _PARTS.get(block.part, f"region {block.region}: runs, or is skipped")
+    """Returns what the panel shows about a block."""
+    part = _PARTS.get(block.part, f"region {block.region}: runs or is skipped")
     facts = [
         ("Path", block.path),
-        ("Class", block.cls or "not kept by Dynamo"),
+        ("Class", block.cls or "not recorded by Dynamo"),
         ("Part", part),
         ("Piece", "" if block.piece is None else f"{block.piece}, shared by all blocks of equal structure"),
         ("Nodes", str(block.num_nodes)),
         ("FLOPs", flops(block.cost.flops)),
         ("Bytes moved", size(block.cost.moved_bytes)),
         ("Weights", size(block.cost.weight_bytes)),
-        ("Where", block.where),
+        ("Source", block.where),
         ("Reads", ", ".join(block.reads)),
-        ("Makes", ", ".join(block.makes)),
+        ("Returns", ", ".join(block.makes)),
     ]
     shown = [fact for fact in facts if fact[1]]
     return {"title": f"Block {block.number}: {block.path}", "facts": shown, "code": block.code}
@@ -237,8 +243,8 @@ def _facts(graph: GraphReport) -> Iterator[tuple[str, str]]:
         if blocks.in_chain:
             yield blocks.path, f"{blocks.num_blocks} blocks, {blocks.pattern or 'no template fits'}"
     for region in graph.regions:
-        how = f"reuses if {reuses_when(region)}, keeps {size(region.state_bytes)}"
-        yield f"region {region.name}", f"{flops(region.cost.flops)} that a reused step does not do; {how}"
+        how = f"reused if {reuses_when(region)}; a session caches {size(region.state_bytes)}"
+        yield f"region {region.name}", f"a reused step saves {flops(region.cost.flops)}; {how}"
     if not graph.is_cached and graph.verdicts:
         yield from _nearest(graph.verdicts[0])
 

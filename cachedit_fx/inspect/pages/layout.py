@@ -1,4 +1,4 @@
-"""Where the parts of a chain stand in its drawing, in pixels."""
+"""Computes the positions of the parts of a chain in its drawing, in pixels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport
 
 MARGIN = 12.0
-END = 58.0  # Width of what lies before and behind the chain.
-CONDITIONAL = 112.0  # Room for a conditional between two blocks,
-JOIN = 52.0  # and for the place where the paths behind it meet.
+END = 58.0  # Width of the boxes before and after the chain.
+CONDITIONAL = 112.0  # Width of a conditional before a region.
+JOIN = 52.0  # Width of the place after a region where the two branches meet.
 BLOCK_HEIGHT = 74.0
 
 
@@ -32,14 +32,17 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Blocks side by side that are treated alike.
+    """Consecutive blocks of one part or region.
 
     Attributes:
-        part, region: As in `BlockReport`.
-        first, last: Numbers of its first block, and of the first behind it.
-        conditional: Middle of the conditional before it; None where there is none.
-        join: Middle of where compute and reuse meet behind it.
-        x, right: Its ends.
+        part: As in `BlockReport`.
+        region: As in `BlockReport`.
+        first: The number of its first block.
+        last: The number of the first block after it.
+        conditional: The middle of the conditional before it; None if there is none.
+        join: The middle of the place after it where the two branches meet; None if there is none.
+        x: Its left end.
+        right: Its right end.
     """
 
     part: str
@@ -54,12 +57,15 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The whole drawing.
+    """The layout of the whole drawing.
 
     Attributes:
-        is_wide: Whether a block has room for words.
-        head, tail: What lies before and behind the chain.
-        boxes: The blocks.
+        width: The width of the drawing.
+        is_wide: Whether the blocks have room for words.
+        head: The box before the chain.
+        tail: The box after the chain.
+        boxes: The boxes of the blocks.
+        bands: The bands of blocks.
     """
 
     width: float
@@ -71,7 +77,7 @@ class Layout:
 
 
 def lay_out(graph: GraphReport) -> Layout:
-    """The drawing of a graph that has blocks."""
+    """Returns the layout of a graph that has blocks."""
     count = len(graph.blocks)
     block, gap = (84.0, 20.0) if count <= 8 else (56.0, 18.0) if count <= 16 else (30.0, 9.0)
     x = MARGIN

@@ -1,4 +1,4 @@
-"""What blocks of a chain are coloured by: the compiled piece that they share, or their class where there is none."""
+"""Groups the blocks of a chain into kinds of one color: blocks of one compiled piece, or else of one class."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 from cachedit_fx.inspect.explanation.data import BlockReport
 
-# After Okabe and Ito, so that the usual kinds of colour blindness tell them apart; black text is legible on all.
-COLOURS = ("#56b4e9", "#e69f00", "#2fae82", "#d98cb3", "#f0e442", "#a3b3f2", "#e8804a", "#b4b4b4")
+# After Okabe and Ito: distinguishable with the usual kinds of color blindness. Black text is legible on all of them.
+COLORS = ("#56b4e9", "#e69f00", "#2fae82", "#d98cb3", "#f0e442", "#a3b3f2", "#e8804a", "#b4b4b4")
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Blocks that look alike.
+    """A kind of blocks, which have one color.
 
     Attributes:
-        index: From 0, in the order in which the chain comes by them.
-        short: What is written into a narrow block.
-        name: What the legend says.
-        count: Blocks of this kind.
+        index: Its number, from 0, in the order of the chain.
+        short: Its short name, for narrow blocks.
+        name: Its name in the legend.
+        count: The number of blocks of this kind.
     """
 
     index: int
@@ -28,17 +28,17 @@ class Kind:
     count: int
 
     @property
-    def colour(self) -> str:
-        return COLOURS[self.index % len(COLOURS)]
+    def color(self) -> str:
+        return COLORS[self.index % len(COLORS)]
 
     @property
     def is_striped(self) -> bool:
-        """Whether the colour was taken before, so that stripes have to tell the two apart."""
-        return self.index >= len(COLOURS)
+        """Whether another kind has the same color, so that this one needs stripes."""
+        return self.index >= len(COLORS)
 
 
 def kinds_of(blocks: Sequence[BlockReport]) -> tuple[list[Kind], list[int]]:
-    """The kinds in the order of the chain, and for every block the index of its kind."""
+    """Returns the kinds in the order of the chain, and the index of the kind of every block."""
     keys = [(block.piece, "" if block.piece is not None else block.cls) for block in blocks]
     order = list(dict.fromkeys(keys))
     kinds = []

@@ -1,4 +1,4 @@
-"""The chain of a graph and the steps of a run as matplotlib figures."""
+"""Plots the chain of a graph and the steps of a run with matplotlib."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ _COMPUTED, _REUSED = "#1f66b8", "#d06000"
 
 
 def plot_chain(graph: GraphReport, path: str | Path | None = None) -> Figure:
-    """The chain: a bar per block, as high as its FLOPs and coloured by its piece, with Fn, regions and Bn behind.
+    """Plots the chain with one bar per block, on a background of Fn, regions and Bn.
+
+    The height of a bar is the FLOPs of the block, and its color is the piece.
 
     Args:
-        path: Where to write it, if anywhere: png, svg or pdf.
+        graph: The report of the graph.
+        path: The file to write, if any: png, svg or pdf.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -55,10 +58,11 @@ def plot_chain(graph: GraphReport, path: str | Path | None = None) -> Figure:
 
 
 def plot_run(stats: Sequence[CacheStats], path: str | Path | None = None) -> Figure:
-    """Every region of every session: diffs against the threshold, and the time of every step.
+    """Plots the diffs with the threshold, and the time of every step, for each region of each session.
 
     Args:
-        path: Where to write it, if anywhere: png, svg or pdf.
+        stats: The statistics of the regions and sessions.
+        path: The file to write, if any: png, svg or pdf.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -88,7 +92,7 @@ def _bars(axes: Axes, graph: GraphReport) -> None:
             [block.number for block in of_kind],
             [block.cost.flops for block in of_kind],
             width=0.8,
-            color=kind.colour,
+            color=kind.color,
             edgecolor="#333333",
             linewidth=0.6,
             hatch="//" if kind.is_striped else None,
@@ -99,35 +103,33 @@ def _bars(axes: Axes, graph: GraphReport) -> None:
 
 def _bands(axes: Axes, graph: GraphReport) -> None:
     for (part, region), blocks in runs_of(graph.blocks):
-        colour = _BAND.get(part)
-        if colour is None:
+        color = _BAND.get(part)
+        if color is None:
             continue
         first, last = blocks[0].number, blocks[-1].number + 1
-        axes.axvspan(first - 0.5, last - 0.5, color=colour, zorder=0, linewidth=0)
+        axes.axvspan(first - 0.5, last - 0.5, color=color, zorder=0, linewidth=0)
         name = part if region is None else f"region {region}"
-        centre = (first + last - 1) / 2
+        center = (first + last - 1) / 2
         axes.annotate(
-            name, (centre, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center"
+            name, (center, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center"
         )
 
 
 def _diffs(axes: Axes, entry: CacheStats) -> None:
     reused = set(entry.cached_steps)
     finite = {step: diff for step, diff in entry.compared.items() if math.isfinite(diff)}
-    for is_reused, marker, colour, name in ((False, "o", _COMPUTED, "computed"), (True, "D", _REUSED, "reused")):
+    for is_reused, marker, color, name in ((False, "o", _COMPUTED, "computed"), (True, "D", _REUSED, "reused")):
         steps = [step for step in range(entry.num_steps) if (step in reused) == is_reused]
         probed = [step for step in steps if step in finite]
-        face = "none" if is_reused else colour
+        face = "none" if is_reused else color
         axes.scatter(
-            probed, [finite[step] for step in probed], marker=marker, edgecolors=colour, facecolors=face, label=name
+            probed, [finite[step] for step in probed], marker=marker, edgecolors=color, facecolors=face, label=name
         )
         unprobed = [step for step in steps if step not in finite]
-        axes.scatter(
-            unprobed, [0.0] * len(unprobed), marker=marker, s=14, edgecolors=colour, facecolors=face, alpha=0.5
-        )
-    known = sorted(entry.thresholds.items())
-    if known:
-        axes.step(*zip(*known, strict=True), where="mid", color="#555555", linestyle="--", label="threshold")
+        axes.scatter(unprobed, [0.0] * len(unprobed), marker=marker, s=14, edgecolors=color, facecolors=face, alpha=0.5)
+    thresholds = sorted(entry.thresholds.items())
+    if thresholds:
+        axes.step(*zip(*thresholds, strict=True), where="mid", color="#555555", linestyle="--", label="threshold")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("diff (relative L1)")
     axes.set_title(f"{entry.session}, {place(entry)}", loc="left", fontsize=10)
@@ -136,10 +138,10 @@ def _diffs(axes: Axes, entry: CacheStats) -> None:
 
 def _times(axes: Axes, entry: CacheStats) -> None:
     reused, seconds = set(entry.cached_steps), list(entry.step_seconds)
-    for is_reused, colour, hatch, name in ((False, _COMPUTED, None, "computed"), (True, _REUSED, "//", "reused")):
+    for is_reused, color, hatch, name in ((False, _COMPUTED, None, "computed"), (True, _REUSED, "//", "reused")):
         steps = [step for step in range(len(seconds)) if (step in reused) == is_reused]
         heights = [1e3 * seconds[step] for step in steps]
-        axes.bar(steps, heights, color=colour, alpha=0.8, hatch=hatch, edgecolor="white", linewidth=0.3, label=name)
+        axes.bar(steps, heights, color=color, alpha=0.8, hatch=hatch, edgecolor="white", linewidth=0.3, label=name)
     if seconds:
         axes.set_ylim(0, 1e3 * 1.1 * longest_shown(entry) or None)
     axes.set_ylabel("ms per step")

@@ -1,4 +1,4 @@
-"""The page of a `RunReport`, and what a notebook shows of statistics."""
+"""Writes the HTML page of a `RunReport`, and the display of statistics in a notebook."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """A step, as a line of a table; what is not known is "–"."""
+    """A step as a row of a table. Unknown values are "–"."""
 
     step: int
     timestep: str
@@ -38,7 +38,13 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Medians over the steps of one region, in words; None where there is no such step."""
+    """Median times of the computed and of the reused steps, with units; None if there is no such step.
+
+    Attributes:
+        computed: The median time of a computed step.
+        reused: The median time of a reused step.
+        ratio: The ratio of the two medians.
+    """
 
     computed: str | None
     reused: str | None
@@ -59,7 +65,7 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class EntryView:
-    """One region of one session, as the template takes it."""
+    """The data of one region of one session for the HTML template."""
 
     entry: CacheStats
     name: str
@@ -72,13 +78,13 @@ class EntryView:
 
     @property
     def threshold(self) -> str:
-        """The threshold, or its range where it changed; empty where none was looked at."""
-        known = sorted({f"{value:.3g}" for value in self.entry.thresholds.values()}, key=float)
-        return known[0] if len(known) == 1 else f"{known[0]} to {known[-1]}" if known else ""
+        """The threshold, or its range if it changed; empty if no threshold was used."""
+        values = sorted({f"{value:.3g}" for value in self.entry.thresholds.values()}, key=float)
+        return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}" if values else ""
 
 
 def run_page(report: RunReport) -> str:
-    """One HTML file that needs no network.
+    """Returns the page as HTML that loads nothing from the network.
 
     Raises:
         ConfigError: jinja2 is not installed.
@@ -103,7 +109,7 @@ def run_page(report: RunReport) -> str:
 
 
 def run_fragment(stats: Summary) -> str:
-    """What a notebook shows: a line with a small chart for every entry. Needs neither scripts nor jinja2."""
+    """Returns HTML for a notebook: a row with a small chart for every entry. It needs neither scripts nor jinja2."""
     below = "".join(f"<div>{escape(line)}</div>" for text in stats.lines for line in text.splitlines())
     if not stats:
         return f"<div>{below or 'no session has run yet'}</div>"
@@ -114,7 +120,7 @@ def run_fragment(stats: Summary) -> str:
         "Diff per step",
         "Computed (median)",
         "Reused (median)",
-        "CachedValue",
+        "Cached",
     )
     lines = ["".join(f'<th style="text-align:left">{head}</th>' for head in heads)]
     for entry in stats:
@@ -131,7 +137,7 @@ def run_fragment(stats: Summary) -> str:
 
 
 def verdict_line(stats: Sequence[CacheStats]) -> str:
-    """What a run did, in a sentence."""
+    """Returns one sentence that states what a run did."""
     if not stats:
         return _without_sessions(stats)
     reused, total = sum(len(entry.cached_steps) for entry in stats), sum(entry.num_steps for entry in stats)
@@ -140,12 +146,13 @@ def verdict_line(stats: Sequence[CacheStats]) -> str:
     share = reused / total if total else 0.0
     if is_shadow(stats):
         return f"Shadow mode: all steps computed; {reused} of {total} in {where} ({share:.0%}) would have been reused."
-    said = f"{reused} of {total} steps in {where} reused ({share:.0%})"
+    counts = f"{reused} of {total} steps in {where} were reused ({share:.0%})"
     times = Times.of(stats)
     if times.ratio is None:
-        return f"{said}."
+        return f"{counts}."
     return (
-        f"{said}; a computed step took {times.computed}, a reused one {times.reused}: {times.ratio:.2f} times as fast."
+        f"{counts}; a computed step took {times.computed}, a reused step {times.reused}: "
+        f"{times.ratio:.2f} times as fast."
     )
 
 
@@ -155,16 +162,16 @@ def _without_sessions(stats: Sequence[CacheStats]) -> str:
     if not stats.calls:
         return "The model runs without the cache."
     uncached = sum(counts.uncached + counts.bypassed for counts in stats.calls.values())
-    return f"All {uncached} calls ran without the cache." if uncached else "No call has been seen yet."
+    return f"All {uncached} calls ran without the cache." if uncached else "The model has not been called yet."
 
 
 def is_shadow(stats: Sequence[CacheStats]) -> bool:
-    """Whether errors were measured, which only shadow mode does."""
+    """Returns whether errors were measured, which only shadow mode does."""
     return any(entry.errors for entry in stats)
 
 
 def num_sessions(stats: Sequence[CacheStats]) -> int:
-    """Sessions that the entries belong to; each region of a session has one."""
+    """Returns the number of sessions of the entries. A session has one entry for each of its regions."""
     regions: dict[tuple[str, str], int] = {}
     for entry in stats:
         regions[entry.module, entry.region] = regions.get((entry.module, entry.region), 0) + 1
@@ -175,12 +182,12 @@ def num_sessions(stats: Sequence[CacheStats]) -> int:
 
 
 def place(entry: CacheStats) -> str:
-    """The region, with its transformer if it has a name."""
+    """Returns the name of the region, preceded by that of its transformer if it has one."""
     return f"{entry.module}.{entry.region}" if entry.module else entry.region
 
 
 def duration(seconds: float | None) -> str | None:
-    """`12.3 ms`."""
+    """Formats a duration, such as `12.3 ms`."""
     if seconds is None:
         return None
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):

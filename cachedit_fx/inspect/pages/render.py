@@ -1,4 +1,4 @@
-"""Templates into pages that need nothing beside themselves."""
+"""Renders templates to self-contained HTML pages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def render(template: str, **context: Any) -> str:
-    """The page of a template in `templates/`. Everything in `context` is escaped where it is not marked as safe.
+    """Renders a template in `templates/`. Everything in `context` is escaped unless the template marks it as safe.
 
     Raises:
         ConfigError: jinja2 is not installed.
@@ -25,12 +25,12 @@ def render(template: str, **context: Any) -> str:
 
 
 def asset(name: str) -> str:
-    """The text of a file in `templates/`."""
+    """Returns the text of a file in `templates/`."""
     return resources.files("cachedit_fx.inspect.pages").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def as_json(value: Any) -> str:
-    """JSON that may stand inside a `<script>`: nothing in it ends one."""
+    """Returns JSON that is safe inside a `<script>` element, because nothing in it can end the element."""
     return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

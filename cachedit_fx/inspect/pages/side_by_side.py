@@ -1,4 +1,4 @@
-"""A graph before and after the rewriting, side by side: lines that belong together in one row."""
+"""Aligns the lines of a graph before and after the rewrite in rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import fx
 from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport
 from cachedit_fx.inspect.explanation.diff import block_line, side_by_side
 
-_SHOWN = 2  # Equal lines at both ends of a run of them whose middle is folded away.
+_SHOWN = 2  # Number of lines that are shown at both ends of a run of equal lines; the others are collapsed.
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,9 @@ class Line:
     """A line of one side.
 
     Attributes:
-        block: The block that it stands for; None for a node.
-        depth: 1 inside of a conditional's compute and reuse.
+        text: The text of the line.
+        block: The block that the line shows; None for a node.
+        depth: 1 inside the branches of a conditional, else 0.
     """
 
     text: str
@@ -30,16 +31,18 @@ class Line:
 
     @property
     def parts(self) -> tuple[str, str, str]:
-        """What stands before the block's path, the path, and what stands behind it."""
+        """The text before the path of the block, the path, and the text after it."""
         return self.text.partition(self.block.path) if self.block is not None else (self.text, "", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Lines that stand beside each other; at least one of them is there.
+    """Two lines that belong together. At least one of them is present.
 
     Attributes:
         kind: "same", "changed", "removed" or "added".
+        left: The line before the rewrite.
+        right: The line after the rewrite.
     """
 
     kind: str
@@ -49,23 +52,23 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows that are shown, or folded away."""
+    """Consecutive rows, which are shown or collapsed."""
 
     rows: tuple[Row, ...]
     is_folded: bool = False
 
     @property
     def what(self) -> str:
-        """What its rows are, where all are alike."""
+        """What the rows of a collapsed chunk are: "blocks" or "nodes"."""
         return "blocks" if _same(self.rows[0]) == "block" else "nodes"
 
 
 def chunks_of(report: GraphReport, graphs: Mapping[str, fx.GraphModule]) -> list[Chunk]:
-    """All rows of a graph, long runs of equal ones folded."""
+    """Returns all rows of a graph, with long runs of equal rows collapsed."""
     before, after = side_by_side(report, graphs)
-    known = {block_line(block): block for block in report.blocks}
+    block_of = {block_line(block): block for block in report.blocks}
     chunks = []
-    for same, run in itertools.groupby(_rows(_lines(before, known), _lines(after, known)), key=_same):
+    for same, run in itertools.groupby(_rows(_lines(before, block_of), _lines(after, block_of)), key=_same):
         found = tuple(run)
         if same and len(found) > 2 * _SHOWN + 4:
             head, middle, tail = found[:_SHOWN], found[_SHOWN:-_SHOWN], found[-_SHOWN:]
@@ -76,18 +79,18 @@ def chunks_of(report: GraphReport, graphs: Mapping[str, fx.GraphModule]) -> list
 
 
 def _same(row: Row) -> str:
-    """ "block" or "node" for what is the same on both sides, else nothing."""
+    """Returns "block" or "node" for a row that is the same on both sides, else an empty string."""
     if row.kind != "same" or row.left is None:
         return ""
     return "node" if row.left.block is None else "block"
 
 
-def _lines(texts: Sequence[str], known: Mapping[str, BlockReport]) -> list[Line]:
+def _lines(texts: Sequence[str], block_of: Mapping[str, BlockReport]) -> list[Line]:
     found, depth = [], 0
     for text in texts:
         is_branch = text.startswith(("if ", "else:")) and text.rstrip().endswith(tuple("0123456789"))
         depth = 0 if is_branch or text == "# both" else depth
-        found.append(Line(text, known.get(text), depth))
+        found.append(Line(text, block_of.get(text), depth))
         depth = 1 if is_branch else depth
     return found
 

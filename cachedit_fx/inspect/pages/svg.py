@@ -1,4 +1,4 @@
-"""SVG as strings. All text and all attributes are escaped; children are markup that came from here."""
+"""Writes SVG elements as strings. Text and attributes are escaped; children must be markup from this module."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ Anchor = Literal["start", "middle", "end"]
 
 
 def tag(name: str, *children: str, **attributes: object) -> str:
-    """An element; `class_` gives `class`, `font_size` gives `font-size`. Attributes that are None are left out."""
+    """Returns an element. `class_` becomes `class`, `font_size` becomes `font-size`; None omits an attribute."""
     given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
     written = "".join(f' {key}="{escape(_number(value), quote=True)}"' for key, value in given.items())
     return f"<{name}{written}>{''.join(children)}</{name}>"
 
 
 def text(x: float, y: float, content: object, class_: str = "", anchor: Anchor = "start", **attributes: object) -> str:
-    """Text whose baseline is at `y`."""
+    """Returns text whose baseline is at `y`."""
     return tag("text", escape(str(content)), x=x, y=y, text_anchor=anchor, class_=class_ or None, **attributes)
 
 
 def title(content: object) -> str:
-    """What a pointer that rests on the element is shown."""
+    """Returns the tooltip of an element."""
     return tag("title", escape(str(content)))
 
 
 def fit(content: str, width: float, size: float = 11) -> str:
-    """`content`, shortened to about `width` pixels of a font of `size` pixels."""
+    """Returns `content`, shortened to about `width` pixels in a font of `size` pixels."""
     room = max(1, int(width / (0.6 * size)))
     return content if len(content) <= room else f"{content[: room - 1]}…"
 
 
 def points(*pairs: tuple[float, float]) -> str:
-    """For `polyline` and `polygon`."""
+    """Returns the attribute `points` of a `polyline` or `polygon`."""
     return " ".join(f"{_number(x)},{_number(y)}" for x, y in pairs)
 
 

@@ -1,4 +1,4 @@
-"""What another threshold would have done, from what a run in shadow mode measured."""
+"""Evaluates other thresholds on the measurements of a run in shadow mode."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from cachedit_fx.runtime.stats import CacheStats
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A step whose diff and whose error are both known.
+    """A step whose diff and error are both known.
 
     Attributes:
-        error: Of the model's output, relative L2.
-        is_reused: Whether the present policy reuses it.
+        step: The number of the step.
+        diff: Its residual diff, relative L1, dimensionless.
+        error: The error of the output of the model if the step is reused, relative L2, dimensionless.
+        is_reused: Whether the current policy reuses the step.
     """
 
     step: int
@@ -28,11 +30,11 @@ class Candidate:
     """A threshold that could be chosen.
 
     Attributes:
-        threshold: Just above a diff that was seen.
-        below: Steps whose diff is below it,
-        more: of these, how many the present policy does not reuse.
-        error: The largest of the outputs' errors among the steps below.
-        is_present: No step lies between it and the threshold that the policy has now.
+        threshold: A value just above a measured diff.
+        below: The number of steps whose diff is below it.
+        more: The number of these steps that the current policy does not reuse.
+        error: The largest error of the output among these steps, relative L2.
+        is_present: Whether no step has a diff between it and the current threshold.
     """
 
     threshold: float
@@ -43,7 +45,7 @@ class Candidate:
 
 
 def measured(entry: CacheStats) -> list[Measured]:
-    """Steps with a finite diff and a known error, in the order of their diffs; none where sums decide."""
+    """Returns the steps with a finite diff and a known error, sorted by their diffs; none if sums of diffs decide."""
     if entry.adds_up:
         return []
     reused = set(entry.cached_steps)
@@ -56,7 +58,7 @@ def measured(entry: CacheStats) -> list[Measured]:
 
 
 def candidates(entry: CacheStats) -> list[Candidate]:
-    """A candidate for every diff that was seen, smallest first."""
+    """Returns a candidate for every measured diff, smallest first."""
     steps = measured(entry)
     present = max(entry.thresholds.values(), default=math.nan)
     diffs = sorted({above(one.diff) for one in steps})
@@ -71,10 +73,10 @@ def candidates(entry: CacheStats) -> list[Candidate]:
 
 
 def above(diff: float) -> float:
-    """The next larger number of three significant digits."""
+    """Returns the next larger number with three significant digits."""
     if diff <= 0:
         return 1e-6
     unit = 10.0 ** (math.floor(math.log10(diff)) - 2)
     units = math.floor(diff / unit)
-    rounded = (float(f"{(units + more) * unit:.3g}") for more in (1, 2))  # The first, but for an error of rounding.
+    rounded = (float(f"{(units + more) * unit:.3g}") for more in (1, 2))  # The second one only after a rounding error.
     return next(value for value in rounded if value > diff)

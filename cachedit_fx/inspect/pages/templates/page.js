@@ -4,14 +4,14 @@
   const one = (selector, within = document) => within.querySelector(selector);
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 
-  // Colours: as the system has them, light, dark.
+  // Colors: the setting of the system, light, dark.
   const themes = ["auto", "light", "dark"];
-  const words = { auto: "as the system has them", light: "light", dark: "dark" };
+  const words = { auto: "the setting of the system", light: "light", dark: "dark" };
   const button = one("#theme");
   function setTheme(theme) {
     if (theme === "auto") delete root.dataset.theme; else root.dataset.theme = theme;
     one("span", button).textContent = theme;
-    button.setAttribute("aria-label", `Colours: ${words[theme]}`);
+    button.setAttribute("aria-label", `Colors: ${words[theme]}`);
   }
   function stored(theme) {
     try {
@@ -27,7 +27,7 @@
     stored(next);
   });
 
-  // Paper shows what is folded, but for code.
+  // A printed page shows collapsed parts, except code.
   window.addEventListener("beforeprint", () => {
     for (const fold of all("details:not([open])")) {
       if (fold.matches(".block-code, .folded")) continue;
@@ -39,7 +39,7 @@
     for (const fold of all("details[data-printed]")) { fold.open = false; delete fold.dataset.printed; }
   });
 
-  // What scrolls sideways can be reached by the keyboard.
+  // Boxes that scroll horizontally can be focused with the keyboard.
   function reach() {
     for (const box of all(".lane, .scroll")) {
       if (box.scrollWidth > box.clientWidth) box.tabIndex = 0; else box.removeAttribute("tabindex");
@@ -70,7 +70,7 @@
     }
   }
 
-  // Blocks in the two sides: both open together, so that they stay beside each other.
+  // A block opens on both sides together, so that its lines stay aligned.
   for (const fold of all("details.block-code")) {
     fold.addEventListener("toggle", () => {
       const code = one("pre", fold);
@@ -105,7 +105,7 @@
     panel.hidden = false;
     root.classList.add("has-panel");
     one(".panel-body").scrollTop = 0;
-    for (const step of all("[data-step]", panel)) step.disabled = !neighbour(block, Number(step.dataset.step));
+    for (const step of all("[data-step]", panel)) step.disabled = !neighbor(block, Number(step.dataset.step));
     reveal(block);
     if (takesFocus) one("#panel-title").focus({ preventScroll: true });
   }
@@ -118,7 +118,7 @@
     goTo(shown);
     shown = null;
   }
-  function neighbour(block, step) {
+  function neighbor(block, step) {
     const lane = all(".opens", block.closest("svg"));
     return lane[lane.indexOf(block) + step];
   }
@@ -143,7 +143,7 @@
       const lane = all(".opens", block.closest("svg"));
       let target = null;
       if (event.key === "Enter" || event.key === " ") open(block);
-      else if (event.key in steps) target = neighbour(block, steps[event.key]) || block;
+      else if (event.key in steps) target = neighbor(block, steps[event.key]) || block;
       else if (event.key === "Home") target = lane[0];
       else if (event.key === "End") target = lane[lane.length - 1];
       else return;
@@ -153,7 +153,7 @@
   }
   for (const step of all("[data-step]", panel)) {
     step.addEventListener("click", () => {
-      const target = shown && neighbour(shown, Number(step.dataset.step));
+      const target = shown && neighbor(shown, Number(step.dataset.step));
       if (target) open(target, step.disabled);
     });
   }
