@@ -128,7 +128,7 @@ ROWS = [
         "forecaster-predict",
         predict("sum"),
         "found:    a float32 tensor of shape ()",
-        "Mine returned what is not like the history.\n  expected: a float32 tensor of shape (2, 3)",
+        "Mine returned a value that does not fit the history.\n  expected: a float32 tensor of shape (2, 3)",
     ),
     Row(
         "forecaster-update",

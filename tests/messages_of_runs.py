@@ -74,8 +74,8 @@ def dump_into_a_file(folder: Path) -> None:
 def run_where_dynamo_has_no_guards() -> None:
     model = hybrid.build()
     with (
-        patch.object(fast_dispatch, "_told", set()),
-        patch.object(fast_dispatch, "_guards_of", side_effect=AttributeError("no guards")),
+        patch.object(fast_dispatch, "_logged", set()),
+        patch.object(fast_dispatch, "find_guards", side_effect=AttributeError("no guards")),
     ):
         hybrid_step(cachedit_fx.enable_cache(model, hybrid.config()))
 

@@ -106,7 +106,7 @@ def test_a_changed_limit_takes_effect_at_the_next_step():
 
 
 @pytest.mark.parametrize("limit", [0, BYTES, 2 * BYTES - 1])
-def test_a_generation_that_does_not_fit_alone_is_kept_and_told(limit: int, caplog: pytest.LogCaptureFixture):
+def test_a_generation_that_does_not_fit_alone_is_kept_and_reported(limit: int, caplog: pytest.LogCaptureFixture):
     module, texts = enabled(build(), max_state_bytes=limit), [prompt(1), prompt(2)]
     outputs: list[list[Tensor]] = [[], []]
     for timestep in TIMES:
@@ -116,7 +116,7 @@ def test_a_generation_that_does_not_fit_alone_is_kept_and_told(limit: int, caplo
         tiny.assert_bitwise(kept, alone(seed))
     assert bounds(module)[-1] == "kept-over"
     (line,) = cachedit_fx.summary(module, logging=False).notes
-    assert f"keeps {2 * BYTES} bytes, more than max_state_bytes={limit}" in line
+    assert f"caches {2 * BYTES} bytes, more than max_state_bytes={limit}" in line
     assert not warnings_in(caplog)  # Nothing is lost.
 
 
@@ -168,7 +168,7 @@ def test_a_dropped_generation_that_comes_back_computes_and_says_so(caplog: pytes
     assert [stats.began for stats in found] == ["new", "new", "state-dropped", "state-dropped"]
     assert [stats.num_dropped for stats in found] == [0, 1, 2, 3]
     (warning,) = warnings_in(caplog)
-    for words in (f"max_state_bytes={BYTES}", "computes anew", "What to do: "):
+    for words in (f"max_state_bytes={BYTES}", "it has to compute again", "What to do: "):
         assert words in warning
     lines = str(cachedit_fx.summary(module, logging=False)).splitlines()
     limit = f"max_state_bytes={BYTES}"

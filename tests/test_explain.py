@@ -111,7 +111,7 @@ def test_why_nothing_matches_with_the_users_line_and_what_to_do():
     nearest, *others = graph.verdicts
     assert (nearest.cause, nearest.fitted, nearest.total) == ("stream-count", 1, 3)
     assert nearest.expected.startswith("2 streams (hidden_states, encoder_hidden_states) from block 1 to block 2")
-    assert nearest.found.startswith("1 (hidden_states_")
+    assert nearest.found.startswith("1 stream (hidden_states_")
     assert nearest.block == "blocks.1"
     assert nearest.where.split("/")[-1].startswith("tiny.py:")
     assert "hidden_states = hidden_states + scale" in nearest.line

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx.frontend import fast_dispatch
+from cachedit_fx.frontend import fast_dispatch, torch_internals
 from cachedit_fx.passes.analysis.dataflow import Program
 from cachedit_fx.passes.analysis.effects import effect_of
 from tests import tiny
@@ -32,8 +32,8 @@ def no_gradients() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_dispatch, "_told", set(), raising=False)
+def nothing_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_dispatch, "_logged", set())
 
 
 def drop_bias(module: nn.Module, block: int = 2) -> None:
@@ -332,7 +332,7 @@ def another_torch(request: Any) -> Callable[[pytest.MonkeyPatch], None]:
     """A version that lacks a private name, which Dynamo here may need itself."""
     if request.param == "guards":
         return lambda patch: patch.delattr("torch._dynamo.eval_frame._debug_get_cache_entry_list")
-    return lambda patch: patch.setattr("cachedit_fx.frontend.capture._beside_the_graph", no_record)
+    return lambda patch: patch.setattr("cachedit_fx.frontend.capture.effect_of_call", no_record)
 
 
 def test_where_dynamo_lacks_a_private_name_one_warning_says_so(another_torch: Any, monkeypatch: Any, caplog: Any):
@@ -344,14 +344,14 @@ def test_where_dynamo_lacks_a_private_name_one_warning_says_so(another_torch: An
         with served(module) as calls:
             outputs = tiny.generate(module, tiny.prompt(), tiny.latents())
         assert not any(calls)
-        assert "could not be asked for its guards" in reason(module)
+        assert "the guards of this version of torch cannot be read" in reason(module)
         tiny.assert_bitwise(outputs, expected)
     (warning,) = warnings_in(caplog)
-    assert f"does not work with torch {torch.__version__} (" in warning and "What it costs: every step" in warning
+    assert f"does not work with torch {torch.__version__} (" in warning and "What it costs: Dynamo checks" in warning
 
 
-def test_an_untested_version_is_told_and_served(monkeypatch: Any, caplog: Any):
-    monkeypatch.setattr(fast_dispatch, "TESTED_VERSIONS", ("1.0.",))
+def test_an_untested_version_is_logged_and_served(monkeypatch: Any, caplog: Any):
+    monkeypatch.setattr(torch_internals, "TESTED_VERSIONS", ("1.0.",))
     with caplog.at_level(logging.INFO, logger="cachedit_fx"):
         for _ in range(2):
             module = warm(tiny.build())
@@ -364,7 +364,7 @@ def test_an_untested_version_is_told_and_served(monkeypatch: Any, caplog: Any):
 
 
 def test_this_version_is_a_tested_one():
-    assert torch.__version__.startswith(fast_dispatch.TESTED_VERSIONS)
+    assert torch.__version__.startswith(torch_internals.TESTED_VERSIONS)
 
 
 def test_a_reason_is_logged_once(caplog: Any):

@@ -126,7 +126,7 @@ def cached_values_of(values: list[Tensor], *, is_static: bool = False) -> list[C
     """What is kept of a stream after each of these values, each at a step of its own."""
     forecast, found = Forecast(LINE, EagerForecaster(LINE)), [CachedValue()]
     for step, value in enumerate(values):
-        found.append(found[-1].taking_in(value, float(step), ((), ()), forecast, is_static=is_static))
+        found.append(found[-1].with_value(value, float(step), ((), ()), forecast, is_static=is_static))
     return found[1:]
 
 

@@ -205,7 +205,7 @@ def test_a_class_of_ones_own_has_a_name():
         assert list(forecasters())[-1] == "average"
         given = forecaster_from({"type": "average", "last": 3})
         assert given == Average(last=3) and as_mapping(given) == {"type": "average", "last": 3}
-        with pytest.raises(ConfigError, match="'average' takes last"):
+        with pytest.raises(ConfigError, match="'average' needs a value for last"):
             forecaster_from("average")
     finally:
         unregister_forecaster("average")

@@ -157,7 +157,7 @@ def test_keywords_are_a_dictionary_of_their_own():
 
 
 def test_positional_only_parameters_are_refused():
-    with pytest.raises(ValueError, match="positional only"):
+    with pytest.raises(ValueError, match="positional-only"):
         Binder(lambda self, /, x: None)
 
 

@@ -47,7 +47,6 @@ PARTS = {
     ("cachedit_fx/frontend/fast_dispatch.py", "FastDispatcher.learn", "NotServed"),
     ("cachedit_fx/frontend/fast_dispatch.py", "fast_call_for", "NotServed"),
     ("cachedit_fx/frontend/fast_dispatch.py", "fast_call_for", "RuntimeError"),
-    ("cachedit_fx/frontend/fast_dispatch.py", "_guards_of", "NotServed"),
     ("cachedit_fx/frontend/fast_dispatch.py", "_rebuilder", "NotServed"),
 }
 BANNED = re.compile(

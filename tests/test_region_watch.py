@@ -68,7 +68,7 @@ OTHERS: dict[str, Callable[[Model], object]] = {
 @pytest.fixture(params=[True, False], ids=["by versions", "without versions"])
 def _versions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not request.param:
-        monkeypatch.setattr(dict_versions, "_version_of", None)
+        monkeypatch.setattr(dict_versions, "dict_version", None)
     yield
 
 
@@ -135,8 +135,8 @@ def test_a_change_that_two_threads_notice_ends_what_was_cached_once(monkeypatch:
         return found
 
     monkeypatch.setattr(RegionWatch, "has_changed", has_changed_for_both)
-    before = instance.weights
+    before = instance.weights_version
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(tiny.generate, model, tiny.prompt(seed), tiny.latents(seed)) for seed in range(2)]
         assert all(len(run.result()) for run in runs)
-    assert instance.weights == before + 1
+    assert instance.weights_version == before + 1

@@ -1,4 +1,4 @@
-"""Imports go one way: no modules import each other, and no room imports one above it."""
+"""Imports go one way: no modules import each other, and no room imports one above it. One file knows Dynamo."""
 
 from __future__ import annotations
 
@@ -70,6 +70,65 @@ def test_every_room_imports_only_what_is_below_it(graph: networkx.DiGraph):
     rooms = [(one.split(".")[1], other.split(".")[1], one, other) for one, other in graph.edges]
     upwards = [(one, other) for room, below, one, other in rooms if room != below and LEVELS[room] <= LEVELS[below]]
     assert upwards == []
+
+
+# Private to torch: Dynamo, Inductor, what the two are built on, and the names of `torch` that lead to them.
+PRIVATE = ("torch._dynamo", "torch._inductor", "torch._guards", "torch._C._dynamo", "torch._TorchCompile")
+MAY_USE_THEM = {
+    "cachedit_fx.frontend.torch_internals": PRIVATE,
+    # `list_options` and `list_mode_options`, which the documentation of `torch.compile` names. Below `frontend`.
+    "cachedit_fx.config.cache_config": ("torch._inductor.list_options",),
+    "cachedit_fx.config.values": ("torch._inductor.list_mode_options",),
+}
+
+
+def names_used(file: Path) -> Iterator[str]:
+    """What a module imports, for types too, and every dotted name in it: `torch._dynamo.config`."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+
+
+def private_names(name: str, file: Path) -> set[str]:
+    """The private names that a module uses and may not use."""
+    allowed = MAY_USE_THEM.get(name, ())
+    found = {used for used in names_used(file) if used.startswith(PRIVATE)}
+    return {used for used in found if not used.startswith(allowed) and not any(one.startswith(used) for one in allowed)}
+
+
+def test_one_module_uses_the_private_names_of_dynamo_and_inductor():
+    found = {name: used for name, file in modules().items() if (used := private_names(name, file))}
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch._dynamo.config",
+        "from torch import _dynamo",
+        "from torch._dynamo import exc",
+        "def f():\n    from torch._inductor import config",
+        "limit = torch._dynamo.config.recompile_limit",
+        "version = torch._C._dynamo.guards.dict_version",
+        "inductor = torch._TorchCompileInductorWrapper",
+        "from torch._guards import Source",
+    ],
+)
+def test_a_use_of_a_private_name_is_found(line: str, tmp_path: Path):
+    file = tmp_path / "module.py"
+    file.write_text(f"{line}\n", encoding="utf-8")
+    assert private_names("cachedit_fx.runtime.step", file)
+    assert not private_names("cachedit_fx.frontend.torch_internals", file)
+
+
+def test_what_is_allowed_to_use_private_names_uses_them():
+    config = [(name, part) for name, parts in MAY_USE_THEM.items() if parts is not PRIVATE for part in parts]
+    for name, part in config:
+        assert part in {*names_used(modules()[name])}, name
 
 
 def test_every_room_says_what_it_holds():

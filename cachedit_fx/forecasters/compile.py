@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cachedit_fx.errors import ConfigError, cut, shown
@@ -21,7 +21,7 @@ Compile = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 Tensors = tuple[Tensor, ...]
 
 _CURE = (
-    "What to do: `predict` and `update` take torch operations alone; no `if`, float() or .item() on a tensor "
+    "What to do: use only torch operations in `predict` and `update`; no `if`, float() or .item() on a tensor "
     "(docs/forecasters.md)."
 )
 
@@ -41,7 +41,8 @@ class CompiledForecaster:
         self.forecaster = forecaster
         self._compile = compile
         self._pieces: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._takes_in = type(forecaster).update is not Forecaster.update
+        self._lock = threading.Lock()  # Held while a piece is compiled, so that none is compiled twice.
+        self._has_update = type(forecaster).update is not Forecaster.update
 
     def predict(self, history: Tensors, numbers: Sequence[float], verdict: Tensor | None = None) -> Tensor:
         """Returns the value at a reused step: a new tensor, or `history[0]` itself if nothing is forecast.
@@ -89,7 +90,7 @@ class CompiledForecaster:
         Raises:
             ConfigError: The forecaster cannot be traced or compiled, or its result has a wrong type, shape or dtype.
         """
-        if not self._takes_in:
+        if not self._has_update:
             return (value, *history)[: self.forecaster.depth]
         return tuple(self._run("update", (*history, value), numbers))
 
@@ -98,15 +99,15 @@ class CompiledForecaster:
         inputs = [*tensors, _on_device(numbers, tensors[0].device)]
         with torch.no_grad():
             if key not in self._pieces:
-                with compile_lock:  # Inductor compiles one graph at a time.
+                with self._lock:
                     if key not in self._pieces:
                         self._pieces[key] = self._compiled(name, inputs)
             found: Sequence[Tensor] = self._pieces[key](*inputs)
         return found
 
     def _compiled(self, name: str, inputs: list[Tensor]) -> Callable[..., Any]:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)  # Constants, as the 0 of `torch.where(..., 0)`.
-        asked = "update" if name == "update" else "predict"  # What of it runs.
+        mode = FakeTensorMode(allow_non_fake_inputs=True)  # Constants, such as the 0 of `torch.where(..., 0)`.
+        method = "update" if name == "update" else "predict"  # The method of the forecaster that the function calls.
         with torch.inference_mode(False), torch.no_grad():
             fakes: list[Tensor] = [mode.from_tensor(_like(x)) for x in inputs]
             try:
@@ -115,16 +116,16 @@ class CompiledForecaster:
                 raise
             except Exception as error:
                 raise ConfigError(
-                    f"cachedit_fx: `{asked}` of forecaster {type(self.forecaster).__name__} cannot be traced"
+                    f"cachedit_fx: `{method}` of forecaster {type(self.forecaster).__name__} cannot be traced"
                     f"{_place(self.forecaster, error)}: {type(error).__name__}: {cut(error)}\n{_CURE}"
                 ) from error
             try:
                 return self._compile(graph, fakes)
             except Exception as error:
                 raise ConfigError(
-                    f"cachedit_fx: the inner backend does not compile `{asked}` of forecaster "
-                    f"{type(self.forecaster).__name__}: {type(error).__name__}: {cut(error)}\nWhat to do: put that "
-                    "operation in other words, or set inner_backend='eager' to run it as it is."
+                    f"cachedit_fx: the inner backend does not compile `{method}` of forecaster "
+                    f"{type(self.forecaster).__name__}: {type(error).__name__}: {cut(error)}\nWhat to do: use another "
+                    "operation, or set inner_backend='eager' to run it as it is."
                 ) from error
 
 
@@ -179,7 +180,7 @@ def _update(forecaster: Forecaster) -> Callable[..., Tensors]:
         if not allowed or not all(_is_like(tensor, value) for tensor in found):
             got = f"({', '.join(map(_described, found[:3]))})" if isinstance(found, tuple) else _described(found)
             raise ConfigError(
-                f"cachedit_fx: `update` of forecaster {type(forecaster).__name__} returned what is no history.\n"
+                f"cachedit_fx: `update` of forecaster {type(forecaster).__name__} did not return a history.\n"
                 f"  expected: a tuple of 1 to {forecaster.depth} (`depth`), each {_described(value)}\n"
                 f"  found:    {got}"
             )
@@ -200,7 +201,7 @@ def _checked(forecaster: Forecaster, history: Tensors, numbers: Tensor) -> Tenso
     value = forecaster.predict(history, numbers)
     if not _is_like(value, history[0]):
         raise ConfigError(
-            f"cachedit_fx: `predict` of forecaster {type(forecaster).__name__} returned what is not like the "
+            f"cachedit_fx: `predict` of forecaster {type(forecaster).__name__} returned a value that does not fit the "
             f"history.\n  expected: {_described(history[0])}\n  found:    {_described(value)}"
         )
     return value

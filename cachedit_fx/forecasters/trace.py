@@ -1,4 +1,7 @@
-"""Traces a function of tensors into a graph of ATen operations without an effect on other threads."""
+"""Traces a function of tensors into a graph of ATen operations, without effects on other threads.
+
+The tracer is that of `torch.fx.experimental.proxy_tensor`, whose names exist in torch 2.11 to 2.14.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor])
 
     `torch.fx.experimental.proxy_tensor.make_fx` returns the same graph. While it traces, it patches `torch.nn.Module`
     and sets a flag, both for the whole process: the guards of a model that another thread calls at that moment fail,
-    and Dynamo compiles the model once more. This function changes the state of its own thread alone.
+    and Dynamo compiles the model again. This function changes only the state of its own thread.
 
     Args:
         function: Takes tensors and returns a tuple of tensors.

@@ -1,4 +1,4 @@
-"""What `torch.compile` and `enable_cache` call: capture, compilation, and calls without Dynamo.
+"""What `torch.compile` and `enable_cache` call: capture, compilation, and fast dispatch.
 
-Knows Dynamo and Inductor.
+Only this package knows how Dynamo captures and guards. The private names of torch are in `torch_internals.py`.
 """

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import RestartAnalysis
-from torch._logging._internal import trace_structured_artifact
 
 from cachedit_fx.config.cache_config import CacheConfig, check_together, split_options
 from cachedit_fx.errors import PassError, PatternError, cut
 from cachedit_fx.frontend.capture import captured_module, copy_graph, forget_examples, sources_of
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
+from cachedit_fx.frontend.torch_internals import RestartAnalysis, trace_structured_artifact
 from cachedit_fx.frontend.uncached import BUG, UncachedGraph, WhyUncached, report_bare, why_of
 from cachedit_fx.passes.analysis.dataflow import is_weight
 from cachedit_fx.passes.analysis.effects import effect_of

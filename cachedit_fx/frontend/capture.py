@@ -1,4 +1,4 @@
-"""What Dynamo hands over: which placeholders are weights and what the caller called the others. Knows Dynamo."""
+"""Takes over a graph from Dynamo: which placeholders are weights, and the names that the caller gave to the others."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from cachedit_fx.frontend.torch_internals import (
+    effect_of_call,
+    input_expression,
+    is_held_by_module,
+    is_passed_as_found,
+    is_traced_by_dynamo,
+    traced_locals,
+)
 from cachedit_fx.passes.extract import graph_module
 from cachedit_fx.runtime.sources import Sources
 
-# What stands in a source between the names that a user wrote.
-_HOLDERS = {"L", "G", "self", "args", "kwargs", "__dict__", "_modules", "_parameters", "_buffers", "__class__"}
+# Words in one of Dynamo's expressions that are not names from the code of the model.
+_NOT_NAMES = {"L", "G", "self", "args", "kwargs", "__dict__", "_modules", "_parameters", "_buffers", "__class__"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +31,9 @@ class GraphInput:
     """Where a placeholder comes from.
 
     Attributes:
-        name: What the caller or the model calls it: `hidden_states`, `weight`.
-        is_weight: A parameter or buffer (or a number) that the model holds, rather than something passed to it.
-        path: The same with where it is held: `blocks.1.norm.weight`, `joint_attention_kwargs.scale`.
+        name: Its name in the model or in its signature: `hidden_states`, `weight`.
+        is_weight: Whether the model holds it (a parameter, buffer or number), rather than its caller passing it.
+        path: The name with the path to it: `blocks.1.norm.weight`, `joint_attention_kwargs.scale`.
     """
 
     name: str
@@ -34,10 +42,10 @@ class GraphInput:
 
 
 def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
-    """A copy of Dynamo's graph to work on (it looks at its own again after the backend returns), inputs labelled.
+    """A copy of Dynamo's graph for the passes, with labelled inputs. Dynamo reads its own after the backend returns.
 
-    A placeholder keeps the fake tensor that Dynamo traced with, and beside it, as `cachedit_example`, what Dynamo
-    passes to a backend: a piece has to be compiled with that one.
+    A placeholder keeps the fake tensor that Dynamo traced with. Its `meta["cachedit_example"]` is what Dynamo passes to
+    the backend, with which pieces have to be compiled.
     """
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
@@ -54,65 +62,29 @@ def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
 
 
 def sources_of(gm: fx.GraphModule) -> Sources:
-    """How Dynamo, which is calling the backend now, will call the graph."""
-    translator = _translator()
-    if translator is None:
-        return Sources(reason="the backend was called by hand, not by Dynamo")
+    """How Dynamo will call the graph for which it is calling the backend now."""
+    if not is_traced_by_dynamo():
+        return Sources(reason="the backend was not called by Dynamo")
     try:
-        reason = _beside_the_graph(translator.output)
-        inputs = [node.meta.get("grapharg") for node in gm.graph.nodes if node.op == "placeholder"]
-        if not reason and any(given is None or given.source is None or given.pass_arg_as_tensor for given in inputs):
-            reason = "Dynamo makes an input of the graph anew at every call"
-        return Sources(reason=reason) if reason else Sources(tuple(_text(given.source) for given in inputs if given))
+        reason, inputs = effect_of_call(), [node for node in gm.graph.nodes if node.op == "placeholder"]
+        if not reason and not all(map(is_passed_as_found, inputs)):
+            reason = "Dynamo makes an input of the graph at every call"
+        return Sources(reason=reason) if reason else Sources(tuple(map(input_expression, inputs)))
     except (ImportError, AttributeError) as error:
-        return Sources(reason="Dynamo's records of the graph are not where they were", error=repr(error))
-
-
-def _beside_the_graph(output: Any) -> str:
-    """What Dynamo does at a call besides running the graph (`output` is its record of the trace); empty for nothing."""
-    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
-
-    effects, code = output.side_effects, output.root_tx.f_code
-    # What the call itself makes concerns no one, unless it is returned; **kwargs are a new dictionary at every call.
-    before = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
-    others = code.co_varnames[before] if code.co_flags & inspect.CO_VARKEYWORDS else None
-    for found in effects.id_to_variable.values():
-        if not effects.is_modified(found) or isinstance(found.mutation_type, AttributeMutationNew | ValueMutationNew):
-            continue
-        source = _text(found.source) if found.source is not None else "an object"
-        if source != f"L['{others}']":
-            return f"the forward changes {source}"
-    if effects.tensor_hooks or effects.save_for_backward:
-        return "the forward prepares a backward pass"
-    return "the forward draws random numbers in Python" if output.random_calls else ""
-
-
-def _text(source: Any) -> str:
-    found: str = source.name if isinstance(source.name, str) else source.name()
-    return found
+        return Sources(reason="this version of torch does not record how Dynamo calls the graph", error=repr(error))
 
 
 def forget_examples(*modules: fx.GraphModule) -> None:
-    """Lets go of what Dynamo passed: a prompt must be able to die, and its session with it."""
+    """Removes the references to what Dynamo passed, so that a prompt can be deleted, which ends its session."""
     for module in modules:
         for inner in module.modules():
             for node in inner.graph.nodes if isinstance(inner, fx.GraphModule) else ():
                 node.meta.pop("cachedit_example", None)
 
 
-def _translator() -> Any:
-    """Dynamo's state of the trace that this thread is in; None outside of one."""
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        return InstructionTranslator.current_tx()
-    except (ImportError, AttributeError):  # Not inside Dynamo: the backend was called by hand.
-        return None
-
-
 def captured_module() -> torch.nn.Module | None:
-    """The module whose forward Dynamo is tracing now, if that can be told."""
-    frame = _traced_locals()
+    """The module whose forward Dynamo is tracing now; None if it is unknown."""
+    frame = traced_locals()
     found = frame.get("self")
     if isinstance(found, torch.nn.Module):
         return found
@@ -120,19 +92,8 @@ def captured_module() -> torch.nn.Module | None:
     return modules[0] if len(modules) == 1 else None
 
 
-def is_resumed() -> bool:
-    """Whether Dynamo is tracing what follows on a graph break in a function."""
-    translator = _translator()
-    return translator is not None and str(translator.f_code.co_name).startswith("torch_dynamo_resume_in")
-
-
-def _traced_locals() -> dict[str, Any]:
-    translator = _translator()
-    return dict(translator.f_locals) if translator is not None else {}
-
-
 def _argument_names() -> list[str]:
-    """Names of the forward's positional arguments: a decorated forward sees them as `args[N]`."""
+    """The names of the positional arguments of the forward. A decorator of the forward sees them as `args[N]`."""
     module = captured_module()
     if module is None:
         return []
@@ -143,16 +104,14 @@ def _argument_names() -> list[str]:
 
 
 def _graph_input(node: fx.Node, example: Any, names: list[str]) -> GraphInput:
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    text = "" if source is None else _text(source)
-    holder = getattr(source, "guard_source", None)
-    in_module = holder is not None and (holder.is_unspecialized_nn_module() or holder.is_specialized_nn_module())
-    held = in_module or "_parameters" in text or "_buffers" in text or isinstance(example, torch.nn.Parameter)
+    text = input_expression(node)
+    is_parameter = "_parameters" in text or "_buffers" in text or isinstance(example, torch.nn.Parameter)
+    is_held = is_held_by_module(node) or is_parameter
     position = re.fullmatch(r"L\['args'\]\[(\d+)\]", text)
     if position and int(position[1]) < len(names):
         name = names[int(position[1])]
         return GraphInput(name, is_weight=False, path=name)
     words = re.findall(r"[A-Za-z_]\w*", text)
-    is_weight = held or not isinstance(example, torch.Tensor) or text.startswith("G[")
-    parts = [word for word in re.findall(r"\w+", text) if word not in _HOLDERS]
+    is_weight = is_held or not isinstance(example, torch.Tensor) or text.startswith("G[")
+    parts = [word for word in re.findall(r"\w+", text) if word not in _NOT_NAMES]
     return GraphInput(words[-1] if words else node.name, is_weight=is_weight, path=".".join(parts))

@@ -1,4 +1,4 @@
-"""How a module is captured: whole if that can be, if need be with sizes that depend on data, or else in parts."""
+"""Capture strategies: a module is captured as one graph if possible, with sizes that depend on data if necessary."""
 
 from __future__ import annotations
 
@@ -13,44 +13,43 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
-from torch._dynamo.utils import counters
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from cachedit_fx.frontend.backend import Backend
+from cachedit_fx.frontend.torch_internals import (
+    NOT_ATTEMPTED,
+    TRACED_BY_FX,
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    TorchDynamoException,
+    is_traced_here,
+    num_limits_reached,
+    patched_config,
+    recompile_limit,
+)
 from cachedit_fx.runtime.cached_call import CachedCall
 from cachedit_fx.runtime.session import current_call
 
-MAX_GRAPHS = 64  # Of one class of modules: past them Dynamo compiles no more, however often the graphs are used.
+MAX_GRAPHS = 64  # The largest recompile limit for one class of modules, however often the graphs are used.
 MAX_SIGNATURES = 1024
-PAID_OFF = 3  # Calls that a graph has to serve before it makes room for another one.
-
-# What Dynamo says where a function is past its limit: as an error, with `fullgraph=True`, and as a statistic.
-_NO_GRAPH = "Compilation was not attempted"
-_LIMIT = "Dynamo recompile limit exceeded"
-
-# What Dynamo says, before it runs anything, while torch.fx traces. There is one flag for all threads: another thread
-# that compiles a piece or a forecaster sets it.
-_TRACED = "you are using FX to symbolically trace a dynamo-optimized function"
+CALLS_TO_RAISE_LIMIT = 3  # A graph that has served so many calls raises the recompile limit by one.
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureStrategy:
-    """One way to ask Dynamo for a graph.
+    """One way of capturing.
 
     Attributes:
-        whole: An error where the module does not become one graph (`fullgraph=True`); nothing was run then.
-        captures_data: Numbers read off tensors, and shapes that depend on values, become part of the graph.
+        whole: Raise an error if the module is not one graph (`fullgraph=True`). Nothing of it has run then.
+        captures_data: Numbers that are read from tensors, and shapes that depend on values, are part of the graph.
     """
 
     whole: bool
     captures_data: bool
 
 
-# Without data first: sizes that depend on it are known to no one before the call. In parts it is the other way round,
-# for a function that Dynamo once gave up on is skipped for good.
+# Whole graphs are first captured without data, since sizes that depend on data are unknown before the call. Parts are
+# first captured with data, since Dynamo permanently skips a function that it gave up on.
 CAPTURE_STRATEGIES = (
     CaptureStrategy(True, False),
     CaptureStrategy(True, True),
@@ -60,21 +59,21 @@ CAPTURE_STRATEGIES = (
 
 
 class CaptureStrategies:
-    """A module's compiled forward, by the first way that works: later calls begin with the one that did.
+    """The compiled forward of a module, captured with the first strategy that works. Later calls start with that one.
 
     Args:
-        module: Called as it is; only its compiled forward is made here.
-        backend: What compiles the graphs.
-        compile_kwargs: The rest of `torch.compile`'s; with `fullgraph=True` parts are no way.
-        before_each: Told of every strategy before it is tried.
-        strategies: What is tried, in turn.
-        call: What is compiled in place of the module's own call: a method of it.
+        module: The module, which is not changed.
+        backend: Compiles the graphs.
+        compile_kwargs: The other arguments of `torch.compile`. With `fullgraph=True`, capture in parts is not tried.
+        before_each: Called with every strategy before it is tried.
+        strategies: The strategies, in the order in which they are tried.
+        call: A method of the module that is compiled instead of the module's own call.
 
     Attributes:
-        plain: What is compiled.
-        why_in_parts: What Dynamo said where the module could not be captured whole; empty if it could.
-        full_at: As many graphs as Dynamo may compile, once it would need one more; 0 before. From then on it runs the
-            graphs that there are, and plain code where none of them fits.
+        plain: The function that is compiled.
+        why_in_parts: Dynamo's reason why the module could not be captured as one graph; empty if it could.
+        limit_reached: The recompile limit, once a call needs one graph more; 0 before. From then on, Dynamo runs the
+            existing graphs, and the plain code if none of them fits.
     """
 
     def __init__(
@@ -96,22 +95,22 @@ class CaptureStrategies:
         self._file = inspect.getsourcefile(type(module))
         self._compiled: dict[CaptureStrategy, Callable[..., Any]] = {}
         self._lock = threading.RLock()
-        self._works = False  # Whether the first of the strategies has worked.
-        self._served: set[Hashable] = set()  # Signatures of calls that it served.
+        self._has_worked = False  # Whether the first of the strategies has worked.
+        self._signatures: set[Hashable] = set()  # Of the calls that it has served.
         self.why_in_parts = ""
-        self.full_at = 0
+        self.limit_reached = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output. A strategy that fails has run nothing of the module.
+        """The output of the module. A strategy that fails has run nothing of the module.
 
-        One is an exception: where calls of others brought the class past Dynamo's limit, Dynamo says so after the first
-        call has run plain; that is made again.
+        There is one exception: if calls of other modules brought the class past the recompile limit, Dynamo reports it
+        after it has run the first call as plain code. The call is made again.
 
         Raises:
-            TorchDynamoException: No way is left; what the first of them met.
+            TorchDynamoException: All strategies failed. The error is that of the first one.
         """
         signature = _signature(args, kwargs)
-        if self._works and (signature in self._served or self.full_at):
+        if self._has_worked and (signature in self._signatures or self.limit_reached):
             strategy, *_ = self._strategies
             if self._before_each is not None:
                 self._before_each(strategy)
@@ -120,14 +119,14 @@ class CaptureStrategies:
             except BackendCompilerFailed:
                 raise
             except TorchDynamoException:
-                pass  # What worked for other sizes does not for these.
-        # Other threads wait: they begin with the way that is found here, and find the graph that is compiled here. By
-        # itself Dynamo would compile one for each of them.
+                pass  # The strategy worked for other sizes, but does not for these.
+        # Other threads wait, and then use the strategy that is found and the graph that is compiled here. Dynamo alone
+        # would compile a graph for each thread.
         with self._lock:
             result = self._find_strategy(args, kwargs)
-            if len(self._served) >= MAX_SIGNATURES:
-                self._served.clear()
-            self._served.add(signature)
+            if len(self._signatures) >= MAX_SIGNATURES:
+                self._signatures.clear()
+            self._signatures.add(signature)
             return result
 
     def _find_strategy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -142,29 +141,29 @@ class CaptureStrategies:
                     raise
                 first = first or error
                 continue
-            if first is not None:  # Only what worked tells that the fault was not the caller's.
+            if first is not None:  # Since another strategy worked, the caller is not to blame for the error.
                 self.why_in_parts = self.why_in_parts or ("" if strategy.whole else self._describe(first))
                 del self._strategies[:number]
-            self._works = True
+            self._has_worked = True
             return result
         assert first is not None
         raise first
 
     @property
     def strategy(self) -> CaptureStrategy:
-        """The way that works, or the first that will be tried."""
+        """The strategy that works, or the first that will be tried."""
         return self._strategies[0]
 
-    def give_up(self) -> bool:
-        """Leaves the way that was taken, because none of its graphs is worth caching. Returns whether there is another.
+    def drop_strategy(self) -> bool:
+        """Drops the present strategy, because none of its graphs can be cached. Returns whether another one is left.
 
-        A module that was captured whole is what it is; one in parts may fall into others.
+        A module that was captured as one graph keeps its strategy. Another strategy may capture other parts.
         """
         with self._lock:
             is_last = self._strategies[0].whole or len(self._strategies) == 1
             if not is_last:
                 del self._strategies[0]
-                self._works = False
+                self._has_worked = False
             return not is_last
 
     def _run(self, strategy: CaptureStrategy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,9 +173,10 @@ class CaptureStrategies:
                 try:
                     return self._run_within(limit, strategy, args, kwargs)
                 except RuntimeError as error:
-                    if _TRACED not in str(error) or _is_traced_here(args, kwargs):
+                    if TRACED_BY_FX not in str(error) or is_traced_here(args, kwargs):
                         raise
-                with _tracing_elsewhere():
+                # The setting is this thread's own.
+                with patched_config({"force_compile_during_fx_trace": True}):
                     return self._run_within(limit, strategy, args, kwargs)
         finally:
             if call is not None:
@@ -184,38 +184,39 @@ class CaptureStrategies:
                     self._graphs.update(cached_call for cached_call, *_ in call.ran)
 
     def _limit(self) -> int:
-        """Graphs that Dynamo may compile of one function: its own limit, and one more for each that paid off.
+        """The recompile limit: Dynamo's own, plus one for each graph that has served enough calls.
 
-        A graph per step would cost more than it saves, as where hooks are made anew for every step; a graph per length
-        of the prompt serves a generation, or many.
+        A graph per prompt length serves a whole generation or several. A graph per step (if hooks are created again for
+        every step) would cost more than it saves.
         """
-        given, dynamo_limit = self._kwargs.get("recompile_limit"), torch._dynamo.config.recompile_limit
+        given, dynamo_limit = self._kwargs.get("recompile_limit"), recompile_limit()
         if given is not None:
             return int(given)
         with _graphs_lock:
-            paid_off = sum(graph.num_calls >= PAID_OFF for graph in self._graphs)
-        return max(dynamo_limit, min(MAX_GRAPHS, dynamo_limit + paid_off))
+            num_used = sum(graph.num_calls >= CALLS_TO_RAISE_LIMIT for graph in self._graphs)
+        return max(dynamo_limit, min(MAX_GRAPHS, dynamo_limit + num_used))
 
     def _run_within(self, limit: int, strategy: CaptureStrategy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if strategy.whole and not self.full_at:
+        if strategy.whole and not self.limit_reached:
             try:
                 return self._compiled_for(strategy)(*args, **kwargs)
             except FailOnRecompileLimitHit:
-                self.full_at = limit
-            except RuntimeError as error:  # Other calls of the class were past the limit before: its code is marked.
-                if _NO_GRAPH not in str(error):
+                self.limit_reached = limit
+            except RuntimeError as error:  # Other calls of the class reached the limit before, which marked its code.
+                if NOT_ATTEMPTED not in str(error):
                     raise
-                self.full_at = limit
-        # No error past the limit: Dynamo marks the function, and looks for one of its graphs without compiling more.
-        hits = _limits_hit()
+                self.limit_reached = limit
+        # Without `fullgraph`, the limit is not an error: Dynamo marks the function, uses its graphs, and compiles no
+        # more.
+        num_before = num_limits_reached()
         result = self._compiled_for(replace(strategy, whole=False))(*args, **kwargs)
-        if _limits_hit() > hits and not self.full_at:
-            self.full_at = limit
+        if num_limits_reached() > num_before and not self.limit_reached:
+            self.limit_reached = limit
         return result
 
     def _compiled_for(self, strategy: CaptureStrategy) -> Callable[..., Any]:
         if strategy not in self._compiled:
-            options = self._kwargs.get("options")  # torch.compile takes out what is its own.
+            options = self._kwargs.get("options")  # A copy, since torch.compile removes its own options.
             given = {**self._kwargs, "options": dict(options)} if options else self._kwargs
             self._compiled[strategy] = torch.compile(
                 self.plain,
@@ -226,7 +227,7 @@ class CaptureStrategies:
         return self._compiled[strategy]
 
     def _describe(self, error: Exception) -> str:
-        """`model.py:12, "Data-dependent branching"`: the error itself would keep the call's tensors alive."""
+        """`model.py:12, "Data-dependent branching"`. The error itself would keep the tensors of the call alive."""
         stack = list(getattr(error, "real_stack", None) or ())
         mine = [frame for frame in stack if frame.filename == self._file]
         place = "".join(f"{Path(frame.filename).name}:{frame.lineno}, " for frame in (mine or stack)[-1:])
@@ -234,7 +235,7 @@ class CaptureStrategies:
 
 
 def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
-    """Equal for calls that Dynamo compiles no new graph for, as far as the arguments tell."""
+    """Equal for calls that can use the same graph, as far as the arguments show."""
     return (*map(_kind, args), *((name, _kind(value)) for name, value in kwargs.items()))
 
 
@@ -250,28 +251,14 @@ def _kind(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _settings(strategy: CaptureStrategy, limit: int) -> Iterator[None]:
-    """Dynamo's, for one call. The limit is among them, for not every version of `torch.compile` takes it."""
+    """Sets Dynamo's configuration for one call. Not every version of `torch.compile` has the limit as an argument."""
     changed: dict[str, Any] = {}
     if strategy.captures_data:
         changed |= dict(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
-    if limit != torch._dynamo.config.recompile_limit:
+    if limit != recompile_limit():
         changed |= dict(recompile_limit=limit)
-    with torch._dynamo.config.patch(**changed) if changed else contextlib.nullcontext():
+    with patched_config(changed) if changed else contextlib.nullcontext():
         yield
-
-
-def _is_traced_here(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether it is this thread that traces the call, by `torch.fx.symbolic_trace` or `make_fx`."""
-    return get_proxy_mode() is not None or any(isinstance(x, fx.Proxy) for x in pytree.tree_leaves((args, kwargs)))
-
-
-def _tracing_elsewhere() -> contextlib.AbstractContextManager[None]:
-    """Lets Dynamo work while another thread traces. The setting is this thread's own; older versions lack it."""
-    name = "force_compile_during_fx_trace"
-    if not hasattr(torch._dynamo.config, name):
-        return contextlib.nullcontext()
-    changed: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(name, True)
-    return changed
 
 
 _graphs: weakref.WeakKeyDictionary[type[nn.Module], weakref.WeakSet[CachedCall]] = weakref.WeakKeyDictionary()
@@ -279,11 +266,6 @@ _graphs_lock = threading.Lock()
 
 
 def _graphs_of(cls: type[nn.Module]) -> weakref.WeakSet[CachedCall]:
-    """The guarded graphs that modules of a class have run: Dynamo counts by code, whichever module it compiles for."""
+    """The cached graphs that modules of a class have run. Dynamo counts graphs by code, not by module."""
     with _graphs_lock:
         return _graphs.setdefault(cls, weakref.WeakSet())
-
-
-def _limits_hit() -> int:
-    """How often Dynamo found a function past its limit, in this process."""
-    return sum(count for text, count in counters["unimplemented"].items() if text.startswith(_LIMIT))

@@ -1,34 +1,29 @@
-"""Whether dictionaries have been written to: a look at hundreds of them costs less than a look at what they hold.
+"""Detects writes to dictionaries by their versions, which is cheaper than to compare their contents.
 
-The attributes and children of a module are dictionaries. The interpreter numbers the writes to every dictionary, and
-Dynamo's guards can read that number.
+The attributes and children of a module are in dictionaries. CPython changes the version of a dictionary at every write,
+and Dynamo's guards read it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-# Private to torch; there since 2.0. Without it nothing is known to be unwritten, and callers look for themselves.
-_version_of: Callable[[dict[Any, Any]], int] | None = getattr(
-    getattr(torch._C._dynamo, "guards", None), "dict_version", None
-)
+from cachedit_fx.frontend.torch_internals import dict_version
 
 
 class DictVersions:
-    """Remembers dictionaries as they are now, by their versions."""
+    """Remembers the present versions of some dictionaries."""
 
-    __slots__ = ("_dicts", "_known")
+    __slots__ = ("_dicts", "_versions")
 
     def __init__(self, dicts: Iterable[dict[Any, Any]]) -> None:
         self._dicts = [*{id(one): one for one in dicts}.values()]
-        self._known = self._look()
+        self._versions = self._read()
 
     def are_same(self) -> bool:
-        """Whether nothing was written to any of them since. If not, what they hold may be the same all the same."""
-        return self._known is not None and self._look() == self._known
+        """Whether it is certain that none of them has been written to since."""
+        return self._versions is not None and self._read() == self._versions
 
-    def _look(self) -> list[int] | None:
-        return [*map(_version_of, self._dicts)] if _version_of is not None else None
+    def _read(self) -> list[int] | None:
+        return [*map(dict_version, self._dicts)] if dict_version is not None else None

@@ -1,4 +1,4 @@
-"""What stands in a module while the cache is enabled for it: `Enabled`, which makes and counts the module's calls."""
+"""`Enabled`: replaces the compiled forward of a module for which the cache is enabled; makes and counts its calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import PassError, PatternError, cut
@@ -24,6 +23,7 @@ from cachedit_fx.frontend.capture_strategies import CaptureStrategies, CaptureSt
 from cachedit_fx.frontend.entry_points import has_tensor
 from cachedit_fx.frontend.fast_dispatch import NOT_SERVED, FastDispatcher
 from cachedit_fx.frontend.region_watch import RegionWatch
+from cachedit_fx.frontend.torch_internals import BackendCompilerFailed
 from cachedit_fx.frontend.uncached import (
     WhyUncached,
     report_uncached,
@@ -35,21 +35,21 @@ from cachedit_fx.frontend.uncached import (
 from cachedit_fx.functors.functor import PatchFunctor
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.names import conditioning_names, timestep_name
-from cachedit_fx.runtime.instances import instance_of, standing_in
+from cachedit_fx.runtime.instances import installed_in, instance_of
 from cachedit_fx.runtime.session import ModelCall, current_call, within_call
 
 log = logging.getLogger(__name__)
 
-CALL = "_compiled_call_impl"  # Where torch looks for what a call of the module runs.
+CALL = "_compiled_call_impl"  # The attribute of a module that `nn.Module.__call__` calls; `Module.compile` sets it.
 MISSING = object()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `enable_cache` was asked to do with one transformer.
+    """The arguments of `enable_cache` for one transformer.
 
     Attributes:
-        method: Name of the method that is cached in place of the module's own call; None for that call.
+        method: The name of the method that is cached instead of the module's own call; None for that call.
     """
 
     config: CacheConfig
@@ -58,8 +58,8 @@ class Settings:
     compile_kwargs: Mapping[str, Any]
     method: str | None = None
 
-    def is_built_like(self, other: Settings) -> bool:
-        """Whether the two ask for the same of `torch.compile`; their backends are compared apart."""
+    def has_compile_arguments_of(self, other: Settings) -> bool:
+        """Whether the two call `torch.compile` in the same way, apart from the backend."""
         mine = (self.functor, dict(self.compile_kwargs), self.method)
         return mine == (other.functor, dict(other.compile_kwargs), other.method)
 
@@ -69,26 +69,27 @@ class Settings:
         return Backend(self.config, mode=mode, options=options, declared=self.declared, policy_per_call=True)
 
     @property
-    def of_dynamo(self) -> dict[str, Any]:
-        """Arguments of `torch.compile` that are not the inner backend's."""
+    def dynamo_arguments(self) -> dict[str, Any]:
+        """The arguments of `torch.compile` that are not for the inner backend."""
         found = {name: value for name, value in self.compile_kwargs.items() if name not in ("mode", "options")}
         options = self.compile_kwargs.get("options") or {}
         return found | {"options": {k: v for k, v in options.items() if k == "guard_filter_fn"}}
 
 
 class Enabled:
-    """Stands in a module for its compiled forward: what a call was given is known to the graphs inside.
+    """Replaces the compiled forward of a module. The graphs inside a call know the arguments of the call.
 
-    It also holds what undoes it; the module holds it, so that it goes with the module. A copy of the module (by
-    `copy.deepcopy` or `pickle`) gets one of its own, with the same settings and no sessions.
+    It also holds what `disable_cache` needs to undo it. The module owns it. A copy of the module (by `copy.deepcopy` or
+    `pickle`) gets an object of its own, with the same settings and no sessions.
 
     Args:
-        had_registry: Whether the module had hooks of diffusers before; by default it is asked.
+        had_registry: Whether the module had hooks of diffusers before; by default, the module is examined.
 
     Attributes:
-        settings: What was asked for last. What only decides when to reuse may change without compiling anew.
-        before: What stood in its place.
-        tuned_size: Shape, without the batch, of the first tensor that a tuned configuration expects; empty for any.
+        settings: The last arguments. Fields that only decide when to reuse can change without a recompilation.
+        before: The attribute that it replaced.
+        tuned_size: The shape, without the batch, of the first tensor that the configuration was tuned for; empty for
+            any shape.
     """
 
     def __init__(
@@ -106,66 +107,66 @@ class Enabled:
         self.module = weakref.ref(module)
         self.instance = instance_of(module)
         self.instance.is_enabled = True
-        # Nothing is known of what was compiled for an earlier configuration.
-        self.instance.has_cached_graph = False
+        self.instance.has_cached_graph = False  # Graphs of an earlier configuration do not count.
         self._watch: RegionWatch | None = None
         self._watch_lock = threading.Lock()
         self.fast_dispatch = FastDispatcher(module, is_on=settings.config.fast_dispatch and settings.method is None)
-        self.compiled = CaptureStrategies(module, backend, settings.of_dynamo, call=called if settings.method else None)
-        self._cached_strategy: CaptureStrategy | None = None  # The last one whose graphs were worth caching.
-        self._may_have_another = hasattr(type(module), "is_cache_enabled")
+        method = called if settings.method else None
+        self.compiled = CaptureStrategies(module, backend, settings.dynamo_arguments, call=method)
+        self._cached_strategy: CaptureStrategy | None = None  # The last strategy with a cached graph.
+        self._may_have_diffusers_cache = hasattr(type(module), "is_cache_enabled")
 
     @property
     def place(self) -> str:
-        """The module's attribute that it stands in."""
+        """The attribute of the module that it replaces."""
         return self.settings.method or CALL
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, call = self.module(), self._call(args, kwargs)
-        if self._may_have_another and module is not None and module.is_cache_enabled:
+        if self._may_have_diffusers_cache and module is not None and module.is_cache_enabled:
             return self._uncached(call, why_another_cache(module), self.compiled.plain(*args, **kwargs))
         watch = self._watch
         if module is not None and watch is not None and watch.has_changed():
-            self._begin_anew(module, watch)
+            self._invalidate(module, watch)
         with within_call(call):
             result = self.fast_dispatch(args, kwargs)
             if result is NOT_SERVED:
-                result = self._by_dynamo(args, kwargs)
+                result = self._call_dynamo(args, kwargs)
         if call.ran and module is not None:
             self._learn(module, call, (args, kwargs), result)
         if call.num_served or module is None:
-            self.instance.calls.served(is_reused=call.has_reused)
+            self.instance.calls.count_served(is_reused=call.has_reused)
             return result
-        if self.compiled.full_at:
-            return self._uncached(call, why_past_limit(module, self.compiled.full_at), result)
+        if self.compiled.limit_reached:
+            return self._uncached(call, why_past_limit(module, self.compiled.limit_reached), result)
         why = why_call_uncached(module, call.uncached_graphs, self.compiled.why_in_parts)
-        has_another_strategy = self.compiled.strategy != self._cached_strategy and self.compiled.give_up()
+        has_another_strategy = self.compiled.strategy != self._cached_strategy and self.compiled.drop_strategy()
         if has_another_strategy and self.settings.config.on_no_match == "raise":
-            return self(*args, **kwargs)  # What this call returned is not needed, only the verdict.
+            return self(*args, **kwargs)  # Tries the next strategy before it raises an error.
         return self._uncached(call, why, result, is_certain=not has_another_strategy)
 
-    def _begin_anew(self, module: nn.Module, changed: RegionWatch) -> None:
-        """Ends what was cached from modules or weights that are gone.
+    def _invalidate(self, module: nn.Module, changed: RegionWatch) -> None:
+        """Makes the values unusable that were cached from other modules or weights.
 
-        Several threads may notice one change. Only the first of them counts it: a thread that is late would end what
-        the others have computed since.
+        Several threads may notice the same change, and only the first one counts it. Otherwise a late thread would
+        invalidate what the others have computed since.
         """
         with self._watch_lock:
             if self._watch is changed:
-                self.instance.weights += 1
-                # At once: the next calls may be served without Dynamo, and `_learn` does not see them.
+                self.instance.weights_version += 1
+                # Not left to `_learn`, since calls that are served without Dynamo do not reach it.
                 self._watch = RegionWatch(module, changed.paths)
 
-    def _by_dynamo(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call_dynamo(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             return self.compiled(*args, **kwargs)
-        except BackendCompilerFailed as error:  # What is wrong with a declaration is no failure of the compiler.
+        except BackendCompilerFailed as error:  # An error in a declaration is not a failure of the compiler.
             if isinstance(error.inner_exception, PatternError | PassError):
                 raise error.inner_exception from None
             raise
 
     def _learn(self, module: nn.Module, call: ModelCall, given: tuple[Any, Any], result: Any) -> None:
-        """Takes in a call that Dynamo served with the cache."""
+        """Uses what is known after a call that Dynamo served with the cache."""
         self._cached_strategy = self.compiled.strategy
         self.fast_dispatch.learn(module, given, call.ran, result)
         paths = call.ran[0][0].region_paths
@@ -173,29 +174,29 @@ class Enabled:
             self._watch = RegionWatch(module, paths)
 
     def _uncached(self, call: ModelCall, why: WhyUncached, result: Any, *, is_certain: bool = True) -> Any:
-        """Counts a call that ran without the cache, and says why.
+        """Counts a call that ran without the cache, and reports why.
 
         Args:
-            is_certain: Whether there is no other way to capture the module, which the next call would try.
+            is_certain: Whether no other capture strategy is left for the next call to try.
         """
-        if self._cached_strategy is not None or self.compiled.full_at:
-            self.instance.pass_by(call)
+        if self._cached_strategy is not None or self.compiled.limit_reached:
+            self.instance.record_uncached(call)
         self.instance.has_cached_graph = False
-        self.instance.calls.not_served(why.reason)
+        self.instance.calls.count_not_served(why.reason)
         if is_certain:
-            report_uncached(why, self.settings.config, self.instance.told)
+            report_uncached(why, self.settings.config, self.instance.reported)
         return result
 
     def uncounted_call(self, module: nn.Module, method: str, call: Callable[[], Any]) -> Any:
-        """Makes a call of a method that runs the module's blocks, and counts it if that passed the cache by."""
+        """Makes a call of a method that runs the blocks of the module, and counts it if it bypassed the cache."""
         known, within = self.instance.calls.counts.total, current_call()
         result = call()
         is_inside = within is not None and within.instance is self.instance
         if is_inside or self.instance.calls.counts.total != known or not has_tensor(result):
             return result
         why = why_not_counted(module, method)
-        self.instance.calls.not_served(why.reason, reached_cache=False)
-        report_uncached(why, self.settings.config, self.instance.told)
+        self.instance.calls.count_not_served(why.reason, reached_cache=False)
+        report_uncached(why, self.settings.config, self.instance.reported)
         return result
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
@@ -208,7 +209,7 @@ class Enabled:
         )
 
     def _check_size(self, given: Mapping[str, Any]) -> None:
-        """Warns, once, of a size that was not tuned for."""
+        """Warns once of a size for which the configuration was not tuned."""
         first = next((value for value in given.values() if isinstance(value, torch.Tensor)), None)
         if first is not None and tuple(first.shape[1:]) != self.tuned_size:
             log.warning(
@@ -222,10 +223,10 @@ class Enabled:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         module = self.module()
-        made = memo.get(id(module))  # Where a module is copied, its copy is there before its attributes are.
-        if made is None:
+        copied = memo.get(id(module))  # The copy of a module exists before its attributes do.
+        if copied is None:
             return None
-        return _copied(made, *self._transferred(lambda settings: copy.deepcopy(settings, memo)))
+        return _copied(copied, *self._transferred(lambda settings: copy.deepcopy(settings, memo)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _copied, (self.module(), *self._transferred(lambda settings: pickle.loads(pickle.dumps(settings))))
@@ -233,7 +234,7 @@ class Enabled:
     def _transferred(
         self, copied: Callable[[Settings], Settings]
     ) -> tuple[Settings | None, str, bool, tuple[int, ...]]:
-        """What a copy of the module is enabled with; no settings, with a warning, where they cannot be copied."""
+        """What a copy of the module needs. Without settings, and with a warning, if they cannot be copied."""
         settings, why = None, ""
         if self.settings.functor is not None:
             why = "a patch functor, which holds what it replaced in this module"
@@ -243,7 +244,7 @@ class Enabled:
             why = f"{type(error).__name__}: {cut(error, 160)}"
         if why:
             log.warning(
-                "cachedit_fx: a copy of this %s has no cache, for the settings of the cache cannot be copied.\n"
+                "cachedit_fx: a copy of this %s has no cache, because the settings of the cache cannot be copied.\n"
                 "  found: %s\n"
                 "What to do: call enable_cache for the copy.",
                 type(self.module()).__name__,
@@ -255,19 +256,19 @@ class Enabled:
 def _copied(
     module: nn.Module, settings: Settings | None, place: str, had_registry: bool, tuned_size: tuple[int, ...]
 ) -> Any:
-    """What stands in a copy of an enabled module; its attributes are still to be set."""
+    """The value of the attribute `place` in a copy of an enabled module, whose attributes do not exist yet."""
     if settings is None:
         return None if place == CALL else types.MethodType(getattr(type(module), place), module)
     enabled = Enabled(module, settings, settings.backend(), had_registry=had_registry)
     enabled.tuned_size = tuned_size
-    if place == CALL:  # Torch leaves it out of what it copies.
+    if place == CALL:  # `nn.Module` does not copy this attribute.
         module.__dict__[CALL] = enabled
     return enabled
 
 
 def enabled_of(module: nn.Module) -> Enabled | None:
-    """What `enable_cache` put into a module, if it still stands in its place."""
-    found: Enabled | None = standing_in(module)
+    """The `Enabled` object of a module; None if there is none, or if something else has replaced it."""
+    found: Enabled | None = installed_in(module)
     return found
 
 
@@ -278,7 +279,7 @@ def uncounted_call(module: nn.Module, method: str, call: Callable[[], Any]) -> A
 
 
 def _first_tensor(value: Any) -> Any:
-    """A prompt may be handed over as a list: a new one at every call, of the same tensors."""
+    """A prompt may be passed as a list, which may be a new one at every call, with the same tensors."""
     return value[0] if isinstance(value, list | tuple) and value else value
 
 

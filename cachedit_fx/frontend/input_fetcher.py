@@ -1,4 +1,4 @@
-"""What stands in a function's frame when it is called, and what lies below it; without running the function.
+"""Finds the inputs of a graph without Dynamo: the local variables of a call, and the values that expressions find.
 
 call          module(x, timestep=t)                               ->  {"self": module, "x": x, "timestep": t}
 expression    L['self']._modules['proj']._parameters['weight']    ->  module.proj.weight
@@ -14,25 +14,26 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from cachedit_fx.frontend.dict_versions import DictVersions
+from cachedit_fx.frontend.torch_internals import Locals
 
-Locals = dict[str, Any]
-Step = tuple[str, Any]  # "item" and its key, "attribute" and its name, or "call" and the name of a tensor's method.
+Step = tuple[str, Any]  # "item" and a key, "attribute" and a name, or "call" and the name of a method of a tensor.
 Path = tuple[Step, ...]
 
-_METHODS = ("size", "stride", "storage_offset")  # What Dynamo calls: a size that may change is an input of its own.
+_METHODS = ("size", "stride", "storage_offset")  # Dynamic sizes are inputs of their own, found by these calls.
 
 
 def path_of(source: str) -> Path:
-    """The steps of an expression of Dynamo's from a frame's locals `L` or globals `G`, which are the first step.
+    """The steps of one of Dynamo's expressions. The first step is the locals `L` or globals `G` of a frame.
 
     Raises:
-        ValueError: The expression has anything in it but attributes, constant keys, and methods that give a size.
+        ValueError: The expression contains something other than attributes, constant keys, and methods that return
+            sizes.
     """
     steps: list[Step] = []
     try:
         node: ast.expr = ast.parse(source, mode="eval").body
     except SyntaxError as error:
-        raise ValueError(f"{source} is no expression") from error
+        raise ValueError(f"{source} is not an expression") from error
     while not isinstance(node, ast.Name):
         match node:
             case ast.Attribute(value=inner, attr=name):
@@ -42,63 +43,66 @@ def path_of(source: str) -> Path:
             case ast.Call(func=ast.Attribute(value=inner, attr=name), args=[], keywords=[]) if name in _METHODS:
                 steps.append(("call", name))
             case _:
-                raise ValueError(f"{source} is more than attributes and keys")
+                raise ValueError(f"{source} contains more than attributes and keys")
         node = inner
     if node.id not in ("L", "G"):
-        raise ValueError(f"{source} begins neither at the locals nor at the globals")
+        raise ValueError(f"{source} begins with neither the locals nor the globals")
     return (("frame", node.id), *reversed(steps))
 
 
 class Fetch:
-    """Finds values by their paths: a model has hundreds of weights, and they are looked up at every call.
+    """Finds the values at some paths. It is fast for hundreds of weights, since it runs at every call.
 
-    Most of them lie below the frame's own module, by way of dictionaries alone. As long as none of these was written,
-    the last one on every way is where it was. The others are walked to. No value is held here.
+    Most weights are reached from the module of the frame through dictionaries only. While none of these dictionaries
+    has been written to, the last dictionary of each path is the same, and the value is read from it directly. For other
+    paths, all steps are made. No value is stored here.
 
     Args:
-        paths: As of `path_of`.
-        names: The function's globals.
+        paths: See `path_of`.
+        names: The globals of the function.
     """
 
     def __init__(self, paths: Sequence[Path], names: dict[str, Any]) -> None:
         self._paths, self._names = paths, names
-        # Of the last call: the ways, what walks to the others, and where each value is among what the two give.
-        self._known: tuple[_Ways, _Walk, tuple[int, ...]] | None = None
+        # From the last call: the paths through dictionaries, the others, and the position of each path's value in the
+        # values of both.
+        self._plan: tuple[_DictPaths, _Walk, tuple[int, ...]] | None = None
 
     def __call__(self, frame: Locals) -> tuple[Any, ...]:
-        """The values for a frame, one for each path.
+        """One value per path.
 
         Raises:
-            AttributeError, LookupError: A path leads nowhere.
+            AttributeError, LookupError: There is no value at a path.
         """
-        known = self._known
-        if known is None or not known[0].hold(frame):
-            known = self._known = self._look(frame)
-        ways, walk, order = known
-        found = [*map(operator.getitem, ways.holders, ways.keys), *walk(frame)]
+        plan = self._plan
+        if plan is None or not plan[0].are_valid(frame):
+            plan = self._plan = self._make_plan(frame)
+        dict_paths, walk, order = plan
+        found = [*map(operator.getitem, dict_paths.holders, dict_paths.keys), *walk(frame)]
         return tuple(map(found.__getitem__, order))
 
-    def _look(self, frame: Locals) -> tuple[_Ways, _Walk, tuple[int, ...]]:
-        ways = _Ways(frame, self._paths)
-        others = sorted({*range(len(self._paths))} - {*ways.numbers})
-        places = {number: place for place, number in enumerate((*ways.numbers, *others))}
+    def _make_plan(self, frame: Locals) -> tuple[_DictPaths, _Walk, tuple[int, ...]]:
+        dict_paths = _DictPaths(frame, self._paths)
+        others = sorted({*range(len(self._paths))} - {*dict_paths.numbers})
+        places = {number: place for place, number in enumerate((*dict_paths.numbers, *others))}
         walk = _Walk([self._paths[i] for i in others], self._names)
-        return ways, walk, tuple(map(places.__getitem__, range(len(places))))
+        return dict_paths, walk, tuple(map(places.__getitem__, range(len(places))))
 
 
-class _Ways:
-    """Those of the paths that lead from the frame's own module through dictionaries alone.
+class _DictPaths:
+    """Those of some paths that lead from the module of the frame through dictionaries only.
 
     Attributes:
-        numbers: Of these paths.
-        holders, keys: For each of them, the last dictionary and what to read there.
+        numbers: The positions of these paths among all.
+        holders, keys: For each of these paths, the last dictionary and the key in it.
     """
 
     def __init__(self, frame: Locals, paths: Sequence[Path]) -> None:
         self.numbers: list[int] = []
         self.holders: list[dict[Any, Any]] = []
         self.keys: list[Any] = []
-        self._first: dict[str, Any] = {}  # The module's own attributes that are passed; others may change at any time.
+        # The attributes of the module through which the paths lead. Its dictionary as a whole may change at any time.
+        self._first: dict[str, Any] = {}
         passed: list[dict[Any, Any]] = []
         known: dict[Path, Any] = {}
         attributes = _attributes(frame.get("self"))
@@ -106,19 +110,22 @@ class _Ways:
             if path[:-1] not in known:
                 known[path[:-1]] = self._follow(frame, path[:-1], passed)
             holder = _holder(known[path[:-1]], path[-1])
-            if holder is not None and holder is not attributes:  # The module's own dictionary holds this, in the end.
+            if holder is not None and holder is not attributes:  # The walk reads the attributes of the module itself.
                 self.numbers.append(number)
                 self.holders.append(holder)
                 self.keys.append(path[-1][1])
         self._passed = DictVersions(passed)
 
-    def hold(self, frame: Locals) -> bool:
-        """Whether they lead where they did."""
+    def are_valid(self, frame: Locals) -> bool:
+        """Whether `holders` are still the last dictionaries of the paths."""
         attributes = _attributes(frame.get("self"))
         return all(attributes.get(name) is value for name, value in self._first.items()) and self._passed.are_same()
 
     def _follow(self, frame: Locals, path: Path, passed: list[dict[Any, Any]]) -> Any:
-        """Where a path leads; None where it does not go through dictionaries. Adds those that it passes."""
+        """The value at a path; None if the path leads through something other than dictionaries.
+
+        Adds the dictionaries on the path to `passed`.
+        """
         if path[:2] != (("frame", "L"), ("item", "self")):
             return None
         value = frame.get("self")
@@ -144,7 +151,7 @@ def _attributes(value: Any) -> dict[Any, Any]:
 
 
 def _holder(value: Any, step: Step) -> dict[Any, Any] | None:
-    """The dictionary that holds what a step from `value` leads to; None if none does."""
+    """The dictionary that a step from `value` reads from; None if it reads from no dictionary."""
     kind, key = step
     if kind == "item" and type(value) is dict:
         holder = value
@@ -156,13 +163,13 @@ def _holder(value: Any, step: Step) -> dict[Any, Any] | None:
 
 
 class _Walk:
-    """Goes all the way. What several paths have in common is looked up once, and what lies side by side in one go."""
+    """Makes all steps of some paths: common beginnings once, and the items or attributes of one value in one call."""
 
     def __init__(self, paths: Sequence[Path], names: dict[str, Any]) -> None:
         self._names = names
-        # What to get, out of which value, and whether that is a tuple of several.
+        # A getter, the position of the value that it is called with, and whether it returns a tuple of several values.
         self._program: list[tuple[Callable[[Any], Any], int, bool]] = []
-        below: dict[Path, dict[str, dict[Any, None]]] = {}  # Path -> kind of step -> keys that are asked for there.
+        below: dict[Path, dict[str, dict[Any, None]]] = {}  # Path -> kind of step -> keys to read.
         for path in paths:
             for i in range(1, len(path)):
                 below.setdefault(path[:i], {}).setdefault(path[i][0], {})[path[i][1]] = None
@@ -189,32 +196,32 @@ class _Walk:
 
 
 def _getters(kind: str, keys: list[Any]) -> list[Callable[[Any], Any]]:
-    """What gets these of a value, in their order: all at once, as a tuple if they are several, but for methods."""
+    """Functions that read the keys from a value: one for all items or attributes, and one for each method call."""
     if kind == "call":
         return [operator.methodcaller(key) for key in keys]
     return [operator.itemgetter(*keys) if kind == "item" else operator.attrgetter(*keys)]
 
 
 class Binder:
-    """Makes of a call's arguments the locals that the function's frame begins with.
+    """Makes the local variables with which the frame of a function begins from the arguments of a call.
 
     Args:
-        function: A Python function. Its defaults are taken as they are now.
+        function: A Python function. Its present default values are used.
 
     Raises:
-        ValueError: It has parameters that are positional only.
+        ValueError: It has positional-only parameters.
     """
 
     def __init__(self, function: types.FunctionType) -> None:
         code = function.__code__
         if code.co_posonlyargcount:
-            raise ValueError(f"{function.__qualname__} has parameters that are positional only")
+            raise ValueError(f"{function.__qualname__} has positional-only parameters")
         count = code.co_argcount + code.co_kwonlyargcount
         names, rest = code.co_varnames[:count], iter(code.co_varnames[count:])
         self._positional = names[: code.co_argcount]
         self._names = frozenset(names)
-        self._more = next(rest) if code.co_flags & inspect.CO_VARARGS else None
-        self._others = next(rest) if code.co_flags & inspect.CO_VARKEYWORDS else None
+        self._var_args = next(rest) if code.co_flags & inspect.CO_VARARGS else None
+        self._var_kwargs = next(rest) if code.co_flags & inspect.CO_VARKEYWORDS else None
         defaults = function.__defaults__ or ()
         first = code.co_argcount - len(defaults)
         self._defaults = {
@@ -224,21 +231,21 @@ class Binder:
         self._cells = tuple(zip(code.co_freevars, function.__closure__ or (), strict=True))
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Locals | None:
-        """The locals; None where the function would raise a TypeError for its arguments."""
+        """The local variables; None if the function would raise a TypeError for the arguments."""
         given = dict(zip(self._positional, args, strict=False))
         others = None
-        if self._others is not None:
+        if self._var_kwargs is not None:
             others = {name: value for name, value in kwargs.items() if name not in self._names}
             kwargs = {name: value for name, value in kwargs.items() if name in self._names} if self._names else {}
-        if not kwargs.keys().isdisjoint(given) or (self._more is None and len(args) > len(self._positional)):
+        if not kwargs.keys().isdisjoint(given) or (self._var_args is None and len(args) > len(self._positional)):
             return None
         frame = {**self._defaults, **given, **kwargs}
         if frame.keys() != self._names:
             return None
-        if self._more is not None:
-            frame[self._more] = args[len(self._positional) :]
-        if self._others is not None:
-            frame[self._others] = others
+        if self._var_args is not None:
+            frame[self._var_args] = args[len(self._positional) :]
+        if self._var_kwargs is not None:
+            frame[self._var_kwargs] = others
         for name, cell in self._cells:
             frame[name] = cell.cell_contents
         return frame

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import NoMatchError, cut
-from cachedit_fx.frontend.capture import captured_module, is_resumed
+from cachedit_fx.frontend.capture import captured_module
+from cachedit_fx.frontend.torch_internals import OptimizedModule, is_resumed
 from cachedit_fx.functors.shipped import functor_for
 from cachedit_fx.patterns.mismatch import Mismatch
 from cachedit_fx.runtime.instances import instances_in
@@ -127,7 +127,7 @@ def _called_model() -> nn.Module | None:
     while frame is not None:
         if frame.f_code in _CALLS:
             found = frame.f_locals.get("self")
-            if isinstance(found, torch._dynamo.OptimizedModule):
+            if isinstance(found, OptimizedModule):
                 return found._orig_mod
             if isinstance(found, nn.Module) and found._compiled_call_impl is not None:
                 return found
@@ -135,7 +135,7 @@ def _called_model() -> nn.Module | None:
     return None
 
 
-_CALLS = (nn.Module._wrapped_call_impl.__code__, torch._dynamo.OptimizedModule.__call__.__code__)
+_CALLS = (nn.Module._wrapped_call_impl.__code__, OptimizedModule.__call__.__code__)
 
 
 def why_of(reasons: Sequence[Mismatch], model: nn.Module | None) -> WhyUncached:

@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import _get_qualified_name
 
 from cachedit_fx.flops import hint
 from cachedit_fx.frontend.capture import GraphInput
+from cachedit_fx.frontend.torch_internals import (
+    numpy_method_wrapper,
+    numpy_operator_wrapper,
+    numpy_to_tensor_wrapper,
+)
 from cachedit_fx.patterns.nodes import value_of
 
 # Wrapper -> the attribute that holds the wrapped function or its name.

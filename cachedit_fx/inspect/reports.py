@@ -16,7 +16,7 @@ from cachedit_fx.inspect.why_idle import why_none_reused
 from cachedit_fx.integrations.adapter_registry import modules_of
 from cachedit_fx.integrations.block_adapter import title_of
 from cachedit_fx.runtime import stats as stats_module
-from cachedit_fx.runtime.instances import KEY, calls_of, notes_of, records_of, standing_in
+from cachedit_fx.runtime.instances import KEY, calls_of, installed_in, notes_of, records_of
 from cachedit_fx.runtime.stats import CacheStats, Summary
 
 _DISPLACED = (
@@ -132,7 +132,7 @@ def _stats_of(target: Any, *, details: bool, every_generation: bool) -> Summary:
         for path, counts in calls_of(module).items()
     }
     notes = [note for name, module in named.items() if (note := _why_none_reused(name, module, stats))]
-    notes += [_DISPLACED.format(name) for name, m in modules.items() if KEY in vars(m) and standing_in(m) is None]
+    notes += [_DISPLACED.format(name) for name, m in modules.items() if KEY in vars(m) and installed_in(m) is None]
     notes += [f"{name}: {note}" if name else note for name, module in named.items() for note in notes_of(module)]
     if not calls and not stats:
         notes += [f"{name} runs without the cache: {why}" for name, m in modules.items() for why in reasons_of_bare(m)]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from cachedit_fx.config.cache_config import OPTION_NAMES, CacheConfig, unknown_option
@@ -14,6 +13,7 @@ from cachedit_fx.errors import ConfigError, did_you_mean, shown
 from cachedit_fx.frontend.backend import Backend
 from cachedit_fx.frontend.enabled import MISSING, Enabled, Settings, enabled_of, uncounted_call
 from cachedit_fx.frontend.entry_points import unwatch_methods, watch_methods
+from cachedit_fx.frontend.torch_internals import OptimizedModule
 from cachedit_fx.integrations.adapter_registry import adapter_for, modules_of
 from cachedit_fx.integrations.block_adapter import BlockAdapter, Nested, transformers_of, with_calibrator
 from cachedit_fx.integrations.session_hook import register_hook, remove_hook
@@ -159,7 +159,11 @@ def enabled_settings(module: nn.Module) -> Settings | None:
 
 def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
     current = enabled_of(module)
-    if current is not None and current.settings.backend() == backend and current.settings.is_built_like(settings):
+    if (
+        current is not None
+        and current.settings.backend() == backend
+        and current.settings.has_compile_arguments_of(settings)
+    ):
         if current.settings != settings:
             end_generation(module, everyone=True)
         # The functor that prepared the module is retained, because it holds the methods to restore.
@@ -184,7 +188,7 @@ def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
 
 
 def _require_plain(name: str, module: nn.Module) -> None:
-    if isinstance(module, torch._dynamo.OptimizedModule):
+    if isinstance(module, OptimizedModule):
         raise ConfigError(f"cachedit_fx: {name} is compiled already; pass the module that torch.compile was given")
     if getattr(module, "is_cache_enabled", False):
         raise ConfigError(f"cachedit_fx: a cache of diffusers is enabled for {name}; call its disable_cache() first")

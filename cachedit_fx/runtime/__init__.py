@@ -1,1 +1,1 @@
-"""What happens at a call: the step, its session, what is cached between two steps, and the statistics."""
+"""What happens at a call: the step, its session, the cached values, and the statistics."""

@@ -1,4 +1,4 @@
-"""One call of a cached graph: look up the session, run the pieces, take what the step leaves behind."""
+"""One call of a cached graph: looks up the session, runs the pieces, and commits the step."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from cachedit_fx.runtime.sources import Sources
 from cachedit_fx.runtime.step import Policy, RegionPlan, StepRun
 from cachedit_fx.runtime.stopwatch import Stopwatch
 
-MAX_POLICIES = 64  # Configurations that are remembered: a server may set a mask or a decider for every request.
+MAX_POLICIES = 64  # Configurations that are kept. A server may set a mask or a decider for every request.
 
 
 class CachedCall:
     """The function that Dynamo calls in place of its graph.
 
     Args:
-        graph: The cached graph, its pieces compiled: takes a step and then the arguments of Dynamo's graph.
-        owner: Whoever compiled it: sessions of another owner are none of its own.
-        config: What ends a generation and what guidance branches share; decisions are by each region's own.
-        weights: Of every block a weight, to tell module instances apart: its position among the arguments, or itself.
-        conditioning: Position of the argument whose identity tells requests and guidance branches apart.
-        has_timestep: Whether the first region's probe ends with the timestep, before
-        num_checksums: that many sums of the conditioning's values.
-        policy_per_call: Whether the model's call tells the policy, and what it was given (`session.ModelCall`).
-        copy_state: Copy what is kept: the inner compiler hands out buffers that it will write over (CUDA graphs).
-        inner: The inner compiler, for forecasters; by default their graphs run as they are.
+        graph: The cached graph with compiled pieces. Its arguments are a step and the arguments of Dynamo's graph.
+        owner: Who compiled it. It uses no sessions of another owner.
+        config: What ends a generation, and what guidance branches share. Each region decides by its own overrides.
+        weights: One weight per block, which identify the module instance: positions among the arguments, or tensors.
+        conditioning: The position of the argument whose identity distinguishes requests and guidance branches.
+        has_timestep: Whether the probe vector of the first region ends with the timestep and the checksums.
+        num_checksums: The number of checksums of the conditioning.
+        policy_per_call: Whether the call of the model provides the policy and its arguments (`session.ModelCall`).
+        copy_state: Copy what is cached, since the inner compiler overwrites the buffers that it returns (CUDA graphs).
+        inner: The inner compiler, for forecasters. By default, their graphs run as they are.
         sources: How Dynamo calls the graph.
-        region_paths: Modules that run inside the regions alone.
-        number: Equal for graphs whose regions do the same: what one of them keeps is for the others, too.
+        region_paths: The modules that run inside the regions only.
+        number: Equal for graphs whose regions do the same. They use each other's cached values.
 
     Attributes:
-        asked: Positions of the arguments that are looked at before the graph runs.
-        num_calls: Calls that it has begun to serve.
+        begin_arguments: The positions of the arguments that `begin` reads.
+        num_calls: The number of calls that it has begun to serve.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class CachedCall:
         self.copy_state = copy_state
         self.inner = inner
         self._forecasts: dict[Forecaster, Forecast] = {}
-        self.sources = sources or Sources(reason="how Dynamo calls the graph was not recorded")
+        self.sources = sources or Sources(reason="it was not recorded how Dynamo calls the graph")
         self.region_paths = tuple(region_paths)
         sizes = [i for plan in self.regions for i in plan.sizes.arguments]
-        # A module that tells of its calls is known by itself.
+        # If the calls of a module provide their policy, they provide the module too.
         found = () if policy_per_call else tuple(weight for weight in self.weights if isinstance(weight, int))
         self.num_calls = 0
-        self.asked = tuple(sorted({i for i in (*found, conditioning, *sizes) if i is not None}))
+        self.begin_arguments = tuple(sorted({i for i in (*found, conditioning, *sizes) if i is not None}))
 
     def __call__(self, *args: Any) -> Any:
         run = self.begin(args)
@@ -101,10 +101,10 @@ class CachedCall:
         return output
 
     def begin(self, args: Sequence[Any] | Mapping[int, Any]) -> Run:
-        """The step that a call makes.
+        """Starts the step that a call makes.
 
         Args:
-            args: The graph's, or at least those `asked` for, by position.
+            args: The arguments of the graph by position; at least those at `begin_arguments`.
         """
         self.num_calls += 1
         conditioning = args[self.conditioning] if self.conditioning is not None else None
@@ -116,7 +116,7 @@ class CachedCall:
         instance.has_cached_graph = True
         timestep = None
         if call is not None and not self.has_timestep:
-            # This is a part of the forward: what it gets was made on the way.
+            # The graph is a part of the forward, and does not receive the arguments of the model.
             conditioning, timestep = call.conditioning, call.timestep
         policy = self.policy(call.policy if call is not None else None)
         scheduler_run = find_scheduler_run()
@@ -124,11 +124,11 @@ class CachedCall:
         stopwatch = Stopwatch(self.regions[0].device)
         step = (ShadowedStep if policy.config.shadow else StepRun)(self, policy, instance, opened, scheduler_run, args)
         if timestep is not None:
-            step.tick(timestep)
+            step.set_timestep(timestep)
         return Run(step, stopwatch, call)
 
     def forecast(self, forecaster: Forecaster | None) -> Forecast | None:
-        """The forecaster with its functions, which are compiled when they are first needed."""
+        """The forecaster with its functions, which are compiled at their first call."""
         if forecaster is None:
             return None
         if forecaster not in self._forecasts:
@@ -136,35 +136,35 @@ class CachedCall:
         return self._forecasts[forecaster]
 
     def policy(self, changes: Changes | None) -> Policy:
-        """What decides at this call: the configuration that this was compiled with, but for `changes`."""
+        """The policy of a call: the configuration of the graph with `changes`."""
         if changes not in self._policies:
             while len(self._policies) >= MAX_POLICIES:
                 del self._policies[next(iter(self._policies))]
             config = self.config.override(changes)
             regions = tuple(config.override(plan.overrides) for plan in self.regions)
-            asks = any(region.decider is not None for region in regions)
-            self._policies[changes] = Policy(_number_of((self.owner, config)), config, regions, asks)
+            has_decider = any(region.decider is not None for region in regions)
+            self._policies[changes] = Policy(_number_of((self.owner, config)), config, regions, has_decider)
         return self._policies[changes]
 
 
 @dataclass(slots=True)
 class Run:
-    """A step that is being made, and how long it has taken."""
+    """A running step, and its stopwatch."""
 
     step: StepRun
     stopwatch: Stopwatch
     call: ModelCall | None = None
 
     def commit(self) -> None:
-        """The step is over: it becomes part of its session."""
+        """Makes the finished step part of its session."""
         self.step.commit(self.stopwatch.stop())
         if self.call is not None:
             self.call.num_served += 1
             self.call.has_reused |= self.step.has_reused
 
-    def give_up(self) -> None:
-        """The call is made in another way: nothing of this step is left behind."""
-        self.step.give_up()
+    def discard(self) -> None:
+        """Undoes the step, because the call will be made again."""
+        self.step.discard()
 
 
 _numbers = itertools.count()
@@ -172,5 +172,5 @@ _numbers = itertools.count()
 
 @functools.lru_cache(maxsize=MAX_POLICIES)
 def _number_of(_owner: Hashable) -> int:
-    """A number for every distinct owner: cheap to compare at every call. One that was forgotten gets another number."""
+    """A number for every distinct owner, which is cheap to compare. An evicted owner gets another number later."""
     return next(_numbers)

@@ -1,4 +1,4 @@
-"""What is kept of a value that leaves a region, and what a reused step makes of it."""
+"""Cached values: what is stored of a live-out between two steps, and the value that a reused step uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from cachedit_fx.forecasters.forecaster import Forecaster, Times
 from cachedit_fx.forecasters.verdict import unproven
 from cachedit_fx.patterns.blocks import HIDDEN
 
-# Positions of the steps reused since the last computed one, and of those between it and the one before (`Times`).
+# The positions of the steps reused since the last computed step, and between that step and the computed one before it
+# (see `Times`).
 Reused = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -43,7 +44,7 @@ class Functions(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A forecaster, and its functions as the inner backend compiled them."""
+    """A forecaster, and its functions compiled by the inner backend."""
 
     forecaster: Forecaster
     functions: Functions
@@ -54,23 +55,23 @@ class Forecast:
 
 
 def covered(forecaster: Forecaster, roles: Sequence[str]) -> tuple[bool, ...]:
-    """Of what leaves a region, which values are forecast. The first stands for the hidden stream if none is it."""
+    """Which live-outs are forecast. If none is the hidden stream, the first one is treated as if it were."""
     main = HIDDEN if HIDDEN in roles else next(iter(roles), HIDDEN)
     hidden, others = forecaster.enable_calibrator, forecaster.enable_encoder_calibrator
     return tuple(hidden if role == main else others for role in roles)
 
 
 class CachedValue(NamedTuple):
-    """One value that leaves a region, as it was at the last computed steps.
+    """What is stored of one live-out.
 
     Attributes:
-        tensors: What the region added to the stream, or the value itself, newest first (or what a forecaster makes of
-            these); without a forecaster one. Empty before the first computed step, and for a stream whose sizes depend
-            on data and that did not keep its shape.
-        positions: Of the computed steps, newest first (`Times.computed`); empty without a forecaster.
-        verdict: For each sample whether forecasts are used, bool [B] on the device, where the host need not read it:
-            false while the forecast of the newest computed step was no better than the value before it. None without
-            a forecaster, or where it makes its own history.
+        tensors: The residuals (or the values themselves) of the last computed steps, newest first, or what a forecaster
+            makes of them. Without a forecaster, there is only one. Empty before the first computed step, and for a
+            stream whose sizes depend on data and that did not keep its shape.
+        positions: The positions of the computed steps, newest first (`Times.computed`). Empty without a forecaster.
+        verdict: Whether forecasts are used, for each sample, bool [B] on the device. The host does not need to read it.
+            False if the forecast of the last computed step was no better than the value before it. None without a
+            forecaster, or if it makes its own history.
     """
 
     tensors: tuple[torch.Tensor, ...] = ()
@@ -79,7 +80,7 @@ class CachedValue(NamedTuple):
 
     @property
     def last(self) -> torch.Tensor | None:
-        """What stands for all of them where shapes are compared."""
+        """The newest tensor, whose shape all of them have."""
         return self.tensors[0] if self.tensors else None
 
     @property
@@ -87,7 +88,7 @@ class CachedValue(NamedTuple):
         held = self.tensors if self.verdict is None else (*self.tensors, self.verdict)
         return sum(tensor.nbytes for tensor in held)
 
-    def taking_in(
+    def with_value(
         self,
         value: torch.Tensor | None,
         now: float,
@@ -96,7 +97,7 @@ class CachedValue(NamedTuple):
         *,
         is_static: bool,
     ) -> CachedValue:
-        """With the value of a computed step, which the forecast of it is compared with."""
+        """The cached value after a computed step. The verdict compares `value` with its forecast."""
         if value is None or forecast is None or not value.is_floating_point():
             return CachedValue((value,) if value is not None else ())
         ages = tuple(now - position for position in self.positions)
@@ -112,25 +113,26 @@ class CachedValue(NamedTuple):
         return CachedValue(tensors, (now, *self.positions)[: forecast.forecaster.depth], verdict)
 
     def at(self, now: float, between: Reused, forecast: Forecast | None, *, is_outdated: bool) -> torch.Tensor | None:
-        """The value at a reused step: the last one where nothing is forecast, or the history is outdated."""
+        """The value at a reused step: a forecast, or the last value if there is none or the history is outdated."""
         if forecast is None or not self.positions or (is_outdated and self.verdict is not None):
             return self.last
         times = Times(self.positions, now, *between)
         return forecast.functions.predict(self.tensors, forecast.forecaster.numbers(times), self.verdict)
 
     def verdict_at(self, forecast: Forecast, *, is_outdated: bool) -> torch.Tensor | bool:
-        """Whether `at` forecasts: for each sample as a tensor, or for all."""
+        """Whether `at` returns a forecast: for each sample as a tensor, or for all."""
         if not self.positions or not forecast.forecaster.forecasts_from(len(self.tensors)):
             return False
         return True if self.verdict is None else False if is_outdated else self.verdict
 
 
-# A reused step's number, and the verdicts of its streams that are told on the device; none where one of them is False.
+# The number of a reused step, and the verdicts of its streams that are on the device. Without verdicts, the host knows
+# that a stream was not forecast.
 Unread = tuple[int, tuple[torch.Tensor, ...]]
 
 
 class NotForecast(Sequence[int]):
-    """Numbers of the reused steps that did not use the forecaster. Reads the verdicts when it is first asked."""
+    """The numbers of the reused steps that did not use the forecaster. Reads the verdicts at the first access."""
 
     __slots__ = ("_steps", "_unread")
 

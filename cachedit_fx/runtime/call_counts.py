@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_REASONS = 16  # Of one module that are told apart; the calls beyond them are counted with the last.
+MAX_REASONS = 16  # Per module. Calls with further reasons are counted with the last one.
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +16,11 @@ class CallCounts:
     """Calls of one module that returned, since `enable_cache` or `reset`.
 
     Attributes:
-        computed: Calls that ran every block; what they made may be reused later.
-        reused: Calls that reused what an earlier one made, in one region at least.
-        uncached: Calls that ran without the cache, as if it was not enabled.
-        bypassed: Calls of another method of the module, which runs its blocks where the cache does not see it.
-        reasons: Why calls were uncached or bypassed the cache, a sentence each, with the number of these calls.
+        computed: Calls that ran all blocks with the cache.
+        reused: Calls that reused cached values in at least one region.
+        uncached: Calls that ran without the cache.
+        bypassed: Calls of another method of the module that runs its blocks, which bypass the cache.
+        reasons: Why calls were uncached or bypassed the cache, as sentences, with the number of these calls.
     """
 
     computed: int = 0
@@ -31,19 +31,19 @@ class CallCounts:
 
     @property
     def total(self) -> int:
-        """All calls, in whatever way they were served."""
+        """The number of all calls."""
         return self.computed + self.reused + self.uncached + self.bypassed
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON takes them."""
+        """All fields, as JSON can store them."""
         return dataclasses.asdict(dataclasses.replace(self, reasons=dict(self.reasons)))
 
     def __str__(self) -> str:
-        """One line, and another for every reason."""
+        """One line, and one more for every reason."""
         if not self.total:
             return (
-                "no call has been seen since the cache was enabled. Calls of the model itself are seen, or of the "
-                "method that enable_cache(model, method=...) named; model.forward(...) and other methods run without "
+                "no call has been seen since the cache was enabled. Only calls of the model itself are seen, or of the "
+                "method given as enable_cache(model, method=...); model.forward(...) and other methods run without "
                 "the cache"
             )
         names = ("computed", "reused", "uncached", "bypassed")
@@ -54,19 +54,19 @@ class CallCounts:
 
 
 class CallTally:
-    """Counts the calls of one module; several threads may call it."""
+    """Counts the calls of one module, from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.clear()
 
     def clear(self) -> None:
-        """Begins at zero."""
+        """Sets all counts to zero."""
         with self._lock:
             self._computed = self._reused = self._uncached = self._bypassed = 0
             self._reasons: dict[str, int] = {}
 
-    def served(self, *, is_reused: bool) -> None:
+    def count_served(self, *, is_reused: bool) -> None:
         """Counts a call that the cache served."""
         with self._lock:
             if is_reused:
@@ -74,12 +74,12 @@ class CallTally:
             else:
                 self._computed += 1
 
-    def not_served(self, reason: str, *, reached_cache: bool = True) -> None:
+    def count_not_served(self, reason: str, *, reached_cache: bool = True) -> None:
         """Counts a call that the cache did not serve.
 
         Args:
             reason: Why, in a sentence.
-            reached_cache: Whether the call came by the cache.
+            reached_cache: Whether it was a call of the module itself, rather than of another method.
         """
         with self._lock:
             self._uncached += reached_cache

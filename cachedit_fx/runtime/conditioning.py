@@ -1,8 +1,8 @@
-"""Which conditioning is it? Tells requests and guidance branches apart by the identity of a tensor.
+"""Distinguishes requests and guidance branches by the identity of their conditioning.
 
-Pipelines pass the same `prompt_embeds` object at every step and another one for the negative prompt. A loop that
-builds its prompt anew at every call passes a new object while the old one is dead: equal content then continues it.
-Two live objects of equal content are two requests.
+Pipelines pass the same `prompt_embeds` tensor at every step, and another one for the negative prompt. A loop that
+rebuilds its prompt for every call passes a new tensor after the old one was deleted; a new tensor of equal content then
+continues the old one. Two existing tensors of equal content are two requests.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-MAX_ORPHANS = 8  # Dead objects whose content may come back; each holds a session's state alive.
-ORPHAN_CALLS = 64  # Look-ups after which an orphan that did not come back is given up.
+MAX_ORPHANS = 8  # Deleted tensors whose content may come back. The cached values of each remain in memory.
+ORPHAN_CALLS = 64  # The number of calls after which an orphan whose content did not come back is dropped.
 
 _serial = itertools.count()
 
 
 class _Entry:
-    """A conditioning that was seen: its live object, or the content of its dead one."""
+    """A conditioning: a weak reference to its tensor, and the fingerprint of its content."""
 
     __slots__ = ("calls", "fingerprint", "last_call", "ref", "token", "version")
 
@@ -37,22 +37,23 @@ class _Entry:
 
 
 class ConditioningTable:
-    """Tensor -> token; equal tokens are the same conditioning of the same request.
+    """Maps tensors to tokens. Equal tokens are the same conditioning of the same request.
 
     Args:
-        on_end: Called with a token that can't come back, from whichever thread lets the tensor die.
-        lock: Held by every method and during `on_end`; its owner shares it, so that there is no order of locks.
-        is_let_go: Whether the model itself holds so many references to a tensor: one that nobody else holds is as good
-            as dead.
+        on_end: Called with a token that cannot come back, in the thread that deletes the tensor.
+        lock: Held by every method and during `on_end`. The owner of the table uses the same lock, so that no two locks
+            can be taken in different orders.
+        is_held_by_model_only: Whether the model itself holds that many references to a tensor. A tensor that nothing
+            else holds counts as deleted.
     """
 
     def __init__(
         self,
         on_end: Callable[[int], None],
         lock: threading.RLock,
-        is_let_go: Callable[[torch.Tensor, int], bool] = lambda _tensor, _references: False,
+        is_held_by_model_only: Callable[[torch.Tensor, int], bool] = lambda _tensor, _references: False,
     ) -> None:
-        self._is_let_go = is_let_go
+        self._is_held_by_model_only = is_held_by_model_only
         self._on_end = on_end
         self._lock = lock
         self._live: dict[int, _Entry] = {}
@@ -60,56 +61,56 @@ class ConditioningTable:
         self._calls = 0
 
     def token(self, tensor: torch.Tensor) -> int:
-        """The token of this object. Reads from the device only when the object was not seen before."""
+        """The token of a tensor. Reads from the device only if the tensor is new."""
         with self._lock:
             self._calls += 1
             entry = self._live.get(id(tensor))
             if entry is None or entry.ref is None or entry.ref() is not tensor:
-                entry = self._admit(tensor)
-            elif entry.version != _version(tensor):  # Written over in place: another prompt in the same buffer.
+                entry = self._add(tensor)
+            elif entry.version != _version(tensor):  # Another prompt was written into the tensor.
                 self._on_end(entry.token)
-                entry = self._admit(tensor)
+                entry = self._add(tensor)
             entry.calls += 1
             entry.last_call = self._calls
             return entry.token
 
-    def take_back(self, token: int) -> None:
-        """Counts the latest call with this token as not made."""
+    def uncount(self, token: int) -> None:
+        """Undoes the count of the last call with this token."""
         with self._lock:
             for entry in self._live.values():
                 if entry.token == token:
                     entry.calls -= 1
                     self._calls -= 1
 
-    def _admit(self, tensor: torch.Tensor) -> _Entry:
+    def _add(self, tensor: torch.Tensor) -> _Entry:
         content = fingerprint(tensor)
-        known = self._orphans.pop(content, None) or self._left_to_the_model(content)
+        known = self._orphans.pop(content, None) or self._take_from_model(content)
         entry = _Entry(tensor, known.token if known else next(_serial), content)
         key = id(tensor)
-        entry.ref = weakref.ref(tensor, lambda _: self._died(key, entry))
+        entry.ref = weakref.ref(tensor, lambda _: self._deleted(key, entry))
         self._live[key] = entry
         for stale in [o for o in self._orphans.values() if self._calls - o.last_call > ORPHAN_CALLS]:
             self._on_end(self._orphans.pop(stale.fingerprint).token)
         return entry
 
-    def _left_to_the_model(self, content: Hashable) -> _Entry | None:
-        """A live object of this content that the model alone still holds, taken off the table."""
+    def _take_from_model(self, content: Hashable) -> _Entry | None:
+        """Removes from the table, and returns, an entry of this content whose tensor only the model still holds."""
         tensor: torch.Tensor | None = torch.empty(0)
-        ours = sys.getrefcount(tensor)  # This variable and the question itself.
+        ours = sys.getrefcount(tensor)  # The references by this variable and by the argument.
         for key, entry in self._live.items():
             tensor = entry.ref() if entry.ref is not None and entry.fingerprint == content else None
             references = sys.getrefcount(tensor) - ours
-            if tensor is not None and self._is_let_go(tensor, references):
+            if tensor is not None and self._is_held_by_model_only(tensor, references):
                 del self._live[key]
                 return entry
         return None
 
-    def _died(self, key: int, entry: _Entry) -> None:
+    def _deleted(self, key: int, entry: _Entry) -> None:
         with self._lock:
             if self._live.get(key) is not entry:
                 return
             del self._live[key]
-            if entry.calls > 1:  # A loop that keeps its prompt: it let go, so the generation is over.
+            if entry.calls > 1:  # The loop used one tensor for several calls, so its generation has ended.
                 self._on_end(entry.token)
                 return
             self._orphans[entry.fingerprint] = entry
@@ -123,9 +124,9 @@ class ConditioningTable:
 
 
 def fingerprint(tensor: torch.Tensor) -> Hashable:
-    """Equal for equal content, shape, dtype and device; two position-weighted 64-bit sums, one host read.
+    """Equal for equal content, shape, dtype and device. Two position-weighted 64-bit sums, which the host reads once.
 
-    A tensor that cannot be looked at like this (a subclass, a sparse one) equals nothing else.
+    The fingerprint of a tensor for which they cannot be computed (a subclass, a sparse tensor) equals no other.
     """
     try:
         with torch.no_grad():
@@ -142,5 +143,5 @@ def fingerprint(tensor: torch.Tensor) -> Hashable:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """How often the tensor was written in place; inference tensors keep no count."""
+    """The number of writes in place; 0 for inference tensors, which do not count them."""
     return 0 if tensor.is_inference() else tensor._version

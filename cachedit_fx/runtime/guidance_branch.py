@@ -1,4 +1,4 @@
-"""Guidance branches of a request, and which of a step's calls a call is."""
+"""The keys of guidance branches and sessions, and the position of a guidance branch in its denoising loop."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from cachedit_fx.runtime.scheduler_run import SchedulerRun
 
 
 class GuidanceBranchKey(NamedTuple):
-    """What tells one guidance branch of one request from another.
+    """Distinguishes the guidance branches of all requests.
 
     Attributes:
-        owner: Whoever compiled the graph: two configurations share nothing.
-        who: The request's name, or the thread and async task.
-        label: What the pipeline calls this guidance branch.
-        token: Number of the conditioning.
+        owner: Who compiled the graph. Two configurations share nothing.
+        who: The name of the request, or the thread and async task.
+        label: The pipeline's name for this guidance branch.
+        token: The number of the conditioning.
     """
 
     owner: Hashable
@@ -25,12 +25,12 @@ class GuidanceBranchKey(NamedTuple):
 
 
 class SessionKey(NamedTuple):
-    """What tells one session of a module from another.
+    """Distinguishes the sessions of a module.
 
     Attributes:
         guidance_branch: The guidance branch.
-        ordinal: Which of the branch's calls of a step: windows, tiles and perturbed attention call the model several
-            times with one prompt.
+        ordinal: The position of the call among the calls that the branch makes in one step. Windows, tiles and
+            perturbed attention call the model several times with one prompt.
     """
 
     guidance_branch: GuidanceBranchKey
@@ -38,13 +38,13 @@ class SessionKey(NamedTuple):
 
 
 class LoopPosition(NamedTuple):
-    """Where a branch stands in its denoising loop: its last call.
+    """The position of a guidance branch in its denoising loop: its last call.
 
     Attributes:
-        scheduler_run: Of the pipeline that made it.
-        timestep: That it was made at.
-        calls: Calls of the branch at this step so far.
-        expected: Calls at the step before.
+        scheduler_run: The scheduler's run of the pipeline that made the call.
+        timestep: The timestep of the call.
+        calls: The number of calls that the branch has made in this step.
+        expected: The number of calls that it made in the step before.
     """
 
     scheduler_run: SchedulerRun | None = None
@@ -52,14 +52,14 @@ class LoopPosition(NamedTuple):
     calls: int = 0
     expected: int = 0
 
-    def goes_on_in(self, scheduler_run: SchedulerRun | None) -> bool:
-        """Whether a call from there belongs to the same generation, as far as the pipeline tells."""
+    def continues_in(self, scheduler_run: SchedulerRun | None) -> bool:
+        """Whether a call in `scheduler_run` belongs to the same generation, as far as the scheduler shows."""
         if scheduler_run is None or self.scheduler_run is None:
             return scheduler_run is self.scheduler_run
         return scheduler_run.is_same_run(self.scheduler_run)
 
     def is_next_step(self, scheduler_run: SchedulerRun | None) -> bool:
-        """Whether the pipeline's scheduler has taken a step since."""
+        """Whether the scheduler of the pipeline has made a step since."""
         return (
             scheduler_run is not None
             and self.scheduler_run is not None
@@ -67,21 +67,21 @@ class LoopPosition(NamedTuple):
         )
 
     def predicted_ordinal(self, scheduler_run: SchedulerRun | None) -> int:
-        """The ordinal that a call has if a step has as many calls as the one before: its timestep is not known yet."""
-        if self.is_next_step(scheduler_run) or not self.goes_on_in(scheduler_run):
+        """The expected ordinal of a call whose timestep is unknown: a step has as many calls as the one before."""
+        if self.is_next_step(scheduler_run) or not self.continues_in(scheduler_run):
             return 0
         return self.calls if self.calls < self.expected else 0
 
     def ordinal_at(self, timestep: float | None, scheduler_run: SchedulerRun | None) -> int:
         """The ordinal of a call at `timestep`."""
-        if self.is_next_step(scheduler_run) or not self.goes_on_in(scheduler_run) or timestep is None:
+        if self.is_next_step(scheduler_run) or not self.continues_in(scheduler_run) or timestep is None:
             return 0
         return self.calls if timestep == self.timestep else 0
 
     def after(
         self, ordinal: int, timestep: float | None, scheduler_run: SchedulerRun | None, *, is_first: bool
     ) -> LoopPosition:
-        """With a call that was made; of a generation's first step nothing follows for its second."""
+        """The position after a call. The first step of a generation (`is_first`) predicts no calls for the second."""
         return LoopPosition(
             scheduler_run, timestep, ordinal + 1, self.expected if ordinal else 0 if is_first else self.calls
         )

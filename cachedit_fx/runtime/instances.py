@@ -1,4 +1,4 @@
-"""Which sessions are a module's: of one that `enable_cache` was called for, or told by its weights."""
+"""Finds the sessions of a module: by the module if `enable_cache` was called for it, otherwise by its weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cachedit_fx.runtime.session import Instance, Record
 
 @dataclass(slots=True)
 class _Holder:
-    """A module instance that only its weights tell: several may hold the first of them.
+    """A module instance that is known by its weights only. Several may hold the same first weight.
 
     Attributes:
-        weights: One of every block; none of them is kept alive.
-        versions: How often they were written in place.
+        weights: Weak references to one weight per block.
+        versions: The number of writes in place to these weights.
     """
 
     weights: list[weakref.ref[torch.Tensor]]
@@ -35,14 +35,14 @@ class _Holder:
         )
 
 
-KEY = "_cachedit_fx"  # The attribute of a module that holds what `enable_cache` put into it, and goes with its copies.
-_instances: Any = WeakIdKeyDictionary()  # Of modules: those for which the cache is enabled.
-_holders: Any = WeakIdKeyDictionary()  # First weight -> holders: those of `torch.compile(model, backend="cachedit")`.
+KEY = "_cachedit_fx"  # The attribute of a module that holds its `Enabled` object, and that is copied with it.
+_instances: Any = WeakIdKeyDictionary()  # Module -> instance, of modules for which the cache is enabled.
+_holders: Any = WeakIdKeyDictionary()  # First weight -> holders, of modules compiled with `backend="cachedit"`.
 _instances_lock = threading.Lock()
 
 
 def instance_of(module: torch.nn.Module) -> Instance:
-    """The sessions of a module for which the cache is enabled; they go when it goes."""
+    """The sessions of a module for which the cache is enabled. They are deleted with the module."""
     with _instances_lock:
         found: Instance | None = _instances.get(module)
         if found is None:
@@ -51,16 +51,16 @@ def instance_of(module: torch.nn.Module) -> Instance:
 
 
 def instance_of_weights(weights: Sequence[torch.Tensor]) -> Instance:
-    """The sessions of the module that holds `weights`, one of every block; they go when the first of these goes.
+    """The sessions of the module that holds `weights`, one weight per block. They are deleted with the first weight.
 
-    Two instances of a class share one compiled graph, and two models may share some of their blocks.
+    Two instances of a class share their compiled graphs, and two models may share some of their blocks.
     """
     for holder in _holders.get(weights[0], ()):
         if holder.holds(weights):
             versions = _versions(weights)
-            if versions != holder.versions:  # Loaded in place.
+            if versions != holder.versions:  # Weights were loaded in place.
                 holder.versions = versions
-                holder.instance.weights += 1
+                holder.instance.weights_version += 1
             return holder.instance  # type: ignore[no-any-return]
     with _instances_lock:
         holder = _Holder(list(map(weakref.ref, weights)), _versions(weights), Instance())
@@ -73,7 +73,7 @@ def _versions(weights: Sequence[torch.Tensor]) -> int:
 
 
 def instances_in(module: torch.nn.Module) -> list[Instance]:
-    """The sessions of `module` and of the modules in it: one instance for each that has a chain of its own."""
+    """The instances of `module` and of the modules in it. Each module with a chain of its own has one."""
     enabled = [_instances[inner] for inner in module.modules() if inner in _instances]
     held = [*itertools.chain(module.parameters(), module.buffers())]
     known = set(map(id, held))
@@ -84,26 +84,26 @@ def instances_in(module: torch.nn.Module) -> list[Instance]:
 def is_cached(module: torch.nn.Module) -> bool:
     """Whether the cache serves `module`.
 
-    Where `enable_cache` was called: whether the last call went through the cache. Behind the bare backend: whether a
-    graph was compiled with a conditional in it, and none without one since that is the whole forward.
+    After `enable_cache`, whether the last call went through the cache. With the bare backend, whether a cached graph
+    was compiled, and no uncached graph of the whole forward since.
     """
     found = instances_in(module)
     enabled = [instance for instance in found if instance.is_enabled]
-    standing = [_instances.get(inner) for inner in module.modules() if standing_in(inner) is not None]
-    return any(instance.has_cached_graph for instance in (standing if enabled else found) if instance is not None)
+    installed = [_instances.get(inner) for inner in module.modules() if installed_in(inner) is not None]
+    return any(instance.has_cached_graph for instance in (installed if enabled else found) if instance is not None)
 
 
-def standing_in(module: torch.nn.Module) -> Any:
-    """What `enable_cache` put into a module; None where nothing is, or where something else has taken its place."""
+def installed_in(module: torch.nn.Module) -> Any:
+    """The `Enabled` object of a module; None if there is none, or if something else has replaced it."""
     held: Any = vars(module).get(KEY)
     return held if held is not None and vars(module).get(getattr(held, "place", "")) is held else None
 
 
 def calls_of(module: torch.nn.Module) -> dict[str, CallCounts]:
-    """How the calls of `module`, and of modules in it, were served: of those for which the cache is or was enabled.
+    """How the calls of `module` and of the modules in it were served, where the cache is or was enabled.
 
     Returns:
-        Counts by the path in `module`; its own is the empty one.
+        The counts by the path in `module`; the path of `module` itself is empty.
     """
     known = ((path, _instances.get(inner)) for path, inner in module.named_modules())
     found = {path: (instance.is_enabled, instance.calls.counts) for path, instance in known if instance is not None}
@@ -111,20 +111,23 @@ def calls_of(module: torch.nn.Module) -> dict[str, CallCounts]:
 
 
 def reset(module: torch.nn.Module | None = None) -> None:
-    """Ends every session of `module`, or of all modules, and forgets their statistics. Compiled graphs stay."""
+    """Ends all sessions of `module`, or of all modules, and clears their statistics. Compiled graphs are kept."""
     everyone = [*_instances.values(), *(h.instance for holders in list(_holders.values()) for h in holders)]
     for instance in everyone if module is None else instances_in(module):
         instance.clear()
 
 
 def end_generation(module: torch.nn.Module, *, everyone: bool = False) -> None:
-    """Ends the sessions of `module` that the asking request (or thread and async task) has, or all; statistics stay."""
+    """Ends the sessions that the current request (or thread and async task) has of `module`, or all its sessions.
+
+    Their statistics are kept.
+    """
     for instance in instances_in(module):
         instance.end(everyone=everyone)
 
 
 def records_of(module: torch.nn.Module, *, every_generation: bool) -> list[Record]:
-    """Sessions of `module` in the order of their first steps: those of its last generation, or all that are known."""
+    """The sessions of `module` in the order of their first steps: those of its last generation, or all."""
     found = [record for instance in instances_in(module) for record in instance.records()]
     last = max(found, key=lambda record: record.last, default=None)
     shown = [r for r in found if last is None or every_generation or _are_one_generation(r, last)]
@@ -132,10 +135,10 @@ def records_of(module: torch.nn.Module, *, every_generation: bool) -> list[Recor
 
 
 def notes_of(module: torch.nn.Module) -> list[str]:
-    """What was dropped of what the sessions of `module` kept, a sentence each."""
+    """What was dropped to keep the bounds on the sessions of `module`, one sentence each."""
     return [note for instance in instances_in(module) for note in instance.bounds.notes]
 
 
 def _are_one_generation(one: Record, last: Record) -> bool:
-    """Guidance branches of a generation take turns, so the times at which they ran overlap."""
+    """Whether the steps of two sessions overlap in time. The guidance branches of a generation alternate."""
     return one.key.guidance_branch.who == last.key.guidance_branch.who and one.last >= last.first

@@ -30,17 +30,17 @@ class _Named(NamedTuple):
 
 _request: ContextVar[_Named | None] = ContextVar("cachedit_fx_request", default=None)
 
-# Generators that are inside a block, with the keys of their blocks, the innermost last. Between two steps of a
-# generator a context variable would name whatever its caller does; its frame is on the stack only while it runs.
+# Generators that are inside a block, with the keys of their blocks, the innermost last. A context variable would also
+# name what the caller does between two values. The frame of a generator is on the stack only while it runs.
 _generators: dict[FrameType, list[Hashable]] = {}
 
 
 def session(key: Hashable) -> NamedRequest:
-    """Names the request that the calls inside belong to, in this thread and async task.
+    """Names the request to which the calls inside the block belong, in this thread and async task.
 
-    Steps of one request may come from several threads and between those of others; guidance branches inside it are
-    told apart by their conditioning. Leaving the block ends nothing: a server may enter it anew for every step. In a
-    generator, or an async one, the name holds while the generator runs, whoever asks it for its next value.
+    The steps of a request may be made in several threads, and between the steps of other requests. Its guidance
+    branches are distinguished by their conditioning. Leaving the block ends no session, so a server may enter a block
+    for every step. In a generator, or an async generator, the block names the calls that the generator makes.
 
     Raises:
         TypeError: `key` is not hashable, or None.
@@ -59,7 +59,7 @@ class NamedRequest(contextlib.ContextDecorator):
         self._key = key
         self._entered: list[FrameType | Token[_Named | None]] = []
 
-    def _recreate_cm(self) -> NamedRequest:  # A decorated function may run in several threads, or call itself.
+    def _recreate_cm(self) -> NamedRequest:  # A decorated function may run in several threads, or recursively.
         return NamedRequest(self._key)
 
     def __enter__(self) -> None:
@@ -94,7 +94,7 @@ def current_request() -> Hashable | None:
 
 
 def current_owner(request: Hashable | None) -> Hashable:
-    """Whose generation this is: without a name, another thread or task is another request, even with one prompt."""
+    """The owner of a generation: the name of the request or, without a name, the thread and the async task."""
     if request is not None:
         return ("named", request)
     try:
@@ -121,9 +121,9 @@ def _running_generator() -> FrameType | None:
 
 
 def _generator_around(frame: FrameType | None) -> FrameType | None:
-    """The generator that a `with` statement in `frame` belongs to; None where that is no generator.
+    """The generator whose code contains a `with` statement in `frame`; None if that code is not in a generator.
 
-    A generator that `contextlib` makes a context manager of stands for the code that enters that one.
+    If `contextlib` makes a context manager from the generator, the code that enters the context manager counts.
     """
     while frame is not None and frame.f_code.co_flags & _IS_GENERATOR:
         above = frame.f_back

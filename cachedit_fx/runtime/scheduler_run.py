@@ -1,9 +1,9 @@
-"""Which denoising loop calls the model: what the Python stack above a call tells.
+"""Finds the denoising loop that calls the model, on the Python stack above a call.
 
-A pipeline of diffusers holds a scheduler, and `set_timesteps` makes a new tensor at the start of every run. So the
-tensor's identity is the generation's, and the scheduler's step index says which calls belong to one step. Both are read
-from the object whose `__call__` is on the stack: nothing is registered or patched, and two pipelines that share a
-transformer, in one thread or in several, are told apart.
+A pipeline holds a scheduler, whose `set_timesteps` creates a new tensor at the start of every run. The identity of this
+tensor identifies the generation, and the step index of the scheduler shows which calls belong to one step. Both are
+read from the object whose `__call__` is on the stack. Nothing is registered or patched, and two pipelines that share a
+transformer, in one thread or in several, are distinguished.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import torch
 
 
 class SchedulerRun(NamedTuple):
-    """Where a pipeline stands in its denoising loop.
+    """One run of a scheduler, and its present step.
 
     Attributes:
         timesteps: The tensor that the scheduler holds during one run of the pipeline.
-        step_index: How many steps the scheduler has taken; None where it does not count, or before its first step.
+        step_index: The number of steps that the scheduler has made; None if it does not count them, or before the
+            first.
     """
 
     timesteps: weakref.ref[torch.Tensor]
     step_index: int | None
 
     def is_same_run(self, other: SchedulerRun | None) -> bool:
-        """Whether both are of one run of one pipeline."""
+        """Whether both belong to the same run of the same pipeline."""
         mine = self.timesteps()
         return other is not None and mine is not None and other.timesteps() is mine
 
@@ -37,10 +38,10 @@ _PACKAGE = __name__.partition(".")[0] + "."
 
 
 def find_scheduler_run() -> SchedulerRun | None:
-    """Where the innermost pipeline on the stack stands; None outside of one."""
+    """The scheduler's run of the innermost pipeline on the stack; None outside of a pipeline."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        # The package's own calls are on every stack, and to read a frame's locals makes a dictionary of them.
+        # The calls of this package are on every stack. They are skipped, since reading the locals of a frame is slow.
         if frame.f_code.co_name == "__call__" and not _is_ours(frame):
             found = _scheduler_run_of(frame)
             if found is not None:

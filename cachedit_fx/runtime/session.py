@@ -1,4 +1,4 @@
-"""What exists between two calls: sessions, the cache state of one generation's one guidance branch."""
+"""What exists between two calls: the sessions of a module. A session is the cache state of one guidance branch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cachedit_fx.runtime.snapshot import Snapshot
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.runtime.stopwatch import PieceTimes
 
-MAX_FINISHED = 64  # Sessions per module whose statistics are kept.
+MAX_FINISHED = 64  # The number of finished sessions per module whose statistics are kept.
 
 _label: ContextVar[str | None] = ContextVar("cachedit_fx_label", default=None)
 _call: ContextVar[ModelCall | None] = ContextVar("cachedit_fx_call", default=None)
@@ -37,16 +37,16 @@ _step_numbers = itertools.count(1)  # Numbers the steps of all sessions.
 
 
 class ModelCall:
-    """What a call of the whole model was given: for graphs that begin behind the model's first lines.
+    """A call of a whole model. Graphs that begin after the first lines of the model read its arguments here.
 
     Attributes:
-        conditioning: The tensor whose identity tells requests and guidance branches apart.
-        policy: When to reuse, whatever the graphs were compiled with; None for that.
-        ran: Cached graphs that Dynamo ran during this call, each with its arguments and outputs.
-        uncached_graphs: Graphs that ran without the cache during this call (`UncachedGraph`), each as often as it ran.
-        num_served: Cached graphs that ran during this call, whoever ran them.
-        has_reused: Whether one of these reused what was kept.
-        instance: The sessions of the model; None where its weights tell.
+        conditioning: The tensor whose identity distinguishes requests and guidance branches.
+        policy: When to reuse; None for the policy that the graphs were compiled with.
+        ran: The cached graphs that Dynamo ran during this call, each with its arguments and outputs.
+        uncached_graphs: The graphs that ran without the cache during this call (`UncachedGraph`), once per run.
+        num_served: The number of cached graphs that ran during this call, with or without Dynamo.
+        has_reused: Whether one of them reused cached values.
+        instance: The sessions of the model; None if they are found by its weights.
     """
 
     __slots__ = (
@@ -77,7 +77,7 @@ class ModelCall:
 
     @property
     def timestep(self) -> float | None:
-        """The largest of the timesteps; None where the call has none. Reads from the device."""
+        """The largest of the timesteps; None if the call has none. Reads from the device."""
         given = self._timestep
         if isinstance(given, torch.Tensor):
             return float(given.max()) if given.numel() else None
@@ -87,13 +87,13 @@ class ModelCall:
 
 
 def current_call() -> ModelCall | None:
-    """The model call that this thread and async task is in, if someone told (see `within_call`)."""
+    """The call of the model that this thread and async task is in (see `within_call`); None if it is unknown."""
     return _call.get()
 
 
 @contextlib.contextmanager
 def within_call(call: ModelCall) -> Iterator[None]:
-    """Tells the graphs that run inside what the model was called with."""
+    """Makes `call` known to the graphs that run in the block."""
     token = _call.set(call)
     try:
         yield
@@ -102,17 +102,18 @@ def within_call(call: ModelCall) -> Iterator[None]:
 
 
 def set_label(label: str | None) -> None:
-    """Names the guidance branch that this thread and async task calls the model for from now on; None for no name."""
+    """Sets the guidance branch for which this thread and async task calls the model from now on; None for no name."""
     _label.set(label)
 
 
 class Session:
-    """One generation's one guidance branch. `snapshot` is all that changes, and what is counted of it.
+    """The cache state of one guidance branch of one generation. A step replaces `snapshot`.
 
     Attributes:
-        first, last: Numbers of its first and its last step among those of all sessions; 0 before.
-        num_bytes: What it keeps.
-        bound: What the bounds on that did to it (`CacheStats.bound`).
+        first: The number of its first step among the steps of all sessions; 0 before.
+        last: The number of its last step among the steps of all sessions; 0 before.
+        num_bytes: The size of its cached values.
+        bound: The effect of the bounds on the memory of all sessions (`CacheStats.bound`).
     """
 
     __slots__ = ("bound", "epoch", "first", "key", "last", "num_bytes", "request", "snapshot")
@@ -165,7 +166,7 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is known of a session, running or finished, and when it ran: numbers of its first and last step."""
+    """The statistics of a session, running or finished, and the numbers of its first and last step."""
 
     key: SessionKey
     first: int
@@ -177,38 +178,37 @@ class Instance:
     """All sessions of one module instance.
 
     Args:
-        module: The module, where it is known.
+        module: The module, if it is known.
 
     Attributes:
-        bounds: How much the sessions may keep, and what was dropped.
-        weights: Counts the times that modules or weights of the module were seen to be others.
-        has_cached_graph: Whether a graph of the module has a conditional; where the cache is enabled, whether the last
-            call ran such a graph.
-        is_enabled: Whether `enable_cache` was called for the module, and `disable_cache` was not since.
+        bounds: The bounds on the sessions, and what was dropped to keep them.
+        weights_version: The number of detected changes of modules or weights.
+        has_cached_graph: Whether the module has a cached graph. If the cache is enabled, whether the last call ran one.
+        is_enabled: Whether `enable_cache` was called for the module, and not `disable_cache` since.
         calls: How the calls of an enabled module were served.
-        told: Kinds of reasons for running uncached that the user was told of.
+        reported: The kinds of reasons for running without the cache that were reported to the user.
     """
 
     def __init__(self, module: torch.nn.Module | None = None) -> None:
         self._lock = threading.RLock()
-        self._epoch = 0  # Counts the times that all sessions were ended.
+        self._epoch = 0  # The number of times that all sessions were ended.
         self._module = weakref.ref(module) if module is not None else None
-        self.conditioning = ConditioningTable(self._conditioning_ended, self._lock, self._is_let_go)
-        self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()  # The one used last stands last.
-        self._loop_positions: dict[GuidanceBranchKey, LoopPosition] = {}  # Of the branches that have sessions, or had.
+        self.conditioning = ConditioningTable(self._conditioning_ended, self._lock, self._is_held_by_module_only)
+        self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()  # The most recently used last.
+        self._loop_positions: dict[GuidanceBranchKey, LoopPosition] = {}  # Of branches with and without sessions.
         self._finished: deque[Record] = deque(maxlen=MAX_FINISHED)
         self.bounds = Bounds()
-        self.weights = 0
+        self.weights_version = 0
         self.has_cached_graph = self.is_enabled = False
         self.calls = CallTally()
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
 
     def open(
         self, owner: Hashable, conditioning: torch.Tensor | None, scheduler_run: SchedulerRun | None = None
     ) -> tuple[Session, LoopPosition]:
-        """The session that this call seems to belong to, and where its branch stands; nothing changes before `commit`.
+        """The expected session of a call, and the loop position of its branch. Changes nothing before `commit`.
 
-        Which of a step's calls it is, is known for certain once its timestep is: see `at`.
+        The ordinal of the call is only certain when its timestep is known (see `at`).
         """
         token = self.conditioning.token(conditioning) if conditioning is not None else None
         request = current_request()
@@ -222,14 +222,14 @@ class Instance:
         return known or Session(predicted, request, self._epoch), loop_position
 
     def at(self, session: Session, ordinal: int) -> Session:
-        """The session of another of the calls that the branch of `session` makes at a step."""
+        """The session for another ordinal of the guidance branch of `session`."""
         key = SessionKey(session.key.guidance_branch, ordinal)
         with self._lock:
             known = self._sessions.get(key)
         return known or Session(key, session.request, session.epoch)
 
-    def pass_by(self, call: ModelCall) -> None:
-        """Counts a call that none of the graphs served: what follows at the same step is not taken for it."""
+    def record_uncached(self, call: ModelCall) -> None:
+        """Counts a call that no cached graph served in the loop position, which gives the next call its ordinal."""
         token = self.conditioning.token(call.conditioning) if call.conditioning is not None else None
         scheduler_run, timestep = find_scheduler_run(), call.timestep
         mine = GuidanceBranchKey(None, current_owner(current_request()), _label.get(), token)
@@ -243,14 +243,14 @@ class Instance:
                 )
             self._bound_loop_positions()
 
-    def take_back(self, session: Session) -> None:
-        """Undoes `open` for a call that was given up and will be made anew: its prompt has not served it."""
+    def undo_open(self, session: Session) -> None:
+        """Undoes `open` for a call that is discarded and will be made again."""
         token = session.key.guidance_branch.token
         if token is not None:
-            self.conditioning.take_back(token)
+            self.conditioning.uncount(token)
 
     def partner(self, session: Session) -> Session | None:
-        """The session of another guidance branch of the same request that made the last step before this."""
+        """The session of the other guidance branch of the same request that made the last step."""
         mine, ordinal = session.key.guidance_branch, session.key.ordinal
 
         def is_partner(key: SessionKey) -> bool:
@@ -270,22 +270,22 @@ class Instance:
         is_new_generation: bool,
         max_bytes: int | None = None,
     ) -> None:
-        """Takes a finished step. A new generation under an old key ends the old session first.
+        """Makes a finished step part of its session. A new generation ends the old session of its key first.
 
         Args:
-            loop_position: Where the branch stands now.
-            max_bytes: That all sessions may keep; None for any number.
+            loop_position: The loop position of the branch after the step.
+            max_bytes: The bound on the cached values of all sessions; None for no bound.
         """
         with self._lock:
             if session.epoch != self._epoch:
-                return  # Reset while the step ran: what it would keep was to go.
+                return  # All sessions were ended while the step ran.
             if is_new_generation:
                 self._end_generation_of(session)
                 session = Session(session.key, session.request, session.epoch)
-            is_going_on = (
-                self.bounds.is_going_on(session.key, snapshot.timestep, loop_position) and not is_new_generation
+            continues_dropped = (
+                self.bounds.continues_dropped(session.key, snapshot.timestep, loop_position) and not is_new_generation
             )
-            if is_going_on and not session.first:
+            if continues_dropped and not session.first:
                 self.bounds.warn()
                 snapshot = snapshot._replace(began="state-dropped")
             self._loop_positions[session.key.guidance_branch] = loop_position
@@ -295,36 +295,37 @@ class Instance:
             session.num_bytes = sum(region.num_bytes for region in snapshot.regions.values())
             self._sessions[session.key] = session
             self._sessions.move_to_end(session.key)
-            for old, why in self.bounds.too_much([*self._sessions.values()], self._loop_positions, session, max_bytes):
+            sessions = [*self._sessions.values()]
+            for old, why in self.bounds.sessions_to_drop(sessions, self._loop_positions, session, max_bytes):
                 self._drop(old, why)
             session.bound = OVER if self.bounds.over else ""
 
     def records(self) -> list[Record]:
-        """All sessions that are running, and the latest of those that are finished."""
+        """The records of all running sessions, and of the sessions that finished last."""
         with self._lock:
             return [*self._finished, *(self._record(session, finished=False) for session in self._sessions.values())]
 
     def end(self, *, everyone: bool) -> None:
-        """Ends the sessions of the request (or the thread and async task) that asks, or all.
+        """Ends the sessions of the current request (or the thread and async task), or all sessions.
 
-        A pipeline ends its own: another one may be in the middle of its loop, further up the stack.
+        A pipeline ends only its own sessions, since another one further up the stack may be in the middle of its loop.
         """
         scheduler_run, who = find_scheduler_run(), current_owner(current_request())
 
-        def is_asked(guidance_branch: GuidanceBranchKey) -> bool:
+        def is_ended(guidance_branch: GuidanceBranchKey) -> bool:
             loop_position = self._loop_positions.get(guidance_branch, LOOP_START)
             is_other = (
                 scheduler_run is not None
                 and loop_position.scheduler_run is not None
-                and not loop_position.goes_on_in(scheduler_run)
+                and not loop_position.continues_in(scheduler_run)
             )
             return guidance_branch.who == who and not is_other
 
         with self._lock:
-            self._epoch += everyone  # So that steps that are running now leave nothing behind.
-            for session in [s for s in self._sessions.values() if everyone or is_asked(s.key.guidance_branch)]:
+            self._epoch += everyone  # Running steps will not be committed.
+            for session in [s for s in self._sessions.values() if everyone or is_ended(s.key.guidance_branch)]:
                 self._finish(session)
-            self._forget_loop_positions(lambda guidance_branch: everyone or is_asked(guidance_branch))
+            self._remove_loop_positions(lambda guidance_branch: everyone or is_ended(guidance_branch))
 
     def clear(self) -> None:
         with self._lock:
@@ -337,7 +338,7 @@ class Instance:
         self.calls.clear()
 
     def _end_generation_of(self, session: Session) -> None:
-        """Ends what the session did before, and with the first of a step's calls what the further ones did."""
+        """Ends the old session of the same key; if its ordinal is 0, also the sessions of the other ordinals."""
         guidance_branch, ordinal = session.key.guidance_branch, session.key.ordinal
         ended = [
             s
@@ -348,7 +349,7 @@ class Instance:
             self._finish(old)
 
     def _drop(self, session: Session, why: str) -> None:
-        """Lets go of a session whose generation may go on: its branch keeps its turn, for it may be within a step."""
+        """Drops a session whose generation may continue. Its branch keeps its loop position, which may be in a step."""
         guidance_branch, loop_position = session.key.guidance_branch, self._loop_positions[session.key.guidance_branch]
         session.bound, snapshot = why, session.snapshot
         self._finish(session)
@@ -358,7 +359,7 @@ class Instance:
         self._bound_loop_positions()
 
     def _bound_loop_positions(self) -> None:
-        """Lets go of those that were used least recently, of branches without sessions."""
+        """Removes the least recently used loop positions of branches without sessions."""
         have_sessions = {key.guidance_branch for key in self._sessions}
         for guidance_branch in [b for b in self._loop_positions if b not in have_sessions][:-MAX_SESSIONS]:
             del self._loop_positions[guidance_branch]
@@ -366,13 +367,13 @@ class Instance:
     def _finish(self, session: Session) -> None:
         self._finished.append(self._record(session, finished=True))
         self._sessions.pop(session.key, None)
-        self._forget_loop_positions(lambda guidance_branch: guidance_branch == session.key.guidance_branch)
+        self._remove_loop_positions(lambda guidance_branch: guidance_branch == session.key.guidance_branch)
         session.snapshot, session.num_bytes = Snapshot(), 0
 
-    def _forget_loop_positions(self, is_meant: Callable[[GuidanceBranchKey], bool]) -> None:
-        """Those of branches without sessions."""
+    def _remove_loop_positions(self, is_removed: Callable[[GuidanceBranchKey], bool]) -> None:
+        """Removes the loop positions of these branches, unless they have sessions."""
         have_sessions = {key.guidance_branch for key in self._sessions}
-        for guidance_branch in [b for b in self._loop_positions if is_meant(b) and b not in have_sessions]:
+        for guidance_branch in [b for b in self._loop_positions if is_removed(b) and b not in have_sessions]:
             del self._loop_positions[guidance_branch]
 
     def _record(self, session: Session, *, finished: bool) -> Record:
@@ -381,8 +382,8 @@ class Instance:
             session.key, session.first, session.last, session.stats(finished=finished, num_dropped=num_dropped)
         )
 
-    def _is_let_go(self, tensor: torch.Tensor, references: int) -> bool:
-        """Whether all references to `tensor` are the module's own, as where a model stores its context on itself."""
+    def _is_held_by_module_only(self, tensor: torch.Tensor, references: int) -> bool:
+        """Whether all references to `tensor` are attributes of the module, which may store its context on itself."""
         module = self._module() if self._module is not None else None
         if module is None:
             return False
@@ -392,4 +393,4 @@ class Instance:
         with self._lock:
             for session in [s for s in self._sessions.values() if s.key.guidance_branch.token == token]:
                 self._finish(session)
-            self._forget_loop_positions(lambda guidance_branch: guidance_branch.token == token)
+            self._remove_loop_positions(lambda guidance_branch: guidance_branch.token == token)

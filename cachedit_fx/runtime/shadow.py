@@ -1,8 +1,9 @@
-"""Shadow mode: every step computes, and it is recorded what would have been reused and how far off that would be.
+"""Shadow mode: every step computes, and records what would have been reused and how large the error would be.
 
-A step is run twice. The first run computes everything, and is the one whose output is returned; what is kept and
-counted is what the policy decides, as if it were followed. The second run reuses the regions that the policy would
-have reused (all of them, where it would have reused none), on the same inputs, and is compared with the first.
+A step runs twice. The first run computes everything, and its output is returned. The cached values and the statistics
+are those of the decisions of the policy, as if they were followed. The second run, on the same inputs, reuses the
+regions that the policy would have reused, or all regions if it would have reused none. It is compared with the first
+run.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ class _Observed:
     """A region during the first run.
 
     Attributes:
-        state: What was kept before the step, and whether it `fits` its shapes.
-        reuses: What the policy decided.
-        outputs: What left the region.
+        state: The state of the region before the step.
+        fits: Whether its cached values have the shapes of the step.
+        reuses: The decision of the policy.
+        outputs: The live-outs of the region.
     """
 
     state: RegionState
@@ -36,7 +38,7 @@ class _Observed:
 
 
 class ShadowedStep(StepRun):
-    """The first run: decides as ever, and computes all the same."""
+    """The first run, which records the decisions and always computes."""
 
     __slots__ = ("_observed",)
 
@@ -55,14 +57,14 @@ class ShadowedStep(StepRun):
         return after - before if after.shape == before.shape else None
 
     def observe(self, region: int, outputs: tuple[torch.Tensor, ...]) -> None:
-        """Takes what leaves a region."""
+        """Records the live-outs of a region."""
         self._observed[region].outputs = outputs
 
     def compare(self, forward: Callable[..., Any], output: Any) -> None:
-        """Runs the step again, reusing, and notes how far off every region and the model's output are."""
+        """Runs the step again, reusing, and records the errors of all regions and of the output of the model."""
         observed = self._observed
-        asked = [one.reuses for one in observed]
-        reused = [one.fits and (one.reuses or not any(asked)) for one in observed]
+        would_reuse = [one.reuses for one in observed]
+        reused = [one.fits and (one.reuses or not any(would_reuse)) for one in observed]
         second = _Reusing(self, observed, reused)
         errors: list[StepError | None] = [None] * len(observed)
         if any(reused):
@@ -78,7 +80,7 @@ class ShadowedStep(StepRun):
 
 
 class _Reusing:
-    """The second run: a `Step` that reuses what it is told to, and keeps nothing."""
+    """The second run: a `Step` that reuses the given regions, and stores nothing."""
 
     def __init__(self, first: ShadowedStep, observed: Sequence[_Observed], reused: Sequence[bool]) -> None:
         self._first, self._observed, self._reused = first, observed, reused
@@ -103,7 +105,7 @@ class _Reusing:
         self.outputs[region] = outputs
 
     def update(self, region: int, probe: torch.Tensor | None, cached: tuple[torch.Tensor | None, ...]) -> None:
-        """Nothing: the first run kept what is to be kept."""
+        """Does nothing, since the first run has stored everything."""
 
 
 def _floats(value: Any) -> list[torch.Tensor]:
@@ -112,8 +114,8 @@ def _floats(value: Any) -> list[torch.Tensor]:
 
 def _relative_l2(reused: Iterable[torch.Tensor], computed: Iterable[torch.Tensor]) -> float:
     """|reused - computed| / |computed| over all tensors together, in float32; 0 where both are zero."""
-    apart, size = 0.0, 0.0
+    difference, size = 0.0, 0.0
     for one, other in zip(reused, computed, strict=True):
-        apart += float((one.float() - other.float()).square().sum())
+        difference += float((one.float() - other.float()).square().sum())
         size += float(other.float().square().sum())
-    return (apart / size) ** 0.5 if size else (0.0 if not apart else float("inf"))
+    return (difference / size) ** 0.5 if size else (0.0 if not difference else float("inf"))

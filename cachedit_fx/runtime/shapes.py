@@ -1,4 +1,4 @@
-"""What shape a kept tensor must have at this call: fixed, or computed from the graph's sizes."""
+"""The shapes that cached tensors must have at a call: fixed, or computed from the sizes in its arguments."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class UnknownSizeError(ValueError):
 
 
 class SizeRule:
-    """Shapes and strides of some tensors, as a function of a graph's arguments.
+    """The shapes and strides of some tensors, as a function of the arguments of a graph.
 
     Args:
-        tensors: Fake tensors whose sizes are ints or expressions over the placeholders' symbols.
-        placeholders: The graph's, in the order in which a call passes its arguments.
+        tensors: Fake tensors whose sizes are ints, or expressions over the symbols of the placeholders.
+        placeholders: The placeholders of the graph, in the order of the arguments of a call.
 
     Attributes:
-        arguments: Positions of the placeholders that are asked.
+        arguments: The positions of the arguments that it reads.
 
     Raises:
-        UnknownSizeError: An expression has a symbol that no placeholder holds.
+        UnknownSizeError: An expression has a symbol that is not a placeholder.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], placeholders: Sequence[fx.Node]) -> None:
@@ -62,7 +62,11 @@ class SizeRule:
         self._fixed: Sizes | None = None if symbols else self._compute()
 
     def __call__(self, arguments: Sequence[Any] | Mapping[int, Any]) -> Sizes:
-        """`arguments`: those of the graph's call, by position; sizes among them are ints."""
+        """The shapes and strides at a call.
+
+        Args:
+            arguments: The arguments of the graph by position, with ints as sizes; at least those at `self.arguments`.
+        """
         if self._fixed is not None:
             return self._fixed
         return self._compute(*(arguments[i] for i in self.arguments))

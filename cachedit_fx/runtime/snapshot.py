@@ -1,4 +1,4 @@
-"""What a session is between two steps."""
+"""The state of a session between two steps."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from cachedit_fx.runtime.stopwatch import PieceTime
 
 
 class RegionState(NamedTuple):
-    """What one region keeps from its last computed steps, and the record of its decisions.
+    """The cached values of one region, and the record of its decisions.
 
     Attributes:
-        probe: The probe at the last computed step or, where a budget decides, at the last step; None
-            before the first, or where it looks at nothing.
-        cached: One per value that leaves the region; none before the first computed step.
-        reused: Positions of the steps reused since the last computed one, and of those between it and the computed one
-            before it; for a forecaster alone.
-        is_outdated: Whether a gap or a jump has come since the last computed step.
-        verdicts: Of the reused steps that may not have used the forecaster.
+        probe: The probe at the last computed step or, with the decision rule "budget", at the last step. None before
+            the first step, or without a probe.
+        cached: One cached value per live-out; none before the first computed step.
+        reused: The positions of the steps reused since the last computed step, and between that step and the computed
+            one before it. Only recorded for a forecaster.
+        is_outdated: Whether there was a gap or a jump since the last computed step.
+        verdicts: The verdicts of the reused steps that may not have used the forecaster.
     """
 
     probe: torch.Tensor | None = None
@@ -45,24 +45,26 @@ class RegionState(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A session between two steps. Replaced as a whole, so that a step that raises leaves nothing behind.
+    """The state of a session between two steps. It is replaced as a whole, so a step that raises changes nothing.
 
     Attributes:
-        timestep: Of the last step; None before the first, or where the graph has no such input.
-        direction: Sign in which the timestep moves; 0 while it has not.
-        num_steps: Steps so far.
+        timestep: The timestep of the last step; None before the first, or if the graph has no timestep.
+        direction: The sign of the change of the timestep; 0 while it has not changed.
+        num_steps: The number of steps.
+        graph: The number of the cached graph that made the last computed step.
+        weights_version: `Instance.weights_version` at the last computed step.
+        checksum: The checksums of the conditioning; empty if the graph computes none.
         began: Why the generation began (see `CacheStats.began`).
-        timesteps, piece_times: Of every step.
-        graph: Number of the cached graph that made the last computed step.
-        weights: What the instance's weights were at the last computed step (see `Instance.weights`).
-        checksum: Of the conditioning's values; empty where the graph takes none.
+        timesteps: The timesteps of all steps.
+        piece_times: The piece times of all steps.
+        regions: The states of the regions, by name.
     """
 
     timestep: float | None = None
     direction: int = 0
     num_steps: int = 0
     graph: int = -1
-    weights: int = 0
+    weights_version: int = 0
     checksum: tuple[float, ...] = ()
     began: str = "new"
     timesteps: tuple[float | None, ...] = ()

@@ -1,4 +1,4 @@
-"""How Dynamo calls a graph, so that a call can be made without it."""
+"""How Dynamo calls a graph: what fast dispatch needs to call it without Dynamo."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Sources:
     """How Dynamo calls a graph.
 
     Attributes:
-        expressions: For every placeholder the one, over a frame's locals `L` and globals `G`, that it is found by.
-        reason: Why Dynamo has to make every call of the graph; empty if it does nothing but run it on these.
-        error: What went wrong where this version of torch could not be asked.
+        expressions: For every placeholder, the expression over the locals `L` and globals `G` of a frame that finds it.
+        reason: Why Dynamo has to make every call of the graph; empty if Dynamo only runs the graph on these inputs.
+        error: The error that reading Dynamo's records raised with this version of torch; empty if there was none.
     """
 
     expressions: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What a session did, as numbers and as tables."""
+"""The statistics of sessions, as numbers and as tables."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _OF_SUMS = frozenset({"budget-below", "budget-above", "ratios-below", "ratios-ab
 
 @dataclass(frozen=True, slots=True)
 class StepError:
-    """How far a reused step would have been from the computed one (shadow mode): relative L2, dimensionless.
+    """The error that reusing would have caused at a step (shadow mode): relative L2, dimensionless.
 
     |reused - computed| / |computed|, over all elements, in float32.
 
     Attributes:
-        reused: Whether the region would have been reused at this step. Where no region would have been, it is said how
-            far off it would have been to reuse all of them.
-        streams: Of what leaves the region, by role.
-        output: Of all floating tensors that the model returns, together.
+        reused: Whether the region would have been reused at this step. If no region would have been, the errors are
+            those of reusing all regions.
+        streams: The errors of the live-outs of the region, by role.
+        output: The error of all floating-point tensors that the model returns, together.
     """
 
     reused: bool
@@ -42,37 +42,39 @@ class StepError:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """One region of one session.
+    """The statistics of one region in one session.
 
     Attributes:
-        region: Its blocks, as in `transformer_blocks[1:]`.
-        session: The request's name, if it has one, and the guidance branch: its label, or the number of its
+        region: The blocks of the region: `transformer_blocks[1:]`.
+        session: The name of the request, if it has one, and the guidance branch: its label, or the number of its
             conditioning.
-        num_steps: Steps so far.
-        cached_steps: Numbers of the steps that were reused, from 0.
-        residual_diffs: Step -> relative L1 distance, dimensionless; only steps whose decision looked at it.
-        decisions: Per step the reason: "warmup", "diff-below", "diff-above", ... (see `policies.decide`).
-        state_bytes: What the session holds now; 0 once it is finished.
-        peak_state_bytes: What it held at its last step.
-        module: The pipeline's name for the transformer; empty where a transformer was asked itself.
-        began: Why a session began: "new" (another request, guidance branch or prompt, or another of a step's calls),
-            "new-schedule" (the pipeline was called anew), "timestep-turned", "conditioning-changed" (another prompt was
-            written into the same tensor), "length-reached", or "state-dropped" (the generation goes on, but what it had
-            kept was dropped: see `bound`).
-        timesteps: Per step; None where the model has none.
-        thresholds: Step -> what its diff, or with decision_rule "budget" its accumulated diff, was held against; only
-            steps whose decision looked at one.
-        step_seconds: Per step, for the whole model: wall time on a CPU, on an accelerator that between two events.
-        errors: Step -> how far off it would have been to reuse; shadow mode only, and only where something was kept.
-        accumulated: Step -> the diffs since the last computed step, with this one's; only steps that added one. From
-            `magnitude_ratios`, these are the errors that they foretell.
-        not_forecast: Numbers of the reused steps that repeated the last residual, for a stream or a sample at least,
-            though there is a forecaster: it did no better at the last computed step, there are too few values, or a
-            gap or a jump came after them. Read from the device when it is asked for.
-        bound: What the bounds on all that is kept did to the session: "dropped-bytes" (`max_state_bytes`) or
-            "dropped-number" (64 sessions) if it was dropped, "kept-over" if its generation alone keeps more than
-            `max_state_bytes` and runs; else empty.
-        num_dropped: Sessions of the module that were dropped before, for either reason.
+        num_steps: The number of steps.
+        cached_steps: The numbers of the reused steps, starting at 0.
+        residual_diffs: Step -> residual diff (relative L1, dimensionless), for the steps whose decision used it.
+        decisions: The reason of the decision at every step: "warmup", "diff-below", "diff-above", ... (see
+            `policies.decide`).
+        state_bytes: The size of the cached values in bytes; 0 once the session is finished.
+        peak_state_bytes: The size of the cached values after the last step, in bytes.
+        module: The pipeline's name for the transformer; empty if the statistics are those of a transformer itself.
+        began: Why the session began: "new" (another request, guidance branch, prompt or ordinal), "new-schedule" (a new
+            call of the pipeline), "timestep-turned", "conditioning-changed" (another prompt was written into the same
+            tensor), "length-reached", or "state-dropped" (the generation continues after its cached values were
+            dropped; see `bound`).
+        timesteps: The timestep at every step; None if the model has none.
+        thresholds: Step -> the threshold that the residual diff (with decision_rule "budget", the accumulated diff) was
+            compared with, for the steps whose decision used one.
+        step_seconds: The duration of every step of the whole model in seconds: wall time on a CPU, or the time between
+            two events on an accelerator.
+        errors: Step -> the error that reusing would have caused. Only in shadow mode, and only if values were cached.
+        accumulated: Step -> the sum of the residual diffs since the last computed step, including this one, for the
+            steps that added one. With `magnitude_ratios`, the sum of the errors that they predict.
+        not_forecast: The numbers of the reused steps that repeated the last residual, for at least one stream or
+            sample, although there is a forecaster: its forecast was no better at the last computed step, there were too
+            few values, or they were followed by a gap or a jump. Read from the device at the first access.
+        bound: The effect of the bounds on the memory of all sessions: "dropped-bytes" (`max_state_bytes`) or
+            "dropped-number" (64 sessions) if the session was dropped, "kept-over" if its running generation alone
+            exceeds `max_state_bytes`; otherwise empty.
+        num_dropped: The number of sessions of the module that were dropped before.
     """
 
     region: str
@@ -96,16 +98,16 @@ class CacheStats:
 
     @property
     def compared(self) -> dict[int, float]:
-        """Step -> what was held against the threshold: the diff, or under the rule "budget" what had accumulated."""
+        """Step -> the value that was compared with the threshold: the diff or, with a budget, the accumulated diff."""
         return self.accumulated if self.adds_up else self.residual_diffs
 
     @property
     def adds_up(self) -> bool:
-        """Whether the decisions are by sums: then no threshold alone tells which steps it would reuse."""
+        """Whether sums of diffs are compared. Then the diffs do not show which steps another threshold would reuse."""
         return not _OF_SUMS.isdisjoint(self.decisions)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON takes them."""
+        """All fields, as JSON can store them."""
         read = dataclasses.replace(self, step_seconds=list(self.step_seconds), not_forecast=list(self.not_forecast))
         return dataclasses.asdict(read)
 
@@ -117,13 +119,13 @@ class CacheStats:
 
 
 class Summary(list[CacheStats]):
-    """A list of statistics that prints as one table, a line each; with `details` a second one, a line per step.
+    """A list of statistics that prints as a table with one line each. With `details`, a second table has all steps.
 
     Attributes:
-        calls: How the calls of every transformer that the cache is enabled for were served, by its name; empty for one
-            that was asked itself.
-        notes: What there is to say besides: why nothing was reused, what was dropped, or why a model that
-            `torch.compile` was given runs without the cache. A sentence each.
+        calls: How the calls of every transformer with an enabled cache were served, by its name. The name is empty if
+            the summary is that of a transformer itself.
+        notes: Sentences for what else there is to report: why nothing was reused, what was dropped, or why a model that
+            was passed to `torch.compile` runs without the cache.
     """
 
     def __init__(
@@ -143,13 +145,13 @@ class Summary(list[CacheStats]):
 
     @property
     def lines(self) -> list[str]:
-        """What stands below the first table: how the calls were served, then the notes."""
+        """The lines below the first table: how the calls were served, then the notes."""
         served = [f"{name or self.title}: {counts}" for name, counts in self.calls.items()]
         return [*served, *self.notes]
 
     @property
     def tables(self) -> list[list[Row]]:
-        """The tables, each a header and its rows."""
+        """The tables, each as a header followed by rows."""
         first = [_HEADER, *map(_summary_row, self)]
         return (
             [first, [_STEP_HEADER, *(row for entry in self for row in _step_rows(entry))]] if self.details else [first]
@@ -166,7 +168,7 @@ class Summary(list[CacheStats]):
         return "\n\n".join(filter(None, [*head, first, "\n".join(self.lines), *others]))
 
 
-# What draws statistics in a notebook. `cachedit_fx.inspect.reports` puts it here: nothing imports what renders.
+# Draws statistics in a notebook. `cachedit_fx.inspect.reports` sets it, since this module must not import it.
 html_renderer: Callable[[Summary], str] | None = None
 
 

@@ -1,4 +1,4 @@
-"""One step of one session: what a cached graph asks of its caller, and what the step leaves behind."""
+"""One step of one session: the methods that a cached graph calls, and the commit to the session."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ PartialSizes = tuple[Size | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class RegionPlan:
-    """What the runtime knows of a region.
+    """What the runtime knows about a region.
 
     Attributes:
-        overrides: What of the configuration is for this region alone.
-        has_probe: Whether the conditional has a probe; it is then the first in `sizes` and `dtypes`.
-        measured: For each of `dtypes`, whether its size depends on data: `sizes` leaves it out, a step measures it.
-        roles: What leaves the region, in order.
+        overrides: The overrides of this region.
+        has_probe: Whether the conditional has a probe, which is then the first of `sizes` and `dtypes`.
+        measured: For each of `dtypes`, whether its size depends on data. `sizes` leaves it out, and a step measures it.
+        roles: The roles of the live-outs, in order.
     """
 
     name: str
@@ -48,7 +48,7 @@ class RegionPlan:
     roles: tuple[str, ...] = ()
 
     def sizes_at(self, args: Sequence[Any] | Mapping[int, Any], streams: Sequence[torch.Tensor] = ()) -> PartialSizes:
-        """Shape and strides of all that is kept at a call; None for what is not measured yet."""
+        """The shapes and strides of all cached tensors at a call; None for those that are not measured yet."""
         sizes = self.sizes(args)
         if not any(self.measured):
             return sizes
@@ -58,17 +58,17 @@ class RegionPlan:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What decides: for the session as a whole, and for each region.
+    """The configuration of the session, and of each region.
 
     Attributes:
-        owner: Equal for equal configurations: what one of them keeps is nothing to another.
-        asks_decider: Whether a user's own object decides about any region.
+        owner: Equal for equal configurations, which share their sessions.
+        has_decider: Whether a decider of the user decides for any region.
     """
 
     owner: int
     config: CacheConfig
     regions: tuple[CacheConfig, ...]
-    asks_decider: bool = False
+    has_decider: bool = False
 
 
 def _size_of(stream: torch.Tensor | None) -> Size | None:
@@ -78,7 +78,7 @@ def _size_of(stream: torch.Tensor | None) -> Size | None:
 
 
 def in_layout(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """`tensor` in these strides: a graph compiled later for the same shape may want another layout. Seldom a copy."""
+    """`tensor` with these strides. It is copied if a graph that was compiled later requires another layout."""
     if tensor.stride() == strides:
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
@@ -86,26 +86,31 @@ def in_layout(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
 
 @dataclass(slots=True)
 class RegionRun:
-    """A region during one step."""
+    """A region during one step.
+
+    Attributes:
+        fits: Whether the cached values have the shapes of this call. The size may change within a session.
+        is_outdated: Whether there is a gap or a jump between the cached values and this step, so nothing is forecast.
+    """
 
     plan: RegionPlan
     config: CacheConfig
     state: RegionState
     sizes: PartialSizes
-    fits: bool  # Whether what is kept fits this call's shapes: a session may change size.
+    fits: bool
     forecast: Forecast | None = None
-    is_outdated: bool = False  # Whether a gap or a jump lies between what is kept and this step: no forecast is made.
+    is_outdated: bool = False
     decision: Decision | None = None
     history: History = field(default_factory=History)
     diff: float = math.nan
 
 
 class StepRun:
-    """One step of one session: the `Step` that a cached graph asks. Changes nothing before `commit`."""
+    """One step of one session: the argument `step` of a cached graph. Changes nothing before `commit`."""
 
     __slots__ = (
         *("_args", "_call", "_instance", "_is_new", "_policy", "_runs", "_scheduler_run", "_session", "_snapshot"),
-        *("_ticked", "_loop_position", "_was_predicted"),
+        *("_is_timestep_set", "_loop_position", "_was_predicted"),
     )
 
     def __init__(
@@ -120,41 +125,41 @@ class StepRun:
         self._call, self._policy, self._instance, self._args = call, policy, instance, args
         self._scheduler_run = scheduler_run
         self._session, self._loop_position = opened
-        self._ticked, self._was_predicted = False, True
+        self._is_timestep_set, self._was_predicted = False, True
         self._runs: list[RegionRun] = []
-        self._enter(self._session)
+        self._use_session(self._session)
 
-    def _enter(self, session: Session) -> None:
-        """Takes the step to be one of `session`."""
+    def _use_session(self, session: Session) -> None:
+        """Makes this a step of `session`."""
         self._session, self._snapshot, self._is_new = session, session.snapshot, False
         length = self._policy.config.num_inference_steps
-        if not self._loop_position.goes_on_in(self._scheduler_run):
+        if not self._loop_position.continues_in(self._scheduler_run):
             self._begin_generation("new-schedule" if session.first else "new")
         elif length is not None and self._scheduler_run is None and session.snapshot.num_steps >= length:
             self._begin_generation("length-reached")
 
     def before(self, region: int) -> torch.Tensor:
-        """What was looked at at the last computed step (by a budget: at the last step), or zeros: then nobody looks."""
+        """The probe at the last computed step (with a budget: at the last step); zeros if there is none to compare."""
         run = self._run(region)
-        shape, strides = run.sizes[0] or ((), ())  # What is looked at has a known size.
+        shape, strides = run.sizes[0] or ((), ())  # The size of a probe does not depend on data.
         if run.fits and run.state.probe is not None:
             return in_layout(run.state.probe, strides)
         return torch.empty_strided(shape, strides, dtype=run.plan.dtypes[0], device=run.plan.device).zero_()
 
     def decide(self, region: int, probe_vector: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
-        """Whether to compute. Reads the probe: the one time in a call (and region) that the host waits."""
+        """Whether to compute. Reads the probe vector, which is the only synchronization with the device per region."""
         run = self._run(region)
         if streams:
             run.sizes = run.plan.sizes_at(self._args, streams)
             run.fits = self._is_of_this_graph and _fits(run.plan, run.state, run.sizes)
         values = probe_vector.tolist() if probe_vector is not None else []
-        if region == 0 and not self._ticked:
+        if region == 0 and not self._is_timestep_set:
             checksum = tuple(values.pop() for _ in range(self._call.num_checksums))
-            self.tick(values.pop() if self._call.has_timestep else None, checksum)
-            if not self._was_predicted:  # The head compared with what another session keeps.
+            self.set_timestep(values.pop() if self._call.has_timestep else None, checksum)
+            if not self._was_predicted:  # The head compared with the probe of another session.
                 self._runs.clear()
                 run = self._run(region)
-        if self._is_new:  # What it had kept is let go of.
+        if self._is_new:  # The cached values are those of the last generation.
             run.state, run.fits = RegionState(), False
         diff = values[0] if run.plan.has_probe and self._was_predicted else math.nan
         shared = self._shared_diff(run)
@@ -183,7 +188,7 @@ class StepRun:
         return self.reusable(run, run.state)
 
     def reusable(self, run: RegionRun, state: RegionState) -> tuple[torch.Tensor | None, ...]:
-        """What a reused step takes of what `state` keeps, in the layout of this call."""
+        """The cached values of `state` for a reused step, in the layout of this call."""
         now, covered = self._position(run), _covered(run)
         values = [
             cached.at(now, state.reused, run.forecast if is_covered else None, is_outdated=run.is_outdated)
@@ -203,25 +208,25 @@ class StepRun:
         run = self._runs[region]
         assert run.decision is not None
         if run.decision.compute:
-            weights = self._instance.weights
-            self._snapshot = self._snapshot._replace(graph=self._call.number, weights=weights)
+            version = self._instance.weights_version
+            self._snapshot = self._snapshot._replace(graph=self._call.number, weights_version=version)
             between = run.state.reused[0] if run.fits and not run.is_outdated else ()
-            taken = self._taken_in(run, cached)
+            values = self._updated_values(run, cached)
             run.state = run.state._replace(
-                probe=self._copied(probe), cached=taken, reused=((), between), is_outdated=False
+                probe=self._copied(probe), cached=values, reused=((), between), is_outdated=False
             )
         else:
             if run.config.decision_rule == "budget":
                 run.state = run.state._replace(probe=self._copied(probe))
             if run.forecast is not None:
-                run.state = self._noting_forecast(run)
+                run.state = self._after_reuse(run)
         run.state = run.state._replace(
             history=run.history.after(run.decision),
             decisions=(*run.state.decisions, run.decision),
             diffs=(*run.state.diffs, run.diff),
         )
 
-    def _noting_forecast(self, run: RegionRun) -> RegionState:
+    def _after_reuse(self, run: RegionRun) -> RegionState:
         """The state after a reused step of a region with a forecaster."""
         assert run.forecast is not None
         (since, between), state = run.state.reused, run.state
@@ -232,42 +237,43 @@ class StepRun:
         ]
         unread = state.verdicts
         if not all(verdict is True for verdict in found):
-            told = tuple(verdict for verdict in found if isinstance(verdict, torch.Tensor))
-            is_read = any(verdict is False for verdict in found)  # The host knows that nothing was forecast.
-            unread = (*unread, (len(state.decisions), () if is_read else told))
+            on_device = tuple(verdict for verdict in found if isinstance(verdict, torch.Tensor))
+            is_known = any(verdict is False for verdict in found)  # The host knows that a stream was not forecast.
+            unread = (*unread, (len(state.decisions), () if is_known else on_device))
         reused = ((*since, self._position(run)), between)
         return state._replace(reused=reused, is_outdated=run.is_outdated, verdicts=unread)
 
     def _has_gap(self) -> bool:
-        """Whether the session was left out for some steps before this one."""
+        """Whether steps of the session are missing before this one."""
         snapshot = self._snapshot
         return is_gap((*snapshot.timesteps[-4:], snapshot.timestep))
 
-    def _taken_in(self, run: RegionRun, values: tuple[torch.Tensor | None, ...]) -> tuple[CachedValue, ...]:
-        """What is kept now, with the values of this computed step. Of what has another size, or is behind a gap or a
-        jump, nothing is left."""
+    def _updated_values(self, run: RegionRun, values: tuple[torch.Tensor | None, ...]) -> tuple[CachedValue, ...]:
+        """The cached values after this computed step. Older values of another size, or before a gap or a jump, are
+        dropped.
+        """
         is_continued = run.fits and not run.is_outdated
         before = run.state.cached if is_continued else (CachedValue(),) * len(values)
         now, found = self._position(run), []
         for old, value, is_covered in zip(before, values, _covered(run), strict=True):
-            cached = old.taking_in(
+            cached = old.with_value(
                 value,
                 now,
                 run.state.reused,
                 run.forecast if is_covered else None,
                 is_static=run.config.is_static,
             )
-            mine = (t if any(t is known for known in old.tensors) else self._copied(t) for t in cached.tensors)
-            tensors = tuple(t for t in mine if t is not None)
+            copies = (t if any(t is known for known in old.tensors) else self._copied(t) for t in cached.tensors)
+            tensors = tuple(t for t in copies if t is not None)
             found.append(cached._replace(tensors=tensors, verdict=self._copied(cached.verdict)))
         return tuple(found)
 
     def _copied(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """`tensor`, or a copy where the inner compiler will write over it."""
+        """`tensor`, or a copy if the inner compiler will overwrite it."""
         return tensor.clone() if tensor is not None and self._call.copy_state else tensor
 
     def _position(self, run: RegionRun) -> float:
-        """Where this step stands for the region's forecaster (see `Times`)."""
+        """The position of this step for the forecaster of the region (see `Times`)."""
         snapshot = self._snapshot
         if run.forecast is not None and run.forecast.forecaster.by == "timestep" and snapshot.timestep is not None:
             first = snapshot.timesteps[0] if snapshot.timesteps else snapshot.timestep
@@ -275,7 +281,7 @@ class StepRun:
         return float(snapshot.num_steps)
 
     def commit(self, piece_time: PieceTime) -> None:
-        """Makes the step part of its session; it took as long as `piece_time`."""
+        """Makes the step part of its session, with its `piece_time`."""
         before = self._snapshot
         snapshot = before._replace(
             regions=MappingProxyType({**before.regions, **{run.plan.name: run.state for run in self._runs}}),
@@ -290,38 +296,38 @@ class StepRun:
         limit = self._policy.config.max_state_bytes
         self._instance.commit(self._session, snapshot, loop_position, is_new_generation=self._is_new, max_bytes=limit)
 
-    def give_up(self) -> None:
-        """Undoes what finding the session did: this step will be made anew."""
-        self._instance.take_back(self._session)
+    def discard(self) -> None:
+        """Undoes the search for the session, because the step will be made again."""
+        self._instance.undo_open(self._session)
 
     @property
     def has_reused(self) -> bool:
-        """Whether any region added what was kept instead of running."""
+        """Whether any region was reused."""
         reuses = any(run.decision is not None and not run.decision.compute for run in self._runs)
         return reuses and not self._policy.config.shadow
 
     @property
-    def asks_decider(self) -> bool:
-        """Whether a user's own object decides: it is to be asked once per step."""
-        return self._policy.asks_decider
+    def has_decider(self) -> bool:
+        """Whether a decider of the user decides. It has to be called once per step."""
+        return self._policy.has_decider
 
-    def tick(self, timestep: float | None, checksum: tuple[float, ...] = ()) -> None:
-        """Moves the session's timestep, once it is known which of a step's calls this is.
+    def set_timestep(self, timestep: float | None, checksum: tuple[float, ...] = ()) -> None:
+        """Sets the timestep of the step, which determines its ordinal and may begin a new generation.
 
-        A timestep that turns back starts a new generation, and so do other values of the conditioning in the same
-        tensor. Inside one run of a pipeline the scheduler tells: there the timestep may turn or stay.
+        A new generation begins if the timestep turns back, or if the conditioning has other values in the same tensor.
+        In one run of a pipeline, the step index of the scheduler counts instead: the timestep may turn or stay.
         """
-        self._ticked = True
+        self._is_timestep_set = True
         ordinal = self._loop_position.ordinal_at(timestep, self._scheduler_run)
         if ordinal != self._session.key.ordinal:
             self._was_predicted = False
-            self._enter(self._instance.at(self._session, ordinal))
+            self._use_session(self._instance.at(self._session, ordinal))
         if self._snapshot.checksum not in ((), checksum):
             self._begin_generation("conditioning-changed")
         last, direction = self._snapshot.timestep, self._snapshot.direction
         has_stepped = self._loop_position.is_next_step(self._scheduler_run) and not self._is_new
         if timestep is None:
-            # Without a timestep a named request, or a pipeline that counts its steps, is known to be one generation.
+            # Without a timestep, the steps of a named request, or of one run of a scheduler, are one generation.
             is_known = self._session.is_named or has_stepped
             self._snapshot = self._snapshot._replace(checksum=checksum, direction=int(is_known))
             return
@@ -337,11 +343,12 @@ class StepRun:
 
     @property
     def _is_of_this_graph(self) -> bool:
-        """Whether what is kept was made by this graph, of weights and modules that are still those of the model."""
-        return (self._snapshot.graph, self._snapshot.weights) == (self._call.number, self._instance.weights)
+        """Whether the cached values are from this graph, and from the present modules and weights."""
+        now = (self._call.number, self._instance.weights_version)
+        return (self._snapshot.graph, self._snapshot.weights_version) == now
 
     def _run(self, region: int) -> RegionRun:
-        """The region's part of this step; made when it is first asked for, in order."""
+        """The run of a region in this step; created at the first access, in the order of the regions."""
         if region == len(self._runs):
             plan, config = self._call.regions[region], self._policy.regions[region]
             state = self._snapshot.regions.get(plan.name) or RegionState()
@@ -354,7 +361,7 @@ class StepRun:
         return self._runs[region]
 
     def _shared_diff(self, run: RegionRun) -> float | None:
-        """What the branch that was called just before measured at this step, if this one is to take that."""
+        """The residual diff of the other guidance branch at this step, if this branch uses it; otherwise None."""
         config = self._policy.config
         if config.cfg_diff_compute_separate or config.enable_separate_cfg is False or config.cfg_compute_first:
             return None
@@ -367,12 +374,12 @@ class StepRun:
 
 
 def _covered(run: RegionRun) -> tuple[bool, ...]:
-    """Of what leaves the region, which values are forecast."""
+    """Which live-outs of the region are forecast."""
     return run.forecast.covers(run.plan.roles) if run.forecast is not None else (False,) * len(run.plan.roles)
 
 
 def _fits(plan: RegionPlan, state: RegionState, sizes: PartialSizes) -> bool:
-    """Whether all is kept, in the sizes that are known so far."""
+    """Whether everything is cached, in the sizes that are known so far."""
     tensors = (*((state.probe,) if plan.has_probe else ()), *(cached.last for cached in state.cached))
     return len(tensors) == len(plan.dtypes) and all(
         tensor is not None

@@ -1,4 +1,7 @@
-"""How long a step took: by the host's clock, on an accelerator by events in its stream. Waits for nothing."""
+"""Measures how long a step takes, with the clock of the host, or with events in the stream of the accelerator.
+
+Taking a time does not synchronize with the device. Reading it does.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 
 
 class Stopwatch:
-    """Runs from its making to `stop`."""
+    """Measures the time from its creation to `stop`."""
 
     __slots__ = ("_device", "_start")
 
@@ -23,7 +26,7 @@ class Stopwatch:
 
 
 class PieceTime:
-    """Two moments; `seconds` waits for the second, where that is an event."""
+    """A start and a stop, which are host times or events. `seconds` waits until the device has reached the stop."""
 
     __slots__ = ("_start", "_stop")
 
@@ -39,7 +42,7 @@ class PieceTime:
 
 
 class PieceTimes(Sequence[float]):
-    """Seconds, told when they are asked for: a record is made before the device is done."""
+    """A sequence of seconds that is read at access, since statistics are made before the device is finished."""
 
     __slots__ = ("_piece_times",)
 

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cachedit_fx.errors import ConfigError, shown
+from cachedit_fx.frontend.torch_internals import OptimizedModule
 from cachedit_fx.integrations.block_adapter import transformers_of
 from cachedit_fx.tuning.calls import Call
 from cachedit_fx.tuning.problems import RecordedRun, weights_of
@@ -94,7 +94,7 @@ def record(pipe: Any, calls: Sequence[Call], max_bytes: int) -> Recording:
 
 
 def _require_uncached(name: str, module: nn.Module) -> None:
-    if isinstance(module, torch._dynamo.OptimizedModule):
+    if isinstance(module, OptimizedModule):
         raise ConfigError(
             f"cachedit_fx: {name} must not be wrapped by torch.compile, got an OptimizedModule; pass the module that "
             "torch.compile was given"

@@ -86,7 +86,7 @@ class Simulation:
         is_continued = guidance_branch.cached and not guidance_branch.is_outdated
         before = guidance_branch.cached if is_continued else [CachedValue()] * len(tensors)
         guidance_branch.cached = [
-            old.taking_in(tensor, now, guidance_branch.reused, self._forecast, is_static=True)
+            old.with_value(tensor, now, guidance_branch.reused, self._forecast, is_static=True)
             for old, tensor in zip(before, tensors, strict=True)
         ]
         guidance_branch.reused = (), guidance_branch.reused[0] if is_continued else ()

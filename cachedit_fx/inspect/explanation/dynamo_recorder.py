@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.pgo import get_code_state
 
 from cachedit_fx.config.cache_config import split_options
 from cachedit_fx.frontend.backend import Backend, refusal, rewrite
 from cachedit_fx.frontend.capture import captured_module, copy_graph, forget_examples
 from cachedit_fx.frontend.capture_strategies import CaptureStrategy
 from cachedit_fx.frontend.inner_compiler import runs_as_is
+from cachedit_fx.frontend.torch_internals import get_code_state
 from cachedit_fx.inspect.explanation.build import build_report
 from cachedit_fx.inspect.explanation.data import BreakReport, GraphReport
 from cachedit_fx.inspect.explanation.risks import risks_of

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.frontend.backend import Backend
 from cachedit_fx.frontend.capture_strategies import CAPTURE_STRATEGIES, CaptureStrategies, CaptureStrategy
 from cachedit_fx.frontend.enabled import Settings
+from cachedit_fx.frontend.torch_internals import BackendCompilerFailed, OptimizedModule
 from cachedit_fx.frontend.uncached import cure_of_parts
 from cachedit_fx.inspect.explanation.data import Captured
 from cachedit_fx.inspect.explanation.dynamo_recorder import (
@@ -129,7 +129,7 @@ def _compiled_config(module: Any) -> CacheConfig | None:
 
 def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> tuple[Captured, list[RecordedGraph]]:
     """Captures one transformer, and returns how it was captured and all of its graphs."""
-    is_compiled = isinstance(module, torch._dynamo.OptimizedModule)
+    is_compiled = isinstance(module, OptimizedModule)
     module = getattr(module, "_orig_mod", module)
     recorder = DynamoRecorder(settings.backend(), {*inspect.signature(module.forward).parameters, "args"})
     kwargs = {k: v for k, v in settings.compile_kwargs.items() if k in ("fullgraph", "dynamic")}
@@ -140,7 +140,7 @@ def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> t
     with _prepared(module, settings), forgotten_sizes(), torch.no_grad():
         try:
             strategies(*call.args, **call.kwargs)
-            while not any(one.report.is_cached for one in recorder.recorded) and strategies.give_up():
+            while not any(one.report.is_cached for one in recorder.recorded) and strategies.drop_strategy():
                 strategies(*call.args, **call.kwargs)
         except Stop:
             pass

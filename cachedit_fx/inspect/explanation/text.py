@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-import torch
-
+from cachedit_fx.frontend.torch_internals import recompile_limit
 from cachedit_fx.inspect.explanation.data import (
     BlockReport,
     Captured,
@@ -175,7 +174,7 @@ def _pieces(graph: GraphReport) -> Iterator[str]:
 def _risks(graph: GraphReport) -> Iterator[str]:
     if not graph.risks:
         return
-    limit = torch._dynamo.config.recompile_limit
+    limit = recompile_limit()
     yield f"a change of one of these arguments triggers a recompilation (recompile_limit: {limit}):"
     by_consequence: dict[str, list[str]] = {}
     for risk in graph.risks:

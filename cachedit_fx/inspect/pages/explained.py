@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from cachedit_fx.config.fields import OPTIONS
 from cachedit_fx.config.reference import POLICY, meaning
+from cachedit_fx.frontend.torch_internals import recompile_limit
 from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport, RegionReport, Verdict
 from cachedit_fx.inspect.explanation.units import flops, size
 from cachedit_fx.inspect.pages.chain import ROLES, chain_svg, reuses_when
@@ -114,7 +113,7 @@ def explanation_page(explanation: Explanation) -> str:
         verdict=verdict_line(explanation),
         modules=modules,
         meanings={name: meaning(declared) for name, declared in OPTIONS.items()} | {"policy": POLICY},
-        limit=torch._dynamo.config.recompile_limit,
+        limit=recompile_limit(),
         data=as_json(data),
     )
 
