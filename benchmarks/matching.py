@@ -27,14 +27,13 @@ from torch import fx
 from tqdm import tqdm
 
 from cachedit_fx import CacheConfig, CacheType
-from cachedit_fx.frontend.backend import Rewritten, rewrite
 from cachedit_fx.frontend.capture import copy_graph
 from cachedit_fx.passes.analysis.dataflow import Program
 from cachedit_fx.passes.analysis.join_lists import join_lists
 from cachedit_fx.passes.analysis.locate_blocks import locate_blocks
-from cachedit_fx.passes.manager import plan_graph
+from cachedit_fx.passes.manager import Rewritten, plan_graph, rewrite
 from cachedit_fx.passes.plan import Plan
-from cachedit_fx.passes.transforms.hoist_symbols import hoist_symbols
+from cachedit_fx.passes.transforms.hoist_symbols import HoistSymbols
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.matcher import match_any
 
@@ -84,7 +83,7 @@ def copied(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
 
 def locate_and_match(gm: fx.GraphModule, _example_inputs: list[Any]) -> None:
     """Runs the first half of `plan_graph`."""
-    hoist_symbols(gm)
+    HoistSymbols()(gm)
     program = Program(gm.graph)
     for blocks in join_lists(program, locate_blocks(program)):
         match_any(blocks)

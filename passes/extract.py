@@ -1,4 +1,4 @@
-"""Takes some nodes of a graph out into a GraphModule of their own."""
+"""Copies nodes of a graph to a GraphModule of their own."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from cachedit_fx.patterns.nodes import value_of
 
 
 def graph_module(root: torch.nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """A GraphModule of class `name` that generates its code when it is first run or printed, as Dynamo's own do.
+    """A GraphModule of class `name` that generates its code when it is first run or printed, like those of Dynamo.
 
-    Most are rewritten before that. A `forward` that is kept has to be taken after `generate_code`.
+    Most are rewritten before that. Call `generate_code` before storing a reference to its `forward`.
 
     Args:
-        root: Holds the attributes that `graph` reads.
+        root: The module whose attributes `graph` reads.
     """
     module: fx.GraphModule = _LazyGraphModule(root, graph, class_name=name)
     return module
 
 
 def generate_code(gm: fx.GraphModule) -> None:
-    """Generates the code of a GraphModule, if that was put off."""
+    """Generates the code of a GraphModule that was created by `graph_module`."""
     _LazyGraphModule.force_recompile(gm)
 
 
 @dataclass(slots=True)
 class Extract:
-    """A run of nodes as a graph of its own.
+    """Nodes of a source graph, copied to a graph of their own.
 
     Attributes:
-        graph: Its graph, still without an output: see `finish`.
-        inputs: Nodes of the source graph that stand behind the placeholders, in order of first use.
-        copies: Source node -> its copy.
+        graph: The new graph. It has no output before `finish` is called.
+        inputs: The nodes of the source graph that the placeholders stand for, in order of first use.
+        copies: Node of the source graph -> its copy.
     """
 
     graph: fx.Graph
@@ -46,10 +46,10 @@ class Extract:
     copies: dict[fx.Node, fx.Node]
 
     def take(self, node: fx.Node) -> fx.Node:
-        """The copy of `node`; one from outside becomes a placeholder.
+        """The copy of `node`. A node that has none yet gets a placeholder.
 
-        An attribute is read again instead, and so is a number that Dynamo lifted as a 0-dim input: compilers take
-        tensors and ints between pieces, but no symbolic floats.
+        Attributes and numbers that Dynamo lifted as 0-dim inputs are read again instead, because only tensors and ints
+        can be passed between compiled pieces, not symbolic floats.
         """
         if node not in self.copies:
             if node.op == "get_attr" or node.target == "item":
@@ -61,7 +61,7 @@ class Extract:
 
     def _placeholder(self, node: fx.Node) -> fx.Node:
         last = next((n for n in reversed(self.graph.nodes) if n.op == "placeholder"), None)
-        # Without an anchor `inserting_before(root)` would append; the graph's root precedes its first node.
+        # The root of a graph precedes its first node.
         anchor = last if last is not None else self.graph._root
         with self.graph.inserting_after(anchor):
             placeholder = self.graph.placeholder(node.name)
@@ -69,24 +69,24 @@ class Extract:
         return placeholder
 
     def finish(self, root: fx.GraphModule, outputs: Sequence[fx.Node], name: str) -> fx.GraphModule:
-        """The GraphModule that returns the tuple of `outputs` (nodes of this graph)."""
+        """The GraphModule, which returns the tuple of `outputs` (nodes of the new graph)."""
         self.graph.output(tuple(outputs))
         return graph_module(root, self.graph, name)
 
 
 def extract(nodes: Sequence[fx.Node], sizes: Sequence[fx.Node] | None = None) -> Extract:
-    """Copies `nodes` (in program order) into a new graph; what they read from outside becomes placeholders.
+    """Copies `nodes` (in program order) to a new graph. Other nodes that they read become placeholders.
 
     Args:
-        sizes: The `free_sizes` of their graph, where they are known; finding them looks at all of its inputs.
+        sizes: The `free_sizes` of their graph; by default they are determined, which visits all of its inputs.
     """
     taken = Extract(fx.Graph(), [], {})
     inside = set(nodes)
     if not nodes:
         return taken
     for size in free_sizes(nodes[0].graph) if sizes is None else sizes:
-        taken.take(size)  # A compiler wants every symbol in an input's shape or stride as an input of its own.
-    for node in nodes:  # Placeholders first, in the order of first use: they must stand before all else.
+        taken.take(size)  # Inductor requires every symbol in the shape or stride of an input as an input of its own.
+    for node in nodes:  # Placeholders come first, in order of first use.
         for arg in node.all_input_nodes:
             if arg not in inside:
                 taken.take(arg)
@@ -96,7 +96,7 @@ def extract(nodes: Sequence[fx.Node], sizes: Sequence[fx.Node] | None = None) ->
 
 
 def free_sizes(graph: fx.Graph) -> list[fx.Node]:
-    """The graph's inputs that are a symbol each."""
+    """The inputs of the graph that are symbols (dynamic sizes)."""
     found = []
     for node in graph.nodes:
         if node.op != "placeholder":
@@ -108,6 +108,6 @@ def free_sizes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def outputs_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Those of `nodes` that anything else reads, in order."""
+    """Those of `nodes` that other nodes read, in order."""
     inside = set(nodes)
     return [node for node in nodes if any(user not in inside for user in node.users)]

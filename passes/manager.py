@@ -1,87 +1,164 @@
-"""Prepares a captured graph for the analysis, in order, and plans it."""
+"""The pass manager: runs the analyses and rewrites over one graph, in one order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import fx
 
 from cachedit_fx.config.cache_config import CacheConfig
-from cachedit_fx.errors import PatternError, cut
+from cachedit_fx.errors import PassError, PatternError
 from cachedit_fx.passes.analysis.make_plan import make_plan
+from cachedit_fx.passes.analysis.runtime_plan import RuntimePlan, make_runtime_plan
+from cachedit_fx.passes.extract import generate_code
+from cachedit_fx.passes.graph_pass import GraphAnalysis, GraphPass, PassContext
 from cachedit_fx.passes.observer import Observer
 from cachedit_fx.passes.plan import Plan
-from cachedit_fx.passes.transforms.drop_numpy_calls import drop_numpy_calls
-from cachedit_fx.passes.transforms.functionalize_writes import functionalize_writes
-from cachedit_fx.passes.transforms.hoist_symbols import hoist_symbols
-from cachedit_fx.passes.transforms.inline_checkpoints import inline_checkpoints
-from cachedit_fx.passes.transforms.narrow_contexts import narrow_contexts
+from cachedit_fx.passes.transforms.apply_functor import ApplyFunctor
+from cachedit_fx.passes.transforms.drop_numpy_calls import DropNumpyCalls
+from cachedit_fx.passes.transforms.functionalize_writes import FunctionalizeWrites
+from cachedit_fx.passes.transforms.hoist_symbols import HoistSymbols
+from cachedit_fx.passes.transforms.inline_checkpoints import InlineCheckpoints
+from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals
+from cachedit_fx.passes.transforms.narrow_contexts import NarrowContexts
+from cachedit_fx.passes.transforms.split_pieces import Piece, SplitPieces
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch, MismatchError
 
-TIDYING: tuple[Callable[[fx.GraphModule], object], ...] = (
-    drop_numpy_calls,  # What nothing reads needs no place.
-    hoist_symbols,  # Before the others: no later pass has to ask whether a value is one.
-    narrow_contexts,  # Before anything moves: a node belongs to the context that it was made in.
-    functionalize_writes,  # Last: it asks who else sees a value, and the passes before change that.
+log = logging.getLogger(__name__)
+
+Step = type[GraphPass] | type[GraphAnalysis]
+
+
+class MakePlan(GraphAnalysis):
+    """Locates the blocks, matches their templates and cuts the regions."""
+
+    name = "make-plan"
+
+    def __call__(self, graph_module: fx.GraphModule) -> None:
+        context = self.context
+        try:
+            context.plan = make_plan(graph_module, context.config, context.declared, context.observer)
+        except MismatchError as error:
+            context.observer.planned(error.mismatches)
+            raise
+        context.observer.planned(context.plan)
+
+
+class MakeRuntimePlan(GraphAnalysis):
+    """Decides, from the plan, everything else that the runtime needs."""
+
+    name = "make-runtime-plan"
+
+    def __call__(self, graph_module: fx.GraphModule) -> None:
+        assert self.context.plan is not None
+        self.context.runtime_plan = make_runtime_plan(self.context.plan, self.context.config)
+
+
+STEPS: tuple[Step, ...] = (
+    InlineCheckpoints,  # First, so that a functor gets a graph that corresponds to the code of the model.
+    ApplyFunctor,  # Before the other rewrites, so that what a functor adds is rewritten, too.
+    DropNumpyCalls,  # Before the others, so that they need not consider nodes that nothing reads.
+    HoistSymbols,  # Before the contexts are narrowed, so that the sizes are computed outside of them.
+    NarrowContexts,  # Before anything moves, because a node must stay in the context in which it was created.
+    FunctionalizeWrites,  # Last before the analysis. It depends on which nodes read a value.
+    MakePlan,
+    MakeRuntimePlan,  # Before the conditionals, which change the strides of example values.
+    InsertConditionals,
+    SplitPieces,  # Last, because it splits what the conditionals consist of.
 )
+TO_PLAN = STEPS[: STEPS.index(MakePlan) + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """The result of all passes: a cached graph, whose pieces are not compiled yet.
+
+    Attributes:
+        gm: The cached graph.
+        pieces: The pieces that its segments call.
+    """
+
+    plan: Plan
+    runtime_plan: RuntimePlan
+    gm: fx.GraphModule
+    pieces: tuple[Piece, ...]
+
+
+def rewrite(
+    gm: fx.GraphModule, config: CacheConfig, declared: Declaration, *, exact: bool, observer: Observer | None = None
+) -> Rewritten | tuple[Mismatch, ...]:
+    """Runs all steps over a captured graph whose inputs are labeled. Compiles nothing.
+
+    Args:
+        exact: Whether the cached graph must round as the captured graph does.
+
+    Returns:
+        The cached graph in pieces, or the reasons why there is none, the nearest miss first.
+
+    Raises:
+        PatternError: The graph contradicts what was declared, or the patch functor failed.
+        PassError: A step failed.
+    """
+    context = PassContext(config, declared, exact, observer or Observer())
+    context.observer.graph("captured", gm)
+    try:
+        gm = run_steps(gm, STEPS, context)
+    except MismatchError as error:
+        return error.mismatches
+    assert context.plan is not None and context.runtime_plan is not None
+    generate_code(gm)
+    context.observer.pieces(gm, context.pieces)
+    return Rewritten(context.plan, context.runtime_plan, gm, context.pieces)
 
 
 def plan_graph(
     gm: fx.GraphModule, config: CacheConfig, declared: Declaration | None = None, observer: Observer | None = None
 ) -> Plan | tuple[Mismatch, ...]:
-    """The plan for a graph whose inputs are labelled, or why it has none, nearest miss first. Compiles nothing.
+    """Runs the steps up to the plan, like `rewrite`. Returns the plan, or the reasons why there is none."""
+    context = PassContext(config, declared or Declaration(), observer=observer or Observer())
+    context.observer.graph("captured", gm)
+    try:
+        run_steps(gm, TO_PLAN, context)
+    except MismatchError as error:
+        return error.mismatches
+    assert context.plan is not None
+    return context.plan
+
+
+def run_steps(gm: fx.GraphModule, steps: Sequence[Step], context: PassContext) -> fx.GraphModule:
+    """Runs `steps` in order. After each rewrite, lints the graph and notifies the observer.
 
     Raises:
-        PatternError: The graph contradicts what was declared.
+        MismatchError: An analysis found that the graph cannot be cached.
+        PatternError: The graph contradicts what was declared, or the patch functor failed.
+        PassError: A step raised anything else, or left a graph that does not lint.
     """
-    declared, observer = declared or Declaration(), observer or Observer()
-    observer.graph("captured", gm)
-    inline_checkpoints(gm)  # A functor gets a graph that reads like the model's code.
-    observer.graph("inline-checkpoints", gm)
-    gm = _apply_functor(gm, declared)
-    observer.graph("apply-functor", gm)
-    for tidy in TIDYING:
-        tidy(gm)
-        observer.graph(tidy.__name__.replace("_", "-"), gm)
-    try:
-        found: Plan | tuple[Mismatch, ...] = make_plan(gm, config, declared, observer)
-    except MismatchError as error:
-        found = error.mismatches
-    observer.planned(found)
-    return found
-
-
-def _apply_functor(gm: fx.GraphModule, declared: Declaration) -> fx.GraphModule:
-    if declared.functor is None:
-        return gm
-    name = type(declared.functor).__name__
-    before = _inputs(gm)
-    try:
-        gm = declared.functor.apply(gm)
-        gm.graph.lint()
-    except Exception as error:
-        raise PatternError(
-            f"cachedit_fx: patch functor `{name}` failed on the captured graph: {type(error).__name__}: "
-            f"{cut(error)}\n"
-            "What to do: correct its apply; a graph that lacks what it looks for it has to hand back as it is."
-        ) from error
-    if _inputs(gm) != before:
-        raise PatternError(
-            f"cachedit_fx: patch functor `{name}` must leave the graph's inputs as they are, in number and order.\n"
-            f"  expected: the {len(before)} that were captured\n"
-            f"  found:    {_changed(before, _inputs(gm))}\n"
-            "What to do: let its apply make values from the inputs that there are."
-        )
+    for step in steps:
+        try:
+            gm, modified = _run(step, gm, context)
+        except (MismatchError, PatternError):
+            raise
+        except Exception as error:
+            raise PassError(f"the pass {step.name} failed") from error
+        if modified is None:
+            continue
+        log.debug("%s: modified=%s, %d nodes", step.name, modified, len(gm.graph.nodes))
+        context.observer.graph(step.name, gm)
     return gm
 
 
-def _changed(before: Sequence[str], after: Sequence[str]) -> str:
-    """`1 added (mask)`: how the inputs of a graph differ."""
-    changes = {"added": [n for n in after if n not in before], "gone": [n for n in before if n not in after]}
-    said = [f"{len(names)} {how} ({cut(', '.join(names))})" for how, names in changes.items() if names]
-    return ", ".join(said) or "another order"
-
-
-def _inputs(gm: fx.GraphModule) -> list[str]:
-    return [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+def _run(step: Step, gm: fx.GraphModule, context: PassContext) -> tuple[fx.GraphModule, bool | None]:
+    """The graph after one step, and whether the step modified it; None for an analysis."""
+    if issubclass(step, GraphAnalysis):
+        step(context)(gm)
+        return gm, None
+    gm, modified = step(context)(gm)
+    for module in (gm, *gm.children()):  # What a pass rewrites: the graph, or the segments that it consists of.
+        if isinstance(module, fx.GraphModule):
+            module.graph.lint()
+    if modified:
+        gm.recompile()
+    return gm, modified

@@ -1,4 +1,4 @@
-"""Who is told of a graph's way through the passes. By itself it does nothing; `explain` and `debug_dir` do."""
+"""The observer of the passes over one graph. This one ignores everything; `explain` and `debug_dir` have others."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from cachedit_fx.patterns.mismatch import Match, Mismatch
 if TYPE_CHECKING:
     from cachedit_fx.passes.analysis.dataflow import Program
     from cachedit_fx.passes.plan import Plan
-    from cachedit_fx.passes.transforms.insert_conditionals import CachedGraph
     from cachedit_fx.passes.transforms.split_pieces import Piece
 
 
 class Observer:
-    """Gets every step of the way in turn. What it is given goes on to the next pass: read or copy it."""
+    """Is notified of every result, in order. It must not change what it is given, because the next pass uses it."""
 
     def graph(self, name: str, gm: fx.GraphModule) -> None:
-        """The graph behind a pass; the first is "captured"."""
+        """The graph after the pass `name`. The first one is the captured graph, with the name "captured"."""
 
     def lists(self, program: Program, found: Sequence[BlockList], chain: Sequence[BlockList]) -> None:
-        """The block lists, and which of them make up the chain."""
+        """The block lists that were found, and those of them that are the chain."""
 
     def matched(self, match: Match) -> None:
         """The template that a list of the chain fits."""
@@ -35,29 +34,26 @@ class Observer:
         """Why the declared template, or every template, does not fit a list of the chain, nearest mismatch first."""
 
     def planned(self, plan: Plan | tuple[Mismatch, ...]) -> None:
-        """The end of all that only reads."""
+        """The plan, or the reasons why there is none, the nearest miss first."""
 
-    def rewritten(self, cached_graph: CachedGraph) -> None:
-        """The graph with its conditionals in, its segments still whole."""
-
-    def pieces(self, cached_graph: CachedGraph, pieces: Sequence[Piece]) -> None:
-        """The cached graph, its segments cut into the pieces that will be compiled."""
+    def pieces(self, cached_graph: fx.GraphModule, pieces: Sequence[Piece]) -> None:
+        """The pieces to compile, and the cached graph whose segments call them."""
 
     def finish(self, gm: fx.GraphModule, reasons: tuple[Mismatch, ...] = ()) -> None:
-        """The end of the way. `reasons` are those that no pass knows."""
+        """The end of the passes. `reasons` are why the graph is uncached, if it is."""
 
     def fail(self) -> None:
-        """A pass raised the exception that is handled now."""
+        """A pass raised the exception that is being handled."""
 
 
-# Who is told where `debug_dir` is set. `cachedit_fx.inspect.dumps` puts it here: nothing imports what renders.
+# Creates the observer for `debug_dir`. `cachedit_fx.inspect.dumps` sets it, because passes must not import inspect.
 new_dump: Callable[[str, CacheConfig, Declaration], Observer] | None = None
 
 
 def observer_for(cls: str, config: CacheConfig, declared: Declaration) -> Observer:
-    """Who is told of the graph of a module of class `cls`.
+    """The observer for the graph of a module of class `cls`.
 
     Raises:
-        ConfigError: `debug_dir` cannot be made or written to.
+        ConfigError: `debug_dir` cannot be created or written to.
     """
     return new_dump(cls, config, declared) if config.debug_dir is not None and new_dump is not None else Observer()

@@ -25,9 +25,10 @@ from cachedit_fx import (
     PatchFunctor,
     figure,
 )
-from cachedit_fx.frontend import backend, fast_dispatch
+from cachedit_fx.frontend import fast_dispatch
 from cachedit_fx.inspect.pages import render
 from cachedit_fx.inspect.reproduce import run_saved
+from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 from cachedit_fx.testing import check_pattern
@@ -55,7 +56,7 @@ def run_with_a_bug(**fields: Any) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise KeyError("a name that is not there")
 
-    with patch.object(backend, "insert_conditionals", fail):
+    with patch.object(InsertConditionals, "call", fail):
         run(tiny.build(), **fields)
 
 

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,13 @@ from torch import Tensor, fx, nn
 
 from cachedit_fx import CacheConfig
 from cachedit_fx.frontend.capture import copy_graph
+from cachedit_fx.passes.analysis.cached_examples import cached_examples
+from cachedit_fx.passes.analysis.runtime_plan import make_runtime_plan
+from cachedit_fx.passes.graph_pass import PassContext
 from cachedit_fx.passes.manager import plan_graph
 from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.region import Region
-from cachedit_fx.passes.transforms.insert_conditionals import cached_examples
+from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals
 from cachedit_fx.patterns import Mismatch
 
 BATCH, IMAGE, TEXT = 2, 6, 5  # Latent tokens and text tokens differ, or the streams' shapes would be equal.
@@ -370,6 +373,18 @@ def capture_plan(model: nn.Module, inputs: dict[str, Any] | None = None, **field
 def plan(model: nn.Module, inputs: dict[str, Any] | None = None, **fields: Any) -> Plan | tuple[Mismatch, ...]:
     """`capture_plan`, without what Dynamo passed."""
     return capture_plan(model, inputs, **fields).found
+
+
+class CachedGraph(NamedTuple):
+    gm: fx.GraphModule
+    regions: tuple[Region, ...]
+
+
+def insert_conditionals(plan: Plan, config: CacheConfig | None = None, *, exact: bool = False) -> CachedGraph:
+    """The cached graph that the pass builds from a plan."""
+    config = config or CacheConfig()
+    context = PassContext(config, exact=exact, plan=plan, runtime_plan=make_runtime_plan(plan, config))
+    return CachedGraph(InsertConditionals(context)(plan.gm).graph_module, plan.regions)
 
 
 class HandStep:

@@ -16,12 +16,11 @@ import cachedit_fx
 from cachedit_fx import BlockAdapter, CacheConfig
 from cachedit_fx.passes.manager import plan_graph
 from cachedit_fx.passes.plan import Plan
-from cachedit_fx.passes.transforms.insert_conditionals import insert_conditionals
 from tests import tiny
 from tests.hybrid import calls, moving
 from tests.regions import Decide, Span, assert_diffs, at_steps, runs, threshold
 from tests.sessions import every_session
-from tests.synthetic import capture
+from tests.synthetic import capture, insert_conditionals
 from tests.tiny import TIMES, Watch, assert_bitwise
 
 STREAMS = ("hidden_states", "encoder_hidden_states")  # What a block of `tests.tiny` returns.
@@ -65,7 +64,7 @@ def cached_graph(model: nn.Module, **fields: Any) -> Any:
         assert [region.name for region in plan.regions] == [
             "blocks" if not fields["Fn_compute_blocks"] else "blocks[1:4]"
         ]
-        return insert_conditionals(plan.gm, plan.program, plan.regions, plan.timestep).gm
+        return insert_conditionals(plan).gm
 
     return capture(model, calls()[0], rewrite).found
 

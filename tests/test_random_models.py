@@ -19,6 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import cachedit_fx
 from cachedit_fx import CacheConfig
 from cachedit_fx.frontend import backend
+from cachedit_fx.passes.manager import Rewritten
 from cachedit_fx.passes.plan import Plan
 from cachedit_fx.patterns import Cause, Mismatch
 from cachedit_fx.runtime import step as steps
@@ -111,21 +112,22 @@ def run(case: Case) -> Outcome:
     """One generation of the model as it is, and one of the compiled one."""
     torch._dynamo.reset()
     cachedit_fx.reset()
-    found, model, plan_graph, decide = Outcome(), build(write(case.spec)), backend.plan_graph, steps.decide
+    found, model, rewrite, decide = Outcome(), build(write(case.spec)), backend.rewrite, steps.decide
 
-    def planning(*args: Any, **kwargs: Any) -> Any:
-        found.plan = plan_graph(*args, **kwargs)
-        return found.plan
+    def rewriting(*args: Any, **kwargs: Any) -> Any:
+        rewritten = rewrite(*args, **kwargs)
+        found.plan = rewritten.plan if isinstance(rewritten, Rewritten) else rewritten
+        return rewritten
 
     def deciding(config: CacheConfig, history: Any, diff: float, **kwargs: Any) -> Any:
         found.diffs.append(diff)
         return decide(config, history, diff, **kwargs)
 
-    def failing(error: Exception, _config: CacheConfig) -> None:
+    def failing(error: Exception, _config: CacheConfig, _what: str) -> None:
         raise error
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(backend, "plan_graph", planning)
+        patched.setattr(backend, "rewrite", rewriting)
         patched.setattr(backend, "_report_bug", failing)
         patched.setattr(steps, "decide", deciding)
         found.plain = [list(model(**call)) for call in generation(case.spec)]

@@ -11,16 +11,27 @@ from torch import Tensor, nn
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
+from cachedit_fx.passes.analysis.cached_examples import cached_examples
 from cachedit_fx.passes.manager import plan_graph
 from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.region import Region
-from cachedit_fx.passes.transforms.insert_conditionals import CachedGraph, cached_examples, insert_conditionals
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch
 from tests import tiny
 from tests.models import FLUX, WAN, Family
-from tests.synthetic import PATTERNS, WIDTH, Captured, DualStream, Transformer, capture, make_inputs, plan
+from tests.synthetic import (
+    PATTERNS,
+    WIDTH,
+    CachedGraph,
+    Captured,
+    DualStream,
+    Transformer,
+    capture,
+    insert_conditionals,
+    make_inputs,
+    plan,
+)
 
 OUTPUT: dict[str, Any] = dict(Fn_compute_blocks=0, probe="none", reach="output")
 MASK = dict(steps_computation_mask=[1, 0, 0, 1, 0], steps_computation_policy="static", forecaster=None)
@@ -59,7 +70,7 @@ def cached_graph(model: nn.Module, inputs: dict[str, Tensor], **fields: Any) -> 
     def rewrite(gm):
         found = plan_graph(gm, CacheConfig(**OUTPUT | fields))
         assert isinstance(found, Plan), found
-        return insert_conditionals(found.gm, found.program, found.regions, found.timestep)
+        return insert_conditionals(found)
 
     return capture(model.eval(), inputs, rewrite)
 

@@ -19,7 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import cachedit_fx
 from cachedit_fx import CacheConfig
 from cachedit_fx.frontend import backend
-from cachedit_fx.passes.manager import plan_graph
+from cachedit_fx.passes.manager import Rewritten, rewrite
 from cachedit_fx.passes.plan import Plan
 from tests.messages import flat
 from tests.researchers.case import Cached, Case, Refused
@@ -112,13 +112,13 @@ def noted_plans() -> Iterator[list[Plan]]:
     """What was planned for every graph, where it is to be cached."""
     plans: list[Plan] = []
 
-    def noted(*args: Any) -> Any:
-        found = plan_graph(*args)
-        plans.extend([found] if isinstance(found, Plan) else [])
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        found = rewrite(*args, **kwargs)
+        plans.extend([found.plan] if isinstance(found, Rewritten) else [])
         return found
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(backend, "plan_graph", noted)
+        patched.setattr(backend, "rewrite", noted)
         yield plans
 
 

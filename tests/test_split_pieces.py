@@ -14,10 +14,11 @@ from torch.testing import FileCheck
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
+from cachedit_fx.passes.graph_pass import PassContext
 from cachedit_fx.passes.manager import plan_graph
 from cachedit_fx.passes.plan import Plan
-from cachedit_fx.passes.transforms.insert_conditionals import CachedGraph, compute_or_reuse, insert_conditionals
-from cachedit_fx.passes.transforms.split_pieces import Piece, split_pieces
+from cachedit_fx.passes.transforms.insert_conditionals import compute_or_reuse
+from cachedit_fx.passes.transforms.split_pieces import Piece, SplitPieces
 from cachedit_fx.patterns.nodes import value_of
 from tests.models import FLUX
 from tests.reference import ReferenceCache
@@ -25,12 +26,14 @@ from tests.synthetic import (
     DEPTH,
     IMAGE,
     PATTERNS,
+    CachedGraph,
     Captured,
     DualStream,
     HandStep,
     SelfBlock,
     Transformer,
     capture,
+    insert_conditionals,
     make_inputs,
 )
 from tests.zoo import VARIANTS
@@ -54,7 +57,7 @@ def cached_graph(model: nn.Module, inputs: dict[str, Any] | None = None, **field
     def rewrite(gm: fx.GraphModule) -> CachedGraph:
         found = plan_graph(gm, config)
         assert isinstance(found, Plan), [str(mismatch) for mismatch in found]
-        return insert_conditionals(found.gm, found.program, found.regions, found.timestep, same_strides=False)
+        return insert_conditionals(found, exact=True)
 
     return capture(model.eval(), make_inputs(model) if inputs is None else inputs, rewrite)
 
@@ -99,7 +102,7 @@ def test_with_dynamic_sizes_every_size_is_computed_before_the_first_block(model)
 @pytest.mark.parametrize("model", [Transformer, DualStream], ids=["hidden-only", "dual-stream"])
 def test_with_dynamic_sizes_only_tensors_and_sizes_cross_the_cuts(model):
     def types(found: Plan) -> tuple[set[type], set[type]]:
-        cached_graph = insert_conditionals(found.gm, found.program, found.regions, found.timestep).gm
+        cached_graph = insert_conditionals(found).gm
         modules = [cached_graph.get_submodule(name) for name in ("compute_0", "reuse_0", "tail")]
         inputs = [n for module in modules for n in module.graph.nodes if n.op == "placeholder"]
         live_outs = {type(value_of(pair.after)) for pair in found.regions[0].live_outs}
@@ -257,11 +260,12 @@ def split(model: nn.Module, inputs: dict[str, Any] | None = None, *, share: bool
     """Splits the cached graph and puts every piece wherever it is called, as compiling does."""
 
     def put(captured: Captured) -> list[Piece]:
-        pieces = split_pieces(list(segments_of(captured.found).values()), share_blocks=share, free_strides=free)
-        for piece in pieces:
+        context = PassContext(CacheConfig(compile_blocks="once" if share else "inline"), exact=not free)
+        SplitPieces(context)(captured.found.gm)
+        for piece in context.pieces:
             for segment, name in piece.calls:
                 segment.set_submodule(name, piece.gm)
-        return pieces
+        return list(context.pieces)
 
     captured = cached_graph(model, inputs, **fields)
     pieces = put(captured)

@@ -1,11 +1,10 @@
-"""What does torch.compile call: the backend named "cachedit"."""
+"""The backend that `torch.compile` calls: it runs the passes, compiles the pieces and returns a `CachedCall`."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,43 +16,33 @@ from cachedit_fx.frontend.capture import captured_module, copy_graph, forget_exa
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
 from cachedit_fx.frontend.torch_internals import RestartAnalysis, trace_structured_artifact
 from cachedit_fx.frontend.uncached import BUG, UncachedGraph, WhyUncached, report_bare, why_of
-from cachedit_fx.passes.analysis.dataflow import is_weight
-from cachedit_fx.passes.analysis.effects import effect_of
-from cachedit_fx.passes.analysis.writes import written_outside
-from cachedit_fx.passes.manager import plan_graph
-from cachedit_fx.passes.observer import Observer, observer_for
-from cachedit_fx.passes.plan import Plan
-from cachedit_fx.passes.region import Region
-from cachedit_fx.passes.transforms.insert_conditionals import CachedGraph, cached_examples, insert_conditionals
-from cachedit_fx.passes.transforms.split_pieces import Piece, split_pieces
+from cachedit_fx.passes.manager import Rewritten, rewrite
+from cachedit_fx.passes.observer import observer_for
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch
-from cachedit_fx.patterns.nodes import call_text, is_tensor, source_line, value_of
 from cachedit_fx.runtime.cached_call import CachedCall
 from cachedit_fx.runtime.instances import instance_of_weights
 from cachedit_fx.runtime.session import current_call
-from cachedit_fx.runtime.shapes import SizeRule, UnknownSizeError
 from cachedit_fx.runtime.sources import Sources
-from cachedit_fx.runtime.step import RegionPlan
 
 log = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
 
 
 class Backend:
-    """`torch.compile(model, backend=Backend(CacheConfig(...)))`: the same as `backend="cachedit"` with options.
+    """The backend "cachedit" as an object: `torch.compile(model, backend=Backend(CacheConfig(...)))`.
 
     Args:
         config: When to reuse, and how to compile.
-        mode: `torch.compile`'s mode for the inner backend.
-        options: Inductor's options, for the inner backend.
-        declared: What is known of the model's blocks; by default nothing, and the graph tells.
-        policy_per_call: Every call brings its policy along (`ModelCall.policy`), so that modules whose configurations
-            differ in nothing else share their graphs.
+        mode: The mode of the inner backend, as in `torch.compile`.
+        options: Options of Inductor, if it is the inner backend.
+        declared: What the user declared about the blocks of the model. By default, everything is found in the graph.
+        policy_per_call: Whether every call passes its policy (`ModelCall.policy`). Modules whose configurations differ
+            only in the policy then share their graphs.
 
     Attributes:
-        captures_data: The graphs are captured with `capture_scalar_outputs` and `capture_dynamic_output_shape_ops` on.
+        captures_data: Whether graphs are captured with `capture_scalar_outputs` and `capture_dynamic_output_shape_ops`.
 
     Raises:
         ConfigError: An option is unknown.
@@ -78,14 +67,14 @@ class Backend:
         self.__name__ = "cachedit"
 
     def capturing(self, *, data: bool) -> Backend:
-        """The same backend for graphs that Dynamo captures in another way: these are shared with no others."""
+        """A copy of the backend for graphs that are captured with or without data, which share no graphs."""
         other = copy.copy(self)
         other.captures_data = data
         return other
 
     @property
     def owner(self) -> tuple[Hashable, ...]:
-        """Equal for backends that may share their graphs, up to Inductor's options, and their sessions."""
+        """Equal for backends that share their sessions, and their graphs if the options of Inductor are equal, too."""
         return (self.config.structure if self.policy_per_call else self.config, self.mode, self.declared)
 
     def __eq__(self, other: object) -> bool:
@@ -106,7 +95,7 @@ class Backend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Compiled:
-        """Compiles a graph: with the cache if it matches, else as the inner backend alone would. Logs the reason."""
+        """Compiles a graph. If it cannot be cached, logs the reason and compiles it with the inner backend alone."""
         config, given = split_options(options or {}, self.config)
         compiler = InnerCompiler(config, mode or self.mode, {**self.inner_options, **given})
         copied = copy_graph(gm, example_inputs)
@@ -120,7 +109,8 @@ class Backend:
             raise
         except Exception as error:
             observer.fail()
-            why = _report_bug(error, config)
+            cause = error.__cause__ if isinstance(error, PassError) else None
+            why = _report_bug(cause or error, config, "the passes failed" if cause is None else str(error))
             return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)
         _trace_artifacts(planned)
         if isinstance(planned, Rewritten):
@@ -129,8 +119,8 @@ class Backend:
                 per_call = self.policy_per_call
                 return compile_cached_graph(planned, config, compiler, owner, sources_of(gm), policy_per_call=per_call)
             except RestartAnalysis:
-                raise  # To Dynamo, which captures the graph anew, as where a number has to be specialised.
-            except Exception as error:  # Of the whole graph the inner compiler may make more than of a part.
+                raise  # Dynamo captures the graph again, for example because a number has to be specialized.
+            except Exception as error:  # The inner backend may be able to compile the whole graph.
                 why = _report_bug(error, config, "the inner backend failed on a part of the graph")
                 return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)
         forget_examples(copied)
@@ -144,92 +134,24 @@ def cachedit(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """The backend `torch.compile(model, backend="cachedit")` finds by its entry point. See `CacheConfig`."""
+    """The backend for `torch.compile(model, backend="cachedit")`, which has an entry point. See `CacheConfig`."""
     return Backend()(gm, example_inputs, mode=mode, options=options)
 
 
 def refusal() -> tuple[Mismatch, ...]:
-    """Reasons that lie in how the module is run, not in its graph."""
+    """Reasons not to cache that concern the state of the module, not its graph."""
     module = captured_module()
     if module is not None and module.training:
         return (Mismatch(None, Cause.TRAINING, "a module in eval mode", "training mode"),)
     return ()
 
 
-@dataclass(frozen=True, slots=True)
-class Rewritten:
-    """A cached graph, cut into pieces that are still to be compiled.
-
-    Attributes:
-        weights: Of every block a weight, to tell module instances apart: its position among the arguments, or itself.
-    """
-
-    plan: Plan
-    cached_graph: CachedGraph
-    pieces: list[Piece]
-    regions: list[RegionPlan]
-    weights: tuple[int | torch.Tensor, ...]
-
-
-def rewrite(
-    gm: fx.GraphModule, config: CacheConfig, declared: Declaration, *, exact: bool, observer: Observer | None = None
-) -> Rewritten | tuple[Mismatch, ...]:
-    """The cached graph in pieces, or why there is none, nearest miss first. Compiles nothing.
-
-    Args:
-        exact: Do nothing that changes rounding.
-
-    Raises:
-        PatternError: The graph contradicts what was declared.
-    """
-    observer = observer or Observer()
-    plan = plan_graph(gm, config, declared, observer)
-    if not isinstance(plan, Plan):
-        return plan
-    placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
-    try:
-        regions = [_region_plan(region, placeholders) for region in plan.regions]
-    except UnknownSizeError as error:
-        expected = "streams whose sizes follow from those of the inputs"
-        return (Mismatch(None, Cause.DYNAMIC, expected, f"a size ({error.symbols}) that depends on data"),)
-    written = (
-        written_outside(plan.program, [*plan.program.nodes_in(0, len(plan.program.nodes))]) if config.shadow else None
-    )
-    if written is not None:
-        expected = "a graph that may run twice on the same inputs (shadow=True)"
-        found, where = f"`{call_text(written)}`", source_line(written)
-        return (Mismatch(None, Cause.IN_PLACE, expected, found, node=written.name, where=where),)
-    cached_graph = insert_conditionals(
-        plan.gm,
-        plan.program,
-        plan.regions,
-        plan.timestep,
-        checksummed=_written_unnoticed(plan.conditioning),
-        same_strides=not exact,
-        observed=config.shadow,
-    )
-    observer.rewritten(cached_graph)
-    weights = _find_weights(plan, placeholders)
-    pieces = split_pieces(_segments(cached_graph), share_blocks=config.compile_blocks == "once", free_strides=not exact)
-    observer.pieces(cached_graph, pieces)
-    return Rewritten(plan, cached_graph, pieces, regions, weights)
-
-
-def _written_unnoticed(conditioning: fx.Node | None) -> fx.Node | None:
-    """The conditioning, if it may be written in place without a count of that, as inference tensors may."""
-    if conditioning is None or not is_tensor(conditioning):
-        return None
-    example = conditioning.meta.get("cachedit_example", value_of(conditioning))
-    is_inference = torch.is_inference_mode_enabled() or example.is_inference()
-    return conditioning if is_inference else None
-
-
 def _trace_artifacts(planned: Rewritten | tuple[Mismatch, ...]) -> None:
-    """Hands what was decided to torch's structured trace (TORCH_TRACE, read by tlparse), if that is on."""
+    """Writes the result of the passes to the structured trace of torch (TORCH_TRACE, read by tlparse), if it is on."""
     if isinstance(planned, tuple):
         trace_structured_artifact("cachedit_fx_mismatch", "string", lambda: "\n".join(map(str, planned)))
         return
-    gm = planned.cached_graph.gm
+    gm = planned.gm
     trace_structured_artifact("cachedit_fx_plan", "string", lambda: str(planned.plan))
     trace_structured_artifact("cachedit_fx_cached_graph", "string", lambda: gm.print_readable(print_output=False))
 
@@ -243,109 +165,36 @@ def compile_cached_graph(
     *,
     policy_per_call: bool,
 ) -> Compiled:
-    """Compiles the pieces of a cached graph; returns what Dynamo is to call in place of its graph.
+    """Compiles the pieces of a cached graph. Returns what Dynamo calls instead of the graph that it captured.
 
     Args:
-        owner: Sessions of another owner are none of its own.
+        owner: Identifies the sessions that the graph may use.
         sources: How Dynamo calls the graph.
-        policy_per_call: Every call brings its policy along.
+        policy_per_call: Whether every call passes its policy.
     """
-    plan, pieces = rewritten.plan, rewritten.pieces
+    plan, runtime_plan, pieces = rewritten.plan, rewritten.runtime_plan, rewritten.pieces
     for piece in pieces:
         compiler.compile_piece(piece)
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
-    _mark_cached(rewritten.weights, placeholders, policy_per_call=policy_per_call)
-    forget_examples(plan.gm, rewritten.cached_graph.gm, *(piece.gm for piece in pieces))
+    _mark_cached(runtime_plan.weights, placeholders, policy_per_call=policy_per_call)
+    forget_examples(plan.gm, rewritten.gm, *(piece.gm for piece in pieces))
     log.info("cached: %s; %d pieces, %d of them blocks", plan, len(pieces), sum(bool(p.blocks) for p in pieces))
+    if runtime_plan.effect and sources is not None and not sources.reason:
+        sources = Sources(reason=f"the forward {runtime_plan.effect}")  # Dynamo has to make every call.
     return CachedCall(
-        rewritten.cached_graph.gm,
+        rewritten.gm,
         owner,
         config,
-        rewritten.regions,
-        weights=rewritten.weights,
-        conditioning=placeholders.index(plan.conditioning) if plan.conditioning is not None else None,
-        has_timestep=plan.timestep is not None,
-        num_checksums=rewritten.cached_graph.num_checksums,
+        runtime_plan,
         policy_per_call=policy_per_call,
         copy_state=compiler.owns_buffers,
         inner=compiler,
-        sources=_and_effects(sources, plan),
-        region_paths=_paths_of_regions(plan),
-        number=_number_of_regions(plan),
+        sources=sources,
     )
-
-
-def _and_effects(sources: Sources | None, plan: Plan) -> Sources | None:
-    """The same, for Dynamo alone where the graph has effects."""
-    effect = effect_of(plan.program) if sources is not None and not sources.reason else ""
-    return Sources(reason=f"the forward {effect}") if effect else sources
-
-
-def _number_of_regions(plan: Plan) -> int:
-    """Equal for graphs whose regions run the same operations on values of the same names."""
-    nodes = (node for region in plan.regions for node in region.nodes)
-    return hash(tuple((node.op, str(node.target), str(node.args), str(node.kwargs)) for node in nodes))
-
-
-def _paths_of_regions(plan: Plan) -> list[str]:
-    """Modules of the blocks that run inside a region, whole: none of their work is done before it."""
-    blocks = [(match.blocks, block) for match in plan.chain for block in match.blocks.blocks]
-    hoisted = {node.meta.get("cachedit_block") for region in plan.regions for node in region.hoisted}
-    numbers = [i for region in plan.regions for i in range(region.first, region.last) if i not in hoisted]
-    found = []
-    for of, block in (blocks[i] for i in numbers):
-        # Where lists take turns, a block is one of each, at the same place in its list.
-        place = block.path.removeprefix(of.path)
-        found += [block.path, *(other + place for other in of.alternates)]
-    return found
-
-
-def _segments(cached_graph: CachedGraph) -> list[fx.GraphModule]:
-    return [module for _, module in cached_graph.gm.named_children() if isinstance(module, fx.GraphModule)]
-
-
-def _region_plan(region: Region, placeholders: list[fx.Node]) -> RegionPlan:
-    examples = cached_examples(region)
-    measured = (*[False] * (region.probed_at is not None), *(pair.is_measured for pair in region.live_outs))
-    return RegionPlan(
-        name=region.name,
-        overrides=region.overrides,
-        has_probe=region.probed_at is not None,
-        sizes=SizeRule([t for t, is_measured in zip(examples, measured, strict=True) if not is_measured], placeholders),
-        measured=measured,
-        dtypes=tuple(tensor.dtype for tensor in examples),
-        device=examples[-1].device,
-        roles=tuple(pair.role for pair in region.live_outs),
-    )
-
-
-def _find_weights(plan: Plan, placeholders: list[fx.Node]) -> tuple[int | torch.Tensor, ...]:
-    """The first weight of every block: an argument of the graph, or held by it where Dynamo specialised on the module.
-
-    Parameters and buffers alike: the weights of quantised layers are often buffers.
-    """
-    nodes = plan.program.nodes
-    blocks = [block for match in plan.chain for block in match.blocks.blocks]
-    found = [_first_weight(plan, nodes[block.start : block.end]) for block in blocks]
-    known = [weight for weight in found if weight is not None]
-    if not known:
-        return (torch.empty(0),)  # A chain without weights: all its instances are one.
-    return tuple(w if isinstance(w, torch.Tensor) else placeholders.index(w) for w in known)
-
-
-def _first_weight(plan: Plan, nodes: Sequence[fx.Node]) -> fx.Node | torch.Tensor | None:
-    for arg in (arg for node in nodes for arg in node.all_input_nodes):
-        # Numbers that a module holds are tensors without dimensions, made anew at every call.
-        if arg.op == "placeholder" and is_tensor(arg) and is_weight(arg) and value_of(arg).dim():
-            return arg
-        held = getattr(plan.gm, str(arg.target), None) if arg.op == "get_attr" else None
-        if isinstance(held, torch.Tensor):
-            return held
-    return None
 
 
 def _mark_cached(weights: Sequence[int | torch.Tensor], placeholders: list[fx.Node], *, policy_per_call: bool) -> None:
-    """Notes that the module that is being compiled is cached."""
+    """Records that the module that is being compiled has a cached graph."""
     call = current_call() if policy_per_call else None
     if call is not None and call.instance is not None:
         call.instance.has_cached_graph = True
@@ -364,12 +213,12 @@ def _compile_uncached(
     if current_call() is None:
         report_bare(reasons, config)
         return compiler(gm, list(example_inputs))
-    # Where Dynamo breaks a model up, one of its graphs may still match: the end of the model's call tells.
+    # If Dynamo breaks the model into several graphs, another one may match. This is known at the end of the call.
     why = why_of(reasons, captured_module())
     return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)
 
 
-def _report_bug(error: Exception, config: CacheConfig, what: str = "a pass failed") -> WhyUncached:
+def _report_bug(error: BaseException, config: CacheConfig, what: str) -> WhyUncached:
     message = "\n".join(
         (
             "cachedit_fx: this graph runs without caching, because of a bug in cachedit_fx.",

@@ -32,8 +32,7 @@ from cachedit_fx.inspect.graph_json import to_json
 from cachedit_fx.passes import observer
 from cachedit_fx.passes.analysis.dataflow import Program
 from cachedit_fx.passes.plan import Plan
-from cachedit_fx.passes.transforms.insert_conditionals import CachedGraph
-from cachedit_fx.passes.transforms.split_pieces import Piece
+from cachedit_fx.passes.transforms.apply_functor import ApplyFunctor
 from cachedit_fx.patterns.blocks import BlockList
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Match, Mismatch
@@ -92,7 +91,7 @@ class Dump(Trace):
     def graph(self, name: str, gm: fx.GraphModule) -> None:
         super().graph(name, gm)
         self._pass(name, _readable(gm))
-        if name == "apply-functor":
+        if name == ApplyFunctor.name:
             self._write_reproducer(gm)
 
     def lists(self, program: Program, found: Sequence[BlockList], chain: Sequence[BlockList]) -> None:
@@ -128,14 +127,6 @@ class Dump(Trace):
             for region in plan.regions
         ]
         self._write(name, regions)
-
-    def rewritten(self, cached_graph: CachedGraph) -> None:
-        super().rewritten(cached_graph)
-        self._pass("insert-conditionals", _readable(cached_graph.gm))
-
-    def pieces(self, cached_graph: CachedGraph, pieces: Sequence[Piece]) -> None:
-        super().pieces(cached_graph, pieces)
-        self._pass("split-pieces", _readable(cached_graph.gm))
 
     def finish(self, gm: fx.GraphModule, reasons: tuple[Mismatch, ...] = ()) -> None:
         """Writes the report. `reasons` are reasons against caching that no pass found."""

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from cachedit_fx.config.cache_config import CacheConfig
-from cachedit_fx.frontend.backend import Rewritten, compile_cached_graph, rewrite
+from cachedit_fx.frontend.backend import compile_cached_graph
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
 from cachedit_fx.inspect.explanation.build import build_report
 from cachedit_fx.inspect.explanation.data import Captured
@@ -20,6 +20,7 @@ from cachedit_fx.inspect.explanation.graphs import snapshot
 from cachedit_fx.inspect.explanation.result import Explanation
 from cachedit_fx.inspect.explanation.trace import Trace
 from cachedit_fx.inspect.graph_json import from_json
+from cachedit_fx.passes.manager import Rewritten, rewrite
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.nodes import value_of
 from cachedit_fx.runtime.instances import instance_of_weights
@@ -75,7 +76,7 @@ def run_saved(folder: str | Path) -> list[CacheStats]:
             outputs = [compiled(*inputs) for inputs in steps]
         for i in (0, 2):
             torch.testing.assert_close(outputs[i], plain(*steps[i]), rtol=0, atol=0, equal_nan=True)
-    weights = [steps[0][weight] if isinstance(weight, int) else weight for weight in found.weights]
+    weights = [steps[0][weight] if isinstance(weight, int) else weight for weight in found.runtime_plan.weights]
     return [entry for record in instance_of_weights(weights).records() for entry in record.stats]
 
 

@@ -14,13 +14,14 @@ from torch import fx
 from cachedit_fx.config.cache_config import CacheConfig, Changes
 from cachedit_fx.forecasters.compile import CompiledForecaster
 from cachedit_fx.forecasters.forecaster import Forecaster
+from cachedit_fx.passes.analysis.runtime_plan import RuntimePlan
 from cachedit_fx.runtime.cached_values import Forecast
 from cachedit_fx.runtime.instances import instance_of_weights
 from cachedit_fx.runtime.scheduler_run import find_scheduler_run
 from cachedit_fx.runtime.session import ModelCall, current_call
 from cachedit_fx.runtime.shadow import ShadowedStep
 from cachedit_fx.runtime.sources import Sources
-from cachedit_fx.runtime.step import Policy, RegionPlan, StepRun
+from cachedit_fx.runtime.step import Policy, StepRun
 from cachedit_fx.runtime.stopwatch import Stopwatch
 
 MAX_POLICIES = 64  # Configurations that are kept. A server may set a mask or a decider for every request.
@@ -33,16 +34,11 @@ class CachedCall:
         graph: The cached graph with compiled pieces. Its arguments are a step and the arguments of Dynamo's graph.
         owner: Who compiled it. It uses no sessions of another owner.
         config: What ends a generation, and what guidance branches share. Each region decides by its own overrides.
-        weights: One weight per block, which identify the module instance: positions among the arguments, or tensors.
-        conditioning: The position of the argument whose identity distinguishes requests and guidance branches.
-        has_timestep: Whether the probe vector of the first region ends with the timestep and the checksums.
-        num_checksums: The number of checksums of the conditioning.
+        plan: What the passes decided for the runtime.
         policy_per_call: Whether the call of the model provides the policy and its arguments (`session.ModelCall`).
         copy_state: Copy what is cached, since the inner compiler overwrites the buffers that it returns (CUDA graphs).
         inner: The inner compiler, for forecasters. By default, their graphs run as they are.
         sources: How Dynamo calls the graph.
-        region_paths: The modules that run inside the regions only.
-        number: Equal for graphs whose regions do the same. They use each other's cached values.
 
     Attributes:
         begin_arguments: The positions of the arguments that `begin` reads.
@@ -54,40 +50,30 @@ class CachedCall:
         graph: fx.GraphModule,
         owner: Hashable,
         config: CacheConfig,
-        regions: Sequence[RegionPlan],
+        plan: RuntimePlan,
         *,
-        weights: Sequence[int | torch.Tensor],
-        conditioning: int | None,
-        has_timestep: bool,
-        num_checksums: int = 0,
         policy_per_call: bool = False,
         copy_state: bool = False,
         inner: Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., Any]] = lambda gm, _inputs: gm,
         sources: Sources | None = None,
-        region_paths: Sequence[str] = (),
-        number: int = 0,
     ) -> None:
         self.graph, self.forward = graph, graph.forward
         self.owner = owner
         self.config = config
-        self.regions = tuple(regions)
+        self.regions, self.region_paths, self.region_key = plan.regions, plan.region_paths, plan.region_key
+        self.weights, self.conditioning = plan.weights, plan.conditioning
+        self.has_timestep, self.num_checksums = plan.has_timestep, plan.num_checksums
         self._policies: dict[Changes | None, Policy] = {}
-        self.number = number
-        self.weights = tuple(weights)
-        self.conditioning = conditioning
-        self.has_timestep = has_timestep
-        self.num_checksums = num_checksums
         self.policy_per_call = policy_per_call
         self.copy_state = copy_state
         self.inner = inner
         self._forecasts: dict[Forecaster, Forecast] = {}
         self.sources = sources or Sources(reason="it was not recorded how Dynamo calls the graph")
-        self.region_paths = tuple(region_paths)
-        sizes = [i for plan in self.regions for i in plan.sizes.arguments]
+        sizes = [i for region in self.regions for i in region.sizes.arguments]
         # If the calls of a module provide their policy, they provide the module too.
         found = () if policy_per_call else tuple(weight for weight in self.weights if isinstance(weight, int))
         self.num_calls = 0
-        self.begin_arguments = tuple(sorted({i for i in (*found, conditioning, *sizes) if i is not None}))
+        self.begin_arguments = tuple(sorted({i for i in (*found, self.conditioning, *sizes) if i is not None}))
 
     def __call__(self, *args: Any) -> Any:
         run = self.begin(args)

@@ -10,50 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cachedit_fx.config.cache_config import CacheConfig, Changes
+from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.forecasters.verdict import is_gap, is_jump
+from cachedit_fx.passes.analysis.runtime_plan import PartialSizes, RegionPlan
 from cachedit_fx.policies import Decision, History, decide, needs_refresh
 from cachedit_fx.runtime.cached_values import CachedValue, Forecast
 from cachedit_fx.runtime.guidance_branch import LoopPosition
 from cachedit_fx.runtime.scheduler_run import SchedulerRun
 from cachedit_fx.runtime.session import Instance, Session
-from cachedit_fx.runtime.shapes import Size, SizeRule
 from cachedit_fx.runtime.snapshot import RegionState, Snapshot
 from cachedit_fx.runtime.stopwatch import PieceTime
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.cached_call import CachedCall
-
-PartialSizes = tuple[Size | None, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RegionPlan:
-    """What the runtime knows about a region.
-
-    Attributes:
-        overrides: The overrides of this region.
-        has_probe: Whether the conditional has a probe, which is then the first of `sizes` and `dtypes`.
-        measured: For each of `dtypes`, whether its size depends on data. `sizes` leaves it out, and a step measures it.
-        roles: The roles of the live-outs, in order.
-    """
-
-    name: str
-    overrides: Changes | None
-    has_probe: bool
-    sizes: SizeRule
-    dtypes: tuple[torch.dtype, ...]
-    device: torch.device
-    measured: tuple[bool, ...] = ()
-    roles: tuple[str, ...] = ()
-
-    def sizes_at(self, args: Sequence[Any] | Mapping[int, Any], streams: Sequence[torch.Tensor] = ()) -> PartialSizes:
-        """The shapes and strides of all cached tensors at a call; None for those that are not measured yet."""
-        sizes = self.sizes(args)
-        if not any(self.measured):
-            return sizes
-        known, found = iter(sizes), iter(streams)
-        return tuple(_size_of(next(found, None)) if is_measured else next(known) for is_measured in self.measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +38,6 @@ class Policy:
     config: CacheConfig
     regions: tuple[CacheConfig, ...]
     has_decider: bool = False
-
-
-def _size_of(stream: torch.Tensor | None) -> Size | None:
-    if stream is None:
-        return None
-    return tuple(stream.shape), torch.empty_like(stream, device="meta").stride()
 
 
 def in_layout(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -209,7 +172,7 @@ class StepRun:
         assert run.decision is not None
         if run.decision.compute:
             version = self._instance.weights_version
-            self._snapshot = self._snapshot._replace(graph=self._call.number, weights_version=version)
+            self._snapshot = self._snapshot._replace(graph=self._call.region_key, weights_version=version)
             between = run.state.reused[0] if run.fits and not run.is_outdated else ()
             values = self._updated_values(run, cached)
             run.state = run.state._replace(
@@ -344,7 +307,7 @@ class StepRun:
     @property
     def _is_of_this_graph(self) -> bool:
         """Whether the cached values are from this graph, and from the present modules and weights."""
-        now = (self._call.number, self._instance.weights_version)
+        now = (self._call.region_key, self._instance.weights_version)
         return (self._snapshot.graph, self._snapshot.weights_version) == now
 
     def _run(self, region: int) -> RegionRun:

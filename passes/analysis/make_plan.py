@@ -13,13 +13,13 @@ from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import PatternError
 from cachedit_fx.passes.analysis.cut_regions import cut_regions
 from cachedit_fx.passes.analysis.dataflow import Program, is_weight
+from cachedit_fx.passes.analysis.defer_work import defer_work
 from cachedit_fx.passes.analysis.join_lists import LEAST_SHARE, continues, flops_on_latents, join_lists
 from cachedit_fx.passes.analysis.locate_blocks import locate_blocks
 from cachedit_fx.passes.analysis.model_inputs import find_conditioning, find_timestep
 from cachedit_fx.passes.observer import Observer
 from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.region import Group
-from cachedit_fx.passes.transforms.defer_work import defer_work
 from cachedit_fx.patterns.blocks import BlockList
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.declaration import Declaration

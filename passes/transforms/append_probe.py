@@ -1,4 +1,4 @@
-"""What a head makes for the conditional to decide by: how far what is looked at moved, and the timestep."""
+"""Appends to a head what the probe vector consists of: the residual diff, the timestep and the checksums."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import itertools
 import torch
 from torch import fx
 
+from cachedit_fx.passes.analysis.cached_examples import probe_example
 from cachedit_fx.passes.extract import Extract
 from cachedit_fx.passes.region import Region
-from cachedit_fx.patterns.nodes import value_of
 
 
 def append_diff(head: Extract, region: Region) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Adds the diff to the head. Returns it, what was looked at, and the placeholder for what was seen before.
+    """Appends the residual diff. Returns it, the probe, and the placeholder for the probe of the last computed step.
 
-    diff = mean(|now - before|) / mean(|before|), in float32 whatever the dtype: a bfloat16 mean loses the small
-    differences this is for. By sample: the largest of the batch's diffs, NaN if any of them is.
+    diff = mean(|now - before|) / mean(|before|), in float32 for every dtype, because a mean in bfloat16 loses small
+    differences. With `region.sample_dim`, it is the largest diff of a sample of the batch, and NaN if any of them is.
     """
     assert region.probed_at is not None
     now = head.take(region.probed_at)
@@ -27,7 +27,7 @@ def append_diff(head: Extract, region: Region) -> tuple[fx.Node, fx.Node, fx.Nod
     with graph.inserting_after(last):
         before = graph.placeholder("probe_before")
     before.meta = {"example_value": fake}
-    # What is kept outlives the call, so it may be no alias of anything.
+    # The probe is cached and outlives the call, so it must not be an alias of anything.
     probe = call(torch.sub, (now, start)) if start is not None else graph.call_method("clone", (now,))
     probe.meta = {"example_value": fake}
     new, old = (graph.call_method("to", (node, torch.float32)) for node in (probe, before))
@@ -42,7 +42,7 @@ def append_diff(head: Extract, region: Region) -> tuple[fx.Node, fx.Node, fx.Nod
 
 
 def append_timestep(head: Extract, timestep: fx.Node, device: torch.device) -> fx.Node:
-    """Adds the timestep to the head, as a float32 number on the device where the diff is."""
+    """Appends the timestep as a float32 number on `device`, the device of the residual diff."""
     taken = head.take(timestep)
     largest = head.graph.call_method("amax", (taken,))
     as_float = head.graph.call_method("to", (largest, device, torch.float32))
@@ -50,13 +50,10 @@ def append_timestep(head: Extract, timestep: fx.Node, device: torch.device) -> f
     return as_float
 
 
-NUM_CHECKSUMS = 2
-
-
 def append_checksums(head: Extract, conditioning: fx.Node, device: torch.device) -> list[fx.Node]:
-    """Adds two float32 sums over the conditioning's values, the second one weighted by position.
+    """Appends two float32 sums over the values of the conditioning, the second one weighted by position.
 
-    They tell where it is written in place, which an inference tensor does not count.
+    They show that the conditioning was written in place, which does not change the version of an inference tensor.
     """
     graph = head.graph
     flat = graph.call_method("reshape", (head.take(conditioning), -1))
@@ -67,15 +64,7 @@ def append_checksums(head: Extract, conditioning: fx.Node, device: torch.device)
     return sums
 
 
-def probe_example(region: Region) -> torch.Tensor:
-    """A fake of what is looked at, as it is kept."""
-    assert region.probed_at is not None
-    with torch.no_grad():
-        now: torch.Tensor = value_of(region.probed_at)
-        return now.clone() if region.probed_since is None else torch.sub(now, value_of(region.probed_since))
-
-
 def _tag_from(first: fx.Node) -> None:
-    """Marks everything from `first` on as ours."""
+    """Marks all nodes from `first` on as added by this package."""
     for node in itertools.dropwhile(lambda node: node is not first, first.graph.nodes):
         node.meta["cachedit_probe"] = True

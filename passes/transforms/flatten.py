@@ -1,10 +1,10 @@
-"""A cached graph with its pieces compiled, as three flat functions: up to the decision, and on from it either way.
+"""Turns a cached graph with compiled pieces into three flat functions, for fast dispatch.
 
-    front(step, ...)           -> pred, and what is needed after it
-    reuse(step, kept, ...)     -> what the graph returns
-    compute(step, kept, ...)   -> the same
+    front(step, ...)           -> pred, and the values that are needed after the decision
+    reuse(step, kept, ...)     -> the outputs of the graph
+    compute(step, kept, ...)   -> the outputs of the graph
 
-A call that reuses needs only the arguments of `front` and `reuse`: few of a model's weights.
+A reused step needs only the arguments of `front` and `reuse`, which include few of the weights of a model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cachedit_fx.passes.transforms.insert_conditionals import compute_or_reuse
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A function over `step`, values of the part before, and the graph's arguments at `positions`."""
+    """A function of `step`, of values of the previous part, and of the arguments of the graph at `positions`."""
 
     call: Callable[..., Any]
     positions: tuple[int, ...]
@@ -30,24 +30,26 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class FlatGraph:
+    """The three parts of a cached graph."""
+
     front: Part
     reuse: Part
     compute: Part
 
 
 def flatten(gm: fx.GraphModule) -> FlatGraph | None:
-    """The parts of a cached graph; None if it decides more than once. The pieces are those of `gm`."""
+    """The parts of a cached graph, which call its compiled pieces; None if it has several conditionals."""
     if sum(node.target is compute_or_reuse for node in gm.graph.nodes) != 1:
         return None
     compute, reuse = _Inlined(gm, takes=1), _Inlined(gm, takes=2)
     if compute.names_before != reuse.names_before:
-        return None  # Nothing before the decision differs, so this cannot be.
+        return None  # Does not occur, because only nodes after the decision differ.
     needed = sorted(compute.needed_after | reuse.needed_after)
     return FlatGraph(reuse.front(needed), reuse.rest(needed), compute.rest(needed))
 
 
 class _Inlined:
-    """The graph with its segments inlined; of the branches, the one at position `takes` of the conditional."""
+    """The graph with its segments and one branch inlined: argument number `takes` of the conditional."""
 
     def __init__(self, gm: fx.GraphModule, *, takes: int) -> None:
         self.graph, self.root, self._takes = fx.Graph(), torch.nn.Module(), takes
@@ -72,7 +74,7 @@ class _Inlined:
 
     @property
     def needed_after(self) -> set[str]:
-        """Names of what is made before the decision and read after it."""
+        """Names of the values that are computed before the decision and read after it."""
         made = set(self.before)
         read = {arg for node in self.after for arg in node.all_input_nodes}
         map_arg(self.outputs, read.add)
@@ -118,7 +120,7 @@ class _Inlined:
                     values[node] = self._inline(called, args)
                 else:
                     values[node] = self._hold("call_module", called, args)
-            elif isinstance(_first(node, values), tuple):  # getitem: what a segment returns is known by its parts.
+            elif isinstance(_first(node, values), tuple):  # getitem of what an inlined segment returns.
                 values[node] = values[node.args[0]][node.args[1]]
             else:
                 values[node] = self.graph.node_copy(node, lambda n: values[n])

@@ -1,35 +1,47 @@
-"""Replaces writes in place by operations that return a new tensor, where nothing can tell the difference.
+"""Replaces writes in place by operations that return a new tensor, if nothing can observe the difference.
 
-x += attn(x)     ->     x_1 = x + attn(x)        where nothing else can see that x was written into
+x += attn(x)     ->     x_1 = x + attn(x)        if no other tensor shows the write
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
 
 from cachedit_fx.passes.analysis.dataflow import is_layout
 from cachedit_fx.passes.analysis.op_tables import OUT_OF_PLACE_METHODS, OUT_OF_PLACE_OPERATORS
 from cachedit_fx.passes.analysis.writes import storage_of
+from cachedit_fx.passes.graph_pass import GraphPass
 from cachedit_fx.patterns.nodes import value_of
 
 
-def functionalize_writes(gm: fx.GraphModule) -> bool:
-    """Makes additions (and the like) in place such that return a new tensor. Returns whether anything changed.
+class FunctionalizeWrites(GraphPass):
+    """Replaces additions, subtractions, multiplications and divisions in place.
 
-    Only where the result is bit for bit the same: the written tensor belongs to the graph, no other view of it made
-    before is read afterwards, and shape and dtype of the result are its own.
+    A write is replaced only if the results are bitwise equal: the graph itself created the written tensor, no view of
+    it that was created before the write is read afterwards, and the result has its shape and dtype.
     """
-    position = {node: i for i, node in enumerate(gm.graph.nodes)}
+
+    name = "functionalize-writes"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        writes = [node for node in graph_module.graph.nodes if _replaceable(node) is not None]
+        return PassResult(graph_module, bool(writes) and _functionalize(graph_module.graph, writes))
+
+
+def _functionalize(graph: fx.Graph, writes: Sequence[fx.Node]) -> bool:
+    """Replaces those of `writes` that nothing can observe. Returns whether there were any."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
     by_storage: dict[int | None, list[fx.Node]] = defaultdict(list)
     for node in position:
         by_storage[storage_of(node)].append(node)
     changed = False
-    for node in list(position):
+    for node in writes:
         written = _replaceable(node)
         if written is None or not _is_unobservable(node, written, by_storage[storage_of(written)], position):
             continue
@@ -39,14 +51,11 @@ def functionalize_writes(gm: fx.GraphModule) -> bool:
         node.target = known[node.target]
         node.op = "call_function"
         changed = True
-    if changed:
-        gm.graph.lint()
-        gm.recompile()
     return changed
 
 
 def _replaceable(node: fx.Node) -> fx.Node | None:
-    """What the node writes into, if its operation has a form that does not write, with the same result."""
+    """The tensor that the node writes into, if an operation with the same result returns a new tensor instead."""
     known = node.target in (OUT_OF_PLACE_METHODS if node.op == "call_method" else OUT_OF_PLACE_OPERATORS)
     written = node.args[0] if known and len(node.args) == 2 and not node.kwargs else None
     if not isinstance(written, fx.Node) or written.op == "placeholder":

@@ -1,6 +1,6 @@
-"""Takes the contents of gradient checkpoints into the graph: without gradients a checkpoint does nothing.
+"""Inlines gradient checkpoints, which have no effect without gradients.
 
-tag_activation_checkpoint(wrap_body_0, x)     ->     what wrap_body_0 does with x
+tag_activation_checkpoint(wrap_body_0, x)     ->     the operations of wrap_body_0, on x
 """
 
 from __future__ import annotations
@@ -9,23 +9,36 @@ import operator
 
 import torch
 from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from cachedit_fx.passes.graph_pass import GraphPass
 
 
-def inline_checkpoints(gm: fx.GraphModule) -> bool:
-    """Returns whether anything changed. Checkpoints in checkpoints are taken in as well."""
-    changed = False
-    while calls := [node for node in gm.graph.nodes if _is_checkpoint(node)]:
-        for call in calls:
-            _inline(gm, call)
-        changed = True
-    if changed:
-        gm.graph.lint()
-        gm.recompile()
-    return changed
+class InlineCheckpoints(GraphPass):
+    """Inlines all checkpoints, those inside other checkpoints included."""
+
+    name = "inline-checkpoints"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        modified = False
+        while calls := _checkpoints(graph_module):
+            for call in calls:
+                _inline(graph_module, call)
+            modified = True
+        return PassResult(graph_module, modified)
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        for call in _checkpoints(graph_module):
+            for user in call.users:
+                assert user.target is operator.getitem, f"{user} reads the tuple that the checkpoint {call} returns"
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        left = _checkpoints(graph_module)
+        assert not left, f"{left[0]} still calls a checkpoint"
 
 
-def _is_checkpoint(node: fx.Node) -> bool:
-    return node.target is torch.ops.higher_order.tag_activation_checkpoint
+def _checkpoints(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint))
 
 
 def _inline(gm: fx.GraphModule, call: fx.Node) -> None:
@@ -41,7 +54,6 @@ def _inline(gm: fx.GraphModule, call: fx.Node) -> None:
                 values[node].meta = dict(node.meta)
         result = gm.graph.graph_copy(body.graph, values)
     for user in list(call.users):
-        assert user.target is operator.getitem
         user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index, arg-type]
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
@@ -50,7 +62,7 @@ def _inline(gm: fx.GraphModule, call: fx.Node) -> None:
 
 
 def _adopt(gm: fx.GraphModule, body: fx.GraphModule, name: str) -> str:
-    """The name under which the body's attribute is found in `gm`."""
+    """Gives `gm` an attribute of `body`; returns its name there."""
     value, unique = getattr(body, name), name
     while hasattr(gm, unique) and getattr(gm, unique) is not value:
         unique += "_"

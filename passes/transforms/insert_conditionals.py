@@ -1,12 +1,12 @@
-"""Rewrites a graph so that each region is run or reused, as a host decides between the pieces.
+"""Replaces every region by a conditional, which runs the region or reuses what it added at an earlier step.
 
-    x -> blocks -> y      ->      head(x, before)                     the diff is in the head
+    x -> blocks -> y      ->      head(x, before)                     computes the probe vector
                                   pred = step.decide(0, probe_vector)
-                                  compute_or_reuse(pred, compute, reuse, (...))  the signature of torch.cond
+                                  compute_or_reuse(pred, compute, reuse, (...))
                                   step.update(0, residual, ...)
                                   tail(...)
 
-`step` is the first placeholder: what the runtime knows of this call (see `Step`). All else is tensors and numbers.
+`step` is the first placeholder: the state of the call (see `Step`). All other values are tensors and numbers.
 """
 
 from __future__ import annotations
@@ -15,123 +15,110 @@ import bisect
 import copy
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
 
+from cachedit_fx.passes.analysis.cached_examples import cached_example
 from cachedit_fx.passes.analysis.dataflow import Program
 from cachedit_fx.passes.extract import Extract, extract, free_sizes, graph_module, outputs_of
+from cachedit_fx.passes.graph_pass import GraphPass
+from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.region import LiveOut, Region
-from cachedit_fx.passes.transforms.append_probe import (
-    NUM_CHECKSUMS,
-    append_checksums,
-    append_diff,
-    append_timestep,
-    probe_example,
-)
+from cachedit_fx.passes.transforms.append_probe import append_checksums, append_diff, append_timestep
 from cachedit_fx.patterns.nodes import size_key, value_of
 
 
 class Step(Protocol):
-    """What a cached graph asks of its caller during one call. `region` counts from 0."""
+    """What a cached graph calls during one step. `region` counts from 0."""
 
     def before(self, region: int) -> torch.Tensor:
-        """What was looked at at the last computed step; any tensor of that shape where there is none."""
+        """The probe of the last computed step; any tensor of that shape if there is none."""
 
     def decide(self, region: int, probe_vector: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
-        """True: compute. `probe_vector` is [diff, timestep], float32; reading it is the call's one host read.
+        """Whether to compute.
 
-        A region that looks at nothing has no diff in it, one after the first no timestep; with neither it is None.
-        `streams` are those at the cut whose sizes depend on data: what was kept has to have their shapes.
+        Args:
+            probe_vector: [residual diff, timestep, checksums], float32. The host reads it once per call. A region
+                without a probe has no residual diff, and only the first region has the timestep and the checksums.
+                None if nothing is left.
+            streams: The streams at the cut whose sizes depend on data. The cached values must have their shapes.
         """
 
     def cached(self, region: int) -> tuple[torch.Tensor | None, ...]:
-        """What was kept at the last computed step, one per live-out; Nones where there is nothing."""
+        """The cached values of the last computed step, one per live-out; None for each that is missing."""
 
     def residual(self, region: int, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
-        """What a region added to a stream whose sizes depend on data; None if the stream did not keep its shape.
+        """The residual of a stream whose sizes depend on data; None if the stream did not keep its shape.
 
-        On a reused step `after` is what was kept, and is handed back.
+        At a reused step, `after` is the cached value and is returned.
         """
 
     def observe(self, region: int, outputs: tuple[torch.Tensor, ...]) -> None:
-        """Takes what leaves a region; only of graphs that were built to be observed."""
+        """Receives the live-outs of a region, if the graph was built with `config.shadow`."""
 
     def update(self, region: int, probe: torch.Tensor | None, cached: tuple[torch.Tensor | None, ...]) -> None:
-        """Takes what the step leaves behind: what was looked at (None: nothing is), and what a reused step will add.
+        """Receives the probe (None if there is none) and the values to cache.
 
-        Called on every step; a reused step hands back what it was given.
+        Called at every step. A reused step passes the values that it was given.
         """
 
 
 def compute_or_reuse(
     pred: bool, compute: Callable[..., Any], reuse: Callable[..., Any], operands: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """Runs `compute` if `pred`, else `reuse`. As `torch.cond(pred, compute, reuse, operands)`, but on the host."""
+    """Runs `compute` if `pred`, else `reuse`. Like `torch.cond(pred, compute, reuse, operands)`, but on the host."""
     result: tuple[Any, ...] = (compute if pred else reuse)(*operands)
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class CachedGraph:
-    """A graph with its conditionals in.
+class InsertConditionals(GraphPass):
+    """Builds the cached graph.
 
-    Attributes:
-        gm: Takes `step` and then the original placeholders; returns what the original returned.
-        regions: In the order of their numbers.
-        timestep: The placeholder that the first head reads the timestep from, if there is one.
-        num_checksums: How many sums of the conditioning's values the first probe ends with.
+    It takes `step` and then the placeholders of the original graph, and returns what the original graph returned. Its
+    submodules are head, compute_i, reuse_i, (between_i) and tail. Unless `context.exact`, live-outs are made
+    contiguous if the branches would return them with different strides, because a compiled tail takes one layout. This
+    changes rounding if a kernel depends on strides.
     """
 
-    gm: fx.GraphModule
-    regions: tuple[Region, ...]
-    timestep: fx.Node | None
-    num_checksums: int = 0
+    name = "insert-conditionals"
 
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        plan = self.context.plan
+        assert plan is not None and self.context.runtime_plan is not None, "there is no plan"
+        assert plan.gm is graph_module, "the plan is that of another graph"
 
-def insert_conditionals(
-    source: fx.GraphModule,
-    program: Program,
-    regions: tuple[Region, ...],
-    timestep: fx.Node | None,
-    *,
-    checksummed: fx.Node | None = None,
-    same_strides: bool = True,
-    observed: bool = False,
-) -> CachedGraph:
-    """The cached graph. Submodules: head, compute_i, reuse_i, (between_i), tail.
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        plan, runtime_plan = self.context.plan, self.context.runtime_plan
+        assert plan is not None and runtime_plan is not None
+        checksummed = plan.conditioning if runtime_plan.num_checksums else None
+        same_strides, observed = not self.context.exact, self.context.config.shadow
+        return PassResult(_Builder(plan, checksummed, same_strides, observed).build(), True)
 
-    Args:
-        checksummed: A placeholder whose values are summed up at every call: one that may be written in place unnoticed.
-        observed: Hand what leaves a region to `Step.observe`.
-        same_strides: Make what leaves a region contiguous where the branches would differ in strides: a compiled tail
-            takes one layout. It changes rounding where a kernel looks at strides.
-    """
-    builder = _Builder(source, program, regions, timestep, checksummed, same_strides, observed)
-    return CachedGraph(builder.build(), regions, timestep, NUM_CHECKSUMS if checksummed is not None else 0)
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        plan = self.context.plan
+        assert plan is not None
+        conditionals = graph_module.graph.find_nodes(op="call_function", target=compute_or_reuse)
+        num_conditionals, num_regions = len(conditionals), len(plan.regions)
+        assert num_conditionals == num_regions, f"{num_conditionals} conditionals for {num_regions} regions"
+        inputs, given = (
+            [n.target for n in g.find_nodes(op="placeholder")] for g in (graph_module.graph, plan.gm.graph)
+        )
+        assert inputs == ["step", *given], f"the inputs are {inputs}"
 
 
 class _Builder:
     """Builds the outer graph, segment after segment."""
 
-    def __init__(
-        self,
-        source: fx.GraphModule,
-        program: Program,
-        regions: tuple[Region, ...],
-        timestep: fx.Node | None,
-        checksummed: fx.Node | None,
-        same_strides: bool,
-        observed: bool,
-    ) -> None:
-        self.source, self.program, self.regions, self.timestep = source, program, regions, timestep
+    def __init__(self, plan: Plan, checksummed: fx.Node | None, same_strides: bool, observed: bool) -> None:
+        self.source, self.program, self.regions, self.timestep = plan.gm, plan.program, plan.regions, plan.timestep
         self.checksummed, self.same_strides, self.observed = checksummed, same_strides, observed
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.values: dict[fx.Node, fx.Node] = {}
-        self.sizes = free_sizes(source.graph)
+        self.sizes = free_sizes(self.source.graph)
 
     def build(self) -> fx.GraphModule:
         self.step = self.graph.placeholder("step")
@@ -144,18 +131,16 @@ class _Builder:
         self._call(extract(segments[-1], self.sizes), outputs_of(segments[-1]), "tail", [])
         output = self.program.nodes[-1]
         self.graph.output(fx.map_arg(output.args[0], lambda node: self._value(node)))
-        gm = fx.GraphModule(self.root, self.graph, class_name="Cached")
-        gm.graph.lint()
-        return gm
+        return graph_module(self.root, self.graph, "Cached")
 
     def _value(self, node: fx.Node) -> fx.Node:
-        if node not in self.values:  # An attribute of the model that the output returns as it is.
+        if node not in self.values:  # An attribute of the model that the graph returns.
             setattr(self.root, str(node.target), getattr(self.source, str(node.target)))
             self.values[node] = self.graph.node_copy(node)
         return self.values[node]
 
     def _head(self, nodes: list[fx.Node], number: int, region: Region) -> tuple[fx.Node | None, fx.Node | None]:
-        """The segment before the region, with the probe. Returns the probe vector and the probe."""
+        """Adds the segment before the region, with the probe. Returns the probe vector and the probe."""
         head = extract(nodes, self.sizes)
         timestep = self.timestep if number == 0 else None
         parts, extra, probe = [], [], None
@@ -207,7 +192,7 @@ class _Builder:
         self.graph.call_method("update", (self.step, number, probe, tuple(to_cache)))
 
     def _call(self, piece: Extract, outputs: Sequence[fx.Node], name: str, extra: list[fx.Node]) -> list[fx.Node]:
-        """Calls the piece as submodule `name`; its outputs become known values. Returns the nodes of `extra`."""
+        """Adds a call of the submodule `name`. Returns its outputs that stand for `extra`."""
         module = piece.finish(self.source, [*(piece.copies[node] for node in outputs), *extra], name.title())
         self.root.add_module(name, module)
         call = self.graph.call_module(name, tuple(self._value(node) for node in piece.inputs))
@@ -219,7 +204,7 @@ class _Builder:
 
 
 def _segments(program: Program, regions: tuple[Region, ...]) -> list[list[fx.Node]]:
-    """The nodes before, between and after the regions, hoisted ones in front of the region that they lay in."""
+    """The nodes before, between and after the regions; hoisted nodes are before the region that they were in."""
     inside = {node: i for i, region in enumerate(regions) for node in (*region.deferred, *region.nodes)}
     hoisted = {node: i for i, region in enumerate(regions) for node in region.hoisted}
     starts = sorted(program.position[region.nodes[0]] for region in regions)
@@ -235,8 +220,10 @@ def _segments(program: Program, regions: tuple[Region, ...]) -> list[list[fx.Nod
 def _branches(
     source: fx.GraphModule, region: Region, sizes: Sequence[fx.Node], same_strides: bool
 ) -> tuple[fx.GraphModule, fx.GraphModule, list[fx.Node]]:
-    """`compute` and `reuse`, both over the same operands (values at the cut, then what was cached), both returning
-    the live-outs and then what is to be cached."""
+    """`compute`, `reuse` and their operands.
+
+    Both take the operands and then the cached values, and return the live-outs and then the values to cache.
+    """
     body = extract((*region.deferred, *region.nodes), sizes)
     starts = [_start(body, pair) for pair in region.live_outs]
     operands = list(body.inputs)
@@ -244,9 +231,9 @@ def _branches(
     to_cache = []
     for pair, start, out in zip(region.live_outs, starts, outputs, strict=True):
         if pair.is_measured:
-            to_cache.append(out)  # The residual is taken behind the conditional, where the sizes are known.
+            to_cache.append(out)  # Its residual is computed after the conditional, where the sizes are known.
             continue
-        # Neither may alias an output: what is kept outlives the call.
+        # A cached value must not alias an output, because it outlives the call.
         node = (
             body.graph.call_function(torch.sub, (out, start))
             if start is not None
@@ -259,14 +246,14 @@ def _branches(
     _placeholders(body.graph, [f"cached_{i}" for i in range(len(region.live_outs))])
     compute = body.finish(source, [*outputs, *to_cache], "Compute")
     reuse = _reuse(source, region.live_outs, operands, uneven)
-    for pair in uneven:  # What reads the value after the region is compiled for the layout that both branches give.
+    for pair in uneven:  # The readers after the region are compiled for the layout that both branches return.
         with torch.no_grad():
             pair.after.meta["example_value"] = value_of(pair.after).contiguous()
     return compute, reuse, operands
 
 
 def _start(piece: Extract, pair: LiveOut) -> fx.Node | None:
-    """What the residual of `pair` is taken against, in `piece`; None for a value that is kept as it is."""
+    """The stream in `piece` that is subtracted to get the residual of `pair`; None if the value itself is cached."""
     if pair.before is None:
         return None
     return piece.take(pair.before) if pair.joins is None else pair.joins.into(piece.graph, piece.take)
@@ -274,7 +261,7 @@ def _start(piece: Extract, pair: LiveOut) -> fx.Node | None:
 
 def _differs_in_strides(pair: LiveOut) -> bool:
     with torch.no_grad():
-        held = _cached_example(pair)
+        held = cached_example(pair)
         reused = torch.add(value_of(pair.before), held) if pair.before is not None else held
     return [size_key(s) for s in reused.stride()] != [size_key(s) for s in value_of(pair.after).stride()]
 
@@ -296,7 +283,7 @@ def _reuse(
     cached = [graph.placeholder(f"cached_{i}") for i in range(len(live_outs))]
     outputs = []
     for pair, held in zip(live_outs, cached, strict=True):
-        held.meta = {"example_value": _cached_example(pair)}
+        held.meta = {"example_value": cached_example(pair)}
         start = _start(piece, pair)
         out = (
             graph.call_function(torch.add, (start, held)) if start is not None else graph.call_method("clone", (held,))
@@ -304,22 +291,6 @@ def _reuse(
         outputs.append(_contiguous(out) if pair in uneven else out)
     graph.output((*outputs, *cached))
     return graph_module(source, graph, "Reuse")
-
-
-def cached_examples(region: Region) -> list[torch.Tensor]:
-    """Fakes of what a session keeps of a region: what is looked at, if anything is; then one per live-out."""
-    probe = [probe_example(region)] if region.probed_at is not None else []
-    return [*probe, *(_cached_example(pair) for pair in region.live_outs)]
-
-
-def _cached_example(pair: LiveOut) -> torch.Tensor:
-    """A fake of what is kept for `pair`: contiguous where the stream is, and of no input's storage."""
-    with torch.no_grad():
-        after: torch.Tensor = value_of(pair.after)
-        if pair.before is not None and pair.is_measured:
-            example: torch.Tensor = value_of(pair.before).clone()
-            return example
-        return torch.sub(after, value_of(pair.before)) if pair.before is not None else after.clone()
 
 
 def _placeholders(graph: fx.Graph, names: list[str]) -> None:

@@ -1,11 +1,11 @@
-"""Splits a segment into pieces to compile, and lets blocks of equal structure share one piece.
+"""Splits segments into pieces to compile. Blocks of equal structure share one piece.
 
     compute: 12 blocks inline     ->     compute: piece_0(...), piece_0(...), ..., piece_1(...)
 
-Blocks are equal if they have the same operations, constants, shapes and dtypes; weights are inputs. Two things that
-need not differ are normalised, so that a chain of two lists has two pieces: a view that ends a block is taken outside
-(the last block lacks one of two), and where only an input's stride differs it is made contiguous first. What stands
-side by side and is shared with nothing is one piece: every call of one costs, and what lies in one can be fused.
+Blocks are equal if they have the same operations, constants, shapes and dtypes; weights are inputs. Two differences are
+removed, so that a chain of two lists has two pieces: views at the end of a block are moved out of it (the last block
+may have fewer), and if only the stride of an input differs, the input is made contiguous. Adjacent runs that do not
+share a piece with others become one piece: every call of a piece has a cost, and operations in a piece can be fused.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.fx.passes.infra.pass_base import PassResult
 
 from cachedit_fx.passes.analysis.dataflow import is_layout
 from cachedit_fx.passes.analysis.op_tables import VIEW_FUNCTIONS
 from cachedit_fx.passes.extract import extract, free_sizes, generate_code, outputs_of
+from cachedit_fx.passes.graph_pass import GraphPass
 from cachedit_fx.patterns.nodes import is_tensor, size_key, value_of
 
 
 @dataclass(slots=True)
 class Piece:
-    """One graph to compile, and where it is called from.
+    """A graph that is compiled once, and the places that call it.
 
     Attributes:
-        calls: (segment, name of the submodule) of every call; all are to be replaced by the one compiled piece.
-        blocks: Numbers of the chain's blocks that share it; empty for what lies around the blocks.
+        calls: (segment, name of the submodule) of every call. The compiled piece replaces all of these submodules.
+        blocks: Numbers in the chain of the blocks that share the piece; empty for work that belongs to no block.
     """
 
     gm: fx.GraphModule
@@ -42,19 +44,48 @@ class Piece:
 
     @property
     def example_inputs(self) -> list[Any]:
-        """What to compile it with: Dynamo's own inputs, and fakes for the values between pieces."""
+        """The inputs to compile it with: those of Dynamo, and fake tensors for the values between pieces."""
         placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
         return [node.meta.get("cachedit_example", value_of(node)) for node in placeholders]
 
 
-def split_pieces(segments: Sequence[fx.GraphModule], *, share_blocks: bool, free_strides: bool) -> list[Piece]:
-    """Turns every segment, in place, into calls of pieces; returns the pieces.
+class SplitPieces(GraphPass):
+    """Turns every segment of a cached graph, in place, into calls of pieces; adds the pieces to the context.
 
-    Args:
-        share_blocks: One piece per distinct block; otherwise one piece per segment.
-        free_strides: Blocks whose inputs differ in stride alone may share a piece. Their inputs are copied to be
-            contiguous, which changes rounding where a kernel looks at strides.
+    There is one piece per distinct block if `config.compile_blocks` is "once", otherwise one piece per segment. Unless
+    `context.exact`, blocks whose inputs differ only in stride share a piece. Their inputs are copied to be contiguous,
+    which changes rounding if a kernel depends on strides.
     """
+
+    name = "split-pieces"
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        for segment in segments_of(graph_module):
+            has_pieces = any(name.startswith("piece_") for name, _ in segment.named_children())
+            assert not has_pieces, "a segment has been split before"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        share_blocks = self.context.config.compile_blocks == "once"
+        pieces = _split(segments_of(graph_module), share_blocks=share_blocks, free_strides=not self.context.exact)
+        self.context.pieces = tuple(pieces)
+        return PassResult(graph_module, True)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        for piece in self.context.pieces:
+            piece.gm.graph.lint()
+        replaced = {call for piece in self.context.pieces for call in piece.calls}
+        for segment in segments_of(graph_module):
+            for node in segment.graph.find_nodes(op="call_module"):
+                is_piece = isinstance(segment.get_submodule(str(node.target)), fx.GraphModule)
+                assert not is_piece or (segment, node.target) in replaced, f"{node} calls a graph that is no piece"
+
+
+def segments_of(cached_graph: fx.GraphModule) -> list[fx.GraphModule]:
+    """The head, the branches, the graphs between the regions, and the tail."""
+    return [module for module in cached_graph.children() if isinstance(module, fx.GraphModule)]
+
+
+def _split(segments: Sequence[fx.GraphModule], *, share_blocks: bool, free_strides: bool) -> list[Piece]:
     runs = {segment: _runs(segment.graph, share_blocks) for segment in segments}
     if share_blocks:
         runs = _merge_lonely(runs, strides=not free_strides)
@@ -63,65 +94,70 @@ def split_pieces(segments: Sequence[fx.GraphModule], *, share_blocks: bool, free
         sizes = free_sizes(segment.graph)
         for i, run in enumerate(runs[segment]):
             blocks = _blocks_of(run) if share_blocks else ()
-            calls.append(_Call(segment, _outline(segment, run, f"piece_{i}", sizes), blocks))
+            calls.append(_outline(segment, run, f"piece_{i}", sizes, blocks))
+    bodies = {call: _body_key(call.gm) for call in calls}
     if free_strides:
-        _free_strides([call for call in calls if call.blocks])
+        _free_strides({call: body for call, body in bodies.items() if call.blocks})
     groups: dict[Hashable, Piece] = {}
-    for call in calls:
-        piece = groups.setdefault(structure_key(call.gm), Piece(call.gm, []))
-        if piece.gm is not call.gm:  # It goes with its segment; what it was traced with must not wait for that.
+    for call, body in bodies.items():
+        piece = groups.setdefault((_inputs_key(call.gm, strides=True), body), Piece(call.gm, []))
+        if piece.gm is not call.gm:  # Only its segment holds it; its example inputs are released now.
             for node in call.gm.graph.nodes:
                 node.meta.pop("cachedit_example", None)
         piece.calls.append((call.segment, str(call.node.target)))
         piece.blocks += call.blocks
     for segment in segments:
-        segment.graph.lint()
         segment.recompile()
         generate_code(segment)
     return list(groups.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Call:
     segment: fx.GraphModule
     node: fx.Node
+    gm: fx.GraphModule
     blocks: tuple[int, ...]
 
-    @property
-    def gm(self) -> fx.GraphModule:
-        gm = self.segment.get_submodule(str(self.node.target))
-        assert isinstance(gm, fx.GraphModule)
-        return gm
 
+def _free_strides(bodies: Mapping[_Call, Hashable]) -> None:
+    """Copies the strided inputs of blocks that differ only in strides, so that the blocks become equal.
 
-def _free_strides(calls: list[_Call]) -> None:
-    """Copies strided inputs of blocks that are equal but for strides, so that they become equal."""
+    Args:
+        bodies: Every call, with the `_body_key` of its graph.
+    """
     alike: dict[Hashable, list[_Call]] = defaultdict(list)
-    for call in calls:
-        alike[structure_key(call.gm, strides=False)].append(call)
+    for call, body in bodies.items():
+        alike[_inputs_key(call.gm, strides=False), body].append(call)
     for group in alike.values():
-        if len({_strides_key(call.gm) for call in group}) > 1:
+        if len({_inputs_key(call.gm, strides=True) for call in group}) > 1:
             for call in group:
                 _make_contiguous(call.segment, call.node, call.gm)
 
 
 def structure_key(gm: fx.GraphModule, *, strides: bool = True) -> Hashable:
-    """Equal for two graphs that one compiled piece can serve: operations, constants, shapes, dtypes, input strides."""
+    """Equal for graphs that can share a piece: the operations, constants, shapes, dtypes and strides of the inputs."""
+    return (_inputs_key(gm, strides=strides), _body_key(gm))
+
+
+def _inputs_key(gm: fx.GraphModule, *, strides: bool) -> Hashable:
+    return tuple(_value_key(value_of(node), strides) for node in gm.graph.find_nodes(op="placeholder"))
+
+
+def _body_key(gm: fx.GraphModule) -> Hashable:
     number = {node: i for i, node in enumerate(gm.graph.nodes)}
-    return tuple(_node_key(node, gm, number, strides) for node in number)
+    return tuple(_node_key(node, gm, number) for node in number if node.op != "placeholder")
 
 
-def _node_key(node: fx.Node, gm: fx.GraphModule, number: dict[fx.Node, int], strides: bool) -> Hashable:
+def _node_key(node: fx.Node, gm: fx.GraphModule, number: dict[fx.Node, int]) -> Hashable:
     target: Hashable = node.target
-    if node.op == "placeholder":
-        target = _value_key(value_of(node), strides)
-    elif node.op in ("get_attr", "call_module"):
+    if node.op in ("get_attr", "call_module"):
         target = id(operator.attrgetter(str(node.target))(gm))
     return (node.op, target, _argument_key(node.args, number), _argument_key(node.kwargs, number))
 
 
 def _run_key(segment: fx.GraphModule, run: list[fx.Node], sizes: Sequence[fx.Node], strides: bool) -> Hashable:
-    """Equal for two runs whose pieces would be of equal structure; makes no piece."""
+    """Equal for runs whose pieces would have equal structure keys. Builds no piece."""
     number: dict[fx.Node, int] = {}
     key: list[Hashable] = []
 
@@ -132,7 +168,7 @@ def _run_key(segment: fx.GraphModule, run: list[fx.Node], sizes: Sequence[fx.Nod
         for arg in node.all_input_nodes if is_copied else ():
             read(arg)
         number[node] = len(number)
-        key.append(_node_key(node, segment, number, strides) if is_copied else _value_key(value_of(node), strides))
+        key.append(_node_key(node, segment, number) if is_copied else _value_key(value_of(node), strides))
 
     inside = set(run)
     outside = (arg for node in run for arg in node.all_input_nodes if arg not in inside)
@@ -140,12 +176,8 @@ def _run_key(segment: fx.GraphModule, run: list[fx.Node], sizes: Sequence[fx.Nod
         read(arg)
     for node in run:
         number[node] = len(number)
-        key.append(_node_key(node, segment, number, strides))
+        key.append(_node_key(node, segment, number))
     return (*key, *(number[node] for node in outputs_of(run)))
-
-
-def _strides_key(gm: fx.GraphModule) -> Hashable:
-    return tuple(_value_key(value_of(node), True) for node in gm.graph.nodes if node.op == "placeholder")
 
 
 def _value_key(value: Any, with_strides: bool) -> Hashable:
@@ -176,12 +208,12 @@ def _block_of(node: fx.Node) -> int | None:
 
 
 def _blocks_of(run: list[fx.Node]) -> tuple[int, ...]:
-    """Numbers of the blocks that a run has nodes of, each once."""
+    """Numbers of the blocks whose nodes a run contains, each once."""
     return tuple(dict.fromkeys(block for block in map(_block_of, run) if block is not None))
 
 
 def _runs(graph: fx.Graph, share_blocks: bool) -> list[list[fx.Node]]:
-    """Consecutive nodes that become one piece each. What stays outside: views that end a block, sizes, lone views."""
+    """Runs of nodes, each of which becomes a piece. Views at the end of a block, sizes and lone views are in none."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     if not share_blocks:
         return [nodes] if nodes else []
@@ -200,7 +232,7 @@ def _runs(graph: fx.Graph, share_blocks: bool) -> list[list[fx.Node]]:
 def _merge_lonely(
     runs: Mapping[fx.GraphModule, list[list[fx.Node]]], *, strides: bool
 ) -> dict[fx.GraphModule, list[list[fx.Node]]]:
-    """Runs that follow each other and are equal to no other, as one; with what lies between them."""
+    """The runs, with adjacent ones that are equal to no other merged, including the nodes between them."""
     keys = {}
     for segment, found in runs.items():
         sizes = free_sizes(segment.graph)
@@ -225,7 +257,7 @@ def _merge_lonely(
 
 
 def _computes(run: list[fx.Node]) -> bool:
-    """Whether a run is worth a piece: sizes and views cost nothing as they are."""
+    """Whether a run is worth a piece. Sizes and views cost nothing."""
     return any(not is_layout(node) and (is_tensor(node) or value_of(node) is None) for node in run)
 
 
@@ -237,17 +269,20 @@ def _without_final_views(run: list[fx.Node]) -> list[fx.Node]:
             merged_runs.remove(node)
     inside = [node for node in run if node in merged_runs]
     for node in reversed([node for node in run if node not in merged_runs]):
-        inside[-1].append(node)  # What reads a view stands after the run; so may the view.
+        inside[-1].append(node)  # The readers of a view are after the run, so the view can be, too.
     return inside
 
 
-def _outline(segment: fx.GraphModule, run: list[fx.Node], name: str, sizes: Sequence[fx.Node]) -> fx.Node:
-    """Replaces `run` by a call of a submodule that holds it; returns the call."""
+def _outline(
+    segment: fx.GraphModule, run: list[fx.Node], name: str, sizes: Sequence[fx.Node], blocks: tuple[int, ...]
+) -> _Call:
+    """Moves `run` to the submodule `name`. Returns the call that replaces it."""
     taken = extract(run, sizes)
     outputs = outputs_of(run)
-    segment.add_module(name, taken.finish(segment, [taken.copies[node] for node in outputs], name.title()))
+    piece = taken.finish(segment, [taken.copies[node] for node in outputs], name.title())
+    segment.add_module(name, piece)
     graph, inside = segment.graph, set(run)
-    # Behind the last thing it reads and before the first that reads it: where the last node of the run stands.
+    # The place of the last node of the run is after everything that the run reads, and before all its readers.
     with graph.inserting_after(run[-1]):
         call = graph.call_module(name, tuple(taken.inputs))
     anchor = call
@@ -258,11 +293,11 @@ def _outline(segment: fx.GraphModule, run: list[fx.Node], name: str, sizes: Sequ
         node.replace_all_uses_with(anchor, delete_user_cb=lambda user: user not in inside)
     for node in reversed(run):
         graph.erase_node(node)
-    return call
+    return _Call(segment, call, piece, blocks)
 
 
 def _make_contiguous(segment: fx.GraphModule, call: fx.Node, gm: fx.GraphModule) -> None:
-    """Copies strided inputs before the call, where that leaves the strides of all outputs as they were."""
+    """Copies strided inputs before the call, if that does not change the strides of any output."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = [value_of(node) for node in placeholders]
     strided = [i for i, value in enumerate(values) if _is_strided_stream(value)]
@@ -286,7 +321,7 @@ def _make_contiguous(segment: fx.GraphModule, call: fx.Node, gm: fx.GraphModule)
 
 
 class _Propagation(FakeTensorProp):
-    """Numbers that are read off a tensor, as a lifted `eps` is, are those that the graph was captured with."""
+    """Propagation in which numbers that are read from tensors, such as a lifted `eps`, have their captured values."""
 
     def run_node(self, n: fx.Node) -> Any:
         known = value_of(n)

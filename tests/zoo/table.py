@@ -21,6 +21,7 @@ import cachedit_fx
 from cachedit_fx import BlockAdapter
 from cachedit_fx.frontend import backend as backends
 from cachedit_fx.frontend.capture import copy_graph, forget_examples
+from cachedit_fx.passes.manager import Rewritten, rewrite
 from tests.zoo import VARIANTS
 from tests.zoo.variant import Variant
 
@@ -63,8 +64,8 @@ def watched() -> Iterator[Observed]:
     def noted(self: backends.Backend, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         observed.num_graphs += 1
         copied = copy_graph(gm, example_inputs)
-        found = backends.rewrite(copied, self.config, self.declared, exact=False)
-        observed.cells += [_cells(found)] if isinstance(found, backends.Rewritten) else []
+        found = rewrite(copied, self.config, self.declared, exact=False)
+        observed.cells += [_cells(found)] if isinstance(found, Rewritten) else []
         forget_examples(copied)
         return call(self, gm, example_inputs, **kwargs)
 
@@ -100,7 +101,7 @@ def without_counts(row: str) -> list[str]:
     return [cell for name, cell in itertools.zip_longest(COLUMNS, cells) if name not in ("structures", "graphs")]
 
 
-def _cells(found: backends.Rewritten) -> tuple[str, str, str, str]:
+def _cells(found: Rewritten) -> tuple[str, str, str, str]:
     lists = [
         f"{' and '.join(f'`{path}`' for path in (match.blocks.path, *match.blocks.alternates))} "
         f"({len(match.blocks.blocks)}): {match.label}"

@@ -26,10 +26,10 @@ from cachedit_fx.inspect.explanation.data import (
 )
 from cachedit_fx.inspect.explanation.graphs import code_of, last_frame, statements
 from cachedit_fx.inspect.explanation.trace import Trace
+from cachedit_fx.passes.analysis.cached_examples import cached_examples
 from cachedit_fx.passes.analysis.dataflow import Program, is_weight
 from cachedit_fx.passes.analysis.make_plan import group_lists
 from cachedit_fx.passes.region import Region
-from cachedit_fx.passes.transforms.insert_conditionals import cached_examples
 from cachedit_fx.patterns.blocks import Block, BlockList
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from cachedit_fx.config.cache_config import split_options
-from cachedit_fx.frontend.backend import Backend, refusal, rewrite
+from cachedit_fx.frontend.backend import Backend, refusal
 from cachedit_fx.frontend.capture import captured_module, copy_graph, forget_examples
 from cachedit_fx.frontend.capture_strategies import CaptureStrategy
 from cachedit_fx.frontend.inner_compiler import runs_as_is
@@ -23,6 +23,7 @@ from cachedit_fx.inspect.explanation.build import build_report
 from cachedit_fx.inspect.explanation.data import BreakReport, GraphReport
 from cachedit_fx.inspect.explanation.risks import risks_of
 from cachedit_fx.inspect.explanation.trace import Trace
+from cachedit_fx.passes.manager import rewrite
 
 
 class Stop(Exception):

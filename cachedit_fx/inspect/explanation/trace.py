@@ -10,7 +10,7 @@ from cachedit_fx.inspect.explanation.graphs import snapshot
 from cachedit_fx.passes.analysis.dataflow import Program
 from cachedit_fx.passes.observer import Observer
 from cachedit_fx.passes.plan import Plan
-from cachedit_fx.passes.transforms.insert_conditionals import CachedGraph
+from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals
 from cachedit_fx.passes.transforms.split_pieces import Piece
 from cachedit_fx.patterns.blocks import BlockList
 from cachedit_fx.patterns.mismatch import Match, Mismatch
@@ -47,6 +47,8 @@ class Trace(Observer):
     def graph(self, name: str, gm: fx.GraphModule) -> None:
         if self.before is None:
             self.before = snapshot(gm)
+        if name == InsertConditionals.name:
+            self.after = snapshot(gm)
 
     def lists(self, program: Program, found: Sequence[BlockList], chain: Sequence[BlockList]) -> None:
         self.program, self.found, self.chain = program, tuple(found), tuple(chain)
@@ -63,12 +65,9 @@ class Trace(Observer):
         else:
             self.mismatches = plan
 
-    def rewritten(self, cached_graph: CachedGraph) -> None:
-        self.after = snapshot(cached_graph.gm)
-
-    def pieces(self, cached_graph: CachedGraph, pieces: Sequence[Piece]) -> None:
+    def pieces(self, cached_graph: fx.GraphModule, pieces: Sequence[Piece]) -> None:
         self.piece_list = tuple(pieces)
-        self.segments = {id(module): name for name, module in cached_graph.gm.named_children()}
+        self.segments = {id(module): name for name, module in cached_graph.named_children()}
 
     def refuse(self, mismatches: tuple[Mismatch, ...]) -> None:
         """Records that the graph is not cached, for reasons that no pass found."""

@@ -1,4 +1,4 @@
-"""The shapes that cached tensors must have at a call: fixed, or computed from the sizes in its arguments."""
+"""The shapes that cached values must have at a call: constants, or functions of the sizes that the graph is given."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class UnknownSizeError(ValueError):
 
 
 class SizeRule:
-    """The shapes and strides of some tensors, as a function of the arguments of a graph.
+    """Shapes and strides of some tensors, as a function of the arguments of a graph.
 
     Args:
-        tensors: Fake tensors whose sizes are ints, or expressions over the symbols of the placeholders.
+        tensors: Fake tensors whose sizes are ints or expressions over the symbols of the placeholders.
         placeholders: The placeholders of the graph, in the order of the arguments of a call.
 
     Attributes:
-        arguments: The positions of the arguments that it reads.
+        arguments: Positions of the placeholders that the sizes depend on.
 
     Raises:
-        UnknownSizeError: An expression has a symbol that is not a placeholder.
+        UnknownSizeError: An expression contains a symbol that is no placeholder.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], placeholders: Sequence[fx.Node]) -> None:
@@ -65,7 +65,7 @@ class SizeRule:
         """The shapes and strides at a call.
 
         Args:
-            arguments: The arguments of the graph by position, with ints as sizes; at least those at `self.arguments`.
+            arguments: The arguments of the graph, by position; sizes among them are ints.
         """
         if self._fixed is not None:
             return self._fixed
