@@ -26,7 +26,8 @@ from diffusers import FluxTransformer2DModel
 from torch import fx
 from tqdm import tqdm
 
-from cachedit_fx import CacheConfig, CacheType
+from cachedit_fx import CacheConfig
+from cachedit_fx.config import CacheType
 from cachedit_fx.frontend.capture import copy_graph
 from cachedit_fx.passes.analysis.dataflow import Program
 from cachedit_fx.passes.analysis.join_lists import join_lists

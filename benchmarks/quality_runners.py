@@ -85,7 +85,7 @@ class Ours(Runner):
                 fields["forecaster"] = _made("cachedit_fx.forecasters", config)
             fields |= {"inner_backend": self.inner, "on_no_match": "raise"}
             cachedit_fx.enable_cache(self.pipe, base, **fields)
-        except cachedit_fx.ConfigError as error:
+        except cachedit_fx.errors.ConfigError as error:
             raise UnavailableError(str(error)) from error
 
     def close(self) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import cachedit_fx
 from benchmarks.quality_setup import Setup, load_setup
-from cachedit_fx import TaylorSeerCalibratorConfig, steps_mask
+from cachedit_fx import steps_mask
+from cachedit_fx.forecasters import TaylorSeerCalibratorConfig
 
 _FORECASTERS = {"last": None, "Taylor 1": TaylorSeerCalibratorConfig()}
 

@@ -95,7 +95,7 @@ def main() -> None:
     cachedit_fx.summary(model)
 
 
-def shortened(explanation: cachedit_fx.Explanation) -> str:
+def shortened(explanation: cachedit_fx.inspect.Explanation) -> str:
     """Returns the page up to the end of the nearest miss."""
     page = str(explanation).partition("  do:")
     return "".join((*page[:2], page[2].partition("\n")[0]))

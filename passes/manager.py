@@ -29,7 +29,7 @@ from cachedit_fx.patterns.mismatch import Mismatch, MismatchError
 
 log = logging.getLogger(__name__)
 
-Step = type[GraphPass] | type[GraphAnalysis]
+PassType = type[GraphPass] | type[GraphAnalysis]
 
 
 class MakePlan(GraphAnalysis):
@@ -57,7 +57,7 @@ class MakeRuntimePlan(GraphAnalysis):
         self.context.runtime_plan = make_runtime_plan(self.context.plan, self.context.config)
 
 
-STEPS: tuple[Step, ...] = (
+PASSES: tuple[PassType, ...] = (
     InlineCheckpoints,  # First, so that a functor gets a graph that corresponds to the code of the model.
     ApplyFunctor,  # Before the other rewrites, so that what a functor adds is rewritten, too.
     DropNumpyCalls,  # Before the others, so that they need not consider nodes that nothing reads.
@@ -69,7 +69,7 @@ STEPS: tuple[Step, ...] = (
     InsertConditionals,
     SplitPieces,  # Last, because it splits what the conditionals consist of.
 )
-TO_PLAN = STEPS[: STEPS.index(MakePlan) + 1]
+TO_PLAN = PASSES[: PASSES.index(MakePlan) + 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Rewritten:
 def rewrite(
     gm: fx.GraphModule, config: CacheConfig, declared: Declaration, *, exact: bool, observer: Observer | None = None
 ) -> Rewritten | tuple[Mismatch, ...]:
-    """Runs all steps over a captured graph whose inputs are labeled. Compiles nothing.
+    """Runs all passes over a captured graph whose inputs are labeled. Compiles nothing.
 
     Args:
         exact: Whether the cached graph must round as the captured graph does.
@@ -100,12 +100,12 @@ def rewrite(
 
     Raises:
         PatternError: The graph contradicts what was declared, or the patch functor failed.
-        PassError: A step failed.
+        PassError: A pass failed.
     """
     context = PassContext(config, declared, exact, observer or Observer())
     context.observer.graph("captured", gm)
     try:
-        gm = run_steps(gm, STEPS, context)
+        gm = run_passes(gm, PASSES, context)
     except MismatchError as error:
         return error.mismatches
     assert context.plan is not None and context.runtime_plan is not None
@@ -117,45 +117,45 @@ def rewrite(
 def plan_graph(
     gm: fx.GraphModule, config: CacheConfig, declared: Declaration | None = None, observer: Observer | None = None
 ) -> Plan | tuple[Mismatch, ...]:
-    """Runs the steps up to the plan, like `rewrite`. Returns the plan, or the reasons why there is none."""
+    """Runs the passes up to the plan, like `rewrite`. Returns the plan, or the reasons why there is none."""
     context = PassContext(config, declared or Declaration(), observer=observer or Observer())
     context.observer.graph("captured", gm)
     try:
-        run_steps(gm, TO_PLAN, context)
+        run_passes(gm, TO_PLAN, context)
     except MismatchError as error:
         return error.mismatches
     assert context.plan is not None
     return context.plan
 
 
-def run_steps(gm: fx.GraphModule, steps: Sequence[Step], context: PassContext) -> fx.GraphModule:
-    """Runs `steps` in order. After each rewrite, lints the graph and notifies the observer.
+def run_passes(gm: fx.GraphModule, passes: Sequence[PassType], context: PassContext) -> fx.GraphModule:
+    """Runs `passes` in order. After each rewrite, lints the graph and notifies the observer.
 
     Raises:
         MismatchError: An analysis found that the graph cannot be cached.
         PatternError: The graph contradicts what was declared, or the patch functor failed.
-        PassError: A step raised anything else, or left a graph that does not lint.
+        PassError: A pass raised anything else, or left a graph that does not lint.
     """
-    for step in steps:
+    for pass_type in passes:
         try:
-            gm, modified = _run(step, gm, context)
+            gm, modified = _run(pass_type, gm, context)
         except (MismatchError, PatternError):
             raise
         except Exception as error:
-            raise PassError(f"the pass {step.name} failed") from error
+            raise PassError(f"the pass {pass_type.name} failed") from error
         if modified is None:
             continue
-        log.debug("%s: modified=%s, %d nodes", step.name, modified, len(gm.graph.nodes))
-        context.observer.graph(step.name, gm)
+        log.debug("%s: modified=%s, %d nodes", pass_type.name, modified, len(gm.graph.nodes))
+        context.observer.graph(pass_type.name, gm)
     return gm
 
 
-def _run(step: Step, gm: fx.GraphModule, context: PassContext) -> tuple[fx.GraphModule, bool | None]:
-    """The graph after one step, and whether the step modified it; None for an analysis."""
-    if issubclass(step, GraphAnalysis):
-        step(context)(gm)
+def _run(pass_type: PassType, gm: fx.GraphModule, context: PassContext) -> tuple[fx.GraphModule, bool | None]:
+    """The graph after one pass, and whether the pass modified it; None for an analysis."""
+    if issubclass(pass_type, GraphAnalysis):
+        pass_type(context)(gm)
         return gm, None
-    gm, modified = step(context)(gm)
+    gm, modified = pass_type(context)(gm)
     for module in (gm, *gm.children()):  # What a pass rewrites: the graph, or the segments that it consists of.
         if isinstance(module, fx.GraphModule):
             module.graph.lint()

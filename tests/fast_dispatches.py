@@ -46,7 +46,7 @@ def served(module: nn.Module) -> Iterator[list[bool]]:
         module._compiled_call_impl.fast_dispatch = dispatcher
 
 
-def last(module: nn.Module) -> cachedit_fx.CacheStats:
+def last(module: nn.Module) -> cachedit_fx.inspect.CacheStats:
     return cachedit_fx.summary(module, logging=False)[-1]
 
 

@@ -156,7 +156,7 @@ def assert_worth_comparing(records: list[Record]) -> None:
     assert not all(after_warmup), "nothing was computed after warm-up"
 
 
-def assert_same_decisions(stats: cachedit_fx.CacheStats, records: list[Record]) -> None:
+def assert_same_decisions(stats: cachedit_fx.inspect.CacheStats, records: list[Record]) -> None:
     """Every step of a session was decided as in the reference, on the same diff."""
     assert stats.decisions == [record.reason for record in records]
     assert stats.num_steps == len(records)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cachedit_fx
-from cachedit_fx import CallCounts
+from cachedit_fx.inspect import CallCounts
 from tests import tiny
 from tests.tiny import TIMES, build, config, generate, latents, prompt
 

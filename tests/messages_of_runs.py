@@ -16,16 +16,10 @@ from torch import Tensor, fx
 
 import cachedit_fx
 import cachedit_fx.testing.pattern_check
-from cachedit_fx import (
-    BlockAdapter,
-    BlockTemplate,
-    Explanation,
-    ForwardPattern,
-    ParamsModifier,
-    PatchFunctor,
-    figure,
-)
+from cachedit_fx import BlockAdapter, BlockTemplate, ForwardPattern, ParamsModifier, figure
 from cachedit_fx.frontend import fast_dispatch
+from cachedit_fx.functors import PatchFunctor
+from cachedit_fx.inspect import Explanation
 from cachedit_fx.inspect.pages import render
 from cachedit_fx.inspect.reproduce import run_saved
 from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals

@@ -16,19 +16,18 @@ import cachedit_fx.testing.pattern_check
 from cachedit_fx import (
     Backend,
     BlockAdapter,
-    BlockAdapterRegistry,
     BlockTemplate,
     CacheConfig,
     ForwardPattern,
     ParamsModifier,
-    PatchFunctor,
     load_configs,
     register_pattern,
-    split_stream,
     steps_mask,
 )
 from cachedit_fx.__main__ import _config, _make
+from cachedit_fx.functors import PatchFunctor, split_stream
 from cachedit_fx.inspect.graph_json import from_json
+from cachedit_fx.integrations import BlockAdapterRegistry
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 from tests import hybrid

@@ -11,14 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cachedit_fx import (
-    BlockAdapter,
-    BlockTemplate,
-    PatchFunctor,
-    give_to_block,
-    rename_stream,
-    split_stream,
-)
+from cachedit_fx import BlockAdapter, BlockTemplate
+from cachedit_fx.functors import PatchFunctor, give_to_block, rename_stream, split_stream
 from tests import hybrid
 from tests.regions import relative_l1
 from tests.tiny import TEXT, WIDTH

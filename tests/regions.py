@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pytest
 from torch import Tensor, nn
 
-from cachedit_fx import CacheStats
+from cachedit_fx.inspect import CacheStats
 
 Streams = dict[str, Tensor]
 Decide = Callable[[int, float | None], bool]

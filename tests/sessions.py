@@ -7,6 +7,6 @@ from torch import nn
 import cachedit_fx
 
 
-def every_session(module: nn.Module) -> list[cachedit_fx.CacheStats]:
+def every_session(module: nn.Module) -> list[cachedit_fx.inspect.CacheStats]:
     """All that are known, finished or running, in the order of their first steps."""
     return cachedit_fx.summary(module, every_generation=True, logging=False)

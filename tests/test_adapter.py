@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import cachedit_fx
-from cachedit_fx import BlockAdapter, BlockTemplate, ForwardPattern, ParamsModifier, PatternError
+from cachedit_fx import BlockAdapter, BlockTemplate, ForwardPattern, ParamsModifier
+from cachedit_fx.errors import PatternError
 from tests import hybrid, tiny, tiny_pipelines
 from tests.hybrid import DUAL, SINGLE, Hybrid, LosesText, calls, generate, pipe_of
 from tests.messages import flat
@@ -196,7 +197,9 @@ def test_a_modifier_may_cut_its_list_elsewhere():
 PARTS = [
     pytest.param(lambda: ParamsModifier(cachedit_fx.DBCacheConfig().reset(max_cached_steps=2)), id="reset"),
     pytest.param(lambda: ParamsModifier(cachedit_fx.CacheConfig(max_cached_steps=2)), id="config"),
-    pytest.param(lambda: ParamsModifier(cachedit_fx.BasicCacheConfig(5).reset(max_cached_steps=2)), id="reset-forgets"),
+    pytest.param(
+        lambda: ParamsModifier(cachedit_fx.config.BasicCacheConfig(5).reset(max_cached_steps=2)), id="reset-forgets"
+    ),
     pytest.param(lambda: ParamsModifier(max_cached_steps=2), id="field"),
     pytest.param(
         lambda: ParamsModifier(cachedit_fx.CacheConfig(max_cached_steps=1), max_cached_steps=2), id="field-on-top"

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import cachedit_fx
-from cachedit_fx import BlockAdapter, CacheConfig, ConfigError, ForwardPattern, ParamsModifier, PatchFunctor
+from cachedit_fx import BlockAdapter, CacheConfig, ForwardPattern, ParamsModifier
+from cachedit_fx.errors import ConfigError
+from cachedit_fx.functors import PatchFunctor
 from tests import hybrid
 from tests.hybrid import pipe_of
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import cachedit_fx
-from cachedit_fx import BlockAdapter, BlockAdapterRegistry, ConfigError, ForwardPattern
+from cachedit_fx import BlockAdapter, ForwardPattern
+from cachedit_fx.errors import ConfigError
+from cachedit_fx.integrations import BlockAdapterRegistry
 from tests import hybrid
 from tests.hybrid import generate
 from tests.sessions import every_session

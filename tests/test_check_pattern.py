@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import cachedit_fx
 import cachedit_fx.testing.pattern_check
-from cachedit_fx import BlockTemplate, ConfigError
+from cachedit_fx import BlockTemplate
+from cachedit_fx.errors import ConfigError
 from cachedit_fx.patterns import BUILT_IN, templates
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 from cachedit_fx.patterns.declaration import Declaration

@@ -15,9 +15,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import cachedit_fx
-from cachedit_fx import Backend, CacheConfig, ConfigError, FoCaCalibratorConfig
+from cachedit_fx import Backend, CacheConfig
 from cachedit_fx.config.cache_config import FIELD_NAMES, OPTION_NAMES, split_options
-from cachedit_fx.errors import listed
+from cachedit_fx.errors import ConfigError, listed
+from cachedit_fx.forecasters import FoCaCalibratorConfig
 from tests import tiny
 from tests.sessions import every_session
 

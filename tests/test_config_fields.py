@@ -14,19 +14,12 @@ import pytest
 import torch
 
 import cachedit_fx
-from cachedit_fx import (
-    Backend,
-    BasicCacheConfig,
-    CacheConfig,
-    CacheType,
-    ConfigError,
-    DBCacheConfig,
-    DBPruneConfig,
-    ParamsModifier,
-)
+from cachedit_fx import Backend, CacheConfig, DBCacheConfig, DBPruneConfig, ParamsModifier
+from cachedit_fx.config import BasicCacheConfig, CacheType
 from cachedit_fx.config.cache_config import FIELD_NAMES, check_together
 from cachedit_fx.config.fields import OPTIONS
 from cachedit_fx.config.options import option, options_of, settle
+from cachedit_fx.errors import ConfigError
 from tests import hybrid
 from tests.hybrid import generate
 from tests.sessions import every_session

@@ -14,11 +14,12 @@ import torch
 from markupsafe import escape
 
 import cachedit_fx
-from cachedit_fx import Backend, BlockAdapter, CacheConfig, ConfigError, DBCacheConfig, ParamsModifier, load_configs
+from cachedit_fx import Backend, BlockAdapter, CacheConfig, DBCacheConfig, ParamsModifier, load_configs
 from cachedit_fx.__main__ import _config as config_of_options
 from cachedit_fx.config.cache_config import check_together, split_options
 from cachedit_fx.config.fields import FIELD_NAMES, OPTIONS
 from cachedit_fx.config.reference import POLICY, meaning
+from cachedit_fx.errors import ConfigError
 from cachedit_fx.integrations.pipelines import enabled_settings
 from cachedit_fx.policies import Budget, History, Magnitude, Rule, Threshold, decide
 from tests import tiny

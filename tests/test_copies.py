@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import cachedit_fx
-from cachedit_fx import CallCounts
+from cachedit_fx.inspect import CallCounts
 from tests import tiny
 from tests.idle import ALL_REUSED, Guided, called, counts, enabled, run, warnings_in
 from tests.tiny import build, config, frozen, latents, prompt

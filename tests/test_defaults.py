@@ -12,22 +12,11 @@ import pytest
 import torch
 
 import cachedit_fx
-from cachedit_fx import (
-    RECOMMENDED,
-    Backend,
-    BasicCacheConfig,
-    BlockAdapter,
-    CacheConfig,
-    DBCacheConfig,
-    DBPruneConfig,
-    FoCaCalibratorConfig,
-    Forecaster,
-    ParamsModifier,
-    TaylorSeerCalibratorConfig,
-    load_configs,
-)
+from cachedit_fx import Backend, BlockAdapter, CacheConfig, DBCacheConfig, DBPruneConfig, ParamsModifier, load_configs
 from cachedit_fx.__main__ import _config as config_of_options
+from cachedit_fx.config import RECOMMENDED, BasicCacheConfig
 from cachedit_fx.config.cache_config import FIELD_NAMES, check_together, split_options
+from cachedit_fx.forecasters import FoCaCalibratorConfig, Forecaster, TaylorSeerCalibratorConfig
 from cachedit_fx.integrations.pipelines import enabled_settings
 from cachedit_fx.tuning.cached import threshold_config
 from tests import tiny

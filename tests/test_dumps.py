@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import cachedit_fx
-from cachedit_fx import Backend, CacheConfig, ConfigError
+from cachedit_fx import Backend, CacheConfig
+from cachedit_fx.errors import ConfigError
 from cachedit_fx.inspect.reproduce import explain_saved, run_saved
 from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals
 from tests import hybrid, tiny

@@ -14,9 +14,10 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 
 import cachedit_fx
-from cachedit_fx import BlockAdapter, ConfigError
+from cachedit_fx import BlockAdapter
 from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor, HunyuanImagePatchFunctor
 from cachedit_fx.config.cache_config import OPTION_NAMES
+from cachedit_fx.errors import ConfigError
 from cachedit_fx.runtime.instances import instances_in
 from tests import tiny as tiny_model
 from tests.sessions import every_session

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import cachedit_fx
-from cachedit_fx import ConfigError
+from cachedit_fx.errors import ConfigError
 from cachedit_fx.runtime.cached_call import MAX_POLICIES
 from cachedit_fx.runtime.instances import instances_in
 from tests import tiny

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import cachedit_fx
-from cachedit_fx import CallCounts, NoMatchError
+from cachedit_fx import NoMatchError
 from cachedit_fx.frontend.entry_points import entry_points
+from cachedit_fx.inspect import CallCounts
 from tests import tiny
 from tests.idle import CALLS, Guided, called, counts, enabled, warnings_in
 from tests.sessions import every_session

@@ -28,7 +28,7 @@ def no_registered_patterns():
     yield
     for template in templates():
         if template.number is None:
-            cachedit_fx.unregister_pattern(template.name)
+            cachedit_fx.patterns.unregister_pattern(template.name)
 
 
 def rows(heading: str) -> list[list[str]]:

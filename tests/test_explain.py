@@ -12,8 +12,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import cachedit_fx
-from cachedit_fx import BlockAdapter, CacheConfig, ConfigError, explain
+from cachedit_fx import BlockAdapter, CacheConfig, explain
 from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor
+from cachedit_fx.errors import ConfigError
 from cachedit_fx.flops import FlopCounter
 from cachedit_fx.inspect.explanation.result import Explanation
 from tests import hybrid

@@ -7,14 +7,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from cachedit_fx import (
-    ConfigError,
+from cachedit_fx.errors import ConfigError
+from cachedit_fx.forecasters import (
     FittedCalibratorConfig,
     PolynomialCalibratorConfig,
     TaylorSeerCalibratorConfig,
     Times,
+    as_mapping,
+    forecaster_from,
 )
-from cachedit_fx.forecasters import as_mapping, forecaster_from
 from cachedit_fx.tuning.cached import config_of
 from cachedit_fx.tuning.fit import Fitting, fitting
 from cachedit_fx.tuning.schedule import Problem, Schedule, best_schedules, cost_of

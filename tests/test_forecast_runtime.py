@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import cachedit_fx
-from cachedit_fx import CacheConfig, ConfigError, DBCacheConfig, ParamsModifier, load_configs
+from cachedit_fx import CacheConfig, DBCacheConfig, ParamsModifier, load_configs
+from cachedit_fx.errors import ConfigError
 from cachedit_fx.forecasters import Forecaster, LinearForecaster, Times
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
 from tests import hybrid, tiny

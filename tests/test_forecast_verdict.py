@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import cachedit_fx
-from cachedit_fx import CacheConfig, FoCaCalibratorConfig, PolynomialCalibratorConfig, explain
+from cachedit_fx import CacheConfig, explain
+from cachedit_fx.forecasters import FoCaCalibratorConfig, PolynomialCalibratorConfig
 from cachedit_fx.forecasters.compile import EagerForecaster
 from cachedit_fx.forecasters.verdict import choose, is_gap, is_jump, judge, terms, unproven
 from cachedit_fx.runtime.cached_values import CachedValue, Forecast
@@ -40,7 +41,7 @@ def controlled() -> list[dict[str, Tensor]]:
     ]
 
 
-def run(calls: list[dict[str, Tensor]], **fields: Any) -> tuple[list[Tensor], cachedit_fx.CacheStats]:
+def run(calls: list[dict[str, Tensor]], **fields: Any) -> tuple[list[Tensor], cachedit_fx.inspect.CacheStats]:
     model = enabled(**fields)
     outputs = outputs_of(model, calls)
     return outputs, every_session(model)[-1]
@@ -163,7 +164,7 @@ def test_where_the_steps_were_chosen_beforehand_a_jump_alone_counts() -> None:
 def test_what_is_no_number_or_stands_still_is_judged() -> None:
     value, broken = torch.ones(2, 2, 2), torch.ones(2, 2, 2)
     broken[1] = torch.nan
-    numbers = torch.tensor(terms(cachedit_fx.Times((1.0, 0.0), 2.0), is_static=False))
+    numbers = torch.tensor(terms(cachedit_fx.forecasters.Times((1.0, 0.0), 2.0), is_static=False))
     found = judge((value, value), broken, value, unproven(value), numbers)
     assert found.tolist() == [True, False]
     assert choose(value, broken, found).equal(value)

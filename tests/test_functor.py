@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, fx
 
 import cachedit_fx
-from cachedit_fx import NoMatchError, PatchFunctor, PatternError, split_stream
+from cachedit_fx import NoMatchError
+from cachedit_fx.errors import PatternError
+from cachedit_fx.functors import PatchFunctor, split_stream
 from tests import hybrid
 from tests.hybrid import calls, generate
 from tests.messages import flat

@@ -10,7 +10,10 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import Unsupported
 
 import cachedit_fx
-from cachedit_fx import BlockAdapter, BlockAdapterRegistry, ConfigError, ForwardPattern, PatchFunctor, PatternError
+from cachedit_fx import BlockAdapter, ForwardPattern
+from cachedit_fx.errors import ConfigError, PatternError
+from cachedit_fx.functors import PatchFunctor
+from cachedit_fx.integrations import BlockAdapterRegistry
 from tests import hybrid
 from tests.hybrid import SingleBlock, generate
 from tests.sessions import every_session
@@ -246,8 +249,8 @@ def test_block_nodes_are_those_of_each_block_in_order():
 
     class Look(PatchFunctor):
         def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
-            seen.append((list(gm.graph.nodes), cachedit_fx.block_nodes(gm, "blocks")))
-            assert cachedit_fx.block_nodes(gm, "no_such_list") == []
+            seen.append((list(gm.graph.nodes), cachedit_fx.functors.block_nodes(gm, "blocks")))
+            assert cachedit_fx.functors.block_nodes(gm, "no_such_list") == []
             return gm
 
     model = hybrid.build()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 
 import cachedit_fx
-from cachedit_fx import CallCounts, NoMatchError
+from cachedit_fx import NoMatchError
+from cachedit_fx.inspect import CallCounts
 from tests import tiny
 from tests.idle import ALL_REUSED, CALLS, counts, enabled, run, warnings_in
 from tests.sessions import every_session

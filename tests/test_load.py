@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 import cachedit_fx
-from cachedit_fx import ConfigError, DBCacheConfig, DBPruneConfig, load_configs, steps_mask
+from cachedit_fx import DBCacheConfig, DBPruneConfig, load_configs, steps_mask
+from cachedit_fx.errors import ConfigError
 from tests import hybrid
 from tests.hybrid import generate
 from tests.sessions import every_session

@@ -193,7 +193,7 @@ def test_num_inference_steps_does_not_keep_a_session_alive():
 
 def two_guidance_branches(
     declare: Callable[[nn.Module], Any] = lambda model: model, **fields: Any
-) -> tuple[list[cachedit_fx.CacheStats], list[list[Tensor]]]:
+) -> tuple[list[cachedit_fx.inspect.CacheStats], list[list[Tensor]]]:
     """Statistics and outputs of two branches that take turns, each with its own prompt and latents."""
     model = tiny.build()
     cachedit_fx.enable_cache(declare(model), tiny.config(**{"residual_diff_threshold": 0.06} | fields))

@@ -38,7 +38,7 @@ PARTS = {
     ("cachedit_fx/inspect/graph_json.py", "_node_to_json", "TypeError"),
     ("cachedit_fx/integrations/config_files.py", "_yaml", "ValueError"),
     ("passes/analysis/size_rule.py", "SizeRule.__init__", "UnknownSizeError"),
-    ("passes/manager.py", "run_steps", "PassError"),
+    ("passes/manager.py", "run_passes", "PassError"),
     # Attributes of the package itself, in Python's own words: tests/test_public_names.py.
     ("cachedit_fx/__init__.py", "__getattr__", "warning"),
     ("cachedit_fx/__init__.py", "__getattr__", "AttributeError"),

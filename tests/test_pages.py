@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import cachedit_fx
-from cachedit_fx import CacheConfig, Explanation
+from cachedit_fx import CacheConfig
+from cachedit_fx.inspect import Explanation
 from cachedit_fx.inspect.explanation.dynamo_recorder import RecordedGraph
 from cachedit_fx.inspect.reports import RunReport
 from cachedit_fx.runtime.stats import CacheStats, StepError, Summary

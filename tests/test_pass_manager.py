@@ -17,7 +17,7 @@ from cachedit_fx import CacheConfig
 from cachedit_fx.errors import PassError, PatternError
 from cachedit_fx.passes.extract import graph_module
 from cachedit_fx.passes.graph_pass import GraphAnalysis, GraphPass, PassContext
-from cachedit_fx.passes.manager import STEPS, Rewritten, rewrite, run_steps
+from cachedit_fx.passes.manager import PASSES, Rewritten, rewrite, run_passes
 from cachedit_fx.passes.observer import Observer
 from cachedit_fx.passes.transforms.drop_numpy_calls import DropNumpyCalls
 from cachedit_fx.passes.transforms.hoist_symbols import HoistSymbols
@@ -83,15 +83,15 @@ def making(name: str, change: Callable[[fx.GraphModule], Any], *, modified: bool
 
 
 def test_one_list_leads_from_the_captured_graph_to_the_pieces():
-    rewrites = [step.name for step in STEPS if issubclass(step, GraphPass)]
-    analyses = [step.name for step in STEPS if issubclass(step, GraphAnalysis)]
+    rewrites = [step.name for step in PASSES if issubclass(step, GraphPass)]
+    analyses = [step.name for step in PASSES if issubclass(step, GraphAnalysis)]
     assert (rewrites, analyses) == (REWRITES, ["make-plan", "make-runtime-plan"])
-    order = [step.name for step in STEPS]
+    order = [step.name for step in PASSES]
     assert order[6:8] == analyses  # Nothing is rewritten between the plan and the conditionals.
 
 
 def test_every_step_is_in_the_folder_of_its_kind():
-    for step in STEPS:
+    for step in PASSES:
         if issubclass(step, GraphPass):
             name = step.name.replace("-", "_")
             assert step.__module__ == f"cachedit_fx.passes.transforms.{name}"
@@ -124,7 +124,7 @@ def test_a_modified_graph_is_recompiled():
         add.target = operator.mul
         add.args = (add.args[0], 2)
 
-    assert run_steps(small_graph(), [making("double", double)], PassContext())(5) == 10
+    assert run_passes(small_graph(), [making("double", double)], PassContext())(5) == 10
 
 
 def test_a_pass_that_raises_is_named():
@@ -134,7 +134,7 @@ def test_a_pass_that_raises_is_named():
     recorder = Recorder()
     steps = [making("first", lambda gm: None), making("second", fail)]
     with pytest.raises(PassError, match="the pass second failed") as raised:
-        run_steps(small_graph(), steps, PassContext(observer=recorder))
+        run_passes(small_graph(), steps, PassContext(observer=recorder))
     assert isinstance(raised.value.__cause__, KeyError)
     assert recorder.seen == ["first"]
 
@@ -147,7 +147,7 @@ def test_a_pass_that_leaves_a_broken_graph_is_named(modified: bool):
             gm.graph.call_function(operator.neg, (add,))
 
     with pytest.raises(PassError, match="the pass breaks-it failed") as raised:
-        run_steps(small_graph(), [making("breaks-it", read_too_early, modified=modified)], PassContext())
+        run_passes(small_graph(), [making("breaks-it", read_too_early, modified=modified)], PassContext())
     assert "was used before it has been defined" in str(raised.value.__cause__)
 
 
@@ -158,7 +158,7 @@ def test_a_pass_that_breaks_a_segment_is_named():
         gm.add_module("head", segment)
 
     with pytest.raises(PassError, match="the pass breaks-a-segment failed") as raised:
-        run_steps(small_graph(), [making("breaks-a-segment", break_a_segment)], PassContext())
+        run_passes(small_graph(), [making("breaks-a-segment", break_a_segment)], PassContext())
     assert "nonexistent attribute missing" in str(raised.value.__cause__)
 
 
@@ -170,7 +170,7 @@ def test_what_the_model_or_the_user_is_the_reason_for_is_no_pass_error(error: Ex
         raise error
 
     with pytest.raises(type(error)) as raised:
-        run_steps(small_graph(), [making("refuses", refuse)], PassContext())
+        run_passes(small_graph(), [making("refuses", refuse)], PassContext())
     assert raised.value is error
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import cachedit_fx
-from cachedit_fx import BlockTemplate, ConfigError, register_pattern, unregister_pattern
+from cachedit_fx import BlockTemplate, register_pattern
+from cachedit_fx.errors import ConfigError
 from cachedit_fx.passes.analysis.dataflow import Program
 from cachedit_fx.passes.analysis.locate_blocks import locate_blocks
 from cachedit_fx.passes.plan import Plan
@@ -26,6 +27,7 @@ from cachedit_fx.patterns import (
     match_any,
     match_list,
     templates,
+    unregister_pattern,
 )
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 from cachedit_fx.patterns.nodes import SourceLine

@@ -48,11 +48,13 @@ def structure(case: Case) -> tuple[object, ...]:
     return (case.family, case.dtype, config(case).structure, str(case.modifiers))
 
 
-def run(case: Case, transformer: nn.Module) -> tuple[dict[str, dict[str, list[cachedit_fx.CacheStats]]], Tensor]:
+def run(
+    case: Case, transformer: nn.Module
+) -> tuple[dict[str, dict[str, list[cachedit_fx.inspect.CacheStats]]], Tensor]:
     """Statistics per branch and region, an entry for each generation, and the final latents."""
     cachedit_fx.reset(transformer)
     latents = generate(case, subject(case, transformer))
-    found: dict[str, dict[str, list[cachedit_fx.CacheStats]]] = {}
+    found: dict[str, dict[str, list[cachedit_fx.inspect.CacheStats]]] = {}
     names: list[str] = []  # In a loop the branches have no label; they come in the order in which they are called.
     for stats in every_session(transformer):
         if stats.session not in names:
@@ -101,7 +103,7 @@ def of_several_structures(family: str) -> tuple[nn.Module, Several]:
     return transformer, Several(backends)
 
 
-def over_generations(entries: list[cachedit_fx.CacheStats]) -> tuple[list[int], dict[int, float]]:
+def over_generations(entries: list[cachedit_fx.inspect.CacheStats]) -> tuple[list[int], dict[int, float]]:
     """Reused steps and diffs, steps counted on from one generation to the next."""
     starts = [0, *itertools.accumulate(entry.num_steps for entry in entries)]
     steps = [start + s for start, entry in zip(starts, entries, strict=False) for s in entry.cached_steps]
@@ -109,7 +111,7 @@ def over_generations(entries: list[cachedit_fx.CacheStats]) -> tuple[list[int], 
     return steps, diffs
 
 
-def assert_same(case: Case, found: dict[str, dict[str, list[cachedit_fx.CacheStats]]], latents: Tensor) -> None:
+def assert_same(case: Case, found: dict[str, dict[str, list[cachedit_fx.inspect.CacheStats]]], latents: Tensor) -> None:
     wanted = recorded(case)
     assert set(found) == set(wanted["branches"]), case
     for guidance_branch, regions in wanted["branches"].items():

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cachedit_fx
-from cachedit_fx import CacheConfig, ConfigError
+from cachedit_fx import CacheConfig
 from cachedit_fx.config.cache_config import check_together
+from cachedit_fx.errors import ConfigError
 from cachedit_fx.policies import Decision, History, StepView, decide, needs_refresh
 from cachedit_fx.policies.budget import rescaled
 from tests import hybrid, tiny

@@ -41,7 +41,7 @@ def drifting() -> list[dict[str, Tensor]]:
     ]
 
 
-def pruned(model: nn.Module, **fields: Any) -> tuple[list[Tensor], dict[str, cachedit_fx.CacheStats]]:
+def pruned(model: nn.Module, **fields: Any) -> tuple[list[Tensor], dict[str, cachedit_fx.inspect.CacheStats]]:
     """The outputs of a generation, and the statistics of its regions by their names."""
     base = dict(Fn_compute_blocks=0, residual_diff_threshold=LIMIT, max_warmup_steps=1, inner_backend="eager")
     cachedit_fx.enable_cache(model, DBPruneConfig(**base | fields))
@@ -57,7 +57,7 @@ def reference(numbers: Sequence[int], decide: Decide | None = None) -> tuple[lis
     return runs(model, [*spans.values()], drifting()), spans
 
 
-def assert_same(found: dict[str, cachedit_fx.CacheStats], spans: dict[str, Span]) -> None:
+def assert_same(found: dict[str, cachedit_fx.inspect.CacheStats], spans: dict[str, Span]) -> None:
     assert list(found) == list(spans)
     for name, span in spans.items():
         assert found[name].cached_steps == span.cached_steps, name

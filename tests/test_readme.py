@@ -51,7 +51,9 @@ def test_every_option_is_in_the_table_with_its_default():
     assert listed["residual_diff_threshold"] == "None"  # Of the rule that is listed last.
     for name in set(FIELD_NAMES) - {"residual_diff_threshold", "max_state_bytes"}:
         default = getattr(cachedit_fx.CacheConfig(), name)
-        shown = f"{type(default).__name__}()" if isinstance(default, cachedit_fx.Forecaster) else str(default)
+        shown = (
+            f"{type(default).__name__}()" if isinstance(default, cachedit_fx.forecasters.Forecaster) else str(default)
+        )
         assert shown == listed[name].replace('"', "")
     assert eval(listed["max_state_bytes"]) == cachedit_fx.CacheConfig().max_state_bytes
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cachedit_fx
-from cachedit_fx import ConfigError
+from cachedit_fx.errors import ConfigError
 from cachedit_fx.inspect.pages import plot_chain, plot_run, render, thresholds
 from cachedit_fx.inspect.pages.axes import ticks
 from cachedit_fx.inspect.pages.charts import longest_shown
@@ -95,7 +95,7 @@ def test_a_candidate_lies_just_above_its_diff(diff: float) -> None:
 def test_steps_without_a_number_are_no_candidates(tmp_path: Path) -> None:
     found = entry(residual_diffs={2: float("nan"), 3: float("inf")}, errors=shadowed().errors)
     assert thresholds.candidates(found) == []
-    path = cachedit_fx.RunReport("Model", Summary([found])).to_html(tmp_path / "run.html")
+    path = cachedit_fx.inspect.RunReport("Model", Summary([found])).to_html(tmp_path / "run.html")
     assert "No step has both a diff and an error." in path.read_text(encoding="utf-8")
 
 
@@ -151,7 +151,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     render._environment.cache_clear()
-    report = cachedit_fx.RunReport("Model", Summary([entry()]))
+    report = cachedit_fx.inspect.RunReport("Model", Summary([entry()]))
     with pytest.raises(ConfigError, match=r"needs jinja2.*pip install cachedit_fx\[report\]"):
         report.to_html(tmp_path / "run.html")
     with pytest.raises(ConfigError, match=r"needs matplotlib.*pip install cachedit_fx\[report\]"):

@@ -175,10 +175,10 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def registry() -> Iterator[None]:
     """Forgets what is registered in the test."""
-    before = set(cachedit_fx.BlockAdapterRegistry.supported_pipelines()[1])
+    before = set(cachedit_fx.integrations.BlockAdapterRegistry.supported_pipelines()[1])
     yield
-    for name in set(cachedit_fx.BlockAdapterRegistry.supported_pipelines()[1]) - before:
-        cachedit_fx.BlockAdapterRegistry.unregister(name)
+    for name in set(cachedit_fx.integrations.BlockAdapterRegistry.supported_pipelines()[1]) - before:
+        cachedit_fx.integrations.BlockAdapterRegistry.unregister(name)
 
 
 def built(tiny: TinyPipeline, num_blocks: int = NUM_BLOCKS, **inputs: Any) -> DiffusionPipeline:
@@ -321,7 +321,7 @@ def test_lists_of_patterns_1_and_3_are_cached_as_one_chain(eager):
 def test_flux_of_later_diffusers_is_told_to_fit_pattern_1_throughout(eager):
     pipe = built(PIPELINES["flux"], 2)
     run("hybrid patterns", pipe)
-    with pytest.raises(cachedit_fx.PatternError) as caught:
+    with pytest.raises(cachedit_fx.errors.PatternError) as caught:
         pipe(...)
     message = str(caught.value)
     assert re.search(r"pattern 3 \(.*\) was declared for single_transformer_blocks", message)
@@ -367,7 +367,7 @@ def test_a_registered_adapter_with_a_functor_caches_hidream(eager, registry):
     pipe = built(PIPELINES["hidream"], 2)  # In each of its two lists.
     expected = pipe(...)[0]
     scope = run("patch functor", pipe)
-    adapter = cachedit_fx.BlockAdapterRegistry.get(pipe)
+    adapter = cachedit_fx.integrations.BlockAdapterRegistry.get(pipe)
     assert isinstance(adapter, cachedit_fx.BlockAdapter)
     assert isinstance(adapter.patch_functor, HiDreamPatchFunctor)
     assert scope["hidream_adapter"](pipe, has_separate_cfg=True).has_separate_cfg

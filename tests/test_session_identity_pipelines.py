@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import cachedit_fx
-from cachedit_fx import CacheStats
+from cachedit_fx.inspect import CacheStats
 from tests.sessions import every_session
 from tests.tiny_pipelines import PIPELINES, TinyPipeline
 

@@ -376,7 +376,7 @@ def test_summary_tells_what_a_session_did_and_holds():
     module, text = compiled(build(), max_warmup_steps=2), prompt(1)
     generate(module, text, latents(1), TIMES[:5])
     (stats,) = every_session(module)
-    assert isinstance(stats, cachedit_fx.CacheStats)
+    assert isinstance(stats, cachedit_fx.inspect.CacheStats)
     assert stats.region == "blocks[1:4]"
     assert stats.decisions == ["warmup", "warmup", "diff-below", "diff-above", "diff-below"]
     assert (stats.num_steps, stats.cached_steps) == (5, [2, 4])

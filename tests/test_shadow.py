@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import cachedit_fx
-from cachedit_fx import CacheConfig, ConfigError, DBPruneConfig, ParamsModifier
-from cachedit_fx.errors import NoMatchError
+from cachedit_fx import CacheConfig, DBPruneConfig, ParamsModifier
+from cachedit_fx.errors import ConfigError, NoMatchError
 from tests import hybrid, tiny
 from tests.hybrid import SINGLE, moving
 from tests.regions import Span, at_steps, cached

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cachedit_fx import CacheConfig, ConfigError, steps_mask
+from cachedit_fx import CacheConfig, steps_mask
+from cachedit_fx.errors import ConfigError
 
 RECORDED = json.loads((Path(__file__).parent / "peers/recorded/steps_masks.json").read_text(encoding="utf-8"))["masks"]
 STEPS = sorted(map(int, RECORDED["slow"]))

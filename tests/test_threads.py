@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from cachedit_fx import PolynomialCalibratorConfig
+from cachedit_fx.forecasters import PolynomialCalibratorConfig
 from tests import tiny
 from tests.fast_dispatches import enabled
 from tests.tiny import build, generate, latents, prompt

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx import CacheConfig, Forecaster, load_configs
+from cachedit_fx import CacheConfig, load_configs
 from cachedit_fx.errors import ConfigError
+from cachedit_fx.forecasters import Forecaster
 from cachedit_fx.forecasters.forecaster import Times
 from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
 from cachedit_fx.tuning import TuneResult, check_signature, generations, load_tuned, tune

@@ -124,4 +124,4 @@ def test_a_graph_whose_parts_do_not_compile_runs_whole(caplog, monkeypatch):
     torch._dynamo.reset()
     with pytest.raises(BackendCompilerFailed) as caught:
         step(compiled(build(), on_no_match="raise"), text, 1.0, noise)
-    assert isinstance(caught.value.inner_exception, cachedit_fx.PassError)
+    assert isinstance(caught.value.inner_exception, cachedit_fx.errors.PassError)

@@ -113,7 +113,7 @@ def as_mapping(forecaster: Forecaster | None) -> dict[str, Any] | None:
     if name is None:
         raise ConfigError(
             f"cachedit_fx: a forecaster in a file must have a name, got a {type(forecaster).__name__}; register its "
-            "class with @cachedit_fx.register_forecaster"
+            "class with @cachedit_fx.forecasters.register_forecaster"
         )
     fields = [f for f in dataclasses.fields(forecaster) if f.init]
     return {"type": name} | {f.name: getattr(forecaster, f.name) for f in fields if not _is_default(forecaster, f)}

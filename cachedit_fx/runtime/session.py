@@ -27,7 +27,7 @@ from cachedit_fx.runtime.request import current_owner, current_request
 from cachedit_fx.runtime.scheduler_run import SchedulerRun, find_scheduler_run
 from cachedit_fx.runtime.snapshot import Snapshot
 from cachedit_fx.runtime.stats import CacheStats
-from cachedit_fx.runtime.stopwatch import PieceTimes
+from cachedit_fx.runtime.stopwatch import StepTimes
 
 MAX_FINISHED = 64  # The number of finished sessions per module whose statistics are kept.
 
@@ -153,7 +153,7 @@ class Session:
                 began=self.snapshot.began,
                 timesteps=list(self.snapshot.timesteps),
                 thresholds={i: d.threshold for i, d in enumerate(state.decisions) if d.threshold is not None},
-                step_seconds=PieceTimes(self.snapshot.piece_times),
+                step_seconds=StepTimes(self.snapshot.step_times),
                 errors={i: error for i, error in enumerate(state.errors) if error is not None},
                 accumulated={i: d.accumulated for i, d in enumerate(state.decisions) if d.accumulated is not None},
                 not_forecast=NotForecast(state.verdicts),

@@ -11,7 +11,7 @@ import torch
 from cachedit_fx.policies import Decision, History
 from cachedit_fx.runtime.cached_values import CachedValue, Reused, Unread
 from cachedit_fx.runtime.stats import StepError
-from cachedit_fx.runtime.stopwatch import PieceTime
+from cachedit_fx.runtime.stopwatch import StepTime
 
 
 class RegionState(NamedTuple):
@@ -56,7 +56,7 @@ class Snapshot(NamedTuple):
         checksum: The checksums of the conditioning; empty if the graph computes none.
         began: Why the generation began (see `CacheStats.began`).
         timesteps: The timesteps of all steps.
-        piece_times: The piece times of all steps.
+        step_times: The piece times of all steps.
         regions: The states of the regions, by name.
     """
 
@@ -68,5 +68,5 @@ class Snapshot(NamedTuple):
     checksum: tuple[float, ...] = ()
     began: str = "new"
     timesteps: tuple[float | None, ...] = ()
-    piece_times: tuple[PieceTime, ...] = ()
+    step_times: tuple[StepTime, ...] = ()
     regions: Mapping[str, RegionState] = MappingProxyType({})

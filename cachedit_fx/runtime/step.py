@@ -19,7 +19,7 @@ from cachedit_fx.runtime.guidance_branch import LoopPosition
 from cachedit_fx.runtime.scheduler_run import SchedulerRun
 from cachedit_fx.runtime.session import Instance, Session
 from cachedit_fx.runtime.snapshot import RegionState, Snapshot
-from cachedit_fx.runtime.stopwatch import PieceTime
+from cachedit_fx.runtime.stopwatch import StepTime
 
 if TYPE_CHECKING:
     from cachedit_fx.runtime.cached_call import CachedCall
@@ -243,14 +243,14 @@ class StepRun:
             return abs(snapshot.timestep - first) if first is not None else float(snapshot.num_steps)
         return float(snapshot.num_steps)
 
-    def commit(self, piece_time: PieceTime) -> None:
-        """Makes the step part of its session, with its `piece_time`."""
+    def commit(self, step_time: StepTime) -> None:
+        """Makes the step part of its session, with its `step_time`."""
         before = self._snapshot
         snapshot = before._replace(
             regions=MappingProxyType({**before.regions, **{run.plan.name: run.state for run in self._runs}}),
             num_steps=before.num_steps + 1,
             timesteps=(*before.timesteps, before.timestep),
-            piece_times=(*before.piece_times, piece_time),
+            step_times=(*before.step_times, step_time),
         )
         is_first = before.num_steps == 0
         loop_position = self._loop_position.after(

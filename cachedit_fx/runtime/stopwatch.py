@@ -21,11 +21,11 @@ class Stopwatch:
         self._device = device
         self._start = _mark(device)
 
-    def stop(self) -> PieceTime:
-        return PieceTime(self._start, _mark(self._device))
+    def stop(self) -> StepTime:
+        return StepTime(self._start, _mark(self._device))
 
 
-class PieceTime:
+class StepTime:
     """A start and a stop, which are host times or events. `seconds` waits until the device has reached the stop."""
 
     __slots__ = ("_start", "_stop")
@@ -41,13 +41,13 @@ class PieceTime:
         return float(self._start.elapsed_time(self._stop)) / 1000
 
 
-class PieceTimes(Sequence[float]):
+class StepTimes(Sequence[float]):
     """A sequence of seconds that is read at access, since statistics are made before the device is finished."""
 
-    __slots__ = ("_piece_times",)
+    __slots__ = ("_step_times",)
 
-    def __init__(self, piece_times: Sequence[PieceTime]) -> None:
-        self._piece_times = tuple(piece_times)
+    def __init__(self, step_times: Sequence[StepTime]) -> None:
+        self._step_times = tuple(step_times)
 
     @overload
     def __getitem__(self, index: int) -> float: ...
@@ -55,14 +55,14 @@ class PieceTimes(Sequence[float]):
     def __getitem__(self, index: slice) -> Sequence[float]: ...
     def __getitem__(self, index: int | slice) -> float | Sequence[float]:
         if isinstance(index, slice):
-            return [piece_time.seconds for piece_time in self._piece_times[index]]
-        return self._piece_times[index].seconds
+            return [step_time.seconds for step_time in self._step_times[index]]
+        return self._step_times[index].seconds
 
     def __len__(self) -> int:
-        return len(self._piece_times)
+        return len(self._step_times)
 
     def __iter__(self) -> Iterator[float]:
-        return (piece_time.seconds for piece_time in self._piece_times)
+        return (step_time.seconds for step_time in self._step_times)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

@@ -60,7 +60,7 @@ def record(pipe: Any, calls: Sequence[Call], max_bytes: int) -> Recording:
     used: dict[str, Recorder] = {}
     lengths: list[int] = []
     others: list[float] = []  # Seconds that the pipeline spends outside of its model.
-    piece_times: list[float] = []
+    step_times: list[float] = []
     for call in calls:
         recorders = {name: Recorder(module, max_bytes) for name, module in modules.items()}
         with ExitStack() as stack:
@@ -78,9 +78,9 @@ def record(pipe: Any, calls: Sequence[Call], max_bytes: int) -> Recording:
             )
         (recorder,) = used.values()
         lengths.append(recorder.num_steps)
-        in_model = [piece_time.seconds for piece_time in recorder.piece_times]
+        in_model = [step_time.seconds for step_time in recorder.step_times]
         others.append(max(0.0, seconds - sum(in_model)))
-        piece_times += in_model
+        step_times += in_model
         for trajectory in recorder.trajectories():
             weights = weights_of(getattr(pipe, "scheduler", None), trajectory.timesteps, recorder.num_steps)
             recorded.append(RecordedRun(trajectory, weights))
@@ -88,7 +88,7 @@ def record(pipe: Any, calls: Sequence[Call], max_bytes: int) -> Recording:
         raise ConfigError(
             f"cachedit_fx: calls must all have the same number of steps, more than {NUM_FIRST}, got {shown(lengths)}"
         )
-    step = statistics.median(piece_times) * len(piece_times) / sum(lengths)
+    step = statistics.median(step_times) * len(step_times) / sum(lengths)
     generation = statistics.median(others) + step * lengths[0]
     return Recording(recorder.module, outputs, recorded, recorder.inputs, Pace(generation, step, lengths[0]))
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.patterns.names import conditioning_names, timestep_name
-from cachedit_fx.runtime.stopwatch import PieceTime, Stopwatch
+from cachedit_fx.runtime.stopwatch import StepTime, Stopwatch
 
 _MISSING = object()
 _CHUNK = 1 << 20  # Number of values per output that are multiplied at once in float64.
@@ -127,7 +127,7 @@ class Recorder:
         module: The model.
         max_bytes: The largest size of all outputs together, in bytes of float32.
         inputs: Shapes of the tensors that the model was called with first, by argument name.
-        piece_times: The time of each call of the model.
+        step_times: The time of each call of the model.
 
     Raises:
         ConfigError: When the model is called: the outputs are larger than `max_bytes`, or contain no floating-point
@@ -137,7 +137,7 @@ class Recorder:
     module: nn.Module
     max_bytes: int
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    piece_times: list[PieceTime] = field(default_factory=list)
+    step_times: list[StepTime] = field(default_factory=list)
     _outputs: dict[int, list[Tensor]] = field(default_factory=dict)
     _timesteps: dict[int, list[float | None]] = field(default_factory=dict)
     _bytes: int = 0
@@ -151,7 +151,7 @@ class Recorder:
     def _call(self, step: Step, run: Callable[[], Any]) -> Any:
         stopwatch = Stopwatch(device_of(self.module))
         returned = run()
-        self.piece_times.append(stopwatch.stop())
+        self.step_times.append(stopwatch.stop())
         found = floating(returned)
         if not found:
             raise ConfigError(

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from cachedit_fx import CacheStats
+    from cachedit_fx.inspect import CacheStats
 
 matplotlib.use("agg")  # This backend needs no display.
 

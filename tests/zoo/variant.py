@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cachedit_fx import PatchFunctor
+from cachedit_fx.functors import PatchFunctor
 
 NUM_BLOCKS = 4  # In every list.
 BATCH = 2
