@@ -15,8 +15,8 @@ from cachedit_fx.patterns.declaration import Declaration
 
 if TYPE_CHECKING:
     from cachedit_fx.passes.analysis.runtime_plan import RuntimePlan
+    from cachedit_fx.passes.piece import Piece
     from cachedit_fx.passes.plan import Plan
-    from cachedit_fx.passes.transforms.split_pieces import Piece
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from cachedit_fx.passes.analysis.runtime_plan import RuntimePlan, make_runtime_p
 from cachedit_fx.passes.extract import generate_code
 from cachedit_fx.passes.graph_pass import GraphAnalysis, GraphPass, PassContext
 from cachedit_fx.passes.observer import Observer
+from cachedit_fx.passes.piece import Piece
 from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.transforms.apply_functor import ApplyFunctor
 from cachedit_fx.passes.transforms.drop_numpy_calls import DropNumpyCalls
@@ -23,7 +24,7 @@ from cachedit_fx.passes.transforms.hoist_symbols import HoistSymbols
 from cachedit_fx.passes.transforms.inline_checkpoints import InlineCheckpoints
 from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals
 from cachedit_fx.passes.transforms.narrow_contexts import NarrowContexts
-from cachedit_fx.passes.transforms.split_pieces import Piece, SplitPieces
+from cachedit_fx.passes.transforms.split_pieces import SplitPieces
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch, MismatchError
 

@@ -14,8 +14,8 @@ from cachedit_fx.patterns.mismatch import Match, Mismatch
 
 if TYPE_CHECKING:
     from cachedit_fx.passes.analysis.dataflow import Program
+    from cachedit_fx.passes.piece import Piece
     from cachedit_fx.passes.plan import Plan
-    from cachedit_fx.passes.transforms.split_pieces import Piece
 
 
 class Observer:

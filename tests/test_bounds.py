@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
-from cachedit_fx.runtime.session import MAX_SESSIONS
+from cachedit_fx.runtime.bounds import MAX_SESSIONS
 from tests import tiny
 from tests.fast_dispatches import enabled
 from tests.sessions import every_session

@@ -14,7 +14,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import cachedit_fx
-from cachedit_fx.runtime.session import MAX_FINISHED, MAX_SESSIONS, Instance
+from cachedit_fx.runtime.bounds import MAX_SESSIONS
+from cachedit_fx.runtime.instance import MAX_FINISHED, Instance
 from tests import tiny
 from tests.sessions import every_session
 from tests.tiny import TIMES, build, compiled, generate, latents, prompt, ran_blocks, step

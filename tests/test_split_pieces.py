@@ -16,9 +16,10 @@ import cachedit_fx
 from cachedit_fx import CacheConfig
 from cachedit_fx.passes.graph_pass import PassContext
 from cachedit_fx.passes.manager import plan_graph
+from cachedit_fx.passes.piece import Piece
 from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.transforms.insert_conditionals import compute_or_reuse
-from cachedit_fx.passes.transforms.split_pieces import Piece, SplitPieces
+from cachedit_fx.passes.transforms.split_pieces import SplitPieces
 from cachedit_fx.patterns.nodes import value_of
 from tests.models import FLUX
 from tests.reference import ReferenceCache

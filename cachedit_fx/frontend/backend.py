@@ -23,7 +23,7 @@ from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch
 from cachedit_fx.runtime.cached_call import CachedCall
 from cachedit_fx.runtime.instances import instance_of_weights
-from cachedit_fx.runtime.session import current_call
+from cachedit_fx.runtime.model_call import current_call
 from cachedit_fx.runtime.sources import Sources
 
 log = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from cachedit_fx.frontend.torch_internals import (
     recompile_limit,
 )
 from cachedit_fx.runtime.cached_call import CachedCall
-from cachedit_fx.runtime.session import current_call
+from cachedit_fx.runtime.model_call import current_call
 
 MAX_GRAPHS = 64  # The largest recompile limit for one class of modules, however often the graphs are used.
 MAX_SIGNATURES = 1024

@@ -36,7 +36,7 @@ from cachedit_fx.functors.functor import PatchFunctor
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.names import conditioning_names, timestep_name
 from cachedit_fx.runtime.instances import installed_in, instance_of
-from cachedit_fx.runtime.session import ModelCall, current_call, within_call
+from cachedit_fx.runtime.model_call import ModelCall, current_call, within_call
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class Enabled:
             is_certain: Whether no other capture strategy is left for the next call to try.
         """
         if self._cached_strategy is not None or self.compiled.limit_reached:
-            self.instance.record_uncached(call)
+            self.instance.record_uncached(call.conditioning, call.timestep)
         self.instance.has_cached_graph = False
         self.instance.calls.count_not_served(why.reason)
         if is_certain:

@@ -10,7 +10,7 @@ from torch import fx
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.frontend.torch_internals import compile_lock, inductor, named_backend
 from cachedit_fx.passes.extract import generate_code
-from cachedit_fx.passes.transforms.split_pieces import Piece
+from cachedit_fx.passes.piece import Piece
 
 # Backends that compile nothing. They run the operations of the graph, and their outputs are compared bit by bit.
 _RUNS_AS_IS = ("eager", "eager_noexcept", "eager_debug")

@@ -19,7 +19,7 @@ from cachedit_fx.frontend.torch_internals import OptimizedModule, is_resumed
 from cachedit_fx.functors.shipped import functor_for
 from cachedit_fx.patterns.mismatch import Mismatch
 from cachedit_fx.runtime.instances import instances_in
-from cachedit_fx.runtime.session import current_call
+from cachedit_fx.runtime.model_call import current_call
 
 log = logging.getLogger(__name__)
 

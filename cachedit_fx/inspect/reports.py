@@ -78,7 +78,7 @@ class RunReport:
         from cachedit_fx.inspect.pages import run_page
 
         target = Path(path)
-        target.write_text(run_page(self), encoding="utf-8")
+        target.write_text(run_page(self.title, self.stats), encoding="utf-8")
         return target
 
     def plot(self, path: str | Path | None = None) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from cachedit_fx.runtime.guidance_branch import set_label
 from cachedit_fx.runtime.instances import end_generation
-from cachedit_fx.runtime.session import set_label
 
 _HOOK = "cachedit_fx"
 _MISSING = object()

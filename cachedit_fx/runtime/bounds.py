@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from cachedit_fx.runtime.guidance_branch import LOOP_START, GuidanceBranchKey, LoopPosition, SessionKey
-
-if TYPE_CHECKING:
-    from cachedit_fx.runtime.session import Session
+from cachedit_fx.runtime.session import Session
 
 log = logging.getLogger(__name__)
 

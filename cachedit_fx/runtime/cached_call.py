@@ -17,8 +17,8 @@ from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.passes.analysis.runtime_plan import RuntimePlan
 from cachedit_fx.runtime.cached_values import Forecast
 from cachedit_fx.runtime.instances import instance_of_weights
+from cachedit_fx.runtime.model_call import ModelCall, current_call
 from cachedit_fx.runtime.scheduler_run import find_scheduler_run
-from cachedit_fx.runtime.session import ModelCall, current_call
 from cachedit_fx.runtime.shadow import ShadowedStep
 from cachedit_fx.runtime.sources import Sources
 from cachedit_fx.runtime.step import Policy, StepRun
@@ -35,7 +35,7 @@ class CachedCall:
         owner: Who compiled it. It uses no sessions of another owner.
         config: What ends a generation, and what guidance branches share. Each region decides by its own overrides.
         plan: What the passes decided for the runtime.
-        policy_per_call: Whether the call of the model provides the policy and its arguments (`session.ModelCall`).
+        policy_per_call: Whether the call of the model provides the policy and its arguments (`model_call.ModelCall`).
         copy_state: Copy what is cached, since the inner compiler overwrites the buffers that it returns (CUDA graphs).
         inner: The inner compiler, for forecasters. By default, their graphs run as they are.
         sources: How Dynamo calls the graph.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextvars import ContextVar
 from typing import NamedTuple
 
 from cachedit_fx.runtime.scheduler_run import SchedulerRun
+
+_label: ContextVar[str | None] = ContextVar("cachedit_fx_label", default=None)
 
 
 class GuidanceBranchKey(NamedTuple):
@@ -88,3 +91,13 @@ class LoopPosition(NamedTuple):
 
 
 LOOP_START = LoopPosition()
+
+
+def set_label(label: str | None) -> None:
+    """Sets the guidance branch for which this thread and async task calls the model from now on; None for no name."""
+    _label.set(label)
+
+
+def current_label() -> str | None:
+    """The label that `set_label` set in this thread and async task."""
+    return _label.get()

@@ -13,7 +13,8 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachedit_fx.runtime.call_counts import CallCounts
-from cachedit_fx.runtime.session import Instance, Record
+from cachedit_fx.runtime.instance import Instance
+from cachedit_fx.runtime.session import Record
 
 
 @dataclass(slots=True)

@@ -6,23 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from cachedit_fx.config.cache_config import CacheConfig
+from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.forecasters.verdict import is_gap, is_jump
 from cachedit_fx.passes.analysis.runtime_plan import PartialSizes, RegionPlan
 from cachedit_fx.policies import Decision, History, decide, needs_refresh
 from cachedit_fx.runtime.cached_values import CachedValue, Forecast
 from cachedit_fx.runtime.guidance_branch import LoopPosition
+from cachedit_fx.runtime.instance import Instance
 from cachedit_fx.runtime.scheduler_run import SchedulerRun
-from cachedit_fx.runtime.session import Instance, Session
+from cachedit_fx.runtime.session import Session
 from cachedit_fx.runtime.snapshot import RegionState, Snapshot
 from cachedit_fx.runtime.stopwatch import StepTime
-
-if TYPE_CHECKING:
-    from cachedit_fx.runtime.cached_call import CachedCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +67,18 @@ class RegionRun:
     diff: float = math.nan
 
 
+class ServedGraph(Protocol):
+    """What a step asks of the cached graph that it is a step of (see `CachedCall`)."""
+
+    regions: tuple[RegionPlan, ...]
+    region_key: int
+    has_timestep: bool
+    num_checksums: int
+    copy_state: bool
+
+    def forecast(self, forecaster: Forecaster | None) -> Forecast | None: ...
+
+
 class StepRun:
     """One step of one session: the argument `step` of a cached graph. Changes nothing before `commit`."""
 
@@ -78,7 +89,7 @@ class StepRun:
 
     def __init__(
         self,
-        call: CachedCall,
+        call: ServedGraph,
         policy: Policy,
         instance: Instance,
         opened: tuple[Session, LoopPosition],

@@ -14,7 +14,7 @@ import itertools
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,27 +26,8 @@ from cachedit_fx.passes.analysis.dataflow import is_layout
 from cachedit_fx.passes.analysis.op_tables import VIEW_FUNCTIONS
 from cachedit_fx.passes.extract import extract, free_sizes, generate_code, outputs_of
 from cachedit_fx.passes.graph_pass import GraphPass
+from cachedit_fx.passes.piece import Piece
 from cachedit_fx.patterns.nodes import is_tensor, size_key, value_of
-
-
-@dataclass(slots=True)
-class Piece:
-    """A graph that is compiled once, and the places that call it.
-
-    Attributes:
-        calls: (segment, name of the submodule) of every call. The compiled piece replaces all of these submodules.
-        blocks: Numbers in the chain of the blocks that share the piece; empty for work that belongs to no block.
-    """
-
-    gm: fx.GraphModule
-    calls: list[tuple[fx.GraphModule, str]]
-    blocks: list[int] = field(default_factory=list)
-
-    @property
-    def example_inputs(self) -> list[Any]:
-        """The inputs to compile it with: those of Dynamo, and fake tensors for the values between pieces."""
-        placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
-        return [node.meta.get("cachedit_example", value_of(node)) for node in placeholders]
 
 
 class SplitPieces(GraphPass):

@@ -11,38 +11,22 @@ from torch import fx
 
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.inspect.explanation.aten import aten_view
-from cachedit_fx.inspect.explanation.data import Captured, GraphReport
+from cachedit_fx.inspect.explanation.data import Captured
 from cachedit_fx.inspect.explanation.diff import unified_diff
 from cachedit_fx.inspect.explanation.dynamo_recorder import RecordedGraph
+from cachedit_fx.inspect.explanation.explained import Explained
 from cachedit_fx.inspect.explanation.text import page
 
 GRAPHS = ("before", "after", "head", "compute", "reuse", "tail")
 
 
-class Explanation:
-    """What the compiler does with a model. Its `str` is a page of text.
-
-    Attributes:
-        title: The name of the class of the explained object.
-        modules: How each transformer was captured.
-        graphs: The report of each graph, in execution order. A model that is captured whole has one graph.
-        notes: Further remarks, one sentence each.
-    """
+class Explanation(Explained):
+    """What the compiler does with a model. Its `str` is a page of text. See `Explained` for the attributes."""
 
     def __init__(
         self, title: str, modules: Sequence[Captured], recorded: Sequence[RecordedGraph], notes: Sequence[str] = ()
     ) -> None:
-        self.title = title
-        self.modules = tuple(modules)
-        self.notes = tuple(notes)
-        self.graphs: tuple[GraphReport, ...] = tuple(one.report for one in recorded)
-        self._graphs = [one.graphs for one in recorded]
-
-    @property
-    def is_cached(self) -> bool:
-        """Whether every transformer has a graph that gets a conditional."""
-        cached = {report.module for report in self.graphs if report.is_cached}
-        return all(captured.module in cached for captured in self.modules)
+        super().__init__(title, modules, [one.report for one in recorded], [one.graphs for one in recorded], notes)
 
     def graph(self, which: str, index: int | None = None, *, region: int = 0, aten: bool = False) -> fx.GraphModule:
         """Returns a copy of one of the graphs, which can be printed (`print_readable()`, `code`).
@@ -59,7 +43,7 @@ class Explanation:
         Raises:
             ConfigError: There is no such graph.
         """
-        held = self._graphs[self.index(index)]
+        held = self.graph_modules[self.index(index)]
         name = f"{which}_{region}" if which in ("compute", "reuse") else which
         if name not in held:
             allowed = ", ".join(repr(graph_name.removesuffix("_0")) for graph_name in held)
@@ -77,20 +61,7 @@ class Explanation:
             ConfigError: `expand` names a block that the graph does not have.
         """
         i = self.index(index)
-        return unified_diff(self.graphs[i], self._graphs[i], expand)
-
-    def index(self, index: int | None = None) -> int:
-        """Returns a valid index in `graphs`: `index` itself, or the default of `graph` and `diff` for None.
-
-        Raises:
-            ConfigError: There is no graph with this index.
-        """
-        if index is None:
-            order = sorted(self.graphs, key=lambda report: (report.is_cached, report.num_nodes))
-            return self.graphs.index(order[-1]) if order else self.index(0)
-        if not 0 <= index < len(self.graphs):
-            raise ConfigError(f"cachedit_fx: index must be below {len(self.graphs)}, the number of graphs, got {index}")
-        return index
+        return unified_diff(self.graphs[i], self.graph_modules[i], expand)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all data, except the graphs themselves, in a form that JSON can store."""

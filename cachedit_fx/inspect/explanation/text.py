@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from textwrap import shorten
-from typing import TYPE_CHECKING
 
 from cachedit_fx.frontend.torch_internals import recompile_limit
 from cachedit_fx.inspect.explanation.data import (
@@ -17,17 +16,15 @@ from cachedit_fx.inspect.explanation.data import (
     Value,
     Verdict,
 )
+from cachedit_fx.inspect.explanation.explained import Explained
 from cachedit_fx.inspect.explanation.units import flops, size
-
-if TYPE_CHECKING:
-    from cachedit_fx.inspect.explanation.result import Explanation
 
 _SHOWN_VERDICTS = 3
 _SHOWN_RISKS = 8
 _PARTS = {"Fn": "Fn, always runs", "region": "region", "Bn": "Bn, always runs", "between": "always runs", "": "runs"}
 
 
-def page(explanation: Explanation) -> str:
+def page(explanation: Explained) -> str:
     """Returns the whole page, without a trailing newline."""
     lines = [f"cachedit_fx.explain: {explanation.title}"]
     for captured in explanation.modules:

@@ -9,9 +9,9 @@ from torch import fx
 from cachedit_fx.inspect.explanation.graphs import snapshot
 from cachedit_fx.passes.analysis.dataflow import Program
 from cachedit_fx.passes.observer import Observer
+from cachedit_fx.passes.piece import Piece
 from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals
-from cachedit_fx.passes.transforms.split_pieces import Piece
 from cachedit_fx.patterns.blocks import BlockList
 from cachedit_fx.patterns.mismatch import Match, Mismatch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from cachedit_fx.inspect.pages.side_by_side import Chunk, chunks_of
 
 if TYPE_CHECKING:
     from cachedit_fx.inspect.explanation.data import Captured
-    from cachedit_fx.inspect.explanation.result import Explanation
+    from cachedit_fx.inspect.explanation.explained import Explained
 
 _PARTS = {
     "Fn": "Fn: always runs; the probe is usually the residual over these blocks",
@@ -97,7 +97,7 @@ class ModuleView:
     graphs: list[GraphView]
 
 
-def explanation_page(explanation: Explanation) -> str:
+def explanation_page(explanation: Explained) -> str:
     """Returns the page as HTML that loads nothing from the network.
 
     Raises:
@@ -118,7 +118,7 @@ def explanation_page(explanation: Explanation) -> str:
     )
 
 
-def explanation_fragment(explanation: Explanation) -> str:
+def explanation_fragment(explanation: Explained) -> str:
     """Returns HTML for a notebook: the chain of the main graph and a small table, without scripts and jinja2."""
     mark = "✓" if explanation.is_cached else "✗"
     head = f"<strong>{escape(explanation.title)}</strong> {mark} {escape(verdict_line(explanation))}"
@@ -135,7 +135,7 @@ def explanation_fragment(explanation: Explanation) -> str:
     return f'<div class="cachedit-fx">{"".join(parts)}</div>'
 
 
-def verdict_line(explanation: Explanation) -> str:
+def verdict_line(explanation: Explained) -> str:
     """Returns one sentence that states whether the model is cached."""
     graphs = explanation.graphs
     cached = [graph for graph in graphs if graph.is_cached]
@@ -168,7 +168,7 @@ def _why_not(graph: GraphReport) -> str:
     return f"no template fits; the nearest is {nearest.template}{fitted}"
 
 
-def _modules(explanation: Explanation) -> Iterator[ModuleView]:
+def _modules(explanation: Explained) -> Iterator[ModuleView]:
     for captured in explanation.modules:
         of_module = [(i, report) for i, report in enumerate(explanation.graphs) if report.module == captured.module]
         main = max((report.num_nodes for _, report in of_module), default=0)
@@ -179,7 +179,7 @@ def _modules(explanation: Explanation) -> Iterator[ModuleView]:
                 _view(
                     f"g{number}",
                     report,
-                    explanation._graphs[number],
+                    explanation.graph_modules[number],
                     is_main=report.is_cached if is_cached else report.num_nodes == main,
                 )
                 for number, report in of_module
@@ -187,7 +187,7 @@ def _modules(explanation: Explanation) -> Iterator[ModuleView]:
         )
 
 
-def _view(key: str, report: GraphReport, graphs: dict[str, Any], *, is_main: bool) -> GraphView:
+def _view(key: str, report: GraphReport, graphs: Mapping[str, Any], *, is_main: bool) -> GraphView:
     return GraphView(
         key=key,
         report=report,

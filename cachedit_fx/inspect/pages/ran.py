@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
 
 from cachedit_fx.inspect.explanation.units import size
 from cachedit_fx.inspect.pages.charts import diff_chart, error_chart, mark, scatter_chart, spark, time_chart
@@ -16,9 +15,6 @@ from cachedit_fx.inspect.pages.svg import tag
 from cachedit_fx.inspect.pages.thresholds import Candidate, candidates
 from cachedit_fx.inspect.pages.words import why, why_began
 from cachedit_fx.runtime.stats import CacheStats, Summary
-
-if TYPE_CHECKING:
-    from cachedit_fx.inspect.reports import RunReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +79,18 @@ class EntryView:
         return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}" if values else ""
 
 
-def run_page(report: RunReport) -> str:
+def run_page(title: str, stats: Summary) -> str:
     """Returns the page as HTML that loads nothing from the network.
 
     Raises:
         ConfigError: jinja2 is not installed.
     """
-    stats = report.stats
     views = [_view(entry) for entry in stats]
     return render(
         "run.html.j2",
-        title=f"run: {report.title}",
-        report=report,
+        title=f"run: {title}",
+        heading=title,
+        stats=stats,
         verdict=verdict_line(stats),
         views=views,
         is_shadow=is_shadow(stats),
