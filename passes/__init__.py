@@ -1,1 +1,1 @@
-"""Graph in, graph out: one rewrite per file."""
+"""Analyses and rewrites of captured graphs, and the pass manager that runs them."""

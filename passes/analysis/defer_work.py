@@ -1,7 +1,7 @@
-"""Work before a region that nothing but its blocks reads is done with them, so that a reused step leaves it out.
+"""Finds the work before a region that only the region reads. It runs in the region, so a reused step does not do it.
 
 block 0:  image, text -> image', text'          only the region reads text'
-->        head makes image', and what text' is made of; compute makes text' from that
+->        the head computes image' and the values that text' is computed from; the compute branch computes text'
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from cachedit_fx.patterns.nodes import is_tensor, value_of
 
 
 def defer_work(program: Program, regions: Sequence[Region]) -> tuple[Region, ...]:
-    """The regions, each with the nodes from before it that it takes in.
+    """The regions, each with its `deferred` nodes.
 
-    A region that reaches to the output takes in all that can be; another what only its blocks read, and nothing past a
-    node that writes in place: it might write into what is read later.
+    A region that reaches to the output defers all nodes that can be deferred. Any other region defers the nodes that
+    only its blocks read and that no write in place follows, because the write might change a value that they read.
     """
     taken = {node for region in regions for node in (*region.nodes, *region.hoisted)}
     read = {node for region in regions for node in _read_by_reuse(region)}
     start = max((program.position[region.nodes[0]] for region in regions if not region.reaches_output), default=0)
     writes = [position for position, node in enumerate(program.nodes[:start]) if is_in_place(node)]
-    stays = read | taken | program.within_contexts  # All that runs where it is.
+    stays = read | taken | program.within_contexts  # Nodes that are not deferred.
     found = []
     for region in regions:
         if region.reaches_output:
             deferred = _all_before(program, region, taken, read)
         else:
             deferred = _read_by_blocks(program, region, stays, writes)
-            # Moving about what is nearly free would cost a piece more than it saves.
+            # Deferring nodes that are nearly free would cost more than it saves.
             if not any(program.flops[program.position[node]] for node in deferred):
                 deferred = ()
         taken.update(deferred)
@@ -50,7 +50,7 @@ def defer_work(program: Program, regions: Sequence[Region]) -> tuple[Region, ...
 def _read_by_blocks(
     program: Program, region: Region, stays: set[fx.Node], writes: Sequence[int]
 ) -> tuple[fx.Node, ...]:
-    """What only the region's blocks read. `writes` are the positions of nodes that write in place, ascending."""
+    """The nodes that only the region reads. `writes` are the positions of writes in place, in ascending order."""
     inside = set(region.nodes)
     deferred: list[fx.Node] = []
     stop = program.position[region.nodes[0]]
@@ -64,7 +64,7 @@ def _read_by_blocks(
         return {position for arg in node.all_input_nodes if start <= (position := program.position[arg]) < stop}
 
     visited = {position for node in region.nodes for position in read_by(node)}
-    todo = [-position for position in visited]  # The last one first: by then all that reads a node has been looked at.
+    todo = [-position for position in visited]  # The last one first, so that the readers of a node precede it.
     heapq.heapify(todo)
     while todo:
         node = program.nodes[-heapq.heappop(todo)]
@@ -87,7 +87,7 @@ def _makes_tensors(node: fx.Node) -> bool:
 
 
 def _is_whole(node: fx.Node, inside: set[fx.Node], is_free: Callable[[fx.Node], bool]) -> bool:
-    """Whether no tuple is cut off from its parts: only tensors pass between pieces."""
+    """Whether every tuple and its parts stay together, because only tensors are passed between pieces."""
     for made in node.all_input_nodes:
         if made.op in ("call_function", "call_method") and isinstance(value_of(made), tuple | list):
             parts = list(made.users)
@@ -98,7 +98,7 @@ def _is_whole(node: fx.Node, inside: set[fx.Node], is_free: Callable[[fx.Node], 
 
 
 def _read_by_reuse(region: Region) -> set[fx.Node]:
-    """What a reused step needs besides what is kept, or the conditional to decide."""
+    """The nodes that a reused step or the decision needs, besides the cached values."""
     read: set[fx.Node] = {node for node in (region.probed_at, region.probed_since) if node is not None}
     for pair in region.live_outs:
         read |= {pair.before} if pair.before is not None else set()
@@ -112,11 +112,11 @@ def _inputs_of(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _all_before(program: Program, region: Region, taken: set[fx.Node], read: set[fx.Node]) -> tuple[fx.Node, ...]:
-    """All before the region but what is needed outside: for another region, the conditional, or what is returned."""
+    """The nodes before the region that no other region, no conditional and no output needs."""
     inside = set(region.nodes)
     start = program.position[region.nodes[0]]
     free = {node for node in program.nodes_in(0, start) if node not in taken}
-    # What is no tensor does not pass between pieces, and may be a check or set a state.
+    # Other values than tensors are not passed between pieces, and may come from checks or set a state.
     stays = [node for node in free if not (_makes_tensors(node) or is_in_place(node) or is_context(node))]
     outside = [node for node in program.nodes if node not in inside and node not in free]
     needed = _closed(program, [*read, *stays, *outside], free)
@@ -124,8 +124,11 @@ def _all_before(program: Program, region: Region, taken: set[fx.Node], read: set
 
 
 def _closed(program: Program, roots: Iterable[fx.Node], free: set[fx.Node]) -> set[fx.Node]:
-    """The roots, and all of `free` that must run where they do: what they are made from; what writes into that, before
-    or behind; the parts of a tuple; the rest of a context."""
+    """The roots, and all nodes of `free` that must run where the roots do.
+
+    These are the nodes that they are computed from, all writes into these, the parts of a tuple, and the other nodes of
+    a context.
+    """
     writes = _writes(program)
     context = _contexts(program)
     needed: set[fx.Node] = set()
@@ -144,7 +147,7 @@ def _closed(program: Program, roots: Iterable[fx.Node], free: set[fx.Node]) -> s
 
 
 def _writes(program: Program) -> defaultdict[int | None, list[fx.Node]]:
-    """Storage -> what writes into it in place; None: it can't be told."""
+    """Storage -> the nodes that write into it in place. The key None is for unknown storages."""
     found: defaultdict[int | None, list[fx.Node]] = defaultdict(list)
     for node in filter(is_in_place, program.nodes):
         found[storage_of(target_of(node))].append(node)
@@ -152,7 +155,7 @@ def _writes(program: Program) -> defaultdict[int | None, list[fx.Node]]:
 
 
 def _contexts(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """Node -> the nodes of its context (as autocast), its enter and exit included; contexts that touch are one."""
+    """Node -> the nodes of its context (such as autocast), enter and exit included. Adjacent contexts count as one."""
     within, run = program.within_contexts, list[fx.Node]()
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in program.nodes:
