@@ -26,7 +26,7 @@ ROWS = [
         "answer",
         lambda _: decide(CacheConfig(decider=Answers()), History(), 0.0, is_cached=True),
         "got 1 from Answers.decide",
-        "decider must answer True (compute), False (reuse) or None",
+        "decider must return True (compute), False (reuse) or None",
     ),
     of_config("decider", "decider must be a hashable object with a method decide(step)", decider=3),
     of_config("forecaster", "forecaster must be a Forecaster, its name or its mapping, or None", forecaster=3),

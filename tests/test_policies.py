@@ -227,7 +227,7 @@ def test_what_a_decider_is_shown_adds_up() -> None:
 @pytest.mark.parametrize("answer", [1, "reuse", torch.tensor(True)])
 def test_another_answer_is_told(answer: Any) -> None:
     with pytest.raises(
-        ConfigError, match=r"decider must answer True \(compute\), False .* got .* from Scripted.decide"
+        ConfigError, match=r"decider must return True \(compute\), False .* got .* from Scripted.decide"
     ):
         run(CacheConfig(decider=Scripted([answer])), [0.0])
 

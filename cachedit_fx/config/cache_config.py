@@ -92,7 +92,7 @@ class CacheConfig(Fields, metaclass=_AcceptsPolicy):
 
     @property
     def given(self) -> frozenset[str]:
-        """Names of the fields that the caller set: what a `ParamsModifier` overrides with."""
+        """The names of the fields that the caller set. A `ParamsModifier` overrides these."""
         names: frozenset[str] = self.__dict__["_given"]
         return names
 
@@ -128,7 +128,7 @@ class CacheConfig(Fields, metaclass=_AcceptsPolicy):
         return type(self)(**found)
 
     def reset(self, **fields: Any) -> Self:
-        """A partial configuration, for `ParamsModifier`: of this one nothing is kept, and only `fields` are given."""
+        """A partial configuration for `ParamsModifier` that has only `fields`, and no other value of this one."""
         return type(self)(**fields)
 
     @property

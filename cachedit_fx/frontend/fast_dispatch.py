@@ -197,12 +197,12 @@ class FastCall:
             run.discard()
             return NOT_SERVED
         front, reuse, compute = self._positions
-        computes, *carried = self._front(run.step, *map(inputs.__getitem__, front))
+        computes, *values = self._front(run.step, *map(inputs.__getitem__, front))
         if not computes:
-            outputs = self._reuse(run.step, *carried, *map(inputs.__getitem__, reuse))
+            outputs = self._reuse(run.step, *values, *map(inputs.__getitem__, reuse))
         elif self._check_all_first or self._check_all(frame):
             inputs.update(zip(self._late, self._fetch_late(frame), strict=True))
-            outputs = self._compute(run.step, *carried, *map(inputs.__getitem__, compute))
+            outputs = self._compute(run.step, *values, *map(inputs.__getitem__, compute))
         else:
             run.discard()
             return _GUARDS_FAILED

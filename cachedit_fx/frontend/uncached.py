@@ -61,11 +61,11 @@ class UncachedGraph:
         return self.run(*args)
 
 
-def report_uncached(why: WhyUncached, config: CacheConfig, told: set[str]) -> None:
+def report_uncached(why: WhyUncached, config: CacheConfig, reported: set[str]) -> None:
     """Logs a warning if this kind of reason is new, or raises an error if the configuration asks for it.
 
     Args:
-        told: The kinds that have been reported for this model. This one is added.
+        reported: The kinds that have been reported for this model. This one is added.
 
     Raises:
         NoMatchError: `on_no_match` is "raise".
@@ -74,10 +74,10 @@ def report_uncached(why: WhyUncached, config: CacheConfig, told: set[str]) -> No
         return
     if config.on_no_match == "raise":
         raise NoMatchError(why.text)
-    if why.kind in told:
+    if why.kind in reported:
         log.info("%s", why.text)
         return
-    told.add(why.kind)
+    reported.add(why.kind)
     log.warning('%s\nMake this an error: options={"on_no_match": "raise"}', why.text)
 
 
@@ -108,8 +108,8 @@ def report_bare(reasons: Sequence[Mismatch], config: CacheConfig) -> None:
     if is_whole:
         for instance in instances_in(model):
             instance.has_cached_graph = False
-    told = {*known} if is_whole or not known else {*known, why.kind}
-    report_uncached(why, config, told)
+    reported = {*known} if is_whole or not known else {*known, why.kind}
+    report_uncached(why, config, reported)
     known.setdefault(why.kind, why.reason)
 
 

@@ -1,6 +1,6 @@
-"""The rule "budget": reuse until the diffs from step to step add up to the threshold.
+"""The rule "budget": steps are reused until the changes from step to step add up to the threshold.
 
-Source: TeaCache (arXiv:2411.19108), whose polynomial turns the change of the modulated input into that of the output.
+Source: TeaCache (arXiv:2411.19108), whose polynomial estimates the change of the output.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from cachedit_fx.policies.history import Decision, History
 
 
 def by_budget(coefficients: Sequence[float], threshold: float, history: History, diff: float) -> Decision:
-    """Reuses if the diffs since the last computed step, with this one's, add up to less than the threshold.
+    """Reuses the step if the changes since the last computed step, including this one, sum to less than the threshold.
 
     Args:
-        coefficients: Polynomial that a diff goes through first, highest power first; empty to take it as it is.
-        diff: Relative L1 distance from the step before, dimensionless, >= 0 or NaN.
+        coefficients: The polynomial that is applied to each change, highest power first; empty for none.
+        diff: The relative L1 change of the probe since the previous step, dimensionless, >= 0 or NaN.
     """
     total = history.accumulated_diff + rescaled(coefficients, diff)
     if total != total:
@@ -26,7 +26,7 @@ def by_budget(coefficients: Sequence[float], threshold: float, history: History,
 
 
 def rescaled(coefficients: Sequence[float], diff: float) -> float:
-    """The polynomial's value; NaN wherever the diff is."""
+    """The value of the polynomial at `diff`; NaN if `diff` is NaN."""
     if not coefficients:
         return diff
     value = 0.0

@@ -1,7 +1,7 @@
-"""One decision: what holds under every rule, then the rule.
+"""Decides whether a step computes or reuses: first the checks that hold under every rule, then the rule.
 
-The order of the checks is cache-dit's. Two of its quirks are fixed here: the accumulated limit counts reused steps
-from the last computed one, and a step whose diff is NaN is computed.
+The order of the checks is that of cache-dit. Two things differ: the accumulated limit counts the steps that were reused
+since the last computed step, and a step whose residual diff is NaN is computed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def decide(
     timestep: float | None = None,
     region: str = "",
 ) -> Decision:
-    """Computes or reuses.
+    """The decision for one region at one step.
 
     Args:
-        diff: Relative L1 distance, dimensionless, >= 0 or NaN.
-        is_cached: Whether there is a residual of this call's shapes.
-        earlier: Diffs of the regions before this one at the same step, for a dynamic prune threshold.
-        timestep, region: For a decider.
+        diff: The residual diff, dimensionless, >= 0 or NaN.
+        is_cached: Whether there are cached values with the shapes of this call.
+        earlier: The residual diffs of the previous regions at the same step, for a dynamic prune threshold.
+        timestep, region: What a decider is shown of the step.
 
     Raises:
-        ConfigError: A decider answers neither True, False nor None.
+        ConfigError: The answer of a decider is not True, False or None.
     """
     threshold = relaxed_threshold(config, earlier)
     answer = None
@@ -47,24 +47,24 @@ def decide(
         view = StepView(region, history.number, steps, timestep, diff, threshold, is_cached, history)
         answer = ask(config.decider, view)
     if answer:
-        return _as_asked(Decision(True, "decider-compute"), config, history, diff)
+        return _by_decider(Decision(True, "decider-compute"), config, history, diff)
     forbidden = _forbidden(config, history, threshold) if answer is None else None
     if forbidden is not None:
         return Decision(True, forbidden)
     if not is_cached:
         return Decision(True, "nothing-stored")
     if not history.has_moved:
-        # One-step generations that share a prompt look just like this; nothing tells them apart, so compute.
+        # Generations of one step that share a prompt cannot be distinguished from this, so the step is computed.
         return Decision(True, "timestep-still")
     if answer is not None:
-        return _as_asked(Decision(False, "decider-reuse"), config, history, diff)
+        return _by_decider(Decision(False, "decider-reuse"), config, history, diff)
     if config.is_static:
         return Decision(False, "mask-static")
     return _by_rule(config, threshold, history, diff)
 
 
-def _as_asked(decision: Decision, config: CacheConfig, history: History, diff: float) -> Decision:
-    """A decider's decision with the diff that it was shown, if there was one."""
+def _by_decider(decision: Decision, config: CacheConfig, history: History, diff: float) -> Decision:
+    """The decision of a decider, with the residual diff that it was shown if that was measured."""
     if diff != diff:
         return decision
     total = history.accumulated_diff + rescaled(config.rescale_coefficients, diff)
@@ -80,7 +80,7 @@ def _by_rule(config: CacheConfig, threshold: float, history: History, diff: floa
 
 
 def _forbidden(config: CacheConfig, history: History, threshold: float) -> str | None:
-    """Why this step may not be reused, whatever the diff; None where it may."""
+    """The reason why this step must be computed, whatever its residual diff is; None if it may be reused."""
     step, mask = history.num_steps, config.steps_computation_mask
     if step < _num_warmup_steps(config) and step % config.warmup_interval == 0:
         return "warmup"

@@ -1,4 +1,4 @@
-"""A user's own policy: `Decider`, and what it is shown of a step."""
+"""The interface of a policy that a user writes: `Decider`, and the view of a step that it gets."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from cachedit_fx.policies.history import History
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """A step that is to be decided, of one region of one session.
+    """A step that is about to be decided, in one region of one session.
 
     Attributes:
-        region: The region's blocks, as in `transformer_blocks[1:]`.
-        number: The step's number in the session, from 0.
-        num_inference_steps: How many there will be, if that was told.
-        timestep: None where the model has none.
-        diff: Relative L1 distance of what is looked at, from the last computed step (with decision_rule "budget": from
-            the step before); NaN where nothing is looked at or nothing is kept.
-        threshold: What the rules would hold it against.
-        is_cached: Whether anything is kept that may be reused; without it the step is computed, whatever is answered.
-        history: What the region did before.
+        region: The blocks of the region, for example `transformer_blocks[1:]`.
+        number: The number of the step in the session, from 0.
+        num_inference_steps: The number of steps of the generation; None if the configuration does not give it.
+        timestep: The timestep; None if the model has none.
+        diff: The residual diff, dimensionless (with decision_rule "budget": the relative L1 change since the previous
+            step). NaN if nothing is measured or nothing is cached.
+        threshold: The threshold that the rules would compare it with.
+        is_cached: Whether there are cached values that can be reused. Without them the step is computed, whatever the
+            answer is.
+        history: The previous steps of the region.
     """
 
     region: str
@@ -36,29 +37,29 @@ class StepView:
 
 
 class Decider(Protocol):
-    """Decides in place of the rules: `CacheConfig(decider=...)`. Asked once per step, region and guidance branch.
+    """Decides in place of the rules (`CacheConfig(decider=...)`), once per step, region and guidance branch.
 
-    It is hashable, and one object serves all sessions and threads of a model: what it keeps between two calls is its
-    own affair. An error that it raises ends the model's call, and leaves the session as it was before the step.
+    It must be hashable. One object serves all sessions and threads of a model, and manages its own state. An error that
+    it raises ends the call of the model and leaves the session as it was before the step.
     """
 
     def decide(self, step: StepView) -> bool | None:
-        """True: compute. False: reuse, whatever warm-up, masks and limits say. None: as the rules say.
+        """Returns True to compute, False to reuse in spite of warm-up, masks and limits, None to let the rules decide.
 
-        A step where nothing is kept, or before the timestep has moved, is computed all the same.
+        A step for which nothing is cached, or before the timestep has changed, is computed in any case.
         """
 
 
 def ask(decider: Decider, step: StepView) -> bool | None:
-    """The decider's answer.
+    """The answer of a decider.
 
     Raises:
-        ConfigError: It is no answer.
+        ConfigError: The answer is not True, False or None.
     """
     answer = decider.decide(step)
     if answer is None or isinstance(answer, bool):
         return answer
     raise ConfigError(
-        f"cachedit_fx: decider must answer True (compute), False (reuse) or None (as the rules say), got "
+        f"cachedit_fx: decider must return True (compute), False (reuse) or None (let the rules decide), got "
         f"{shown(answer)} from {type(decider).__name__}.decide"
     )

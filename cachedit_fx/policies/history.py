@@ -1,4 +1,4 @@
-"""What a region of a session did so far: `History`, which a `Decision` is made from and becomes part of."""
+"""The history of a region in a session, and the decision about one step that becomes part of it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from cachedit_fx.config.cache_config import CacheConfig
 
 
 class History(NamedTuple):
-    """What a region of a session did before this step.
+    """The previous steps of a region in a session.
 
     Attributes:
-        num_steps: Steps so far; the session-local number of the step to decide.
-        num_cached: Of these, reused.
-        num_continuous: Reused steps directly before this one.
-        accumulated_diff: Sum of the diffs of the steps reused since the last computed one, as the rule adds them up.
-        has_moved: Whether the timestep has changed since the session's first step.
-        num_refreshes: How often all this was begun anew within the session.
-        num_before: Steps of the session before it was begun anew.
+        num_steps: The number of steps so far, which is the number of the next step.
+        num_cached: The number of reused steps among them.
+        num_continuous: The number of reused steps directly before the next step.
+        accumulated_diff: The sum that the rule compares, over the steps that were reused since the last computed step.
+        has_moved: Whether the timestep has changed since the first step of the session.
+        num_refreshes: The number of refreshes in the session (`force_refresh_step_hint`).
+        num_before: The number of steps of the session before the last refresh.
     """
 
     num_steps: int = 0
@@ -31,11 +31,11 @@ class History(NamedTuple):
 
     @property
     def number(self) -> int:
-        """The number of the step to decide, among all of the session."""
+        """The number of the next step among all steps of the session."""
         return self.num_before + self.num_steps
 
     def after(self, decision: Decision) -> History:
-        """The history that includes a step with this decision."""
+        """This history followed by a step with this decision."""
         reused = not decision.compute
         accumulated = self.accumulated_diff if decision.accumulated is None else decision.accumulated
         return History(
@@ -49,17 +49,20 @@ class History(NamedTuple):
         )
 
     def refreshed(self) -> History:
-        """The history of a session that begins anew: only its length and how often that happened are known."""
+        """The history after a refresh. It contains the number of steps and of refreshes, and nothing else."""
         return History(num_refreshes=self.num_refreshes + 1, num_before=self.number)
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether a step computes, why, and whether the diff was looked at to say so.
+    """The decision about one step.
 
     Attributes:
-        threshold: What the diff, or the sum of the diffs, was held against; None where neither was looked at.
-        accumulated: The sum of the diffs since the last computed step, with this one's; None where nothing was added.
+        compute: Whether the step computes.
+        reason: The reason, for example "diff-below".
+        probed: Whether the residual diff was measured.
+        threshold: The value that the residual diff, or the sum, was compared with; None if neither was.
+        accumulated: The sum since the last computed step, including this step; None if nothing was added.
     """
 
     compute: bool
@@ -70,6 +73,6 @@ class Decision:
 
 
 def needs_refresh(config: CacheConfig, history: History) -> bool:
-    """Whether `force_refresh_step_hint` wants all to be forgotten before the next step."""
+    """Whether `force_refresh_step_hint` drops all cached values before the next step."""
     is_due = history.num_steps == config.force_refresh_step_hint
     return is_due and (config.force_refresh_step_policy == "repeat" or history.num_refreshes == 0)

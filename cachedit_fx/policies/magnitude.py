@@ -1,7 +1,7 @@
-"""The rule "budget" with probe "timestep": reuse until the error that the magnitudes foretell adds up to the threshold.
+"""The rule "budget" with probe "timestep": steps are reused until their predicted errors add up to the threshold.
 
-Source: MagCache (arXiv:2506.09045). By how much the residual's magnitude changes from step to step hardly depends on
-the prompt, so that a calibration run foretells it, and nothing is read from the device.
+Source: MagCache (arXiv:2506.09045). The change of the magnitude of the residual from step to step hardly depends on the
+prompt. A calibration run can therefore predict it, and nothing is read from the device.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from cachedit_fx.policies.history import Decision, History
 
 
 def by_magnitude(ratios: Sequence[float], threshold: float, history: History) -> Decision:
-    """Reuses if the errors of the steps since the last computed one, with its own, add up to less than the threshold.
+    """Reuses the step if the predicted errors since the last computed step sum to less than the threshold.
 
-    A step's error is |1 - the product of the ratios since the last computed step|.
+    The sum includes this step. The predicted error of a step is |1 - p|, where p is the product of the ratios since the
+    last computed step.
 
     Args:
-        ratios: Per step of the session the residual's magnitude over that of the step before; a step beyond their end
-            is computed.
+        ratios: For each step of the session, the magnitude of the residual divided by that of the previous step. Steps
+            beyond the end are computed.
     """
     step = history.number
     if step >= len(ratios):

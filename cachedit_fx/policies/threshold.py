@@ -1,4 +1,4 @@
-"""The rule "threshold": reuse while the diff since the last computed step is small."""
+"""The rule "threshold": a step is reused if its residual diff is small."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.policies.history import Decision, History
 
-_NUM_PRUNE_DIFFS = 5  # Diffs at the front of a step that a dynamic prune threshold is the mean of.
+_NUM_PRUNE_DIFFS = 5  # A dynamic prune threshold is the mean of so many residual diffs of the first regions.
 
 
 def by_threshold(threshold: float, history: History, diff: float) -> Decision:
-    """Reuses if the diff is strictly below the threshold; at one of 1 or more always, without a look.
+    """Reuses the step if its residual diff is strictly below the threshold, or if the threshold is 1 or more.
 
     Args:
-        diff: Relative L1 distance from the last computed step, dimensionless, >= 0 or NaN.
+        diff: The residual diff, dimensionless, >= 0 or NaN. It is not read if the threshold is 1 or more.
     """
     if threshold >= 1:
         return Decision(False, "threshold-one")
@@ -27,7 +27,7 @@ def by_threshold(threshold: float, history: History, diff: float) -> Decision:
 
 
 def relaxed_threshold(config: CacheConfig, earlier: Sequence[float]) -> float:
-    """The threshold, or where it is dynamic the relaxed mean of the first diffs of this step, if that is larger."""
+    """The threshold. If it is dynamic, the relaxed mean of the first residual diffs of this step, if that is larger."""
     base = config.residual_diff_threshold
     known = [diff for diff in earlier[:_NUM_PRUNE_DIFFS] if diff > 0]
     if not config.enable_dynamic_prune_threshold or not known:

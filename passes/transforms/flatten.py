@@ -1,8 +1,8 @@
 """Turns a cached graph with compiled pieces into three flat functions, for fast dispatch.
 
-    front(step, ...)           -> pred, and the values that are needed after the decision
-    reuse(step, kept, ...)     -> the outputs of the graph
-    compute(step, kept, ...)   -> the outputs of the graph
+    front(step, ...)             -> pred, and the values that are needed after the decision
+    reuse(step, values, ...)     -> the outputs of the graph
+    compute(step, values, ...)   -> the outputs of the graph
 
 A reused step needs only the arguments of `front` and `reuse`, which include few of the weights of a model.
 """
