@@ -40,11 +40,7 @@ class MakePlan(GraphAnalysis):
 
     def __call__(self, graph_module: fx.GraphModule) -> None:
         context = self.context
-        try:
-            context.plan = make_plan(graph_module, context.config, context.declared, context.observer)
-        except MismatchError as error:
-            context.observer.planned(error.mismatches)
-            raise
+        context.plan = make_plan(graph_module, context.config, context.declared, context.observer)
         context.observer.planned(context.plan)
 
 
@@ -104,11 +100,9 @@ def rewrite(
         PassError: A pass failed.
     """
     context = PassContext(config, declared, exact, observer or Observer())
-    context.observer.graph("captured", gm)
-    try:
-        gm = run_passes(gm, PASSES, context)
-    except MismatchError as error:
-        return error.mismatches
+    gm, mismatches = _run_or_refuse(gm, PASSES, context)
+    if mismatches:
+        return mismatches
     assert context.plan is not None and context.runtime_plan is not None
     generate_code(gm)
     context.observer.pieces(gm, context.pieces)
@@ -120,13 +114,23 @@ def plan_graph(
 ) -> Plan | tuple[Mismatch, ...]:
     """Runs the passes up to the plan, like `rewrite`. Returns the plan, or the reasons why there is none."""
     context = PassContext(config, declared or Declaration(), observer=observer or Observer())
-    context.observer.graph("captured", gm)
-    try:
-        run_passes(gm, TO_PLAN, context)
-    except MismatchError as error:
-        return error.mismatches
+    _, mismatches = _run_or_refuse(gm, TO_PLAN, context)
+    if mismatches:
+        return mismatches
     assert context.plan is not None
     return context.plan
+
+
+def _run_or_refuse(
+    gm: fx.GraphModule, passes: Sequence[PassType], context: PassContext
+) -> tuple[fx.GraphModule, tuple[Mismatch, ...]]:
+    """The graph after `passes`; or the graph as it is, and the reasons why it cannot be cached."""
+    context.observer.graph("captured", gm)
+    try:
+        return run_passes(gm, passes, context), ()
+    except MismatchError as error:
+        context.observer.refused(error.mismatches)
+        return gm, error.mismatches
 
 
 def run_passes(gm: fx.GraphModule, passes: Sequence[PassType], context: PassContext) -> fx.GraphModule:

@@ -33,14 +33,17 @@ class Observer:
     def mismatched(self, blocks: BlockList, mismatches: Sequence[Mismatch]) -> None:
         """Why the declared template, or every template, does not fit a list of the chain, nearest mismatch first."""
 
-    def planned(self, plan: Plan | tuple[Mismatch, ...]) -> None:
-        """The plan, or the reasons why there is none, the nearest miss first."""
+    def planned(self, plan: Plan) -> None:
+        """The plan."""
+
+    def refused(self, mismatches: tuple[Mismatch, ...]) -> None:
+        """Why the graph cannot be cached, the nearest miss first."""
 
     def pieces(self, cached_graph: fx.GraphModule, pieces: Sequence[Piece]) -> None:
         """The pieces to compile, and the cached graph whose segments call them."""
 
-    def finish(self, gm: fx.GraphModule, reasons: tuple[Mismatch, ...] = ()) -> None:
-        """The end of the passes. `reasons` are why the graph is uncached, if it is."""
+    def finish(self, gm: fx.GraphModule) -> None:
+        """The end of the passes."""
 
     def fail(self) -> None:
         """A pass raised the exception that is being handled."""

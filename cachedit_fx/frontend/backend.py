@@ -103,8 +103,11 @@ class Backend:
         name = type(module).__name__ if module is not None else "graph"
         observer = observer_for(name, config, self.declared)
         try:
-            planned = refusal() or rewrite(copied, config, self.declared, exact=compiler.is_exact, observer=observer)
-            observer.finish(copied, planned if isinstance(planned, tuple) else ())
+            reasons = refusal()
+            if reasons:
+                observer.refused(reasons)
+            planned = reasons or rewrite(copied, config, self.declared, exact=compiler.is_exact, observer=observer)
+            observer.finish(copied)
         except PatternError:
             raise
         except Exception as error:

@@ -110,12 +110,8 @@ class Dump(Trace):
     def _write_match(self, blocks: BlockList, results: list[str]) -> None:
         self._write(f"{next(self._numbers):02d}_match-{blocks.path}.json", results)
 
-    def planned(self, plan: Plan | tuple[Mismatch, ...]) -> None:
+    def planned(self, plan: Plan) -> None:
         super().planned(plan)
-        name = f"{next(self._numbers):02d}_cut-regions.json"
-        if not isinstance(plan, Plan):
-            self._write(name, [str(mismatch) for mismatch in plan])
-            return
         regions = [
             {
                 "name": region.name,
@@ -126,12 +122,14 @@ class Dump(Trace):
             }
             for region in plan.regions
         ]
-        self._write(name, regions)
+        self._write(f"{next(self._numbers):02d}_cut-regions.json", regions)
 
-    def finish(self, gm: fx.GraphModule, reasons: tuple[Mismatch, ...] = ()) -> None:
-        """Writes the report. `reasons` are reasons against caching that no pass found."""
-        if reasons:
-            self.refuse(reasons)
+    def refused(self, mismatches: tuple[Mismatch, ...]) -> None:
+        super().refused(mismatches)
+        self._write(f"{next(self._numbers):02d}_mismatches.json", list(map(str, mismatches)))
+
+    def finish(self, gm: fx.GraphModule) -> None:
+        """Writes the report."""
         report = build_report(gm, self, self._config, self._declared, cls=self._cls, number=self.number)
         self._write("report.json", dataclasses.asdict(report))
         log.info("wrote the passes over a graph of %s to %s", self._cls, self.path)

@@ -75,12 +75,10 @@ class DynamoRecorder(Backend):
     ) -> Callable[..., Any]:
         config, _ = split_options(options or {}, self.config)
         copied, trace, module = copy_graph(gm, example_inputs), Trace(), captured_module()
-        refused = refusal()
-        found = rewrite(copied, config, self.declared, exact=runs_as_is(config.inner_backend), observer=trace)
-        if refused:
-            trace.refuse(refused)
-        elif isinstance(found, tuple):
-            trace.refuse(found)
+        rewrite(copied, config, self.declared, exact=runs_as_is(config.inner_backend), observer=trace)
+        reasons = refusal()
+        if reasons:
+            trace.refused(reasons)
         report = build_report(
             copied,
             trace,

@@ -59,18 +59,14 @@ class Trace(Observer):
     def mismatched(self, blocks: BlockList, mismatches: Sequence[Mismatch]) -> None:
         self.mismatches = (*self.mismatches, *mismatches)
 
-    def planned(self, plan: Plan | tuple[Mismatch, ...]) -> None:
-        if isinstance(plan, Plan):
-            self.plan = plan
-        else:
-            self.mismatches = plan
+    def planned(self, plan: Plan) -> None:
+        self.plan = plan
 
     def pieces(self, cached_graph: fx.GraphModule, pieces: Sequence[Piece]) -> None:
         self.piece_list = tuple(pieces)
         self.segments = {id(module): name for name, module in cached_graph.named_children()}
 
-    def refuse(self, mismatches: tuple[Mismatch, ...]) -> None:
-        """Records that the graph is not cached, for reasons that no pass found."""
+    def refused(self, mismatches: tuple[Mismatch, ...]) -> None:
         self.mismatches, self.piece_list, self.after = mismatches, (), None
 
     def graphs(self) -> dict[str, fx.GraphModule]:
