@@ -63,6 +63,9 @@ class Recorder(Observer):
     def planned(self, plan: Any) -> None:
         self.seen.append("planned")
 
+    def refused(self, mismatches: Any) -> None:
+        self.seen.append("refused")
+
     def pieces(self, cached_graph: fx.GraphModule, pieces: Any) -> None:
         self.seen.append(f"{len(pieces)} pieces")
 
@@ -115,7 +118,7 @@ def test_a_mismatch_ends_the_run_and_is_observed():
         gm, CONFIG, Declaration(), exact=True, observer=recorder
     )).found  # fmt: skip
     assert [mismatch.cause for mismatch in found] == [Cause.NO_CHAIN]
-    assert recorder.seen == ["captured", *REWRITES[:6], "planned"]
+    assert recorder.seen == ["captured", *REWRITES[:6], "refused"]
 
 
 def test_a_modified_graph_is_recompiled():

@@ -37,9 +37,9 @@ from cachedit_fx.patterns.nodes import base_name, is_tensor, value_of
 from cachedit_fx.runtime.cached_values import covered
 
 _WITHOUT_PROBE = {
-    "ratios": "nothing (magnitude_ratios decide)",
-    "mask": "nothing (a static mask decides)",
-    "decider": "nothing (a decider decides)",
+    "ratios": "none (magnitude_ratios decide)",
+    "mask": "none (a static mask decides)",
+    "decider": "none (a decider decides)",
 }
 
 
