@@ -208,7 +208,7 @@ CASES = {
     "split_stream": Case(
         Joint,
         SplitText,
-        "stream-count expected: 2 streams (encoder_hidden_states, hidden_states) from block 0 to block 1 of blocks "
+        "stream-count expected: 2 streams (encoder_hidden_states, hidden_states) from block 0 to block 1 of blocks; "
         "found: 1 stream (joint_",
         joint_by_hand,
         lambda model, end: model.proj_out(end[HIDDEN]),
