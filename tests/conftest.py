@@ -1,4 +1,4 @@
-"""What every test starts from: no compiled graphs, no sessions, one thread, one seed."""
+"""The state in which every test starts: no compiled graphs, no sessions, one thread, one seed."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from hypothesis import HealthCheck, settings
 
 import cachedit_fx
 
-# What a test tries is the same at every run; `--hypothesis-profile thorough` goes looking for more. A module that is
-# traced takes longer than hypothesis expects of an example, and the fixtures below need not run between two of them.
+# Every run tries the same examples; `--hypothesis-profile thorough` searches for more. Tracing a module takes longer
+# than hypothesis allows for an example, and the fixtures below need not run between two examples.
 _SETTINGS = dict(deadline=None, database=None, suppress_health_check=[*HealthCheck])
 settings.register_profile("usual", max_examples=80, derandomize=True, **_SETTINGS)
 settings.register_profile("thorough", max_examples=2000, derandomize=False, print_blob=True, **_SETTINGS)
 settings.load_profile("usual")
 
 
-# pytest listens to every logger that does not propagate, and torch prints each graph for its structured trace as soon
-# as anyone listens. One that propagates is left alone; it has no handler of its own unless TORCH_TRACE is set.
+# pytest adds a handler to every logger that does not propagate, and torch prints each graph for its structured trace as
+# soon as there is a handler. A logger that propagates gets none; without TORCH_TRACE torch adds none either.
 logging.getLogger("torch.__trace").propagate = True
 
 
-# After every compilation Dynamo collects garbage, and flushes the caches of the processor to time its guards.
+# After every compilation Dynamo collects garbage and flushes the caches of the processor to time its guards.
 torch._dynamo.config.run_gc_after_compile = False
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Sums in one order, so that bitwise comparisons hold on any number of cores."""
+    """Sums are computed in one order, so that bitwise comparisons hold on any number of cores."""
     torch.set_num_threads(1)
 
 
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # Before xdist reads the groups.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Brings tests that share graphs together, in the place of the first of them."""
+    """Moves tests that share graphs to the position of the first of them."""
     places: dict[str, int] = {}
     for place, item in enumerate(items):
         if (name := _graphs_of(item)) is not None:
@@ -66,19 +66,19 @@ def _graphs_of(item: pytest.Item) -> str | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def seldom_collected() -> None:
-    """What was imported is left out of collections, and these are rarer: Dynamo makes many objects that live."""
+    """Excludes imported objects from garbage collection and makes it rarer: Dynamo makes many long-lived objects."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
 
 
 _graphs: str | None = None
-"""Whose compiled graphs are there."""
+"""The group of tests whose compiled graphs are in Dynamo's cache."""
 
 
 @pytest.fixture(autouse=True)
 def fresh_state(one_thread: None, request: pytest.FixtureRequest) -> Iterator[None]:
-    """No sessions pass from one test to the next, and compiled graphs only where both are marked `shares_graphs`."""
+    """Removes all sessions, and compiled graphs unless this test and the previous one are marked to share them."""
     global _graphs
     name = _graphs_of(request.node)
     if name is None or name != _graphs:

@@ -1,4 +1,4 @@
-"""Modules with a cache whose calls may go without Dynamo, and which of them do."""
+"""Modules with a cache whose calls can be served by fast dispatch, and a record of the calls that were."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def enabled(module: nn.Module, **others: Any) -> nn.Module:
 
 
 def warm(module: nn.Module, **others: Any) -> nn.Module:
-    """With the cache, after a generation."""
+    """The module with the cache enabled, after one generation."""
     tiny.generate(enabled(module, **others), tiny.prompt(), tiny.latents())
     end_generation(module)
     return module
@@ -27,7 +27,7 @@ def warm(module: nn.Module, **others: Any) -> nn.Module:
 
 @contextmanager
 def served(module: nn.Module) -> Iterator[list[bool]]:
-    """Of every call inside, whether it was served without Dynamo."""
+    """Records for every call inside the context whether it was served without Dynamo."""
     calls: list[bool] = []
     dispatcher = module._compiled_call_impl.fast_dispatch
 
@@ -51,6 +51,6 @@ def last(module: nn.Module) -> cachedit_fx.inspect.CacheStats:
 
 
 def reason(module: nn.Module) -> str:
-    """Why Dynamo makes its calls."""
+    """Why the calls of the module go through Dynamo."""
     found: str = module._compiled_call_impl.fast_dispatch.reason
     return found

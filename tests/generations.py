@@ -1,4 +1,4 @@
-"""What the tests of whole generations share: transformers compiled once per family, and runs of the reference."""
+"""Helpers of the tests of whole generations: transformers compiled once per family, and runs of the reference."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ LIMITS = {
     "diff-below": {"warmup_interval": 2},
     "threshold-one": {"residual_diff_threshold": 1.0},
 }
-"""By the reason for decisions that each leads to."""
+"""Limits by the reason of the decisions that each of them causes."""
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
 def on_shared_graphs(*families: Family) -> pytest.MarkDecorator:
-    """`family` is one of these, and `compiled(family)` is traced for the first of all these tests alone."""
+    """Parametrizes `family`; `compiled(family)` is traced only for the first of all the tests that are marked so."""
     marked = [pytest.param(f, id=f.name, marks=pytest.mark.shares_graphs(f"pipelines-{f.name}")) for f in families]
     return pytest.mark.parametrize("family", marked)
 
@@ -55,7 +55,7 @@ def settings(family: Family, Fn: int = 1, Bn: int = 0, **others: Any) -> dict[st
 
 
 def limited(limit: dict[str, Any]) -> dict[str, Any]:
-    """Wide enough that the diff alone would rarely compute; `limit` comes on top."""
+    """Settings with a threshold so high that the diff alone rarely causes a computed step, and `limit` in addition."""
     return settings(WAN, max_continuous_cached_steps=4) | {"residual_diff_threshold": 0.2} | limit
 
 
@@ -68,8 +68,8 @@ class Traced:
     """A transformer, compiled in place by one trace for all configurations of this file.
 
     Attributes:
-        num_graphs: What Dynamo made of its first step.
-        graph_breaks: Where it broke these.
+        num_graphs: Number of graphs that Dynamo captured at the first step.
+        graph_breaks: Dynamo's reasons for graph breaks.
     """
 
     model: nn.Module
@@ -94,7 +94,7 @@ def trace(family: Family) -> Traced:
 
 @functools.cache
 def compiled_for_pipelines(family: Family) -> nn.Module:
-    """The family's transformer, compiled in place: a pipeline calls it with other arguments than the plain loop."""
+    """The family's transformer, compiled in place for pipelines, which pass other arguments than the plain loop."""
     model = family.build()
     model.compile(backend=backend(**settings(family)), fullgraph=True)
     family.generate(family.pipeline(model), family.prompt(3), family.latents(3), 2)
@@ -103,16 +103,16 @@ def compiled_for_pipelines(family: Family) -> nn.Module:
 
 
 def compiled(family: Family, fields: dict[str, Any]) -> nn.Module:
-    """The family's transformer for the plain loop, which runs with these fields from now on."""
+    """The family's transformer for the plain loop, configured with these fields."""
     traced = trace(family)
     traced.several.choose(frozenset(fields.items()))
     return traced.model
 
 
 class Recorder:
-    """Calls a compiled transformer in the place of the reference and keeps what it returned.
+    """Calls a compiled transformer in place of the reference and records its outputs.
 
-    The tensors themselves are kept, not copies: one that a later call writes into would show.
+    It records the tensors themselves and not copies, so that a later call that writes into one would be detected.
     """
 
     def __init__(self, module: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -150,24 +150,24 @@ def reference_pipeline_run(family: Family, seed: int, **fields: Any) -> tuple[Re
 
 
 def assert_worth_comparing(records: list[Record]) -> None:
-    """Both answers occur after warm-up, so that always giving the same one would be noticed."""
+    """Computed and reused steps both occur after the warm-up, so that a constant decision would be detected."""
     after_warmup = [record.reused for record in records if record.reason != "warmup"]
     assert any(after_warmup), "nothing was reused"
     assert not all(after_warmup), "nothing was computed after warm-up"
 
 
 def assert_same_decisions(stats: cachedit_fx.inspect.CacheStats, records: list[Record]) -> None:
-    """Every step of a session was decided as in the reference, on the same diff."""
+    """Every step of a session has the decision and the diff of the reference."""
     assert stats.decisions == [record.reason for record in records]
     assert stats.num_steps == len(records)
     assert list(stats.cached_steps) == [record.step for record in records if record.reused]
     diffs = {record.step: record.diff for record in records if record.diff is not None}
-    # Float32 means over a few thousand elements, summed in another order by a compiled kernel.
+    # The means over a few thousand float32 elements are summed in another order by a compiled kernel.
     assert dict(stats.residual_diffs) == pytest.approx(diffs, rel=1e-4)
 
 
 def assert_newest_sessions(module: nn.Module, family: Family, reference: ReferenceCache) -> None:
-    """The last sessions of `module`, one per branch, went as in the reference."""
+    """The last sessions of `module`, one per guidance branch, have the decisions of the reference."""
     newest = every_session(module)[-len(family.guidance_branches) :]
     for guidance_branch, stats in zip(family.guidance_branches, newest, strict=True):
         assert_same_decisions(stats, reference.of(guidance_branch))

@@ -1,4 +1,4 @@
-"""A small transformer with two block lists of different patterns, and the pipeline that it stands in."""
+"""A small transformer with two block lists of different patterns, and a pipeline that holds it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import cachedit_fx
 from tests.tiny import TIMES, WIDTH, Block, frozen, latents, prompt
 
-DUAL = ("encoder_hidden_states", "hidden_states")  # What the blocks of the first list return,
-SINGLE = ("hidden_states",)  # and those of the second.
+DUAL = ("encoder_hidden_states", "hidden_states")  # What the blocks of the first list return.
+SINGLE = ("hidden_states",)  # What the blocks of the second list return.
 
 
 class DualBlock(Block):
@@ -24,7 +24,7 @@ class DualBlock(Block):
 
 
 class SingleBlock(nn.Module):
-    """Pattern 3; its tokens see each other by their mean."""
+    """Pattern 3; every token depends on the mean of all tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class SingleBlock(nn.Module):
 
 
 class Hybrid(nn.Module):
-    """As FLUX.1: first image and text beside each other (pattern 1), then joined (pattern 3)."""
+    """Like FLUX.1: first image and text as two streams (pattern 1), then as one joined stream (pattern 3)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Hybrid(nn.Module):
 
 
 class LosesText(Hybrid):
-    """No pattern: the last block of the first list takes and hands on the image alone."""
+    """Fits no pattern: the last block of the first list takes and returns only the image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,26 +80,26 @@ class LosesText(Hybrid):
 
 
 def build(kind: type[nn.Module] = Hybrid) -> Any:
-    """A model that is ready for inference, always with the same weights."""
+    """A model in evaluation mode, always with the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return frozen(kind())
 
 
 def pipe_of(**components: Any) -> Any:
-    """The least that a pipeline is: something that holds a transformer."""
+    """A minimal pipeline: an object that holds a transformer."""
     return SimpleNamespace(**components, components=components)
 
 
 def config(**fields: Any) -> cachedit_fx.CacheConfig:
-    """One step to warm up, then whatever is allowed is reused, with the last residual."""
+    """One warm-up step; all later steps are reused unless `fields` forbid it, with the last residual."""
     base = dict(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=1.0, forecaster=None)
     base |= dict(inner_backend="eager")
     return cachedit_fx.CacheConfig(**base | fields)
 
 
 def calls(times: tuple[float, ...] = TIMES, seed: int = 1) -> list[dict[str, Tensor]]:
-    """Arguments of the calls of one generation: the same prompt object at every step, latents that stay."""
+    """Arguments of the calls of one generation, with the same prompt object and the same latents at every step."""
     text, image = prompt(seed), latents(seed)
     return [
         {
@@ -112,7 +112,7 @@ def calls(times: tuple[float, ...] = TIMES, seed: int = 1) -> list[dict[str, Ten
 
 
 def moving(seed: int = 1, times: tuple[float, ...] = TIMES) -> list[dict[str, Tensor]]:
-    """The calls of a generation whose latents change from step to step."""
+    """Arguments of the calls of one generation whose latents change from step to step."""
     drift = latents(seed + 50)
     return [
         call | {"hidden_states": call["hidden_states"] + 0.3 * time * drift}
@@ -121,5 +121,5 @@ def moving(seed: int = 1, times: tuple[float, ...] = TIMES) -> list[dict[str, Te
 
 
 def generate(model: nn.Module, times: tuple[float, ...] = TIMES) -> list[Tensor]:
-    """The outputs at all times."""
+    """The outputs of one generation."""
     return [model(**call)[0] for call in calls(times)]

@@ -1,4 +1,4 @@
-"""What the tests of how calls are served have in common."""
+"""Helpers of the tests of how calls are served."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def run(model: Any, seed: int = 1) -> list[Tensor]:
 
 
 def called(model: Any, method: str) -> list[Tensor]:
-    """A generation by a method of the model."""
+    """The outputs of a generation that calls a method of the model."""
     return run(getattr(model, method))
 
 
 def counts(model: Any) -> CallCounts:
-    """Of the one module that the cache is enabled for."""
+    """The call counts of the only module that the cache is enabled for."""
     (found,) = cachedit_fx.summary(model, logging=False).calls.values()
     return found
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The warnings of the package since this was called last."""
+    """The warnings of the package since the last call of this function."""
     records = [r for r in caplog.records if r.name.startswith("cachedit_fx") and r.levelno >= logging.WARNING]
     caplog.clear()
     return [record.getMessage() for record in records]
 
 
 class Guided(tiny.Transformer):
-    """Samplers call `forward_with_cfg`, or `decode`, which runs the blocks without the forward."""
+    """Has methods that samplers call: `forward_with_cfg`, and `decode`, which runs the blocks without the forward."""
 
     def forward_with_cfg(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor

@@ -1,13 +1,13 @@
-"""A plain-Python reference of skipped lines for models whose forward is a list of lines (`tests.random_models`).
+"""A plain-Python reference of reused steps for models whose forward is a list of lines (`tests.random_models`).
 
-It shares no code with the package: it runs the lines one by one, and on a reused step leaves those of a region out.
-What a region is and what a reused step supplies:
+It shares no code with the package: it runs the lines one by one and skips those of the regions at a reused step.
+The rules for a region and for the values that a reused step supplies:
 
-- A region begins with the line that calls its first block. It ends before the line that calls the block behind it, or
-  behind the line that calls its last block where that is the chain's last. A module that is called twice is two blocks.
-- A stream that its first block takes, or the streams joined into one, gets added what the region added last time.
-- Anything else that was made in it from a stream and is read behind it, is what it was last time.
-- What was made in it, but from no stream, is made again.
+- A region begins with the line that calls its first block. It ends before the line that calls the next block of the
+  chain, or after its last block if that is the last of the chain. A module that is called twice counts as two blocks.
+- A stream that its first block takes, or the streams joined into one, gets the last computed residual added.
+- Any other live-out that depends on a stream has its value of the last computed step.
+- A live-out that depends on no stream is rematerialized.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Locals = dict[str, Any]
 
 @dataclass(frozen=True)
 class CachedValue:
-    """What is kept of a name that is read behind a region.
+    """The cached value of a name that is read after a region.
 
     Attributes:
-        tensor: What it was last time; or what was added to the entering stream `base`.
-        same_as: Names with equal numbers stand for one tensor, so that one sees what is written into the other.
+        tensor: The value at the last computed step, or the residual relative to the entering stream `base`.
+        same_as: Names with equal numbers refer to one tensor, so that writing into one changes the other.
     """
 
     tensor: Tensor
@@ -43,7 +43,7 @@ class CachedValue:
 
 @dataclass
 class Span:
-    """Lines `start` to `stop` (exclusive), with what is kept of their last run."""
+    """Lines `start` to `stop` (exclusive), with the cached values of their last run."""
 
     start: int
     stop: int
@@ -54,9 +54,9 @@ class LineReference:
     """Runs the lines of a model.
 
     Args:
-        chain: Paths of the blocks of the chain, in execution order; those of modules that are called twice stand twice.
-        regions: Numbers, in the chain, of each region's first block and of the first behind it.
-        adds_late: What only a later block of a region takes, but was made before the region, is a stream as well.
+        chain: Paths of the blocks of the chain, in execution order. A module that is called twice occurs twice.
+        regions: For each region the numbers, in the chain, of its first block and of the first block after it.
+        adds_late: A value that was computed before the region and that only a later block takes is a stream as well.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class LineReference:
         """The model's outputs.
 
         Args:
-            reuse: Leave the regions out.
-            forget: The name of a kept value that is taken for zeros: to see that it counts.
+            reuse: Skip the regions.
+            forget: The name of a cached value that is replaced by zeros, to test that it matters.
         """
         env: Locals = {"self": self.model, "torch": torch, "F": F, **call}
         number = 0
@@ -104,9 +104,9 @@ class LineReference:
         return list(env["returned"])
 
     def probed_at(self, call: dict[str, Tensor]) -> Tensor | None:
-        """What the blocks before the first region add to the image, or to the stream that it was joined into.
+        """The residual of the image, or of the stream that it was joined into, over the blocks before the first region.
 
-        None where it was joined only just before the region.
+        None if it was joined immediately before the region.
         """
         start = min(self.spans)
         is_joined = self.lines[start - 1].is_joined
@@ -142,8 +142,8 @@ class LineReference:
         for line in self.lines[span.start : span.stop]:
             if not writes(line.code) & from_streams:
                 _run(line.code, env)
-            elif line.anew:
-                _run(line.anew, env)
+            elif line.without_block:
+                _run(line.without_block, env)
         made: dict[int, Tensor] = {}
         for name, cached in span.cached.items():
             if cached.same_as not in made:
@@ -152,7 +152,7 @@ class LineReference:
             env[name] = made[cached.same_as]
 
     def _entering(self, span: Span, env: Locals) -> Locals:
-        """Copies of the streams that the region's first block takes; and of what they will be joined to."""
+        """Copies of the streams that the region's first block takes and of the tensors that they are joined with."""
         entered = {name: env[name].clone() for name in self._streams(span)}
         if self._joins(span):
             entered["joined"] = torch.cat([env[name] for name in self.code.spec.parts], dim=1)
@@ -170,12 +170,12 @@ class LineReference:
         return self.lines[span.stop - 1].is_joined and not self.lines[span.start - 1].is_joined
 
     def _continued(self, span: Span) -> dict[str, str]:
-        """Names behind the region of what continues a stream -> what it continues."""
+        """Names after the region that continue a stream -> the name of the stream."""
         found = {name: name for name in self._streams(span)}
         return found | ({self.code.spec.joint: "joined"} if self._joins(span) else {})
 
     def _leaving(self, span: Span, written: set[str]) -> list[str]:
-        """Names that get a value in the region which is read behind it, or whose tensor was written into there."""
+        """Names that are assigned in the region and read after it, or whose tensor was written into in the region."""
         made = written.union(*(writes(line.code) for line in self.lines[span.start : span.stop]))
         found = set()
         for line in self.lines[span.stop :]:
@@ -184,12 +184,12 @@ class LineReference:
         return sorted(found)
 
     def _from_streams(self, span: Span) -> set[str]:
-        """Names that get a value in the region that was made from a stream."""
-        held = set(self.lines[span.start].streams)
+        """Names that are assigned in the region and depend on a stream."""
+        derived = set(self.lines[span.start].streams)
         for line in self.lines[span.start : span.stop]:
-            if reads(line.code) & held:
-                held |= writes(line.code) - (writes(line.anew) if line.anew else set())
-        return held
+            if reads(line.code) & derived:
+                derived |= writes(line.code) - (writes(line.without_block) if line.without_block else set())
+        return derived
 
     @property
     def cached(self) -> list[str]:
@@ -197,7 +197,7 @@ class LineReference:
 
 
 def _versions(env: Locals) -> dict[str, tuple[Tensor, int]]:
-    """Every local tensor, and how often it was written into."""
+    """Every local tensor and its version, the number of writes into it."""
     return {name: (value, value._version) for name, value in env.items() if isinstance(value, Tensor)}
 
 
@@ -221,6 +221,6 @@ def reads(code: str) -> frozenset[str]:
 
 @functools.cache
 def writes(code: str) -> frozenset[str]:
-    """Names that a statement gives a value."""
+    """Names that a statement assigns."""
     found = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name))
     return frozenset(node.id for node in found if isinstance(node.ctx, ast.Store))

@@ -1,4 +1,4 @@
-"""What a message says, whatever its lines; and where in the package messages come from."""
+"""The text of a message without its line breaks, and the places in the package where messages are made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDERS = tuple(ROOT / name for name in ("cachedit_fx", "passes", "patterns"))
 
 
 def flat(message: str) -> str:
-    """The lines of a mismatch as one: `stream-count: expected: 2 ...; found: 1 ...; at: ...`."""
+    """The lines of a mismatch joined into one: `stream-count: expected: 2 ...; found: 1 ...; at: ...`."""
     for name, before in (("expected", " expected: "), ("found", "; found: "), ("at", "; at: ")):
         message = re.sub(rf"\n +{name}: +", before, message)
     return message
@@ -28,7 +28,7 @@ def flat(message: str) -> str:
 
 @dataclass(frozen=True)
 class Site:
-    """A place that raises an error with a text, or logs a warning."""
+    """A place in the source that raises an error with a text or logs a warning."""
 
     file: str
     function: str
@@ -46,7 +46,7 @@ class Site:
 
 @functools.cache
 def sites() -> tuple[Site, ...]:
-    """All of them. Errors without a text are left out (our own bugs, signals, errors that are raised again), and so is
+    """All sites except errors without a text (bugs of the package, signals, errors that are raised again) and
     `MismatchError`, which never reaches a user."""
     files = sorted({path.resolve() for folder in FOLDERS for path in folder.rglob("*.py")})
     return tuple(site for file in files for site in _in_node(file, ast.parse(file.read_text(encoding="utf-8")), ()))
@@ -74,15 +74,15 @@ def _kind(node: ast.AST) -> str:
 
 @dataclass(frozen=True)
 class Told:
-    """What a user reads, and where it was said."""
+    """A message as the user sees it, and the site that made it."""
 
     text: str
-    shown: str  # With what torch.compile writes around it.
+    shown: str  # The text with what torch.compile adds around it.
     site: Site | None
 
 
 def told_by(provoke: Callable[[Path], object]) -> Told:
-    """The error that `provoke` meets, else the warning. It is given a folder of its own."""
+    """The error that `provoke` raises, or else the warning that it logs. It receives a new temporary folder."""
     torch._dynamo.reset()
     found: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)

@@ -24,7 +24,7 @@ from tests.messages_table import Row
 
 @dataclass(frozen=True, kw_only=True)
 class Mine(Forecaster):
-    """Does what it must not: asks for a value, or returns something else."""
+    """Does what a forecaster must not do: depends on a tensor's value, or returns something else than a tensor."""
 
     does: str = "ask"
 

@@ -1,4 +1,4 @@
-"""The rows of `messages_table` that take a model that runs, or is captured."""
+"""The rows of `messages_table` that need a model that runs or is captured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of `messages_table` about policies, forecasters in a configuration, and fields that ask for each other."""
+"""The rows of `messages_table` about policies, forecasters in a configuration, and fields that require each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.messages_table import Row, of_config
 
 
 class Answers:
-    """A policy that answers with a number."""
+    """A policy that returns a number."""
 
     def decide(self, step: StepView) -> Any:
         return step.number + 1

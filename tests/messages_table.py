@@ -1,4 +1,4 @@
-"""One row per error and warning of the package: how a user meets it, and what its text has to say."""
+"""One row per error and warning of the package: how to provoke it, and what its text must contain."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ P1, P3 = ForwardPattern.Pattern_1, ForwardPattern.Pattern_3
 
 @dataclass(frozen=True)
 class Row:
-    """`provoke` is given an empty folder; the text has to show `value`, which was given or found, and `says`."""
+    """`provoke` receives an empty folder; the text must contain `value`, which was given or found, and `says`."""
 
     name: str
     provoke: Callable[[Path], object]
@@ -107,7 +107,7 @@ def registered(returned: Any) -> None:
         BlockAdapterRegistry.unregister("Hybrid")
 
 
-GONE = dict(op="call_function", target="gone.f", args={"tuple": []}, kwargs={"dict": []})  # As graph.json has a node.
+GONE = dict(op="call_function", target="gone.f", args={"tuple": []}, kwargs={"dict": []})  # A node of graph.json.
 
 
 def enter(key: Any) -> None:

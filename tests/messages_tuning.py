@@ -29,7 +29,7 @@ LINEAR = (PolynomialCalibratorConfig(order=1),)
 
 
 class Model(nn.Module):
-    """Adds the timestep; or returns what no one can forecast."""
+    """Adds the timestep, or returns a value that cannot be forecast."""
 
     def __init__(self, returned: object = None) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Model(nn.Module):
 
 
 class Pipe:
-    """Calls its first transformers `steps` times."""
+    """Calls its first `num_used` transformers `steps` times."""
 
     def __init__(self, *modules: nn.Module, num_used: int = 1) -> None:
         names = ("transformer", "transformer_2")

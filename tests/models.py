@@ -1,11 +1,11 @@
-"""Tiny diffusers transformers that behave like trained ones where caching looks at them.
+"""Tiny diffusers transformers whose residuals change from step to step like those of trained models.
 
 `FAMILIES` maps a name to a `Family`: how to build the transformer, its inputs and the real pipeline
-around it. `denoise` is the loop that pipelines run, reduced to what a transformer sees of it.
+around it. `denoise` is the loop that pipelines run, reduced to the calls of the transformer.
 
-A randomly initialised transformer is never worth caching: its timestep MLP takes neighbouring steps for
-unrelated ones (first-block diffs of 0.4). `_calm` makes the weights smooth in time, as training does:
-the diffs are then 0.03 to 0.2, so that a threshold in that range reuses some steps and not others.
+A randomly initialized transformer is never worth caching: the outputs of its timestep MLP for neighboring
+steps are unrelated (residual diffs of the first block of 0.4). `_calm` makes the weights smooth in time, as
+training does: the diffs are then 0.03 to 0.2, so that a threshold in that range reuses some of the steps.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ Block = tuple[nn.Module, tuple[str, ...]]  # a block and the names of what it re
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a pipeline passes unchanged, as the same objects, at every step of a generation.
+    """The inputs that a pipeline passes as the same, unchanged objects at every step of a generation.
 
     Attributes:
         cond: Transformer inputs of the prompt.
-        uncond: Those of the negative prompt; None for a model that takes one call per step.
+        uncond: Transformer inputs of the negative prompt; None for a model that is called once per step.
     """
 
     cond: dict[str, Any]
@@ -53,20 +53,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of transformer, with all that a test needs to run it.
+    """One kind of transformer, with everything that a test needs to run it.
 
     Attributes:
         name: Key in `FAMILIES`.
         threshold: A `residual_diff_threshold` that reuses a third to two thirds of the steps after 3
-            of warm-up, not the same ones for seeds 1 and 2. Over 14 steps no diff comes within
-            0.5 % of it, so that decisions do not hang on rounding.
-        guidance: Scale of classifier-free guidance, two calls per step; None for one call per step.
+            of warm-up, different ones for seeds 1 and 2. Over 14 steps every diff differs from it
+            by more than 0.5 %, so that decisions do not depend on rounding.
+        guidance: Scale of classifier-free guidance with two calls per step; None for one call per step.
         timestep_scale: The timestep that the transformer gets at sigma 1.
         build: A new transformer, always with the same weights.
         chain: Its blocks in execution order, over all of its lists.
         prompt: The prompt of a seed, as new tensors.
         latents: The initial noise of a seed.
-        pipeline: The real pipeline around a transformer; it takes embeddings and gives latents.
+        pipeline: The real pipeline around a transformer; it takes embeddings and returns latents.
         generate: Runs such a pipeline: (pipeline, prompt, latents, number of steps) -> the latents
             after every step.
     """
@@ -84,7 +84,7 @@ class Family:
 
     @property
     def guidance_branches(self) -> tuple[str, ...]:
-        """The calls of one step, in order."""
+        """The guidance branches of one step, in the order of their calls."""
         return ("cond",) if self.guidance is None else ("cond", "uncond")
 
 
@@ -92,7 +92,7 @@ def denoise_steps(call: Call, family: Family, prompt: Prompt, latents: Tensor, n
     """The latents after each of `num_steps` Euler steps of flow matching, from sigma 1 to 0.
 
     Args:
-        call: Runs the transformer; its first argument tells the branch, "cond" or "uncond".
+        call: Runs the transformer; its first argument is the guidance branch, "cond" or "uncond".
         latents: The noise to begin with.
     """
     for sigma, next_sigma in pairwise(torch.linspace(1, 0, num_steps + 1).tolist()):
@@ -117,7 +117,7 @@ def noise(*shape: int, seed: int) -> Tensor:
 
 
 def _empty_prompt(length: int, width: int, *, seed: int) -> Tensor:
-    """Embeddings of a prompt that says nothing: nearly the same token throughout."""
+    """Embeddings of an empty prompt: all tokens are nearly equal."""
     return 2 * noise(1, 1, width, seed=seed) + 0.1 * noise(BATCH, length, width, seed=seed)
 
 
@@ -128,8 +128,8 @@ def _calm(time_linears: list[nn.Linear], adaln: list[nn.Linear], smoothing: floa
         time_linears: First linears of the MLPs for timestep and guidance, fed with 128 cosines and 128
             sines of t in 0..1000, at frequencies 10000^(-i/128).
         adaln: Linears that turn the time embedding into shifts, scales and gates.
-        smoothing: Frequencies well above its inverse are taken out of the timestep.
-        gain: Factor on the AdaLN linears' weights, so that what is left of the timestep matters.
+        smoothing: Frequencies well above its inverse are removed from the timestep embedding.
+        gain: Factor on the AdaLN linears' weights, so that the remaining frequencies have an effect.
     """
     frequency = 10000.0 ** (-torch.arange(128) / 128)
     for linear in time_linears:
@@ -164,7 +164,7 @@ def _run(pipe: DiffusionPipeline, num_steps: int, **inputs: Any) -> list[Tensor]
     return after_step
 
 
-# FLUX: double blocks, then single blocks; guidance is an input, so one call per step.
+# FLUX: double blocks, then single blocks; guidance is an input, so there is one call per step.
 
 
 def _flux_build() -> nn.Module:
@@ -250,7 +250,7 @@ FLUX = Family(
 )
 
 
-# QwenImage: two streams throughout; the negative prompt has another text length.
+# QwenImage: two streams in all blocks; the negative prompt has another text length.
 
 
 def _qwen_build() -> nn.Module:
@@ -268,7 +268,7 @@ def _qwen_build() -> nn.Module:
         )
         _calm([model.time_text_embed.timestep_embedder.linear_1], [], smoothing=150, gain=1)
         for block in model.transformer_blocks:
-            block.attn.add_v_proj.weight.mul_(4)  # Or the two prompts make no difference to the decisions.
+            block.attn.add_v_proj.weight.mul_(4)  # Otherwise the decisions do not depend on the prompt.
         return _finish(model, QWEN_IMAGE)
 
 
@@ -280,7 +280,7 @@ def _qwen_prompt(seed: int) -> Prompt:
     def branch(text: Tensor) -> dict[str, Any]:
         return dict(
             encoder_hidden_states=text,
-            encoder_hidden_states_mask=None,  # What the pipeline makes of a mask of ones.
+            encoder_hidden_states_mask=None,  # The pipeline replaces a mask of ones by None.
             img_shapes=[[(1, SIDE, SIDE)]] * BATCH,
         )
 
@@ -358,7 +358,7 @@ def _wan_prompt(seed: int) -> Prompt:
 
 
 def _wan_pipeline(transformer: nn.Module) -> WanPipeline:
-    # The scheduler of the published checkpoints; unlike Euler, it counts timesteps in whole numbers.
+    # The scheduler of the published checkpoints; unlike Euler's, its timesteps are integers.
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
     return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)
 

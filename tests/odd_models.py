@@ -1,4 +1,4 @@
-"""Small models that no template fits, each with a patch functor that changes that and with its blocks by hand."""
+"""Small models that no template fits, each with a patch functor that makes one fit and with its blocks run by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.regions import relative_l1
 from tests.tiny import TEXT, WIDTH
 
 HIDDEN, ENCODER = "hidden_states", "encoder_hidden_states"
-THRESHOLD = 0.08  # At the times of `tests.tiny` the first block's residual moves past it at every other step.
+THRESHOLD = 0.08  # At the times of `tests.tiny` the residual diff exceeds it at every other step.
 
 
 def named(gm: fx.GraphModule, local: str) -> list[fx.Node]:
@@ -27,7 +27,7 @@ def named(gm: fx.GraphModule, local: str) -> list[fx.Node]:
 
 
 class Model(nn.Module):
-    """What all models here have around their loops: tokens in, a scale that moves with time, tokens out."""
+    """The parts around the blocks of all models here: input projection, a scale that depends on time, output."""
 
     block: type[nn.Module]
 
@@ -46,7 +46,7 @@ class Block(nn.Module):
         self.text = nn.Linear(WIDTH, WIDTH)
 
 
-# Each block takes the stream in columns and hands it on in rows: what leaves the last is not what entered the first.
+# Each block takes columns and returns rows, so the output of the last block does not continue the input of the first.
 
 
 class ColumnBlock(Block):
@@ -69,7 +69,7 @@ class InColumns(Model):
 
 
 class GiveColumns(PatchFunctor):
-    """The columns are made by the block that reads them."""
+    """Moves the conversion to columns into the block that reads them."""
 
     def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
         for columns in named(gm, "columns"):
@@ -87,7 +87,7 @@ def columns_by_hand(model: Any, call: dict[str, Tensor]) -> Iterator[dict[str, T
         yield {HIDDEN: rows}
 
 
-# Two streams under names that tell nothing; each looks at the other, and is made of both inputs and needed at the end.
+# Two streams whose names do not identify them; each depends on the other and on both inputs and is used at the end.
 
 
 class NamelessBlock(Block):
@@ -127,7 +127,7 @@ def names_by_hand(model: Any, call: dict[str, Tensor]) -> Iterator[dict[str, Ten
         yield {HIDDEN: a, ENCODER: b}
 
 
-# Text and image in one stream. The template wants two, so that the image alone is looked at.
+# Text and image in one stream. The template has two streams, so that the probe covers only the image.
 
 
 class JointBlock(Block):
@@ -172,10 +172,10 @@ class Case:
     """A model with its functor.
 
     Attributes:
-        mismatch: What is said of it without the functor.
-        streams: Model and call -> the streams before the first block and after every one, by plain Python.
-        out: Model and streams after the last block -> its output.
-        template: What its blocks are declared to be; None to declare nothing.
+        mismatch: A part of the message without the functor.
+        streams: Model and call -> the streams before the first block and after every block, computed in plain Python.
+        out: Model and streams after the last block -> the output of the model.
+        template: The template that is declared for its blocks; None to declare none.
     """
 
     model: type[Model]
@@ -224,7 +224,7 @@ def build(case: Case) -> Any:
 def by_hand(
     case: Case, given: list[dict[str, Tensor]], cached: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[list[Tensor], list[int]]:
-    """The outputs of one generation with blocks 1 to 3 cached, and the steps that were reused."""
+    """The outputs of one generation in which blocks 1 to 3 are cached, and the steps that were reused."""
     model, outputs, reused = build(case), [], []
     last_probe, cached = None, {}
     for step, call in enumerate(given):

@@ -1,4 +1,4 @@
-"""A headless Chromium to look at the pages with, and what a page must never do in it."""
+"""A headless Chromium that opens the pages, and checks that every page must pass in it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLAGS = (
 
 @contextlib.contextmanager
 def browser() -> Iterator[Any]:
-    """One Chromium. Where there is none the tests are skipped, but fail on CI."""
+    """A running Chromium. If it is not installed, the tests are skipped, except on CI, where they fail."""
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         reason = "no chromium: `make browser` installs Debian's"
@@ -46,8 +46,8 @@ class Viewed:
 
     Attributes:
         page: Playwright's.
-        complaints: What it wrote to the console, and scripts that raised.
-        requests: What it asked for besides itself.
+        complaints: Messages on the console and errors of scripts.
+        requests: Addresses that it requested, other than its own.
     """
 
     page: Any
@@ -60,14 +60,14 @@ class Viewed:
         return found
 
     def background(self) -> int:
-        """How bright the page is: the sum of red, green and blue."""
+        """The brightness of the page: the sum of red, green and blue."""
         colour = self.page.evaluate("getComputedStyle(document.body).backgroundColor")
         return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(",")))
 
 
 @contextlib.contextmanager
 def viewed(chromium: Any, path: Path, *, width: int = 1200, dark: bool = False) -> Iterator[Viewed]:
-    """Opens a file. At the end it has complained of nothing and asked for nothing."""
+    """Opens a file. Asserts at the end that there were no complaints and no requests."""
     scheme = "dark" if dark else "light"
     page = chromium.new_page(viewport={"width": width, "height": 850}, color_scheme=scheme)
     found = Viewed(page)

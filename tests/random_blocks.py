@@ -6,7 +6,7 @@ from tests.random_specs import WIDTH, Blocks, Spec
 
 
 def parameters(spec: Spec, blocks: Blocks) -> dict[str, str]:
-    """Name of each parameter -> what is given: `stream_i`, or a local of the model's forward."""
+    """Name of each parameter -> the argument: `stream_i`, or a local of the model's forward."""
     names = _locals(spec, blocks)
     takes = {name: f"stream_{i}" for i, name in enumerate(names)}
     if blocks.takes_reversed:
@@ -17,7 +17,7 @@ def parameters(spec: Spec, blocks: Blocks) -> dict[str, str]:
 
 
 def _locals(spec: Spec, blocks: Blocks) -> tuple[str, ...]:
-    """What the block's code calls its streams."""
+    """The names of the streams in the block's code."""
     streams = spec.streams(blocks)
     return ("a", "b", "d")[: len(streams)] if spec.inner else streams
 
@@ -65,9 +65,9 @@ def block_source(spec: Spec, blocks: Blocks, *, has_skip: bool) -> str:
 
 
 def _mixing(spec: Spec, blocks: Blocks, names: tuple[str, ...], takes: dict[str, str]) -> list[str]:
-    """What the streams get from each other and from what all blocks read: `look`, [B, 1, D], and `gain`."""
-    seen = {"each": names, "image": names[1:] or names, "text": names[:1]}[blocks.looks]
-    lines = [f"look = {' + '.join(f'{name}.mean(1, keepdim=True)' for name in seen)}"]
+    """Code that computes what streams get from each other and from the invariants: `look`, [B, 1, D], and `gain`."""
+    sources = {"each": names, "image": names[1:] or names, "text": names[:1]}[blocks.looks]
+    lines = [f"look = {' + '.join(f'{name}.mean(1, keepdim=True)' for name in sources)}"]
     for name in ("context", "memory"):
         if name in takes and not takes[name].startswith("stream_"):
             lines.append(f"look = look + self.read({name}).mean(1, keepdim=True)")
@@ -85,12 +85,12 @@ def _changes(blocks: Blocks, names: tuple[str, ...]) -> list[str]:
             f"{changes}, = torch.split(every, [{lengths}], dim=1)",
         ]
         return lines + [f"{name} = {name} + change_{i}" for i, name in enumerate(names)]
-    # Of several streams all but the first of `looks` see only themselves.
+    # Only the streams that `looks` names depend on the others.
     change = {
         "add": "{0} = {0} + gain * self.to_{1}({0}{2}).tanh()",
         "in-place": "{0} += gain * self.to_{1}({0}{2}).tanh()",
         "post-norm": "{0} = F.layer_norm({0} + gain * self.to_{1}({0}{2}).tanh(), (8,))",
         "attention": "{0} = {0} + gain * self.to_{1}(({0} @ {0}.transpose(1, 2)).softmax(-1) @ {0}{2})",
     }[blocks.body]
-    sees = {"each": names, "image": names[:1], "text": names[1:] or names}[blocks.looks]
-    return [change.format(name, i, " + look" if name in sees else "") for i, name in enumerate(names)]
+    readers = {"each": names, "image": names[:1], "text": names[1:] or names}[blocks.looks]
+    return [change.format(name, i, " + look" if name in readers else "") for i, name in enumerate(names)]

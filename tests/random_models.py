@@ -1,7 +1,7 @@
-"""Small transformers with random code: a `Spec` becomes code (`write`), and that a model (`build`).
+"""Small transformers with random code: `write` turns a `Spec` into code, and `build` turns the code into a model.
 
 A model's forward is a list of lines without branches or loops, so that plain Python can run them one by one (see
-`tests.line_reference`). Nothing in it does nothing: every block adds about as much to its streams as it gets.
+`tests.line_reference`). Every line has an effect: every block adds about as much to its streams as it receives.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class Line:
     Attributes:
         block: Path of the block that it calls, as in `blocks.1`; empty for others.
         streams: Names of the streams that the block takes and returns.
-        anew: Of a block's results, what depends on no stream: how to make it without calling the block.
-        is_joined: Whether the streams are one when this line has run.
+        without_block: Code that computes the results that depend on no stream without calling the block.
+        is_joined: Whether the streams are joined into one after this line.
     """
 
     code: str
     block: str = ""
     streams: tuple[str, ...] = ()
-    anew: str = ""
+    without_block: str = ""
     is_joined: bool = False
 
 
 @dataclass
 class Code:
-    """A model's code, and its modules: name -> (features in, features out), list -> sources of its blocks."""
+    """A model's code and its modules: name -> (features in, features out), block list -> sources of its blocks."""
 
     spec: Spec
     lines: list[Line] = field(default_factory=list)
@@ -72,14 +72,14 @@ class _Writer:
     def __init__(self, spec: Spec) -> None:
         self.spec, self.code = spec, Code(spec)
         self.is_joined = self.is_embedded = False
-        self.number = 0  # Of the next image block.
+        self.number = 0  # The number of the next image block.
         self.emitted: list[str] = []
         self.gates: list[str] = []
         self.hints: list[str] = []
 
     @property
     def image(self) -> str:
-        """Where the image is now."""
+        """The name of the stream that holds the image at this line."""
         return self.spec.joint if self.is_joined else self.spec.image
 
     def add(self, code: str, **fields: Any) -> None:
@@ -124,11 +124,11 @@ class _Writer:
             self.add(f"{name} = {name}.to(torch.{self.spec.cast})")
 
     def _in_dtype(self, name: str, width: int = WIDTH) -> str:
-        """A linear among the blocks, in their dtype."""
+        """A linear layer between the blocks, in their dtype."""
         return self.linear(f"in_{name}", width)
 
     def run(self, blocks: Blocks, *, is_last: bool) -> None:
-        """All blocks of a list, with the work between them."""
+        """Writes the calls of all blocks of a list, with the work between them."""
         if blocks.holds in IMAGE_HOLDERS:
             self.embed_image()
         if blocks.holds in ("all", "image") and self.hints and self.spec.hints == "before":
@@ -166,19 +166,24 @@ class _Writer:
         args = [f"{name}={arg}" if by_name else arg for name, arg in zip(takes, given, strict=True)]
         args += [f"skip={skip}"] if skip else []
         results = [*(reversed(streams) if blocks.returns_reversed else streams)]
-        anew = ""
+        without_block = ""
         if blocks.emits:
             name = f"emitted_{len(self.emitted)}"
             self.emitted.append(name)
             results.insert(0 if blocks.emits_first else len(results), name)
-            anew = f"{name} = {path}.emit(temb)" if blocks.emits == "time" else ""
+            without_block = f"{name} = {path}.emit(temb)" if blocks.emits == "time" else ""
         call = f"{path}({', '.join(args)})"
         if blocks.body == "branch":
             call = f"{results[0]} + {call}"
-        self.add(f"{', '.join(results)} = {call}", block=f"{blocks.path}.{index}", streams=streams, anew=anew)
+        self.add(
+            f"{', '.join(results)} = {call}",
+            block=f"{blocks.path}.{index}",
+            streams=streams,
+            without_block=without_block,
+        )
 
     def _skips_into(self, number: int) -> str:
-        """Writes what comes back in front of a block. Returns what is given to the block as an argument."""
+        """Writes the skips that end before a block. Returns the skip that the block takes as an argument."""
         given = ""
         for skip in self.spec.skips:
             name = f"skip_{skip.source}{'_joint' * self.is_joined}"
@@ -276,7 +281,7 @@ ADAPTER = f"""class Adapter(nn.Module):
 
 
 def build(code: Code) -> nn.Module:
-    """The model, always with the same weights; its `forward` and those of its blocks have readable sources."""
+    """The model, always with the same weights; `inspect` can read the source of its `forward` and of its blocks'."""
     spec = code.spec
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -314,9 +319,9 @@ def _class_of(source: str, name: str) -> type[nn.Module]:
 
 
 def generation(spec: Spec) -> Iterator[dict[str, Tensor]]:
-    """The arguments of three steps: latents, timestep and control are new at every step, all else stays."""
+    """The arguments of three steps: latents, timestep and control are new at every step, the others are the same."""
     seeds = count(1)
-    kept: dict[str, Tensor] = {}
+    constant: dict[str, Tensor] = {}
     for time in TIMES:
         call = {}
         for name, shape in spec.inputs.items():
@@ -325,7 +330,7 @@ def generation(spec: Spec) -> Iterator[dict[str, Tensor]]:
             elif name in ("hidden_states", "control", "audio_states"):
                 call[name] = _noise(shape, next(seeds))
             else:
-                call[name] = kept.setdefault(name, _noise(shape, next(seeds)))
+                call[name] = constant.setdefault(name, _noise(shape, next(seeds)))
         yield call
 
 

@@ -1,8 +1,8 @@
-"""Random plans for a server: what requests there are, and in which order they run.
+"""Random plans for a server: the requests, and the order in which their steps run.
 
-A request is a denoising loop: a pipeline, a loop in a `session(key)`, or a bare loop with a prompt of its own. It may
-call the model several times at a step, meet a timestep twice, be abandoned, or fail inside a block. Others run between
-its steps, in this thread or in others; meanwhile weights change, modules are replaced, and the cache is reset.
+A request is a denoising loop: a pipeline, a loop in a `session(key)`, or a bare loop with a separate prompt. It may
+call the model several times per step, repeat a timestep, be abandoned, or fail inside a block. Other requests run
+between its steps, in this thread or in others; weights change, modules are replaced, and the cache is reset.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
-STEPS = 6  # Of a request, at the most.
+STEPS = 6  # The largest number of steps of a request.
 KINDS = ("pipeline", "named", "bare")
 PROMPTS = ("own", "shared", "overwritten")
 EVENTS = ("weight", "block", "reset", "refresh", *["nothing"] * 12)
@@ -23,13 +23,13 @@ class Request:
     """One denoising loop.
 
     Attributes:
-        kind: How the package may tell it from others; see KINDS.
-        times: The timestep of every step, on the scale of 0 to 1000.
-        windows: Calls of the model per step, all with one prompt object.
-        stop: The step before which it is abandoned, or at which it fails.
+        kind: How the package can distinguish it from other requests; see KINDS.
+        times: The timestep of every step, from 0 to 1000.
+        windows: Number of calls of the model per step, all with the same prompt object.
+        stop: The step before which it is abandoned or at which it fails.
         fails: Whether the first call of that step fails inside the model.
-        prompt: Its prompt object: "own" is a new one, "shared" is the server's as it is, and "overwritten" the server's
-            with other content, which ends whoever used it.
+        prompt: Its prompt object: "own" is a new one, "shared" is the server's unchanged one, and "overwritten" is the
+            server's with new content, which ends all requests that used it.
         size: Number of the image size, and of the text length.
     """
 
@@ -48,13 +48,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a server is asked to do.
+    """The requests of a server and the order in which it runs them.
 
     Attributes:
         requests: In the order in which they arrive.
-        order: Numbers of those that run the next step, in turn; afterwards each of them runs to its end.
-        events: What happens before each of these steps.
-        in_threads: Every request in a thread of its own, at once; nothing of `order` and `events` is then used.
+        order: For each turn the number of the request that runs its next step; afterwards each request runs to its end.
+        events: The event before each of these steps.
+        in_threads: Every request runs in a separate thread, all at once; `order` and `events` are not used then.
     """
 
     requests: tuple[Request, ...]
@@ -65,9 +65,9 @@ class Plan:
 
 @st.composite
 def schedules(draw: st.DrawFn, kind: str, starts: Sequence[float] = (900.0, 900.0, 450.0)) -> tuple[float, ...]:
-    """Falling, as almost all are; in a pipeline also rising ones, and ones that repeat, as those of Heun's method.
+    """Falling timesteps, as of almost all schedulers; in a pipeline also rising and repeated ones (Heun's method).
 
-    The lower start is that of image-to-image.
+    The lower start is the one of image-to-image.
     """
     start = draw(st.sampled_from(starts))
     times = tuple(start - 70 * i for i in range(draw(st.integers(2, STEPS))))
@@ -93,9 +93,9 @@ def requests(draw: st.DrawFn, kinds: Sequence[str] = KINDS, prompts: Sequence[st
 
 @st.composite
 def takeovers(draw: st.DrawFn) -> Plan:
-    """Bare loops in one prompt buffer, each abandoned at a higher timestep than the next one begins at.
+    """Bare loops with one prompt buffer, each abandoned at a higher timestep than the one at which the next one starts.
 
-    Nothing but the content of the buffer tells them apart.
+    Only the content of the buffer distinguishes them.
     """
     stops = draw(st.lists(st.integers(1, 5), min_size=1, max_size=2))
     starts = [900.0 - 300 * i for i in range(len(stops) + 1)]
@@ -110,7 +110,7 @@ def takeovers(draw: st.DrawFn) -> Plan:
 @st.composite
 def mixtures(draw: st.DrawFn) -> Plan:
     """Requests of any kind, in any order."""
-    # Often all are of one kind, or have one prompt object: what tells them apart is then one thing alone.
+    # Often all have one kind or one prompt object, so that only one property distinguishes them.
     kinds = draw(st.sampled_from((KINDS, *((kind,) for kind in KINDS))))
     prompts = draw(st.sampled_from((PROMPTS, *((prompt,) for prompt in PROMPTS))))
     found = tuple(draw(st.lists(requests(kinds, prompts), min_size=2, max_size=4)))

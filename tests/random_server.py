@@ -1,8 +1,8 @@
-"""Random servers: requests of every kind that share one transformer, run in any order, and what must come out.
+"""Random servers: requests of every kind that share one transformer and run in any order, and a check of their outputs.
 
-What must hold is told without looking into the package: an output is that of the model, or that of the model whose
-blocks were skipped by hand, with what they added at the last computed call of the same request at the same place in the
-latents. And each request gives what it gives alone, with as many reused steps.
+The check does not depend on the package: an output must equal that of the model, or that of the model with the blocks
+skipped by hand and the residual of the last computed call of the same request and window added. Each request must
+give the same outputs as alone, with as many reused steps.
 
     python -m tests.random_server --minutes 120
 """
@@ -32,8 +32,8 @@ from tests.zoo.runs import call_before, enable
 from tests.zoo.variant import Inputs, Variant, another
 from tests.zoo.variant_reference import VariantReference, tensors_of
 
-# With NumPy that runs in its graph: with an inner backend that runs a graph as it is, threads that run it at once set
-# torch's default dtype for one another (docs/reliability.md).
+# These models run NumPy in their graphs. With an inner backend that runs graphs unchanged, threads that run one at the
+# same time set torch's default dtype for each other (docs/reliability.md).
 NOT_IN_THREADS = ("Cosmos",)
 
 EVERY_OTHER = dict(max_warmup_steps=1, residual_diff_threshold=1.0, max_continuous_cached_steps=1)
@@ -41,14 +41,14 @@ PROBING = dict(max_warmup_steps=2, residual_diff_threshold=0.6, max_continuous_c
 
 
 class Interrupted(Exception):
-    """Raised inside the compiled model, as a user's interrupt would be."""
+    """Raised inside the compiled model like a user's interrupt."""
 
 
 class Fuse:
-    """The inner backend: runs graphs as they are, and fails in one of them when it is lit.
+    """The inner backend: runs graphs unchanged, and raises an error in one of them if requested.
 
     Attributes:
-        left: Pieces that still run before one fails; None for no failure.
+        left: Number of pieces that still run before one fails; None for no failure.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ torch._dynamo.register_backend(FUSE, name="fails_on_demand")
 
 @dataclass
 class Pair:
-    """A model with the cache, and one without that goes through the same."""
+    """A model with the cache and a copy without it that undergoes the same events."""
 
     variant: Variant
     cached: nn.Module
@@ -86,14 +86,14 @@ class Pair:
         fields = dict(EVERY_OTHER, Fn_compute_blocks=1, inner_backend="fails_on_demand", on_no_match="raise")
         enable(variant, cached, cachedit_fx.CacheConfig(**fields, forecaster=None), dynamic=True)
         pair = Pair(variant, cached, plain)
-        # Compiled for both sizes: a session computes where another graph takes over, and would not be as alone. Threads
-        # that compile at once are tested in `tests/test_threads.py`.
+        # Compile for both sizes first: a session computes a step when another graph takes over, unlike a request that
+        # runs alone. Threads that compile at the same time are tested in `tests/test_threads.py`.
         times = (900.0, 800.0)
         Server(pair, Plan(tuple(Request("named", times, size=size) for size in (0, 1)))).run_and_check(**EVERY_OTHER)
         return pair
 
     def change(self, event: str) -> None:
-        """What happens to the server between two steps."""
+        """Applies an event between two steps."""
         if event == "reset":
             cachedit_fx.reset(self.cached)
         elif event == "refresh":
@@ -111,19 +111,19 @@ class Pair:
 
 
 class Loop:
-    """A request as it runs.
+    """A running request.
 
     Args:
-        number: Its place among the requests; what it is called with depends on it.
-        common: What all its calls are given beside latents and timesteps; the prompt among it.
+        number: Its position among the requests, which determines its inputs.
+        common: The arguments of all of its calls except latents and timesteps; they include the prompt.
 
     Attributes:
-        given: A copy of `common`, which others may write over.
-        outputs: The tensors of every call.
-        reused: Whether the blocks were skipped, for every call.
-        is_ended: Whether it failed, or its prompt was written over.
-        is_disturbed: Whether another one without a name ran with the same prompt object between its steps. What it
-            returns must be its own then, too, but it may have to compute more often.
+        given: A copy of `common`, which other requests may overwrite.
+        outputs: The output tensors of every call.
+        reused: For every call whether the blocks were skipped.
+        is_ended: Whether it failed or its prompt was overwritten.
+        is_disturbed: Whether another request without a name ran with the same prompt object between its steps. Its
+            outputs must still be correct, but it may compute more steps.
     """
 
     def __init__(self, pair: Pair, request: Request, number: int, common: Inputs) -> None:
@@ -138,7 +138,7 @@ class Loop:
         self._prepared: dict[tuple[int, int], Inputs] = {}
 
     def prepare(self) -> None:
-        """Makes the inputs of all calls. Dynamo sets torch's default dtype while it traces NumPy, for all threads."""
+        """Makes the inputs of all calls. While Dynamo traces NumPy it sets torch's default dtype for all threads."""
         for step, window in itertools.product(range(self.request.num_steps), range(self.request.windows)):
             self._prepared[step, window] = self._made(step, window)
 
@@ -146,11 +146,11 @@ class Loop:
         return self.is_ended or self.step >= self.request.num_steps
 
     def forget(self) -> None:
-        """Nothing that was computed so far may be reused."""
+        """Requires that nothing that was computed so far is reused."""
         self._references.clear()
 
     def run_step(self, *, check: bool = True) -> None:
-        """All calls of the next step, as the kind of loop makes them."""
+        """Makes all calls of the next step in the way of its kind of loop."""
         request = self.request
         self.scheduler._step_index = self.step
         fails = request.fails and self.step == request.stop
@@ -171,7 +171,7 @@ class Loop:
         self.step += 1
 
     def __call__(self, call: Inputs) -> Any:
-        """The frame in which a pipeline is found: `self.scheduler` is there, as in a pipeline of diffusers."""
+        """The frame that is recognized as a pipeline: `self.scheduler` exists, as in a diffusers pipeline."""
         return self.pair.cached(**call)
 
     def _name(self) -> AbstractContextManager[Any]:
@@ -188,11 +188,11 @@ class Loop:
         return self.common | {name: own[name] for name in variant.times} | latents
 
     def _is_reused(self, window: int, call: Inputs, output: list[Tensor]) -> bool:
-        """Whether the output is that without the blocks, with what this window's last computed call added.
+        """Whether the output is that of a reused step, with the residual of this window's last computed call.
 
-        It has to be the model's own otherwise.
+        It asserts that the output equals the model's otherwise.
 
-        Outside of a pipeline the second calls at a timestep are a branch of their own, unless the first was forgotten.
+        Outside of a pipeline the second calls at a timestep are a separate branch, unless the first was forgotten.
         """
         times = self.request.times
         is_second = self.step > 0 and times[self.step] == times[self.step - 1]
@@ -212,7 +212,7 @@ def _equal(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 class Prompts:
-    """What a server keeps for prompts: one buffer per size, and who used it last."""
+    """The prompt buffers of a server, one per size, and the requests that used them last."""
 
     def __init__(self, variant: Variant) -> None:
         self._variant = variant
@@ -220,9 +220,9 @@ class Prompts:
         self._users: dict[int, list[Loop]] = {}
 
     def of(self, request: Request, number: int) -> Inputs:
-        """What the calls of a new request are given, but for latents and timesteps."""
+        """The arguments of the calls of a new request, except latents and timesteps."""
         users = [loop for loop in self._users.get(request.size, ()) if loop.request.kind != "named"]
-        if request.prompt == "own" or (request.prompt == "shared" and not _is_told_from(users, request)):
+        if request.prompt == "own" or (request.prompt == "shared" and not _is_distinguishable(users, request)):
             return inputs_of(self._variant, request, number)
         if request.size not in self._inputs:
             self._inputs[request.size] = inputs_of(self._variant, request, number)
@@ -230,12 +230,12 @@ class Prompts:
             for loop in self._users.pop(request.size, ()):
                 loop.is_ended = True
             for name, value in inputs_of(self._variant, request, number).items():
-                if name in PROMPT_NAMES:  # The objects stay: nothing but their content tells.
+                if name in PROMPT_NAMES:  # The objects stay the same; only their content changes.
                     pytree.tree_map(torch.Tensor.copy_, self._inputs[request.size][name], value)
         return self._inputs[request.size]
 
     def note(self, loop: Loop) -> None:
-        """That the loop is about to make its next step."""
+        """Records that the loop is about to run its next step."""
         if loop.common is not self._inputs.get(loop.request.size):
             return
         users = self._users.setdefault(loop.request.size, [])
@@ -244,7 +244,7 @@ class Prompts:
             return
         for other in users[1:]:
             if other.request.kind == "bare":
-                other.is_ended = True  # Without a name or a pipeline it cannot be told from this one.
+                other.is_ended = True  # Without a name or a pipeline it cannot be distinguished from this one.
             other.is_disturbed |= other.request.kind == "pipeline" and not other.is_over()
             loop.is_disturbed |= other.is_disturbed
 
@@ -257,16 +257,16 @@ PROMPT_NAMES = (
 
 
 def inputs_of(variant: Variant, request: Request, number: int) -> Inputs:
-    """New inputs with a prompt that no other number has."""
+    """New inputs whose prompt differs for every number."""
     inputs = variant.inputs(request.times[0], size=request.size, text=request.size)
     prompts = {name: inputs[name] for name in PROMPT_NAMES if name in inputs}
     return inputs | pytree.tree_map(lambda x: x * (1 + 0.5 * number), prompts)
 
 
-def _is_told_from(users: list[Loop], request: Request) -> bool:
-    """Whether a request with the prompt object of others can be told from them: in a bare loop by time that turns back.
+def _is_distinguishable(users: list[Loop], request: Request) -> bool:
+    """Whether a request can be distinguished from others with its prompt object: in a bare loop by a rising timestep.
 
-    It is not where the other one was abandoned at a higher timestep, nor after its first step.
+    It cannot if the other request was abandoned at a higher timestep or after its first step.
     """
     if request.kind != "bare" or not users:
         return True
@@ -277,17 +277,17 @@ def _is_told_from(users: list[Loop], request: Request) -> bool:
 
 @dataclass
 class Server:
-    """One plan, run on one pair of models."""
+    """Runs one plan on one pair of models."""
 
     pair: Pair
     plan: Plan
     loops: list[Loop] = field(default_factory=list)
 
     def run_and_check(self, **rule: Any) -> None:
-        """Raises `AssertionError` where an output is none that may come out.
+        """Runs the plan. Raises `AssertionError` if an output is wrong.
 
         Args:
-            rule: Fields of `CacheConfig` that say when to reuse.
+            rule: Fields of `CacheConfig` that decide when to reuse.
         """
         cachedit_fx.refresh_context(self.pair.cached, **rule)
         cachedit_fx.reset()
@@ -300,7 +300,7 @@ class Server:
         finally:
             for model, weights in zip((self.pair.cached, self.pair.plain), before, strict=True):
                 model.load_state_dict(weights)
-        if not {*self.plan.events} & {"weight", "block", "reset", "refresh"}:  # These are to show.
+        if not {*self.plan.events} & {"weight", "block", "reset", "refresh"}:  # These events change outputs.
             for loop in self.loops:
                 self._check_against_itself_alone(loop, is_every_other=rule == EVERY_OTHER)
 
@@ -330,7 +330,7 @@ class Server:
         errors: list[BaseException] = []
 
         def run(loop: Loop) -> None:
-            torch.set_num_threads(1)  # A new thread has its own number, and sums in another order with another one.
+            torch.set_num_threads(1)  # A new thread has a separate setting, which changes the order of sums.
             try:
                 with torch.no_grad():
                     while not loop.is_over():
@@ -350,7 +350,7 @@ class Server:
         return Loop(self.pair, request, number, inputs_of(self.pair.variant, request, number))
 
     def _check_against_itself_alone(self, loop: Loop, *, is_every_other: bool) -> None:
-        """Nothing that happened elsewhere may show in what a request returned, nor keep it from being cached."""
+        """Asserts that other requests changed neither the outputs of this one nor its number of reused steps."""
         cachedit_fx.reset()
         request = loop.request
         alone = Loop(self.pair, request, loop.number, loop.given)
@@ -366,7 +366,7 @@ class Server:
 
 
 def run_random_plans(pair: Pair, rule: dict[str, Any], max_examples: int, end: float) -> int:
-    """Runs random plans on a pair of models until `end` of the monotonic clock; returns how many."""
+    """Runs random plans on a pair of models until the monotonic clock reaches `end`; returns their number."""
     count = 0
 
     @settings(
@@ -389,7 +389,7 @@ def run_random_plans(pair: Pair, rule: dict[str, Any], max_examples: int, end: f
 
 
 def main() -> None:
-    """Runs random plans on every transformer of the zoo, in turn, until the time is over."""
+    """Runs random plans on each transformer of the zoo in turn until the time is over."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--examples", type=int, default=25, help="per model and rule, before the next one has its turn")
@@ -398,8 +398,8 @@ def main() -> None:
     end, count = time.monotonic() + 60 * arguments.minutes, 0
     while time.monotonic() < end:
         for name, variant in VARIANTS.items():
-            is_told = {*PROMPT_NAMES} & {*variant.inputs()}  # DiT and Cosmos3Omni have class labels and indices.
-            if variant.timestep_input != "graph" or not is_told or time.monotonic() > end:
+            has_prompt = {*PROMPT_NAMES} & {*variant.inputs()}  # DiT and Cosmos3Omni have class labels and indices.
+            if variant.timestep_input != "graph" or not has_prompt or time.monotonic() > end:
                 continue
             torch._dynamo.reset()
             pair = Pair.build(variant)

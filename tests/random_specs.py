@@ -1,4 +1,4 @@
-"""What is random of a model (`Spec`), and strategies that draw it: a plain transformer with some odd features."""
+"""The random properties of a model (`Spec`), and strategies that draw them: a transformer with some odd features."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 from hypothesis import strategies as st
 
 BATCH, WIDTH = 2, 8
-END = 99  # A skip that ends here ends behind the last block.
-IMAGE_HOLDERS = ("all", "image", "joint")  # Of what lists hold, that which the image is in.
+END = 99  # A skip with this target ends after the last block.
+IMAGE_HOLDERS = ("all", "image", "joint")  # The values of `Blocks.holds` of lists that the image runs through.
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A module list and what its blocks are.
+    """A module list and the properties of its blocks.
 
     Attributes:
-        holds: "all" streams, the "image", the "text", the "joint" stream, or a "side" signal that the image is given.
+        holds: The streams that run through it: "all", the "image", the "text", the "joint" stream, or a "side" signal
+            that is added to the image.
         body: How a block changes its streams: "add", "attention", "concat" (one map over all), "post-norm", "in-place",
-            "expression" (what it returns has no name), "branch" (of one stream alone: what it returns is added to what
-            it took by the model).
-        looks: Which streams see the others: "each", "image", "text".
+            "expression" (the returned expression has no name), "branch" (one stream only: the model adds what it
+            returns to what it took).
+        looks: The streams that depend on the others: "each", "image", "text".
         takes_reversed, returns_reversed: Streams are taken or returned with the image last.
-        emits: What a block returns beside its streams: nothing, something made of its "stream", or of the "time" alone.
-        emits_first: It is the first of what is returned.
+        emits: What a block returns beside its streams: nothing, a tensor made of its "stream", or of the "time" only.
+        emits_first: The emitted tensor is the first one that is returned.
     """
 
     path: str
@@ -41,13 +42,13 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Work:
-    """A line behind image block `after` (counted over all lists).
+    """A line after image block `after` (counted over all lists).
 
     Attributes:
         kind: "control" adds an input that is new at every step, "in-place" does so with `+=`, "time" scales by the
-            time embedding, "norm" normalises, "adapter" adds what a module of another list makes of the image, "gate"
-            scales by a number that is made here of the time embedding and is read again after the last block,
-            "overwrite" puts a new text over a part of the text.
+            time embedding, "norm" normalizes, "adapter" adds the output of a module of another list for the image,
+            "gate" scales by a number that is computed here from the time embedding and used again after the last
+            block, "overwrite" replaces a part of the text.
     """
 
     after: int
@@ -56,7 +57,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Skip:
-    """The image behind block `source` comes back in front of block `target`, or behind the last block.
+    """A skip connection: the image after block `source` is used before block `target`, or after the last block.
 
     Attributes:
         how: "add", "merge" (concatenated and projected) or "argument" (given to the block, which merges it).
@@ -69,28 +70,29 @@ class Skip:
 
 @dataclass(frozen=True)
 class Spec:
-    """All that is random of a model.
+    """All random properties of a model.
 
     Attributes:
         names: Names of the streams in the model's code, the image first.
         tokens: Lengths of the streams.
         lists: In execution order.
-        inner: Name the streams otherwise in the blocks' code.
-        context: All blocks read a sequence that is made before them.
+        inner: The streams have other names in the blocks' code.
+        context: All blocks read a sequence that is computed before them.
         time: All blocks read the time embedding.
-        keywords: Blocks are called by keyword.
-        raw: The streams are the model's inputs as they are.
+        keywords: Blocks are called with keyword arguments.
+        raw: The streams are the unchanged inputs of the model.
         late: The image is embedded as late as possible.
         joint_name: Name of the stream that the others are joined into; empty for the image's.
-        text_first: In the joined stream.
-        apart: How the joined stream is taken apart: "image" (a slice), "both" (two slices), "split", "" (not at all).
-        uses_text: The output is made from the text, too.
+        text_first: The text is the first part of the joined stream.
+        apart: How the joined stream is split: "image" (a slice), "both" (two slices), "split", "" (not at all).
+        uses_text: The output also depends on the text.
         returns: What is returned beside the output: "" or "text" or "emitted".
-        hints: What side lists make is added before the image's blocks, or between them.
-        side_of_image: Side lists start from the image, too.
-        cast: The blocks' dtype, where it is another.
-        again: "twice" calls the second block twice in a row, "loop" all blocks of the last list, "after" calls a part
-            of the first block behind the last, "shared" gives two blocks one weight, "same" makes two blocks one.
+        hints: The outputs of side lists are added before the image's blocks or between them.
+        side_of_image: Side lists also start from the image.
+        cast: The dtype of the blocks if it differs from the model's.
+        again: "twice" calls the second block twice in a row, "loop" calls all blocks of the last list twice, "after"
+            calls a part of the first block after the last, "shared" gives two blocks one weight, "same" uses one
+            block in two positions.
     """
 
     names: tuple[str, ...] = ("hidden_states",)
@@ -124,12 +126,12 @@ class Spec:
 
     @property
     def image_lists(self) -> tuple[Blocks, ...]:
-        """Those that the image runs through."""
+        """The lists that the image runs through."""
         return tuple(blocks for blocks in self.lists if blocks.holds in IMAGE_HOLDERS)
 
     @property
     def depth(self) -> int:
-        """Blocks of these, each counted once."""
+        """The number of blocks of these lists, each counted once."""
         return sum(blocks.depth for blocks in self.image_lists)
 
     @property
@@ -138,17 +140,17 @@ class Spec:
 
     @property
     def parts(self) -> tuple[str, str]:
-        """What is joined, in order."""
+        """Names of the joined streams, in order."""
         text = self.text or ""
         return (text, self.image) if self.text_first else (self.image, text)
 
     def streams(self, blocks: Blocks) -> tuple[str, ...]:
-        """Names of what the blocks of a list take and return."""
+        """Names of the streams that the blocks of a list take and return."""
         held = {"all": self.names, "image": self.names[:1], "text": self.names[1:2], "joint": (self.joint,)}
         return held.get(blocks.holds, ("side",))
 
     def reads(self, blocks: Blocks) -> str:
-        """Name of the sequence that the blocks of a list read and leave as it is; empty if there is none."""
+        """Name of the sequence that the blocks of a list read and do not change; empty if there is none."""
         if blocks.holds == "image" and len(self.names) == 2:
             return self.names[1]
         return "context" if self.context and blocks.holds != "side" else ""
@@ -190,7 +192,7 @@ LISTS = {
     3: (("all", "all"),),
 }
 JOINT = {2: (("all", "joint"), ("joint",), ("image", "joint"), ("all", "joint", "joint"), ("image", "all", "joint"))}
-# With lists that the image does not run through.
+# Layouts with lists that the image does not run through.
 BESIDE = {
     1: (("side", "image"), ("side", "image", "image")),
     2: (
@@ -199,7 +201,7 @@ BESIDE = {
     ),
     3: (("side", "all"),),
 }
-LAYOUTS = {"lists": LISTS, "joint": JOINT, "beside": BESIDE}  # By feature; the last that is drawn counts.
+LAYOUTS = {"lists": LISTS, "joint": JOINT, "beside": BESIDE}  # By feature; the last one that is drawn counts.
 WORKS = ("control", "time", "norm", "adapter", "gate", "overwrite")
 USUAL = frozenset(("works", "keywords", "order", "uses-text", "context", "lists", "lengths", "late"))
 ODD = USUAL | frozenset(
@@ -228,14 +230,14 @@ def specs(draw: st.DrawFn, odd: frozenset[str] = ODD) -> Spec:
         context="context" in features,
         time="no-time" not in features,
         keywords="keywords" in features,
-        raw="raw" in features and not is_in_place,  # Else the model would write into its caller's tensors.
+        raw="raw" in features and not is_in_place,  # Otherwise the model would write into its caller's tensors.
         late="late" in features,
         uses_text="uses-text" in features,
     )
 
 
 def _details(feature: str, count: int, total: int) -> Iterable[tuple[str, st.SearchStrategy[Any]]]:
-    """What a feature says of a model, by name of the field."""
+    """The fields that a feature determines: name -> strategy of the value."""
     any_of, either = st.sampled_from, st.booleans()
     details: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "names": dict(names=any_of(NAMES[count]), inner=either),
@@ -261,14 +263,14 @@ def all_lists(draw: st.DrawFn, count: int, features: frozenset[str]) -> tuple[Bl
     layout = draw(st.sampled_from(layouts))
     paths = draw(st.sampled_from(PATHS)) if "names" in features else PATHS[0]
     most = MOST_BLOCKS // len(layout)
-    if "image" in layout:  # What the reference calls one line must depend on one stream or on none.
+    if "image" in layout:  # The reference requires that the results of one line depend on one stream or on none.
         features -= {"looks"}
     return tuple(draw(block_lists(path, holds, features, most)) for path, holds in zip(paths, layout, strict=False))
 
 
 @st.composite
 def works(draw: st.DrawFn, total: int, features: frozenset[str]) -> tuple[Work, ...]:
-    """Work between some blocks and behind the last, or the same behind every block."""
+    """Work between some blocks and after the last, or the same work after every block."""
     kinds = WORKS * bool({"works", "every"} & features) + ("in-place",) * ("in-place" in features)
     if not kinds:
         return ()
@@ -295,14 +297,14 @@ def block_lists(draw: st.DrawFn, path: str, holds: str, features: frozenset[str]
         chosen |= dict(looks=draw(st.sampled_from(("image", "text"))))
     if "emits" in features and is_image:
         chosen |= dict(emits=draw(st.sampled_from(("", "stream", "time"))), emits_first=draw(st.booleans()))
-    least = 4 if "beside" in features and is_image else 2  # The heaviest list is the image's.
+    least = 4 if "beside" in features and is_image else 2  # The image has the most expensive list.
     depth = draw(st.integers(least, max(least, most))) if is_image else draw(st.integers(2, 3))
     return Blocks(path, depth, holds, draw(st.sampled_from(bodies)), **chosen)
 
 
 @st.composite
 def skips(draw: st.DrawFn, total: int) -> tuple[Skip, ...]:
-    """Long skips between the blocks: some, or from every block of the earlier half to its counterpart."""
+    """Long skips between the blocks: some, or one from every block of the first half to its counterpart."""
     how = st.sampled_from(("add", "merge", "argument"))
     if draw(st.booleans()):
         kind = draw(how)
@@ -317,7 +319,7 @@ def skips(draw: st.DrawFn, total: int) -> tuple[Skip, ...]:
 
 @st.composite
 def counts(draw: st.DrawFn, spec: Spec) -> tuple[int, int]:
-    """Fn_compute_blocks and Bn_compute_blocks; mostly such that a block is left between them."""
+    """Fn_compute_blocks and Bn_compute_blocks; in most cases at least one block remains between them."""
     total = spec.depth
     if draw(st.integers(0, 30)) == 30:
         return total, 0

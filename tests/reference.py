@@ -1,7 +1,7 @@
-"""A plain-Python reference of the policy of block caching: which step of which guidance branch is reused, and why.
+"""A plain-Python reference of the policy of block caching: the decision of every step of every guidance branch.
 
-It shares no code with `cachedit_fx`: it runs the model eagerly, with blocks skipped by `tests.regions`. The test says
-which generation and guidance branch a call belongs to.
+It shares no code with `cachedit_fx`: it runs the model eagerly, with blocks skipped by `tests.regions`. The test
+passes the generation and the guidance branch of each call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.regions import Streams, cached, relative_l1
 
-Foretell = Callable[[list[tuple[int, Tensor]], int], Tensor]
+ForecastRule = Callable[[list[tuple[int, Tensor]], int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Record:
     """One call of the transformer.
 
     Attributes:
-        guidance_branch: The key that the test gave.
-        step: Number of calls of that branch before this one.
+        guidance_branch: The key that the test passed.
+        step: Number of earlier calls of the branch.
         reused: Whether the middle blocks were skipped.
-        reason: Why, in the words of `CacheStats.decisions`.
-        diff: What was compared with the threshold; None when the decision came before that.
+        reason: The reason of the decision, as in `CacheStats.decisions`.
+        diff: The residual diff that was compared with the threshold; None if the decision did not depend on it.
         output: The transformer's output.
     """
 
@@ -41,7 +41,7 @@ class Record:
 
 @dataclass
 class _GuidanceBranch:
-    """What is kept for one branch of one generation."""
+    """The state of one guidance branch of one generation."""
 
     step: int = 0
     reused: int = 0
@@ -57,15 +57,15 @@ class _GuidanceBranch:
 class ReferenceCache:
     """Runs `transformer` eagerly with its middle blocks cached, one decision per call.
 
-    Use as a context manager: the blocks' own `forward`s are back on exit.
+    A context manager: the `forward`s of the blocks are restored on exit.
 
     Args:
-        transformer: Called with keywords, `timestep` among them; returns a tuple, output first.
+        transformer: Called with keyword arguments, including `timestep`; returns a tuple, output first.
         blocks: All blocks in execution order, each with the names of what it returns, in order. A
-            name is one of the block's parameters; `hidden_states` must be among them.
+            name is one of the block's parameters; `hidden_states` must be one of them.
         Fn_compute_blocks ... max_accumulated_residual_diff_threshold: As in `CacheConfig`.
-        forecaster: Must be None, so that the fields of a configuration without one may be given as they are.
-        foretell: What a reused step adds, from the steps and residuals of all computed ones and its own number.
+        forecaster: Must be None; accepted so that the fields of a configuration can be passed unchanged.
+        forecast: Steps and residuals of all computed steps, and the number of a reused step -> the residual to add.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ReferenceCache:
         max_continuous_cached_steps: int = -1,
         max_accumulated_residual_diff_threshold: float | None = None,
         forecaster: None = None,
-        foretell: Foretell = lambda history, step: history[-1][1],
+        forecast: ForecastRule = lambda history, step: history[-1][1],
     ) -> None:
         self.transformer = transformer
         self.blocks = list(blocks)
@@ -94,7 +94,7 @@ class ReferenceCache:
         self.max_cached = max_cached_steps
         self.max_continuous = max_continuous_cached_steps
         self.max_accumulated = max_accumulated_residual_diff_threshold
-        self.foretell = foretell
+        self.forecast = forecast
         self.records: list[Record] = []
         self._guidance_branches: dict[Hashable, _GuidanceBranch] = {}
 
@@ -113,7 +113,7 @@ class ReferenceCache:
         if state.first_timestep is None:
             state.first_timestep = timestep
         state.timestep_moved |= timestep != state.first_timestep
-        # The class's forward: `stand_in_for_forward` may have put another on the instance.
+        # Call the class's forward, because `stand_in_for_forward` may have replaced that of the instance.
         output = type(self.transformer).forward(self.transformer, **inputs)[0]
         self.records.append(Record(guidance_branch, state.step, self._reuse, self._reason, self._diff, output))
         state.step += 1
@@ -134,7 +134,7 @@ class ReferenceCache:
         """A `forward` for a transformer that is called by a pipeline.
 
         Args:
-            next_guidance_branch: Called once per call of the transformer, for its branch.
+            next_guidance_branch: Called once per call of the transformer; returns its guidance branch.
         """
 
         def forward(**inputs: Any) -> tuple[Tensor]:
@@ -161,10 +161,10 @@ class ReferenceCache:
 
     def supply(self, entered: Streams) -> Streams:
         step, history = self._state.step, self._state.history
-        return {name: entered[name] + self.foretell(history[name], step) for name in history}
+        return {name: entered[name] + self.forecast(history[name], step) for name in history}
 
     def _why_not_probed(self, streams: Streams) -> str | None:
-        """The reason for a decision that does not depend on the diff, if there is one."""
+        """The reason of a decision that does not depend on the diff, or None."""
         state = self._state
         if state.step in self.warmup:
             return "warmup"

@@ -1,8 +1,8 @@
-"""How blocks are skipped by hand where their streams are parameters of them, and a reference of several regions.
+"""Skips blocks by hand whose streams are parameters of their forwards, and a reference of several regions.
 
 It shares no code with `cachedit_fx`: it replaces the `forward` of every block of a region and runs the model eagerly.
-`Span` decides about a region by a function, for one generation and one guidance branch at a time;
-`tests.reference.ReferenceCache` decides by the whole policy, for several.
+`Span` makes the decisions of a region with a function, for one generation and one guidance branch;
+`tests.reference.ReferenceCache` implements the whole policy, for several generations and guidance branches.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ Decide = Callable[[int, float | None], bool]
 
 
 class Region(Protocol):
-    """Blocks that are run or skipped together.
+    """Blocks that run or are skipped together.
 
     Attributes:
-        since: The block whose input is subtracted from the probe; None to probe the input of the region as it is.
+        since: The block whose input is subtracted from the probe; None to probe the input of the region itself.
     """
 
     since: nn.Module | None
 
     def chain(self) -> Sequence[tuple[nn.Module, tuple[str, ...]]]:
-        """The blocks in execution order, each with the names of what it returns, in order; it takes the same names."""
+        """The blocks in execution order, each with the names of what it returns, in order. It takes the same names."""
 
     def reuses(self, streams: Streams, probe: Tensor) -> bool:
-        """Whether this step skips the blocks; called once per step with the streams that enter the first of them."""
+        """Whether this step skips the blocks. Called once per step with the streams that enter the first block."""
 
     def note(self, entered: Streams, left: Streams) -> None:
-        """Takes what entered and what left the blocks at a computed step."""
+        """Records the streams before and after the blocks at a computed step."""
 
     def supply(self, entered: Streams) -> Streams:
-        """What leaves the blocks at a reused step."""
+        """The streams after the blocks at a reused step."""
 
 
 def relative_l1(now: Tensor, before: Tensor) -> float:
@@ -51,26 +51,26 @@ def relative_l1(now: Tensor, before: Tensor) -> float:
 
 
 def threshold(limit: float, *, warmup: int = 1) -> Decide:
-    """Computes the first steps, and later ones whose diff is not below `limit`."""
+    """Computes the warm-up steps and later steps whose diff is not below `limit`."""
     return lambda step, diff: step < warmup or diff is None or not diff < limit
 
 
 def at_steps(computed: Sequence[int]) -> Decide:
-    """Computes these steps, whatever the diff."""
+    """Computes the given steps regardless of the diff."""
     return lambda step, _diff: step in computed
 
 
 @dataclass
 class Span:
-    """A region that a function decides about.
+    """A region whose decisions a function makes.
 
     Attributes:
         blocks: In execution order; each returns the streams that it took.
-        returns: Names of what a block returns, in order; they are parameters of it too.
-        decide: Step and residual diff -> whether to compute. The diff is None as long as nothing was computed.
+        returns: Names of what a block returns, in order. They are also parameters of the block.
+        decide: Step and residual diff -> whether to compute. The diff is None before the first computed step.
         since: As in `Region`.
-        reused: Whether each step so far was reused.
-        diffs: The probe against that of the last computed step; None at the first.
+        reused: For each step so far whether it was reused.
+        diffs: For each step the residual diff; None at the first.
     """
 
     blocks: Sequence[nn.Module]
@@ -107,7 +107,7 @@ class Span:
 
 @contextmanager
 def cached(*regions: Region) -> Iterator[None]:
-    """Lets the blocks of `regions` be skipped as they decide, until the block is left."""
+    """Inside the context the blocks of `regions` are skipped according to the regions' decisions."""
     originals: list[nn.Module] = []
     try:
         for region in regions:
@@ -118,11 +118,11 @@ def cached(*regions: Region) -> Iterator[None]:
         yield
     finally:
         for block in originals:
-            block.__dict__.pop("forward", None)  # The class's own shows again.
+            block.__dict__.pop("forward", None)  # Restores the class's forward.
 
 
 class _StandIn:
-    """The forwards of a region's blocks, and of the block `since`."""
+    """Replacements of the forwards of a region's blocks and of the block `since`."""
 
     def __init__(self, region: Region) -> None:
         self.region, self.names = region, dict(region.chain())
@@ -158,13 +158,13 @@ class _StandIn:
 
 
 def runs(model: nn.Module, spans: Sequence[Span], calls: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """The outputs of one generation: the model called with each of `calls` in turn, cached by `spans`."""
+    """The outputs of one generation: the model is called with each of `calls` in turn, cached by `spans`."""
     with cached(*spans):
         return [type(model).forward(model, **call)[0] for call in calls]
 
 
 def assert_diffs(stats: CacheStats, span: Span, skipped: Sequence[int] = (0,)) -> None:
-    """The same was looked at, at every step but those that were not."""
+    """Asserts that `stats` has the diffs of `span` at all steps except `skipped`."""
     diffs = {step: diff for step, diff in enumerate(span.diffs) if step not in skipped}
-    # Means over a few hundred float32; one is divided by the other in float32 here and in float64 there.
+    # Means over a few hundred float32 elements; their quotient is computed in float32 here and in float64 there.
     assert stats.residual_diffs == pytest.approx(diffs, rel=1e-5)

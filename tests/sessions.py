@@ -1,4 +1,4 @@
-"""What the sessions of a module did."""
+"""The statistics of the sessions of a module."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import cachedit_fx
 
 
 def every_session(module: nn.Module) -> list[cachedit_fx.inspect.CacheStats]:
-    """All that are known, finished or running, in the order of their first steps."""
+    """The statistics of all known sessions, finished or running, in the order of their first steps."""
     return cachedit_fx.summary(module, every_generation=True, logging=False)

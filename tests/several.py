@@ -1,4 +1,4 @@
-"""One capture of a module for several configurations: tracing by Dynamo is most of what a compilation costs."""
+"""One capture of a module for several configurations, because Dynamo's tracing takes most of the compilation time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cachedit_fx import Backend
 
 
 class Several(Backend):
-    """Compiles every graph that Dynamo captures once with each of several backends; a call runs the chosen one.
+    """Compiles every captured graph once with each of several backends; a call runs the chosen one.
 
     Args:
-        backends: By whatever name `choose` is to know them; the first is chosen.
+        backends: By the name that `choose` takes; the first one is chosen initially.
     """
 
     def __init__(self, backends: Mapping[Hashable, Backend]) -> None:
         super().__init__()
         self.backends = dict(backends)
-        self._chosen = [next(iter(backends))]  # A list, which copies of this backend share.
+        self._chosen = [next(iter(backends))]  # A list, so that copies of this backend share it.
 
     def choose(self, name: Hashable) -> None:
         assert name in self.backends, name

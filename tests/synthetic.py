@@ -1,7 +1,7 @@
-"""Small transformers, one per pattern and for each one that misses by one thing, and their graphs.
+"""Small transformers, for each pattern one that fits it and one that almost fits it, and their graphs.
 
-Every model takes latent tokens and a timestep (and a text, if it has one) by keyword, and returns a tuple.
-`PATTERNS` maps a pattern's number to its model. Nothing here is trained, so nothing here is worth caching.
+Every model takes latent tokens, a timestep and, if it has one, a text as keyword arguments, and returns a tuple.
+`PATTERNS` maps a pattern's number to its model. The models are not trained, so caching them gives no useful outputs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cachedit_fx.passes.region import Region
 from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals
 from cachedit_fx.patterns import Mismatch
 
-BATCH, IMAGE, TEXT = 2, 6, 5  # Latent tokens and text tokens differ, or the streams' shapes would be equal.
+BATCH, IMAGE, TEXT = 2, 6, 5  # The numbers of latent and text tokens differ, so that the streams' shapes differ.
 CHANNELS, TEXT_WIDTH, WIDTH, HEADS = 8, 12, 16, 2
 DEPTH = 4
 
@@ -64,7 +64,7 @@ def make_mlp() -> nn.Sequential:
 
 
 class DualBlock(nn.Module):
-    """Pattern 0: joint attention over image and text, an MLP for each."""
+    """Pattern 0: joint attention over image and text, and an MLP for each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class SelfBlock(nn.Module):
 
 
 class CrossBlock(SelfBlock):
-    """Pattern 2: attends to a text that stays as it is."""
+    """Pattern 2: attends to a text that does not change."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> Tensor:
         hidden_states = hidden_states + self.attn(self.norm(hidden_states, temb), encoder_hidden_states)
@@ -118,7 +118,7 @@ class CrossBlock(SelfBlock):
 
 
 class EmitBlock(SelfBlock):
-    """Pattern 4: also makes a text-like tensor that no other block reads."""
+    """Pattern 4: also returns a text-like tensor that no other block reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,17 +139,17 @@ class EmitBlockEncoderFirst(EmitBlock):
 
 
 class HalvingBlock(SelfBlock):
-    """Drops every second token: what leaves it does not continue what entered."""
+    """Drops every second token, so that its output does not continue its input."""
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         return super().forward(hidden_states[:, ::2], temb)
 
 
 class Transformer(nn.Module):
-    """What all models have around their blocks. Its forward is that of pattern 3.
+    """The parts around the blocks of all models. Its forward is that of pattern 3.
 
     Args:
-        block: Makes a block, where it is not the model's usual one; called `depth` times.
+        block: Makes a block if it is not the model's usual one; called `depth` times.
     """
 
     block_class: type[nn.Module] = SelfBlock
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
 
 
 class TextTransformer(Transformer):
-    """A transformer that is given a text. Its forward is that of pattern 2."""
+    """A transformer that takes a text. Its forward is that of pattern 2."""
 
     block_class = CrossBlock
 
@@ -253,7 +253,7 @@ PATTERNS: dict[int, Callable[..., Transformer]] = {
 
 
 class DropsText(TextTransformer):
-    """All but pattern 0 or 1: the last two blocks have no text."""
+    """Almost pattern 0 or 1: the last two blocks have no text."""
 
     def __init__(self) -> None:
         super().__init__(DualBlock)
@@ -272,7 +272,7 @@ class DropsText(TextTransformer):
 
 
 class DropsTokens(TextTransformer):
-    """All but pattern 0 or 1: between the second block and the third every other token of the image is dropped."""
+    """Almost pattern 0 or 1: every other token of the image is dropped between the second and the third block."""
 
     def __init__(self) -> None:
         super().__init__(DualBlock)
@@ -289,7 +289,7 @@ class DropsTokens(TextTransformer):
 
 
 class SkipsText(TextTransformer):
-    """All but pattern 2: every second block reads no text."""
+    """Almost pattern 2: every second block reads no text."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
         temb = self.embed_time(timestep)
@@ -302,7 +302,7 @@ class SkipsText(TextTransformer):
 
 
 class Halving(Transformer):
-    """All but pattern 3: the third of the blocks changes the number of tokens."""
+    """Almost pattern 3: the third block changes the number of tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,7 +310,7 @@ class Halving(Transformer):
 
 
 class EmitsForNobody(Emitting):
-    """All but pattern 4 or 5: what the blocks emit is never used."""
+    """Almost pattern 4 or 5: the tensors that the blocks emit are never used."""
 
     def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
         temb = self.embed_time(timestep)
@@ -321,7 +321,7 @@ class EmitsForNobody(Emitting):
 
 
 def make_inputs(model: nn.Module, seed: int = 0, time: float = 0.9, tokens: int = IMAGE) -> dict[str, Tensor]:
-    """Those of a text, latents and a timestep that the model takes, the same for the same arguments."""
+    """The inputs that the model takes: latents, a timestep and perhaps a text; equal for equal arguments."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {
         "hidden_states": torch.randn(BATCH, tokens, CHANNELS, generator=generator),
@@ -333,14 +333,14 @@ def make_inputs(model: nn.Module, seed: int = 0, time: float = 0.9, tokens: int 
 
 @dataclass
 class Captured:
-    """What `rewrite` found in a graph, and how Dynamo called the graph."""
+    """The result of `rewrite` for a graph, and the arguments with which Dynamo called the graph."""
 
     found: Any = None
     arguments: tuple[Any, ...] = ()
     output: Any = None
 
     def arguments_with(self, old: dict[str, Any], new: dict[str, Any]) -> list[Any]:
-        """The arguments with the model's inputs `old` replaced by `new`; the weights stay."""
+        """The arguments with the model's inputs `old` replaced by `new`; the weights are unchanged."""
         swap = {id(tensor): new[name] for name, tensor in old.items()}
         return [swap.get(id(argument), argument) for argument in self.arguments]
 
@@ -348,7 +348,7 @@ class Captured:
 def capture(
     model: nn.Module, inputs: dict[str, Any], rewrite: Callable[[fx.GraphModule], Any], *, dynamic: bool | None = None
 ) -> Captured:
-    """Captures the model as one graph and calls `rewrite` with its labelled copy, while Dynamo is still there."""
+    """Captures the model as one graph and calls `rewrite` with its labeled copy while Dynamo is still active."""
     captured = Captured()
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -365,13 +365,13 @@ def capture(
 
 
 def capture_plan(model: nn.Module, inputs: dict[str, Any] | None = None, **fields: Any) -> Captured:
-    """What `plan_graph` says to the model, with one Fn block unless `fields` of the configuration say otherwise."""
+    """The result of `plan_graph` for the model, with one Fn block unless `fields` of the configuration set another."""
     config = CacheConfig(**{"Fn_compute_blocks": 1, **fields})
     return capture(model, make_inputs(model) if inputs is None else inputs, lambda gm: plan_graph(gm, config))
 
 
 def plan(model: nn.Module, inputs: dict[str, Any] | None = None, **fields: Any) -> Plan | tuple[Mismatch, ...]:
-    """`capture_plan`, without what Dynamo passed."""
+    """The result of `capture_plan` without the arguments."""
     return capture_plan(model, inputs, **fields).found
 
 
@@ -388,10 +388,10 @@ def insert_conditionals(plan: Plan, config: CacheConfig | None = None, *, exact:
 
 
 class HandStep:
-    """A `Step` that computes where there is nothing to reuse, and remembers what it was told.
+    """A `Step` that computes if there is nothing to reuse, and records the values that it receives.
 
     Args:
-        cached: What an earlier step was told to keep: region -> (residual, stored).
+        cached: The values that an earlier step recorded: region -> (residual, stored).
     """
 
     def __init__(self, regions: tuple[Region, ...], cached: dict[int, Any] | None = None) -> None:

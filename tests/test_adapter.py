@@ -1,4 +1,4 @@
-"""What `BlockAdapter` and `ParamsModifier` declare: which blocks are cached, how, and what the graph says to it."""
+"""`BlockAdapter` and `ParamsModifier`: which blocks are cached, how, and how the graph checks a declaration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tiny import Transformer, TwoLists, assert_bitwise
 P0, P1, P2, P3 = ForwardPattern.Pattern_0, ForwardPattern.Pattern_1, ForwardPattern.Pattern_2, ForwardPattern.Pattern_3
 ONE_RUN = ParamsModifier(max_continuous_cached_steps=1)
 TWO_RUN = ParamsModifier(max_continuous_cached_steps=2)
-ALL = [1, 2, 3, 4, 5, 6, 7]  # But the one that warms up.
+ALL = [1, 2, 3, 4, 5, 6, 7]  # All steps after the warm-up step.
 
 
 @pytest.fixture(autouse=True)
@@ -36,21 +36,21 @@ def both_lists(model, **others):
 
 
 def cached_steps(model):
-    """Region -> the steps that were reused, of the only session."""
+    """Region -> the reused steps of the only session."""
     found = every_session(model)
     assert len({stats.session for stats in found}) == 1
     return {stats.region: stats.cached_steps for stats in found}
 
 
 def enabled(adapter, **fields):
-    """The outputs of a generation of the adapter's only transformer, and what was reused."""
+    """The outputs of a generation of the adapter's only transformer, and the reused steps per region."""
     cachedit_fx.enable_cache(adapter, hybrid.config(**fields))
     (model,) = adapter.transformers().values()
     return generate(model), cached_steps(model)
 
 
 def spans(model, dual, single, Fn=(1, 1)):
-    """Both lists' middle blocks, each with its own decision."""
+    """The blocks of each list after its Fn blocks, each list with its own decisions."""
     return [
         Span(model.blocks[Fn[0] :], DUAL, dual, since=model.blocks[0]),
         Span(model.single_blocks[Fn[1] :], SINGLE, single, since=model.single_blocks[0]),
@@ -83,7 +83,7 @@ def test_a_list_can_be_named(name):
     assert [*reused] == [f"{name}[1:3]"]
 
 
-def test_lists_of_two_patterns_are_decided_about_together():
+def test_lists_of_two_patterns_share_one_decision():
     outputs, reused = enabled(both_lists(hybrid.build()))
     assert reused == {"blocks[1:3]+single_blocks": ALL}
     model, entered, left = hybrid.build(), [], []
@@ -94,7 +94,7 @@ def test_lists_of_two_patterns_are_decided_about_together():
     assert_bitwise(outputs, [first, *(model.proj_out(stream + added) for stream in entered[1:8])])
 
 
-def test_lists_may_be_declared_in_another_order_than_they_run():
+def test_lists_may_be_declared_in_any_order():
     model = hybrid.build()
     swapped = dict(blocks=[model.single_blocks, model.blocks], forward_pattern=[P3, P1])
     outputs, reused = enabled(both_lists(model, **swapped))
@@ -123,14 +123,14 @@ def test_auto_finds_the_single_blocks_of_chroma_by_pattern_3():
     assert {stats.region for stats in cachedit_fx.summary(pipe, logging=False)} == {"single_transformer_blocks[1:4]"}
 
 
-def test_a_template_of_ones_own_can_be_declared():
+def test_a_custom_template_can_be_declared():
     template = BlockTemplate("image and text", ("hidden_states", "encoder_hidden_states"), DUAL)
     model = hybrid.build()
     _, reused = enabled(BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=template))
     assert [*reused] == ["blocks[1:3]"]
 
 
-def test_statistics_are_those_of_the_lists_that_are_cached_now():
+def test_summary_covers_only_the_lists_that_are_cached_now():
     model = hybrid.build()
     enabled(both_lists(model))
     adapter = BlockAdapter(transformer=model, blocks=model.single_blocks, forward_pattern=P3)
@@ -160,26 +160,26 @@ def test_each_list_has_its_own_diffs():
     modifiers = [ParamsModifier(residual_diff_threshold=limit) for limit in limits]
     model = hybrid.build()
     outputs, reused = enabled(both_lists(model, params_modifiers=modifiers))
-    expected, told = reference(lambda m: spans(m, *map(threshold, limits)))
-    assert [*reused.values()] == [span.cached_steps for span in told]
+    expected, expected_spans = reference(lambda m: spans(m, *map(threshold, limits)))
+    assert [*reused.values()] == [span.cached_steps for span in expected_spans]
     assert reused["blocks[1:3]"] != reused["single_blocks[1:3]"] != []
     assert_bitwise(outputs, expected)
-    for stats, span in zip(every_session(model), told, strict=True):
+    for stats, span in zip(every_session(model), expected_spans, strict=True):
         diffs = {step: diff for step, diff in enumerate(span.diffs) if diff is not None}
-        assert stats.residual_diffs == pytest.approx(diffs, rel=1e-6)  # Float32 means, divided in another precision.
+        assert stats.residual_diffs == pytest.approx(diffs, rel=1e-6)  # Float32 means are divided in another precision.
 
 
-def test_a_modifier_for_one_list_gives_the_other_a_region_of_its_own_too():
+def test_a_modifier_for_one_list_gives_the_other_list_a_separate_region():
     _, reused = enabled(both_lists(hybrid.build(), params_modifiers=[None, TWO_RUN]))
     assert reused == {"blocks[1:3]": ALL, "single_blocks[1:3]": [1, 2, 4, 5, 7]}
 
 
-def test_one_modifier_stands_for_all_lists():
+def test_one_modifier_applies_to_all_lists():
     _, reused = enabled(both_lists(hybrid.build(), params_modifiers=ONE_RUN))
     assert reused == {"blocks[1:3]": [1, 3, 5, 7], "single_blocks[1:3]": [1, 3, 5, 7]}
 
 
-def test_a_modifier_may_cut_its_list_elsewhere():
+def test_a_modifier_may_change_the_cuts_of_its_list():
     model = hybrid.build()
     modifiers = [ParamsModifier(Bn_compute_blocks=1), ParamsModifier(Fn_compute_blocks=2)]
     outputs, reused = enabled(both_lists(model, params_modifiers=modifiers), max_continuous_cached_steps=1)
@@ -208,23 +208,23 @@ PARTS = [
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_partial_configuration_sets_what_it_was_given_and_nothing_else(part):
+def test_a_partial_configuration_sets_only_the_given_fields(part):
     assert part().cache_config.changes == (("max_cached_steps", 2),)
 
 
-def test_a_partial_configuration_overrides_what_it_sets_and_nothing_else():
+def test_a_partial_configuration_overrides_only_the_given_fields():
     partial = ParamsModifier(cachedit_fx.DBCacheConfig().reset(max_cached_steps=2))
     _, reused = enabled(both_lists(hybrid.build(), params_modifiers=[partial, None]), max_warmup_steps=2)
     assert reused == {"blocks[1:3]": [2, 3], "single_blocks[1:3]": [2, 3, 4, 5, 6, 7]}
 
 
-def test_a_field_set_to_its_default_overrides_too():
+def test_a_field_set_to_its_default_is_an_override():
     modifiers = [ParamsModifier(max_continuous_cached_steps=-1), None]
     _, reused = enabled(both_lists(hybrid.build(), params_modifiers=modifiers), max_continuous_cached_steps=1)
     assert reused == {"blocks[1:3]": ALL, "single_blocks[1:3]": [1, 3, 5, 7]}
 
 
-def test_modifiers_of_enable_cache_go_before_those_of_the_adapter():
+def test_modifiers_of_enable_cache_take_precedence_over_those_of_the_adapter():
     model = hybrid.build()
     adapter = both_lists(model, params_modifiers=[ONE_RUN, ONE_RUN])
     cachedit_fx.enable_cache(adapter, hybrid.config(), params_modifiers=[TWO_RUN, ONE_RUN])
@@ -232,21 +232,21 @@ def test_modifiers_of_enable_cache_go_before_those_of_the_adapter():
     assert cached_steps(model) == {"blocks[1:3]": [1, 2, 4, 5, 7], "single_blocks[1:3]": [1, 3, 5, 7]}
 
 
-def test_modifiers_need_no_adapter():
+def test_modifiers_work_without_an_adapter():
     model = hybrid.build()
     cachedit_fx.enable_cache(pipe_of(transformer=model), hybrid.config(), params_modifiers=[ONE_RUN, TWO_RUN])
     generate(model)
     assert cached_steps(model) == {"blocks[1:3]": [1, 3, 5, 7], "single_blocks[1:3]": [1, 2, 4, 5, 7]}
 
 
-def test_one_modifier_stands_for_all_lists_that_the_graph_shows_too():
+def test_one_modifier_applies_to_all_lists_found_in_the_graph():
     model = hybrid.build()
     cachedit_fx.enable_cache(model, hybrid.config(), params_modifiers=ONE_RUN)
     generate(model)
     assert cached_steps(model) == {"blocks[1:3]": [1, 3, 5, 7], "single_blocks[1:3]": [1, 3, 5, 7]}
 
 
-def test_more_modifiers_than_lists_in_the_graph_are_told_of():
+def test_more_modifiers_than_lists_in_the_graph_are_an_error():
     model = hybrid.build(TwoLists)
     adapter = BlockAdapter(
         pipe=pipe_of(transformer=model), auto=True, forward_pattern=P2, params_modifiers=[ONE_RUN, None, TWO_RUN]
@@ -296,7 +296,7 @@ def test_each_transformer_may_have_several_lists():
     assert cached_steps(models[1]) == {"more[1:3]": [1, 2, 4, 5, 7]}
 
 
-def test_the_transformers_of_the_pipeline_are_meant_where_none_is_given():
+def test_an_adapter_without_a_transformer_uses_those_of_the_pipeline():
     models = hybrid.build(), hybrid.build(TwoLists)
     adapter = BlockAdapter(
         pipe=pipe_of(transformer=models[0], transformer_2=models[1]),
@@ -306,7 +306,7 @@ def test_the_transformers_of_the_pipeline_are_meant_where_none_is_given():
     assert [declared.lists for declared in adapter.declarations().values()] == [("blocks",), ("blocks",)]
 
 
-# What the graph says to it.
+# The check against the graph.
 
 
 def contradiction(adapter):
@@ -325,13 +325,13 @@ def declared(kind: type[nn.Module], pattern, **others):
 
 
 def source_line(module, text):
-    """`file.py:line` of the only line of a module that begins so."""
+    """`file.py:line` of the only line of a module that starts with `text`."""
     lines = Path(module.__file__).read_text(encoding="utf-8").splitlines()
     (number,) = (number for number, line in enumerate(lines, 1) if line.strip().startswith(text))
     return f"{Path(module.__file__).name}:{number}"
 
 
-def test_a_pattern_that_the_dataflow_contradicts_is_told_with_block_node_and_line():
+def test_a_pattern_that_the_dataflow_contradicts_is_reported_with_block_node_and_line():
     message = flat(contradiction(declared(Hybrid, P3)))
     assert "pattern 3 (hidden-only) was declared for blocks, but the captured graph contradicts it" in message
     assert (
@@ -345,13 +345,13 @@ def test_a_pattern_that_the_dataflow_contradicts_is_told_with_block_node_and_lin
     assert "check_forward_pattern=False" in message
 
 
-def test_the_block_that_first_does_not_fit_is_named():
+def test_the_error_names_the_first_block_that_does_not_fit():
     message = flat(contradiction(declared(LosesText, P1)))
     assert "expected: 2 streams (encoder_hidden_states, hidden_states) from block 1 to block 2 of blocks" in message
     assert "found: 1 stream (hidden_states_" in message
 
 
-def test_a_pattern_that_the_return_statement_alone_contradicts_is_told_too():
+def test_a_pattern_that_only_the_return_statement_contradicts_is_reported():
     message = flat(contradiction(declared(Hybrid, P0)))
     assert "pattern 0 (dual-stream) was declared for blocks" in message
     assert "expected: a block that returns (hidden_states, encoder_hidden_states); found:" in message
@@ -373,13 +373,13 @@ def test_any_contradiction_is_an_error_at_the_first_call(kind, pattern):
     assert f"{pattern.value} was declared for blocks, but the captured graph contradicts it" in message
 
 
-def test_where_no_list_fits_auto_tells_too():
+def test_auto_raises_an_error_if_no_list_fits_the_pattern():
     adapter = BlockAdapter(pipe=pipe_of(transformer=hybrid.build()), auto=True, forward_pattern=P2)
     assert "pattern 2 (cross-attention) was declared for blocks" in contradiction(adapter)
 
 
 @pytest.mark.parametrize("pattern", [P0, P3])
-def test_a_pattern_that_is_not_checked_is_a_remark(pattern):
+def test_a_wrong_pattern_is_ignored_if_it_is_not_checked(pattern):
     outputs, reused = enabled(declared(Hybrid, pattern, check_forward_pattern=False))
     assert reused == {"blocks[1:3]": ALL}
     expected, _ = reference(lambda m: spans(m, at_steps([0]), at_steps(range(8))))

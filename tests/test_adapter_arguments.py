@@ -1,4 +1,4 @@
-"""What is told to a user who declares something that cannot be: every error names the argument."""
+"""The errors about invalid declarations: each of them names the argument."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def model():
     return hybrid.build()
 
 
-def told(*parts):
-    """The message begins with our name and has all parts."""
+def message_with(*parts):
+    """A pattern of a message that starts with the name of the package and contains all parts."""
     return "cachedit_fx: .*" + ".*".join(re.escape(part) for part in parts)
 
 
@@ -139,16 +139,16 @@ def told(*parts):
         ),
     ],
 )  # fmt: skip
-def test_a_declaration_that_cannot_be_names_the_argument(model, arguments, parts):
-    with pytest.raises(ConfigError, match=told(*parts)) as caught:
+def test_an_invalid_declaration_raises_an_error_that_names_the_argument(model, arguments, parts):
+    with pytest.raises(ConfigError, match=message_with(*parts)) as caught:
         BlockAdapter(**arguments(model))
     assert isinstance(caught.value, ValueError)
 
 
-def test_a_list_of_one_block_is_none():
+def test_a_list_of_one_block_is_refused():
     model = hybrid.build()
     model.blocks = model.blocks[:1]
-    with pytest.raises(ConfigError, match=told("blocks 'blocks' must be a ModuleList of at least two blocks")):
+    with pytest.raises(ConfigError, match=message_with("blocks 'blocks' must be a ModuleList of at least two blocks")):
         BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=P1)
 
 
@@ -157,7 +157,7 @@ def test_auto_takes_one_pattern(model):
         BlockAdapter(transformer=model, auto=True, forward_pattern=[P1, P3])
 
 
-# What holds a transformer.
+# Objects that hold a transformer.
 
 
 @pytest.mark.parametrize(
@@ -185,18 +185,20 @@ def test_auto_takes_one_pattern(model):
     ],
     ids=["enable_cache", "disable_cache", "refresh_context", "summary", "BlockAdapter"],
 )
-def test_a_pipe_without_a_transformer_is_told_what_it_has(take, pipe, found):
-    with pytest.raises(ConfigError, match=told("expected a pipeline with a diffusion transformer", f"got {found}")):
+def test_a_pipe_without_a_transformer_is_refused_with_a_list_of_its_components(take, pipe, found):
+    with pytest.raises(
+        ConfigError, match=message_with("expected a pipeline with a diffusion transformer", f"got {found}")
+    ):
         take(pipe)
 
 
-def test_a_transformer_that_is_compiled_already_is_told():
+def test_a_transformer_that_is_already_compiled_is_refused():
     compiled = torch.compile(hybrid.build(), backend="eager")
-    with pytest.raises(ConfigError, match=told("transformer is compiled already; pass the module that")):
+    with pytest.raises(ConfigError, match=message_with("transformer is compiled already; pass the module that")):
         cachedit_fx.enable_cache(pipe_of(transformer=compiled))
 
 
-def test_modules_beside_the_transformer_are_none():
+def test_other_modules_of_a_pipeline_are_not_used_as_transformers():
     model = hybrid.build()
     others = dict(vae=nn.Linear(1, 1), transformer_encoder=nn.TransformerEncoder, controlnet=nn.Linear(1, 1))
     adapter = BlockAdapter(pipe=pipe_of(transformer=model, **others), blocks_name="blocks", forward_pattern=P1)
@@ -252,16 +254,16 @@ def test_transformers_have_the_names_that_the_pipeline_gives_them():
         ),
     ],
 )
-def test_a_modifier_that_cannot_be_names_the_field(make, parts):
-    with pytest.raises(ConfigError, match=told(*parts)):
+def test_an_invalid_modifier_raises_an_error_that_names_the_field(make, parts):
+    with pytest.raises(ConfigError, match=message_with(*parts)):
         make()
 
 
-def test_a_modifier_that_leaves_no_probe_is_told_when_the_cache_is_enabled(model):
+def test_a_modifier_that_leaves_no_probe_is_refused_when_the_cache_is_enabled(model):
     adapter = BlockAdapter(
         transformer=model, blocks=model.blocks, forward_pattern=P1, params_modifiers=ParamsModifier(Fn_compute_blocks=0)
     )
-    with pytest.raises(ConfigError, match=told("Fn_compute_blocks=0 leaves no residual to measure")):
+    with pytest.raises(ConfigError, match=message_with("Fn_compute_blocks=0 leaves no residual to measure")):
         cachedit_fx.enable_cache(adapter, hybrid.config())
 
 
@@ -288,6 +290,6 @@ def test_a_modifier_that_leaves_no_probe_is_told_when_the_cache_is_enabled(model
         pytest.param(dict(max_warmup_steps=-1), ["max_warmup_steps must be an int >= 0, got -1"], id="bad-value"),
     ],
 )
-def test_what_enable_cache_cannot_take_is_named(model, arguments, parts):
-    with pytest.raises(ConfigError, match=told(*parts)):
+def test_the_error_about_an_invalid_argument_of_enable_cache_names_it(model, arguments, parts):
+    with pytest.raises(ConfigError, match=message_with(*parts)):
         cachedit_fx.enable_cache(pipe_of(transformer=model), **arguments)

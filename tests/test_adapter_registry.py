@@ -1,4 +1,4 @@
-"""Which adapter a pipeline gets: the one that is registered for it."""
+"""A pipeline gets the adapter that is registered for its class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def no_grad():
 
 
 def pipeline(name, **parts):
-    """A pipeline of a class of that name."""
+    """A pipeline of a class with this name."""
     pipe = type(name, (), {})()
     parts = parts or {"transformer": hybrid.build()}
     pipe.components = parts
@@ -47,19 +47,19 @@ def register(name, blocks="single_blocks", pattern=P3):
 
 
 def named(pipe):
-    """What the registry says to a pipeline whose adapters are told apart by `has_separate_cfg`."""
+    """The block list of the adapter that the registry returns for a pipeline, or None."""
     adapter = BlockAdapterRegistry.get(pipe)
     return adapter and adapter.blocks_name
 
 
-def test_the_decorated_function_stays_what_it_is():
+def test_the_decorated_function_is_returned_unchanged():
     def make(pipe):
         return None
 
     assert BlockAdapterRegistry.register("Flux")(make) is make
 
 
-def test_an_exact_class_name_goes_before_its_beginnings():
+def test_an_exact_class_name_takes_precedence_over_its_prefixes():
     register("Flux", "blocks", P1)
     register("FluxPipeline", "single_blocks", P3)
     assert named(pipeline("FluxPipeline")) == "single_blocks"
@@ -67,7 +67,7 @@ def test_an_exact_class_name_goes_before_its_beginnings():
 
 
 @pytest.mark.parametrize("names", [["Flux", "Flux2"], ["Flux2", "Flux"]])
-def test_the_longest_beginning_wins(names):
+def test_the_longest_prefix_wins(names):
     for name in names:
         register(name, *(("blocks", P1) if name == "Flux" else ("single_blocks", P3)))
     assert named(pipeline("FluxPipeline")) == "blocks"
@@ -75,20 +75,20 @@ def test_the_longest_beginning_wins(names):
     assert named(pipeline("Flux2KleinPipeline")) == "single_blocks"
 
 
-def test_a_name_is_no_beginning_of_a_shorter_one_or_of_one_that_differs():
+def test_a_name_matches_only_class_names_that_it_is_a_prefix_of():
     register("Flux2")
     for name in ("FluxPipeline", "Flux", "flux2", "MyFlux2Pipeline"):
         assert BlockAdapterRegistry.get(pipeline(name)) is None
 
 
-def test_the_function_registered_last_under_a_name_is_taken():
+def test_the_function_registered_last_under_a_name_wins():
     register("Flux", "blocks", P1)
     register("Flux", "single_blocks", P3)
     assert named(pipeline("Flux")) == "single_blocks"
     assert BlockAdapterRegistry.supported_pipelines() == (1, ["Flux"])
 
 
-def test_what_is_registered_can_be_listed_and_forgotten():
+def test_registered_names_can_be_listed_and_unregistered():
     assert BlockAdapterRegistry.supported_pipelines() == (0, [])
     register("Wan")
     register("Flux")
@@ -99,25 +99,25 @@ def test_what_is_registered_can_be_listed_and_forgotten():
     assert BlockAdapterRegistry.get(pipeline("WanPipeline")) is None
 
 
-def test_arguments_are_handed_on_to_the_function():
+def test_arguments_are_passed_on_to_the_function():
     register("Flux")
     assert BlockAdapterRegistry.get(pipeline("Flux"), has_separate_cfg=True).has_separate_cfg
 
 
-def test_the_function_is_given_the_pipeline_itself():
-    seen = []
+def test_the_function_receives_the_pipeline_itself():
+    received = []
 
     @BlockAdapterRegistry.register("Flux")
     def adapter(pipe):
-        seen.append(pipe)
+        received.append(pipe)
         return BlockAdapter(pipe=pipe, blocks_name="blocks", forward_pattern=P1)
 
     pipe = pipeline("FluxPipeline")
     BlockAdapterRegistry.get(pipe)
-    assert seen == [pipe]
+    assert received == [pipe]
 
 
-def test_a_transformer_alone_is_handed_over_as_the_part_of_a_pipeline():
+def test_a_bare_transformer_is_passed_as_the_component_of_a_pipeline():
     model = hybrid.build()
 
     @BlockAdapterRegistry.register("Hybrid")
@@ -130,7 +130,7 @@ def test_a_transformer_alone_is_handed_over_as_the_part_of_a_pipeline():
     assert [stats.region for stats in every_session(model)] == ["single_blocks[1:3]"]
 
 
-def test_a_registered_adapter_goes_before_automatic_matching():
+def test_a_registered_adapter_takes_precedence_over_automatic_matching():
     register("Flux")
     found = {}
     for name in ("FluxPipeline", "AnotherPipeline"):
@@ -141,7 +141,7 @@ def test_a_registered_adapter_goes_before_automatic_matching():
     assert found == {"FluxPipeline": ["single_blocks[1:3]"], "AnotherPipeline": ["blocks[1:3]+single_blocks"]}
 
 
-def test_an_adapter_that_is_given_goes_before_a_registered_one():
+def test_a_given_adapter_takes_precedence_over_a_registered_one():
     register("Flux")
     pipe = pipeline("FluxPipeline")
     cachedit_fx.enable_cache(BlockAdapter(pipe=pipe, blocks_name="blocks", forward_pattern=P1), hybrid.config())
@@ -150,19 +150,19 @@ def test_an_adapter_that_is_given_goes_before_a_registered_one():
 
 
 @pytest.mark.parametrize("returned", [None, "adapter", BlockAdapter])
-def test_a_function_that_returns_no_adapter_is_told(returned):
+def test_a_function_that_returns_no_adapter_raises_an_error(returned):
     BlockAdapterRegistry.register("Flux")(lambda pipe: returned)
     with pytest.raises(ConfigError, match=r"what is registered for 'Flux' must return a BlockAdapter, got "):
         cachedit_fx.enable_cache(pipeline("FluxPipeline"))
 
 
 @pytest.mark.parametrize("name", ["", None, hybrid.Hybrid])
-def test_a_name_is_a_string(name):
+def test_a_name_must_be_a_non_empty_string(name):
     with pytest.raises(ConfigError, match=r"cachedit_fx: register takes a class name or the beginning of one, got "):
         BlockAdapterRegistry.register(name)
 
 
-def test_a_part_that_only_the_adapter_knows_for_a_transformer_can_be_asked_and_let_go():
+def test_a_transformer_that_only_the_adapter_finds_can_be_summarized_refreshed_and_disabled():
     @BlockAdapterRegistry.register("Odd")
     def adapter(pipe):
         return BlockAdapter(transformer=pipe.denoiser, blocks=pipe.denoiser.blocks, forward_pattern=P1)

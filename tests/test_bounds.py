@@ -1,4 +1,4 @@
-"""What the sessions of a module keep is bounded, in bytes and in number; what was used least recently goes first."""
+"""The sessions of a module are bounded in bytes and in number; the least recently used one is dropped first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiny import TIMES, build, generate, latents, prompt, ran_blocks, step
 
 ALL, FIRST = tiny.NUM_BLOCKS, 1
 EVERY_OTHER = [1, 3, 5, 7]
-# Of one session: the residual of the first block, and what the region added to either stream.
+# The state of one session: the residual of the first block, and the residual of each stream over the region.
 BYTES = 2 * tiny.STREAM_BYTES + tiny.TEXT_BYTES
 
 
@@ -33,7 +33,7 @@ def alone(seed: int, times: tuple[float, ...] = TIMES) -> list[Tensor]:
     return [record.output for record in tiny.reference(build(), prompt(seed), latents(seed), times).records]
 
 
-def held(module: nn.Module) -> int:
+def total_state_bytes(module: nn.Module) -> int:
     return sum(stats.state_bytes for stats in every_session(module))
 
 
@@ -48,50 +48,50 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 # Between generations.
 
 
-def test_prompts_that_a_server_keeps_hold_no_more_than_is_allowed():
+def test_the_sessions_of_many_prompts_stay_within_the_limit():
     module, texts = enabled(build(), max_state_bytes=3 * BYTES + 1), [prompt(seed) for seed in range(6)]
     for seed, text in enumerate(texts):
         tiny.assert_bitwise(generate(module, text, latents(seed)), alone(seed))
-        assert held(module) == min(seed + 1, 3) * BYTES
+        assert total_state_bytes(module) == min(seed + 1, 3) * BYTES
     assert bounds(module) == ["dropped-bytes"] * 3 + [""] * 3
     assert [stats.cached_steps for stats in every_session(module)] == [EVERY_OTHER] * 6
     assert [stats.peak_state_bytes for stats in every_session(module)] == [BYTES] * 6
 
 
-def test_the_generation_that_was_used_least_recently_goes_first():
+def test_the_least_recently_used_generation_is_dropped_first():
     module, texts = enabled(build(), max_state_bytes=2 * BYTES), [prompt(seed) for seed in range(3)]
-    for seed in (0, 1, 0, 2):  # The first prompt is used again before the third comes.
+    for seed in (0, 1, 0, 2):  # The first prompt is used again before the third one.
         generate(module, texts[seed], latents(seed))
-    # Generations of the prompts 0, 1, 0, 2; the first one had ended.
+    # The sessions of the prompts 0, 1, 0, 2; the first one had ended.
     assert bounds(module) == ["", "dropped-bytes", "", ""]
     assert [stats.state_bytes for stats in every_session(module)] == [0, 0, BYTES, BYTES]
 
 
-def test_the_branches_of_a_generation_go_together():
+def test_the_guidance_branches_of_a_generation_are_dropped_together():
     module, texts = enabled(build(), max_state_bytes=3 * BYTES), [prompt(seed) for seed in range(4)]
     for pair in ((0, 1), (2, 3)):
         for timestep in TIMES[:3]:
             for seed in pair:
                 step(module, texts[seed], timestep, latents(seed))
     assert bounds(module) == ["dropped-bytes"] * 2 + [""] * 2
-    assert held(module) == 2 * BYTES
+    assert total_state_bytes(module) == 2 * BYTES
 
 
-def test_what_a_forecaster_remembers_counts():
+def test_the_history_of_a_forecaster_counts_towards_the_limit():
     fields = dict(forecaster="taylorseer", max_state_bytes=8 * BYTES)
     module, texts = enabled(build(), **fields), [prompt(seed) for seed in range(8)]
     for seed, text in enumerate(texts):
         generate(module, text, latents(seed))
     one = every_session(module)[-1].state_bytes
     assert one > BYTES
-    assert held(module) == 8 * BYTES // one * one < 8 * BYTES
+    assert total_state_bytes(module) == 8 * BYTES // one * one < 8 * BYTES
 
 
-def test_without_a_limit_only_the_number_counts():
+def test_without_a_limit_in_bytes_only_the_number_of_sessions_is_bounded():
     module, texts = enabled(build(), max_state_bytes=None), [prompt(seed) for seed in range(12)]
     for seed, text in enumerate(texts):
         generate(module, text, latents(seed), TIMES[:2])
-    assert held(module) == 12 * BYTES
+    assert total_state_bytes(module) == 12 * BYTES
 
 
 def test_a_changed_limit_takes_effect_at_the_next_step():
@@ -99,25 +99,25 @@ def test_a_changed_limit_takes_effect_at_the_next_step():
     cachedit_fx.refresh_context(module, max_state_bytes=BYTES)
     for seed, text in enumerate(texts):
         generate(module, text, latents(seed))
-    assert held(module) == BYTES
+    assert total_state_bytes(module) == BYTES
 
 
-# The generation that is running.
+# A running generation.
 
 
 @pytest.mark.parametrize("limit", [0, BYTES, 2 * BYTES - 1])
-def test_a_generation_that_does_not_fit_alone_is_kept_and_reported(limit: int, caplog: pytest.LogCaptureFixture):
+def test_a_running_generation_above_the_limit_is_reported_and_not_dropped(limit: int, caplog: pytest.LogCaptureFixture):
     module, texts = enabled(build(), max_state_bytes=limit), [prompt(1), prompt(2)]
     outputs: list[list[Tensor]] = [[], []]
     for timestep in TIMES:
-        for kept, text, seed in zip(outputs, texts, (1, 2), strict=True):
-            kept.append(step(module, text, timestep, latents(seed)))
-    for kept, seed in zip(outputs, (1, 2), strict=True):
-        tiny.assert_bitwise(kept, alone(seed))
+        for recorded, text, seed in zip(outputs, texts, (1, 2), strict=True):
+            recorded.append(step(module, text, timestep, latents(seed)))
+    for recorded, seed in zip(outputs, (1, 2), strict=True):
+        tiny.assert_bitwise(recorded, alone(seed))
     assert bounds(module)[-1] == "kept-over"
     (line,) = cachedit_fx.summary(module, logging=False).notes
     assert f"caches {2 * BYTES} bytes, more than max_state_bytes={limit}" in line
-    assert not warnings_in(caplog)  # Nothing is lost.
+    assert not warnings_in(caplog)  # No state is lost.
 
 
 def test_windows_of_a_prompt_are_one_generation():
@@ -132,7 +132,7 @@ def test_windows_of_a_prompt_are_one_generation():
     assert all(cached for _, cached in found[0])
 
 
-def test_a_pipeline_keeps_its_branches():
+def test_a_running_pipeline_loses_no_guidance_branch():
     from tests.tiny_pipelines import PIPELINES
 
     tiny_wan = PIPELINES["wan"]
@@ -148,10 +148,10 @@ def test_a_pipeline_keeps_its_branches():
     assert all(cached for _, cached in found[0])
 
 
-# One that comes back.
+# A dropped generation that continues.
 
 
-def test_a_dropped_generation_that_comes_back_computes_and_says_so(caplog: pytest.LogCaptureFixture):
+def test_a_dropped_generation_that_continues_computes_again_and_warns(caplog: pytest.LogCaptureFixture):
     module, text = enabled(build(), max_state_bytes=BYTES), prompt(1)
     named: dict[str, list[Tensor]] = {"a": [], "b": []}
     plain = generate(build(), text, latents(1))
@@ -159,7 +159,7 @@ def test_a_dropped_generation_that_comes_back_computes_and_says_so(caplog: pytes
         for timestep in times:
             with cachedit_fx.session(key):
                 named[key].append(step(module, text, timestep, latents(1)))
-    expected = alone(1, TIMES[:3]) + alone(1, TIMES[3:])  # The warm-up is made anew.
+    expected = alone(1, TIMES[:3]) + alone(1, TIMES[3:])  # The warm-up runs again.
     for outputs in named.values():
         tiny.assert_bitwise(outputs, expected)
         assert torch.equal(outputs[3], plain[3])
@@ -175,7 +175,7 @@ def test_a_dropped_generation_that_comes_back_computes_and_says_so(caplog: pytes
     assert f"3 sessions were dropped, the least recently used first, to keep no more than {limit}." in lines
 
 
-def test_a_prompt_that_is_used_for_another_generation_has_lost_nothing(caplog: pytest.LogCaptureFixture):
+def test_a_new_generation_with_a_prompt_of_a_dropped_one_causes_no_warning(caplog: pytest.LogCaptureFixture):
     module, texts = enabled(build(), max_state_bytes=BYTES), [prompt(1), prompt(2)]
     for seed in (1, 2, 1):
         tiny.assert_bitwise(generate(module, texts[seed - 1], latents(seed)), alone(seed))
@@ -183,7 +183,7 @@ def test_a_prompt_that_is_used_for_another_generation_has_lost_nothing(caplog: p
     assert not warnings_in(caplog)
 
 
-def test_a_window_whose_generation_was_dropped_within_a_step_is_not_taken_for_another():
+def test_a_window_whose_generation_was_dropped_within_a_step_is_not_confused_with_another():
     module, text, others = enabled(build(), max_state_bytes=0), prompt(1), [prompt(2), prompt(3)]
 
     def window(number: int, timestep: float) -> int:
@@ -192,19 +192,19 @@ def test_a_window_whose_generation_was_dropped_within_a_step_is_not_taken_for_an
 
     assert window(0, TIMES[0]) == ALL
     with cachedit_fx.session("other"):
-        step(module, others[0], TIMES[0], latents(5))  # What the first window kept goes.
+        step(module, others[0], TIMES[0], latents(5))  # The state of the first window is dropped.
     assert window(1, TIMES[0]) == ALL
-    # Nothing is kept of it; what the second one left would be reused at this step.
+    # Its state is gone; the state of the second window would allow this step to be reused.
     assert window(0, TIMES[1]) == ALL
     found = [stats for stats in every_session(module) if "windows" in stats.session]
     assert ["call 2 of a step" in stats.session for stats in found] == [False, True, False]
     assert [stats.bound for stats in found[:1]] == ["dropped-bytes"]
 
 
-# In number.
+# The number of sessions.
 
 
-def test_a_session_that_goes_for_their_number_says_so():
+def test_a_session_dropped_because_there_are_too_many_is_reported():
     module, text = enabled(build()), prompt(1)
     for number in range(MAX_SESSIONS + 1):
         with cachedit_fx.session(number):
@@ -215,7 +215,7 @@ def test_a_session_that_goes_for_their_number_says_so():
     assert f"1 session was dropped, the least recently used first, to keep no more than {limit}." in lines
 
 
-def test_what_was_dropped_before_a_reset_is_not_counted():
+def test_sessions_dropped_before_a_reset_are_not_counted():
     module, texts = enabled(build(), max_state_bytes=0), [prompt(seed) for seed in range(3)]
 
     def run() -> Any:

@@ -1,4 +1,4 @@
-"""What `check_pattern` says of right and of wrong templates, and that it leaves no trace."""
+"""`check_pattern` accepts correct templates, rejects wrong ones, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ def alone(**fields) -> BlockTemplate:
 
 
 class NamelessBlock(Block):
-    """Calls its arguments something else than what it makes of them."""
+    """Its arguments have other names than its results."""
 
     def forward(self, a: Tensor, b: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(a, b, emb)
 
 
 def make(block: type[nn.Module] = Block) -> TwoScaleTransformer:
-    """The example's model, of few blocks."""
+    """The model of the example, with few blocks."""
     model = TwoScaleTransformer()
     model.layers = nn.ModuleList(block() for _ in range(3))
     return model
 
 
 def researcher(case: str) -> tuple[nn.Module, list[dict[str, object]]]:
-    """A model out of tests/researchers, and three calls of it."""
+    """A model of tests/researchers, and three calls of it."""
     model, calls = build(CASES[case].model), []
     signature = inspect.signature(model.forward)
 
@@ -70,7 +70,7 @@ def researcher(case: str) -> tuple[nn.Module, list[dict[str, object]]]:
     return model, calls
 
 
-# Right templates.
+# Correct templates.
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def researcher(case: str) -> tuple[nn.Module, list[dict[str, object]]]:
         (5, 2, 1),
     ],
 )
-def test_a_built_in_pattern_is_right_for_its_model(number, fn, bn):
+def test_a_built_in_pattern_is_correct_for_its_model(number, fn, bn):
     model = PATTERNS[number]().eval()
     check = check_pattern(BUILT_IN[number], model, make_inputs(model), Fn_compute_blocks=fn, Bn_compute_blocks=bn)
     assert check.decisions == ("warmup", "diff-below", "max-cached")
@@ -101,7 +101,7 @@ def test_streams_may_be_cached_as_values(kinds, bn):
 
 
 @pytest.mark.parametrize("hidden", ["fine", pytest.param("coarse", marks=SLOW)])
-def test_a_template_that_names_its_streams_is_right(hidden):
+def test_a_template_that_names_its_streams_is_correct(hidden):
     order = BOTH if hidden == "fine" else BOTH[::-1]
     check = check_pattern(two_scales(returns=order, hidden=hidden), make(), TWO_SCALES)
     assert (check.difference, check.region) == (0.0, "layers[1:3]")
@@ -114,7 +114,7 @@ def test_a_template_that_names_its_streams_is_right(hidden):
     )
 
 
-def test_arguments_of_other_names_are_told_by_their_positions():
+def test_arguments_with_other_names_are_identified_by_position():
     assert check_pattern(two_scales(), make(NamelessBlock), TWO_SCALES).difference == 0
 
 
@@ -126,7 +126,7 @@ def test_there_is_no_probe_without_fn_blocks():
 
 
 @SLOW
-def test_calls_may_be_given_one_by_one():
+def test_inputs_may_be_a_list_of_calls():
     model = TextTransformer()
     calls = [make_inputs(model, seed, 1 - seed / 10) for seed in range(5)]
     for call in calls:
@@ -136,7 +136,7 @@ def test_calls_may_be_given_one_by_one():
 
 
 @SLOW
-def test_bfloat16_and_whole_timesteps_make_no_difference():
+def test_bfloat16_and_integer_timesteps_are_supported():
     model = Transformer().bfloat16()
     model.embed_time = lambda t: model.time_embedder(t[:, None].bfloat16().expand(-1, 16) / 1000)
     inputs = {**make_inputs(model), "timestep": torch.tensor([900, 900])}
@@ -161,14 +161,14 @@ class TwoLists(synthetic.DualStream):
 
 
 @SLOW
-def test_of_two_lists_the_one_that_fits_is_checked():
+def test_the_list_that_fits_is_checked_if_there_are_two():
     model = TwoLists()
     assert check_pattern(BUILT_IN[0], model, make_inputs(model)).region == "blocks[1:2]"
 
 
 @SLOW
 def test_a_region_may_span_two_lists():
-    from tests.models import FLUX  # Of its own, because it takes long.
+    from tests.models import FLUX  # Imported here, because it takes long.
 
     model, latents = FLUX.build(), FLUX.latents(1)
     inputs = dict(hidden_states=latents, timestep=torch.full((2,), 0.9), return_dict=False, **FLUX.prompt(1).cond)
@@ -177,12 +177,12 @@ def test_a_region_may_span_two_lists():
 
 
 @pytest.mark.parametrize("bn", [pytest.param(0, marks=SLOW), 1])
-def test_work_between_two_blocks_is_a_part_of_the_first(bn):
+def test_work_between_two_blocks_belongs_to_the_first_of_them(bn):
     model, calls = researcher("dit-controls")
     assert check_pattern(BUILT_IN[3], model, calls, Bn_compute_blocks=bn).difference == 0
 
 
-# Wrong ones.
+# Wrong templates.
 
 MISSES = [
     pytest.param(synthetic.DualStream, BUILT_IN[1], "return-order: expected: .*encoder_hidden_states, hidden_states.*"
@@ -205,7 +205,7 @@ MISSES = [
 
 
 @pytest.mark.parametrize(("make_model", "template", "text"), MISSES)
-def test_a_template_that_does_not_fit_is_told_why(make_model, template, text):
+def test_a_template_that_does_not_fit_raises_an_error_with_the_cause(make_model, template, text):
     model = make_model()
     with pytest.raises(AssertionError) as error:
         check_pattern(template, model, make_inputs(model))
@@ -214,7 +214,7 @@ def test_a_template_that_does_not_fit_is_told_why(make_model, template, text):
     assert "cachedit_fx.explain(model, **inputs)" in str(error.value)
 
 
-def test_a_model_without_blocks_is_told():
+def test_a_model_without_blocks_raises_an_error():
     class Flat(Transformer):
         def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
             return self.proj_out(self.x_embedder(hidden_states) + self.embed_time(timestep)[:, None])
@@ -224,7 +224,7 @@ def test_a_model_without_blocks_is_told():
 
 
 @SLOW
-def test_too_few_blocks_are_told():
+def test_too_few_blocks_raise_an_error():
     with pytest.raises(AssertionError, match=r"too-few-blocks:\n.*\n  found:    4 \+ 0"):
         check_pattern(BUILT_IN[3], Transformer(), make_inputs(Transformer()), Fn_compute_blocks=4)
 
@@ -232,7 +232,7 @@ def test_too_few_blocks_are_told():
 @pytest.mark.parametrize(
     "template", [two_scales(returns=BOTH[::-1]), two_scales(hidden="coarse")], ids=["returns", "streams"]
 )
-def test_a_swapped_order_that_no_source_tells_is_noticed_at_the_next_block(template):
+def test_a_swapped_order_that_the_source_does_not_show_is_detected_at_the_next_block(template):
     first, second = template.returns
     text = (
         rf"takes, returns and streams contradict each other.*\n  expected: value 1 of what layers\.0 returns is "
@@ -244,34 +244,34 @@ def test_a_swapped_order_that_no_source_tells_is_noticed_at_the_next_block(templ
 
 
 @SLOW
-def test_a_swapped_order_of_arguments_without_names_is_noticed():
+def test_a_swapped_order_of_arguments_with_other_names_is_detected():
     with pytest.raises(AssertionError, match=r"layers\.1 takes it as `b`, which is hidden_states"):
         check_pattern(two_scales(takes=BOTH[::-1]), make(NamelessBlock), TWO_SCALES)
 
 
-def test_a_probe_of_another_stream_is_noticed():
-    template = two_scales(takes=BOTH[::-1], returns=BOTH[::-1])  # Consistent, but "fine" is what the code calls `a`.
+def test_a_probe_of_another_stream_is_detected():
+    template = two_scales(takes=BOTH[::-1], returns=BOTH[::-1])  # Consistent, but the code uses `a` for "fine".
     with pytest.raises(
         AssertionError, match=r"the probe of the graph is another stream .*\n  expected: a change of 0\.\d+ .*\n.*found"
     ):
         check_pattern(template, make(NamelessBlock), TWO_SCALES)
 
 
-def test_a_block_that_returns_fewer_values_than_declared_is_told():
+def test_a_block_that_returns_fewer_values_than_declared_raises_an_error():
     class Block(SelfBlock):
         def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-            self.seen = self.norm(hidden_states, temb)
+            self.side_output = self.norm(hidden_states, temb)
             return super().forward(hidden_states, temb)
 
     class Emitting(Transformer):
-        """What the last block puts by is used; the block returns its stream alone."""
+        """Uses a tensor that the last block stores as an attribute; the block returns only its stream."""
 
         def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
             temb = self.embed_time(timestep)
             hidden_states = self.x_embedder(hidden_states)
             for block in self.blocks:
                 hidden_states = block(hidden_states, temb)
-            return self.unembed(hidden_states + self.blocks[-1].seen, temb)
+            return self.unembed(hidden_states + self.blocks[-1].side_output, temb)
 
     model = Emitting(Block)
     with pytest.raises(
@@ -280,7 +280,7 @@ def test_a_block_that_returns_fewer_values_than_declared_is_told():
         check_pattern(BUILT_IN[4], model, make_inputs(model))
 
 
-def test_a_graph_that_caches_another_thing_than_the_template_says_is_noticed(monkeypatch):
+def test_a_graph_that_caches_something_else_than_the_template_declares_is_detected(monkeypatch):
     other = two_scales(cached={ENCODER: "value"})
     monkeypatch.setattr(
         cachedit_fx.testing.pattern_check, "Declaration", lambda patterns: Declaration(patterns=(other,))
@@ -293,7 +293,7 @@ def test_a_graph_that_caches_another_thing_than_the_template_says_is_noticed(mon
     assert check_pattern(two_scales(), make(), TWO_SCALES, tolerance=1.0).difference > 0
 
 
-# What it does not follow.
+# Models that cannot be checked.
 
 
 class Noisy(Transformer):
@@ -311,7 +311,7 @@ class Direct(Transformer):
 
 
 def closed() -> Transformer:
-    """A model as it is before training: nothing comes out."""
+    """A model before training, whose output is zero."""
     model = Transformer()
     nn.init.zeros_(model.proj_out.weight)
     return model
@@ -327,7 +327,7 @@ def closed() -> Transformer:
         pytest.param(Direct, r"0 of its 4 blocks were called as modules", id="no-call"),
     ],
 )
-def test_what_it_cannot_tell_it_refuses(make_model, text):
+def test_a_model_that_cannot_be_checked_is_refused(make_model, text):
     model = make_model()
     with pytest.raises(UncheckableError, match=r"check_pattern cannot check this model: .*" + text):
         check_pattern(BUILT_IN[3], model, make_inputs(model))
@@ -359,7 +359,7 @@ def test_what_it_cannot_tell_it_refuses(make_model, text):
         pytest.param("uvit", 3, r"passes more to out_blocks\.0 than the streams", marks=SLOW),
     ],
 )
-def test_models_of_researchers_that_it_does_not_follow_it_refuses(case, number, text):
+def test_models_of_researchers_that_cannot_be_checked_are_refused(case, number, text):
     model, calls = researcher(case)
     with pytest.raises(UncheckableError, match=r"check_pattern cannot check this model: .*" + text):
         check_pattern(BUILT_IN[number], model, calls)
@@ -367,7 +367,7 @@ def test_models_of_researchers_that_it_does_not_follow_it_refuses(case, number, 
 
 def test_steps_of_two_generations_are_refused():
     model = TextTransformer()
-    calls = [make_inputs(model, seed, 1 - seed / 10) for seed in range(2)]  # Another prompt at every step.
+    calls = [make_inputs(model, seed, 1 - seed / 10) for seed in range(2)]  # Every step has another prompt.
     with pytest.raises(UncheckableError, match=r"2 calls were taken for 2 generations; pass the same prompt"):
         check_pattern(BUILT_IN[2], model, calls)
 
@@ -379,12 +379,12 @@ def test_calls_of_two_sizes_are_refused():
 
 
 @pytest.mark.parametrize("given", [[], [1], ["latents"]])
-def test_inputs_are_calls(given):
+def test_inputs_must_be_calls(given):
     with pytest.raises(ConfigError, match="inputs must be the keyword arguments of a call"):
         check_pattern(BUILT_IN[3], Transformer(), given)
 
 
-def test_a_template_is_a_template():
+def test_the_template_must_be_a_block_template():
     with pytest.raises(ConfigError, match="template must be a BlockTemplate, got 3"):
         check_pattern(3, Transformer(), {})
 
@@ -398,7 +398,7 @@ def state_of(model: nn.Module) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("is_right", [True, False])
-def test_the_model_is_what_it_was(is_right):
+def test_check_pattern_leaves_the_model_unchanged(is_right):
     model = make().train()
     before, known = state_of(model), templates()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -414,7 +414,7 @@ def test_the_model_is_what_it_was(is_right):
 
 
 @SLOW
-def test_what_is_compiled_and_cached_of_the_model_stays():
+def test_check_pattern_leaves_the_graphs_and_sessions_of_the_model_unchanged():
     model, inputs = Transformer().eval(), make_inputs(Transformer())
     config = cachedit_fx.CacheConfig(Fn_compute_blocks=1, max_warmup_steps=1, inner_backend="eager")
     cachedit_fx.enable_cache(model, config)
@@ -427,10 +427,10 @@ def test_what_is_compiled_and_cached_of_the_model_stays():
     assert made > compiled
     with torch.no_grad():
         model(**inputs)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made  # None of the user's was compiled anew.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made  # No graph of the user was compiled again.
 
 
 @SLOW
-def test_a_compiled_model_is_checked_as_what_it_was_compiled_of():
+def test_a_compiled_model_is_checked_as_the_original_module():
     model = torch.compile(Transformer().eval(), backend="eager")
     assert check_pattern(BUILT_IN[3], model, make_inputs(Transformer())).difference == 0

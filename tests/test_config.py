@@ -1,4 +1,4 @@
-"""What a user can set, what a mistake is told, and every way in which the backend is reached."""
+"""The settings of a user, the errors about wrong ones, and every way to reach the backend."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_config_cannot_be_changed():
         ("mode", "fast", "'max-autotune'"),
     ],
 )
-def test_a_bad_value_is_told_with_its_field_and_what_is_allowed(field, value, allowed):
+def test_an_invalid_value_raises_an_error_with_the_field_and_the_allowed_values(field, value, allowed):
     with pytest.raises(ConfigError) as caught:
         CacheConfig(**{field: value})
     assert isinstance(caught.value, ValueError)
@@ -139,7 +139,7 @@ def test_values_at_the_edge_are_allowed(field, value):
 @pytest.mark.parametrize(
     ("field", "value", "near"), [("regions", "per-list", "per_list"), ("mode", "defalt", "default")]
 )
-def test_a_misspelt_choice_is_told_the_nearest(field, value, near):
+def test_a_misspelled_choice_raises_an_error_with_the_nearest_one(field, value, near):
     with pytest.raises(ConfigError, match=re.escape(f"Did you mean {near!r}?")):
         CacheConfig(**{field: value})
 
@@ -158,7 +158,7 @@ def test_a_misspelt_choice_is_told_the_nearest(field, value, near):
         ("max_autotun", "max_autotune"),
     ],
 )
-def test_an_unknown_option_is_told_the_nearest_spelling(option, nearest):
+def test_an_unknown_option_raises_an_error_with_the_nearest_name(option, nearest):
     with pytest.raises(ConfigError) as caught:
         split_options({option: 0.1})
     message = str(caught.value)
@@ -166,13 +166,13 @@ def test_an_unknown_option_is_told_the_nearest_spelling(option, nearest):
     assert all(name in message for name in OPTION_NAMES)
 
 
-def test_an_option_like_no_other_gets_no_guess():
+def test_no_option_is_suggested_if_none_is_similar():
     with pytest.raises(ConfigError) as caught:
         split_options({"zzz": 1})
     assert "'zzz' (given 1) is unknown.\nAllowed: Fn_compute_blocks, " in str(caught.value)
 
 
-def test_options_of_inductor_are_handed_on_and_ours_are_not():
+def test_only_the_options_of_inductor_are_passed_on():
     options = {"Fn_compute_blocks": 2, "max_autotune": True, "triton.cudagraphs": False}
     config, rest = split_options(options)
     assert config == CacheConfig(Fn_compute_blocks=2)
@@ -184,7 +184,7 @@ def test_options_of_inductor_are_unknown_to_another_inner_backend():
         split_options({"max_autotune": True, "inner_backend": "eager"})
 
 
-def test_options_are_set_on_top_of_a_config():
+def test_options_override_a_config():
     config, _ = split_options({"max_warmup_steps": 2}, CacheConfig(Fn_compute_blocks=3))
     assert config == CacheConfig(Fn_compute_blocks=3, max_warmup_steps=2)
 
@@ -205,7 +205,7 @@ def test_options_are_set_on_top_of_a_config():
         ),
     ],
 )
-def test_a_mistake_in_options_arrives_whole_through_torch_compile(options, message):
+def test_torch_compile_shows_the_whole_error_about_an_option(options, message):
     module = torch.compile(tiny.build(), backend="cachedit", options=options)
     with pytest.raises(BackendCompilerFailed) as caught:
         tiny.step(module, tiny.prompt(), 1.0, tiny.latents())
@@ -213,7 +213,7 @@ def test_a_mistake_in_options_arrives_whole_through_torch_compile(options, messa
     assert isinstance(caught.value.inner_exception, ConfigError)
 
 
-def test_a_mistake_given_to_backend_is_told_at_once():
+def test_a_wrong_option_of_backend_raises_an_error_at_once():
     with pytest.raises(ConfigError, match="Did you mean 'max_warmup_steps'"):
         Backend(options={"max_warmup_step": 1})
 
@@ -221,7 +221,7 @@ def test_a_mistake_given_to_backend_is_told_at_once():
 # Backend.
 
 
-def test_backends_are_equal_if_all_that_they_compile_with_is():
+def test_backends_are_equal_if_all_of_their_settings_are():
     one = Backend(CacheConfig(Fn_compute_blocks=1), mode="default", options={"max_autotune": True})
     same = Backend(mode="default", options={"max_autotune": True, "Fn_compute_blocks": 1})
     assert one == same
@@ -235,7 +235,7 @@ def test_backends_are_equal_if_all_that_they_compile_with_is():
         assert one != other
 
 
-def test_an_equal_backend_does_not_compile_again():
+def test_an_equal_backend_does_not_recompile():
     module = tiny.build()
     first = tiny.compiled(module)
     tiny.step(first, tiny.prompt(), 1.0, tiny.latents())
@@ -245,11 +245,11 @@ def test_an_equal_backend_does_not_compile_again():
     assert counters["stats"]["unique_graphs"] == 0
 
 
-# Every way in.
+# Every way to reach the backend.
 
 
 def assert_reuses(module):
-    """Every other step is reused, and the backend was reached at all."""
+    """Asserts that every other step is reused, which also shows that the backend was called."""
     outputs = tiny.generate(module, tiny.prompt(), tiny.latents())
     assert every_session(module)[-1].cached_steps == [1, 3, 5, 7]
     expected = tiny.reference(tiny.build(), tiny.prompt(), tiny.latents())
@@ -291,11 +291,11 @@ def test_a_function_around_the_module_can_be_compiled():
     ],
 )
 def test_a_mode_reaches_the_inner_compiler(way, monkeypatch):
-    seen = []
+    received = []
     monkeypatch.setattr(
         torch,
         "_TorchCompileInductorWrapper",
-        lambda mode, options, dynamic: seen.append((mode, options)) or Spy(),
+        lambda mode, options, dynamic: received.append((mode, options)) or Spy(),
     )
 
     class Spy:
@@ -306,7 +306,7 @@ def test_a_mode_reaches_the_inner_compiler(way, monkeypatch):
 
     module = torch.compile(tiny.build(num_blocks=9), backend="cachedit", fullgraph=True, **way)
     tiny.step(module, tiny.prompt(), 1.0, tiny.latents())
-    assert seen == [("max-autotune-no-cudagraphs", {})]
+    assert received == [("max-autotune-no-cudagraphs", {})]
     assert cachedit_fx.is_cached(module)
 
 
@@ -315,13 +315,13 @@ def test_mode_beside_options_is_refused_by_torch_itself():
         torch.compile(tiny.build(), backend="cachedit", mode="max-autotune", options={"Fn_compute_blocks": 1})
 
 
-def test_what_is_cached_is_logged(caplog):
+def test_the_cached_region_is_logged(caplog):
     with caplog.at_level(logging.INFO, logger="cachedit_fx"):
         tiny.step(tiny.compiled(tiny.build()), tiny.prompt(), 1.0, tiny.latents())
     assert "region blocks[1:4]; timestep timestep, conditioning encoder_hidden_states" in caplog.text
 
 
-def test_a_fresh_process_needs_no_import():
+def test_a_new_process_need_not_import_the_package():
     code = """
 import sys, torch
 from torch import nn
@@ -369,7 +369,7 @@ def test_the_backend_needs_no_options():
     plain = tiny.build(num_blocks=10)
     prompt, latents = tiny.prompt(), tiny.latents()
     for timestep in (1.0, 0.9):
-        # Fused float32 kernels round differently; outputs are of order 10.
+        # Fused float32 kernels round differently; the outputs are about 10.
         torch.testing.assert_close(
             tiny.step(module, prompt, timestep, latents),
             tiny.step(plain, prompt, timestep, latents),

@@ -72,7 +72,7 @@ def no_grad():
         ("non_prune_block_ids", None, "a list of ints >= 0"),
     ],
 )
-def test_a_bad_value_is_told_with_its_field_and_what_is_allowed(field, value, allowed):
+def test_an_invalid_value_raises_an_error_with_the_field_and_the_allowed_values(field, value, allowed):
     for make in (CacheConfig, DBPruneConfig, CacheConfig().override, CacheConfig().reset):
         with pytest.raises(ConfigError) as caught:
             make(**{field: value})
@@ -115,7 +115,7 @@ def test_values_at_the_edge_are_allowed(field, value):
 
 
 @pytest.mark.parametrize("field", ["steps_computation_mask", "non_prune_block_ids"])
-def test_a_list_that_was_given_may_change_afterwards(field):
+def test_changing_a_given_list_later_does_not_change_the_configuration(field):
     given = [1, 0]
     config = CacheConfig(**{field: given})
     given.append(1)
@@ -123,12 +123,12 @@ def test_a_list_that_was_given_may_change_afterwards(field):
     assert config == CacheConfig(**{field: (1, 0)})
 
 
-def test_names_of_cache_dit_mean_the_same():
+def test_the_class_names_of_cache_dit_are_related_as_there():
     assert DBCacheConfig is BasicCacheConfig
     assert issubclass(DBCacheConfig, CacheConfig) and issubclass(DBPruneConfig, BasicCacheConfig)
 
 
-def test_a_pruning_configuration_is_one_of_its_type():
+def test_a_pruning_configuration_sets_the_cache_type():
     config = DBPruneConfig(Fn_compute_blocks=2)
     assert isinstance(config, CacheConfig)
     assert config.cache_type == CacheType.DBPrune == "DBPrune"
@@ -136,15 +136,15 @@ def test_a_pruning_configuration_is_one_of_its_type():
     assert dataclasses.asdict(config) == dataclasses.asdict(DBCacheConfig(2, cache_type="DBPrune"))
 
 
-# What was given.
+# Given fields.
 
 
-def test_what_was_given_is_known_by_position_and_by_name():
+def test_fields_given_by_position_and_by_name_are_recorded_as_given():
     assert CacheConfig().given == frozenset()
     assert CacheConfig(4, 2, max_warmup_steps=8).given == {"Fn_compute_blocks", "Bn_compute_blocks", "max_warmup_steps"}
 
 
-def test_override_sets_the_given_fields_of_the_other_and_no_more():
+def test_override_sets_only_the_given_fields_of_the_other():
     base = CacheConfig(Fn_compute_blocks=3, max_warmup_steps=2)
     found = base.override(CacheConfig(max_warmup_steps=8, max_cached_steps=1))
     assert found == CacheConfig(Fn_compute_blocks=3, max_warmup_steps=8, max_cached_steps=1)
@@ -152,36 +152,36 @@ def test_override_sets_the_given_fields_of_the_other_and_no_more():
     assert base == CacheConfig(Fn_compute_blocks=3, max_warmup_steps=2)
 
 
-def test_fields_of_override_go_before_those_of_the_other():
+def test_keyword_arguments_of_override_take_precedence_over_the_other():
     found = CacheConfig(1).override(CacheConfig(2, max_cached_steps=5), Fn_compute_blocks=3)
     assert (found.Fn_compute_blocks, found.max_cached_steps) == (3, 5)
 
 
-def test_override_by_nothing_changes_nothing():
+def test_override_without_fields_changes_nothing():
     base = DBPruneConfig(3)
     for found in (base.override(), base.override(None), base.override(CacheConfig())):
         assert (found, found.given, type(found)) == (base, base.given, DBPruneConfig)
 
 
-def test_pruning_overrides_the_type():
+def test_a_pruning_configuration_overrides_the_cache_type():
     assert CacheConfig(3).override(DBPruneConfig(max_cached_steps=2)) == CacheConfig(
         3, max_cached_steps=2, cache_type="DBPrune"
     )
 
 
-def test_override_tells_an_unknown_field():
+def test_override_raises_an_error_for_an_unknown_field():
     with pytest.raises(ConfigError, match=r"option 'num_steps' \(given 28\) is unknown"):
         CacheConfig().override(num_steps=28)
 
 
-def test_reset_keeps_nothing_of_what_it_is_called_on():
+def test_reset_discards_the_fields_of_the_original():
     partial = CacheConfig(Fn_compute_blocks=1, max_warmup_steps=3).reset(max_cached_steps=2)
     assert partial == CacheConfig(max_cached_steps=2)
     assert partial.given == {"max_cached_steps"}
     assert DBPruneConfig(3).reset(max_cached_steps=2).given == {"max_cached_steps", "cache_type"}
 
 
-# As values.
+# Configurations as values.
 
 
 @pytest.fixture(params=[CacheConfig, DBCacheConfig, DBPruneConfig])
@@ -189,7 +189,7 @@ def config(request):
     return request.param(2, max_warmup_steps=8, steps_computation_mask=[1, 0], non_prune_block_ids=[3])
 
 
-def test_equal_configurations_hash_alike(config):
+def test_equal_configurations_have_equal_hashes(config):
     same = type(config)(**{name: getattr(config, name) for name in FIELD_NAMES})
     assert same == config
     assert hash(same) == hash(config)
@@ -202,13 +202,13 @@ def test_equal_configurations_hash_alike(config):
     [copy.copy, copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))],
     ids=["copy", "deepcopy", "pickle"],
 )
-def test_a_copy_is_equal_and_knows_what_was_given(config, copied):
+def test_a_copy_is_equal_and_has_the_same_given_fields(config, copied):
     found = copied(config)
     assert (found, type(found), found.given) == (config, type(config), config.given)
     assert found.override(max_cached_steps=3) == config.override(max_cached_steps=3)
 
 
-def test_replace_changes_the_one_field(config):
+def test_replace_changes_only_the_given_field(config):
     found = dataclasses.replace(config, max_cached_steps=3)
     assert found == config.override(max_cached_steps=3)
     assert type(found) is type(config)
@@ -219,7 +219,7 @@ def test_fields_are_those_of_the_dataclass():
     assert list(FIELD_NAMES) == [field.name for field in dataclasses.fields(DBPruneConfig)]
 
 
-# What one field asks of the others.
+# Fields that require other fields.
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ def test_fields_are_those_of_the_dataclass():
         pytest.param({"steps_computation_policy": "static"}, id="static-without-a-mask"),
     ],
 )
-def test_without_a_residual_to_measure_a_static_mask_is_needed(fields):
-    config = CacheConfig(Fn_compute_blocks=0, **fields)  # A partial configuration may say so.
+def test_a_static_mask_is_required_without_fn_blocks(fields):
+    config = CacheConfig(Fn_compute_blocks=0, **fields)  # Valid as a partial configuration.
     for use in (
         check_together,
         Backend,
@@ -252,7 +252,7 @@ def test_without_a_residual_to_measure_a_static_mask_is_needed(fields):
         DBPruneConfig(0),
     ],
 )
-def test_a_static_mask_has_no_probe_and_pruning_probes_the_blocks_inputs(config):
+def test_a_static_mask_and_pruning_need_no_fn_blocks(config):
     check_together(config)
     Backend(config)
 
@@ -265,14 +265,14 @@ def test_a_refresh_that_is_refused_changes_nothing():
     assert every_session(model)
 
 
-def test_a_static_mask_that_is_needed_cannot_be_taken_away():
+def test_a_required_static_mask_cannot_be_removed():
     static = dict(Fn_compute_blocks=0, steps_computation_mask=[1, 0, 0], steps_computation_policy="static")
     model = cachedit_fx.enable_cache(hybrid.build(), hybrid.config(**static))
     with pytest.raises(ConfigError, match="Fn_compute_blocks=0"):
         cachedit_fx.refresh_context(model, steps_computation_policy="dynamic")
 
 
-def test_a_refresh_to_a_default_is_not_taken_for_one_to_nothing():
+def test_a_refresh_to_a_default_value_takes_effect():
     model = cachedit_fx.enable_cache(hybrid.build(), hybrid.config(max_continuous_cached_steps=1))
     cachedit_fx.refresh_context(model)
     generate(model)
@@ -281,7 +281,7 @@ def test_a_refresh_to_a_default_is_not_taken_for_one_to_nothing():
     assert [stats.cached_steps for stats in every_session(model)] == [[1, 3, 5, 7], [1, 2, 3, 4, 5, 6, 7]]
 
 
-def test_a_modifier_that_sets_a_default_is_not_taken_for_one_that_sets_nothing():
+def test_a_modifier_that_sets_a_default_value_takes_effect():
     model, found = hybrid.build(), []
     for modifier in (ParamsModifier(), ParamsModifier(max_continuous_cached_steps=-1)):
         base = hybrid.config(max_continuous_cached_steps=1)
@@ -291,11 +291,11 @@ def test_a_modifier_that_sets_a_default_is_not_taken_for_one_that_sets_nothing()
     assert found == [[1, 3, 5, 7], [1, 2, 3, 4, 5, 6, 7]]
 
 
-# How a field is declared.
+# The declaration of a field.
 
 
 @pytest.mark.parametrize("name", FIELD_NAMES)
-def test_every_field_declares_what_it_means_and_a_default_that_it_allows(name):
+def test_every_field_declares_its_meaning_and_a_valid_default(name):
     declared = OPTIONS[name]
     assert declared.doc.endswith((".", ".)")) and declared.doc[0] in string.ascii_uppercase + '"0'
     assert declared.settled(name, declared.default) == declared.default
@@ -309,7 +309,7 @@ def test_the_docstring_of_a_configuration_lists_every_field():
         assert f"{name}: {declared.doc}" in text
 
 
-def test_what_a_graph_is_built_by_is_declared():
+def test_the_fields_that_determine_the_graph_are_declared():
     structural = dict(CacheConfig().structure)
     assert {*structural} == {
         *("Fn_compute_blocks", "Bn_compute_blocks", "cache_type", "non_prune_block_ids"),
@@ -320,7 +320,7 @@ def test_what_a_graph_is_built_by_is_declared():
     assert {*structural, *dict(CacheConfig().runtime_fields)} == {*FIELD_NAMES}
 
 
-def test_what_cannot_differ_between_block_lists_is_declared():
+def test_the_fields_that_cannot_differ_between_block_lists_are_declared():
     for name, declared in OPTIONS.items():
         if declared.whole_model:
             with pytest.raises(ConfigError, match=f"{name} holds for a whole model"):
@@ -369,7 +369,7 @@ def test_a_declared_field_is_converted_and_checked():
         ("even", 3, "an even number, got 3.\nSee all names: even()"),
     ],
 )
-def test_a_declared_field_tells_what_it_allows(field, value, says):
+def test_a_declared_field_raises_an_error_with_the_allowed_values(field, value, says):
     with pytest.raises(ConfigError) as caught:
         Declared(**{field: value})
     assert str(caught.value) == f"cachedit_fx: Declared.{field} must be {says}"

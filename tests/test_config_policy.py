@@ -1,4 +1,4 @@
-"""`policy`: a rule with its settings, in every spelling and every place where a configuration is made."""
+"""`policy`: a rule with its settings, in every spelling and at every entry point."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.sessions import every_session
 
 RATIOS = (1.0, 0.9, 0.8)
 
-# The same configuration in several spellings; the last one uses no `policy`.
+# Spellings of the same configuration; the last one uses no `policy`.
 SPELLINGS: dict[str, list[dict[str, Any]]] = {
     "threshold": [
         dict(policy=Threshold(0.2)),
@@ -77,7 +77,7 @@ WAYS_IN = {
 
 @pytest.mark.parametrize("way", WAYS_IN)
 @pytest.mark.parametrize(("name", "fields"), EVERY)
-def test_every_spelling_makes_the_same_configuration_whichever_way_in(way, name, fields):
+def test_every_spelling_makes_the_same_configuration_at_every_entry_point(way, name, fields):
     config, flat = WAYS_IN[way](**fields), CacheConfig(**SPELLINGS[name][-1])
     assert (config, hash(config), config.policy) == (flat, hash(flat), RULES[name])
     assert config.structure == flat.structure and config.runtime_fields == flat.runtime_fields
@@ -109,7 +109,7 @@ def test_the_shell_takes_a_name_or_a_mapping():
 
 @pytest.mark.parametrize("make", [CacheConfig, DBCacheConfig])
 @pytest.mark.parametrize("rule", [Threshold(), Budget(), Magnitude(RATIOS)])
-def test_a_rule_without_a_threshold_leaves_the_default_as_it_is(make, rule):
+def test_a_rule_without_a_threshold_does_not_change_the_default_threshold(make, rule):
     config = make(policy=rule)
     assert config.residual_diff_threshold == make().residual_diff_threshold
     assert "residual_diff_threshold" not in config.given
@@ -117,7 +117,7 @@ def test_a_rule_without_a_threshold_leaves_the_default_as_it_is(make, rule):
     assert {n: getattr(config, n) for n in FIELD_NAMES} == {n: getattr(make(), n) for n in FIELD_NAMES} | set_by_it
 
 
-def test_the_policy_of_the_defaults_is_the_threshold():
+def test_the_default_policy_is_the_threshold_rule():
     assert CacheConfig().policy == Threshold(0.12)
     assert DBCacheConfig().policy == Threshold(0.08)
     assert CacheConfig(policy=Threshold()) == CacheConfig()
@@ -129,7 +129,7 @@ def test_a_policy_may_be_given_beside_positional_fields():
         CacheConfig(2, 1, 0.2, policy=Budget(0.3))
 
 
-# Changing it.
+# Changing the policy.
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -167,7 +167,7 @@ def test_a_flat_field_or_a_name_changes_one_setting(change, policy):
     assert dataclasses.replace(before, **change).policy == policy
 
 
-def test_a_policy_replaces_that_of_a_configuration_given_beside_it():
+def test_a_policy_replaces_the_one_of_a_configuration_given_beside_it():
     found = CacheConfig(max_warmup_steps=2).override(CacheConfig(policy=Magnitude(RATIOS)), policy=Budget(0.3))
     assert found == CacheConfig(max_warmup_steps=2, policy=Budget(0.3))
 
@@ -188,14 +188,14 @@ def test_a_policy_changes_while_the_model_is_enabled():
     assert {*every_session(module)[-1].decisions[1:]} == {"threshold-one"}
 
 
-def test_a_block_list_may_have_a_policy_of_its_own():
+def test_a_block_list_may_have_a_separate_policy():
     adapter = BlockAdapter(transformer=tiny.build(), params_modifiers=ParamsModifier(policy=Budget(0.3)))
     (declared,) = adapter.declarations().values()
     (override,) = declared.overrides
     assert CacheConfig().override(override) == CacheConfig(policy=Budget(0.3))
 
 
-def test_a_policy_that_measures_nothing_holds_for_the_whole_model():
+def test_a_policy_that_sets_the_probe_applies_to_the_whole_model():
     with pytest.raises(ConfigError, match="probe holds for a whole model"):
         ParamsModifier(policy=Magnitude(RATIOS))
     ratios = ParamsModifier(magnitude_ratios=(1.0, 0.5)).cache_config
@@ -218,7 +218,7 @@ def test_the_rule_decides_with_its_settings(policy, reason):
     assert decide(CacheConfig(policy=policy, max_warmup_steps=0), history, 0.1, is_cached=True).reason == reason
 
 
-# What explain says.
+# The output of explain.
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_explain_shows_the_rule_with_its_settings_and_what_an_option_means(field
         assert f'title="{escape(meaning(OPTIONS[name]) if name in OPTIONS else POLICY)}">{name}=' in page
 
 
-# Mistakes.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def split_options_of(**fields: Any) -> CacheConfig:
         (Budget, "got <class "),
     ],
 )
-def test_what_is_no_policy_is_told_with_what_is(policy, says):
+def test_an_invalid_policy_raises_an_error_that_lists_the_valid_ones(policy, says):
     with pytest.raises(ConfigError) as caught:
         CacheConfig(policy=policy)
     message = str(caught.value)
@@ -326,13 +326,13 @@ def test_what_is_no_policy_is_told_with_what_is(policy, says):
         ),
     ],
 )
-def test_a_setting_that_a_rule_cannot_have_is_told(make, says):
+def test_an_invalid_setting_of_a_rule_raises_an_error(make, says):
     with pytest.raises(ConfigError) as caught:
         make()
     assert str(caught.value) == f"cachedit_fx: {says}"
 
 
-def test_a_rule_without_its_ratios_is_told_where_it_is_used():
+def test_a_magnitude_rule_without_ratios_raises_an_error_when_it_is_used():
     with pytest.raises(ConfigError, match=r"give policy=Magnitude\(ratios=\.\.\.\)"):
         check_together(CacheConfig(policy="magnitude"))
 

@@ -1,4 +1,4 @@
-"""A copy of an enabled module is enabled with the same settings, and shares nothing with the original."""
+"""A copy of an enabled module is enabled with the same settings and shares nothing with the original."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tiny_pipelines import PIPELINES
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def new_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return lambda: warnings_in(caplog)
 
 
@@ -30,7 +30,7 @@ COPIES = pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled])
 
 
 @COPIES
-def test_a_copy_is_enabled_with_the_same_settings_and_shares_nothing(make_copy, said):
+def test_a_copy_is_enabled_with_the_same_settings_and_shares_nothing(make_copy, new_warnings):
     model = enabled()
     run(model)
     copied = make_copy(model)
@@ -46,7 +46,7 @@ def test_a_copy_is_enabled_with_the_same_settings_and_shares_nothing(make_copy, 
     cachedit_fx.disable_cache(copied)
     assert vars(copied).keys() == vars(build()).keys()
     assert cachedit_fx.is_cached(model) and not cachedit_fx.is_cached(copied)
-    assert said() == []
+    assert new_warnings() == []
 
 
 @COPIES
@@ -84,10 +84,10 @@ class Locked:
 
 @COPIES
 @pytest.mark.parametrize("method", [None, "decode"])
-def test_a_copy_without_its_settings_runs_plain_and_is_told_of(make_copy, method, said):
+def test_a_copy_that_cannot_copy_the_settings_runs_without_the_cache_and_warns(make_copy, method, new_warnings):
     model = cachedit_fx.enable_cache(frozen(Guided()), config(decider=Locked()), method=method)
     copied = make_copy(model)
-    (warning,) = said()
+    (warning,) = new_warnings()
     assert "a copy of this Guided has no cache" in warning and "call enable_cache for the copy" in warning
     tiny.assert_bitwise(called(copied, "decode"), called(model if method is None else copied, "decode"))
     assert not cachedit_fx.is_cached(copied) and cachedit_fx.summary(copied, logging=False).calls == {}

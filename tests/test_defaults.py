@@ -1,4 +1,4 @@
-"""One set of defaults, whichever way in; cache-dit's by name."""
+"""One set of defaults at every entry point, and cache-dit's defaults under its names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.sessions import every_session
 BASE = dict(Fn_compute_blocks=1, max_warmup_steps=4, residual_diff_threshold=0.12, forecaster=FoCaCalibratorConfig())
 CACHE_DIT = dict(Fn_compute_blocks=8, max_warmup_steps=8, residual_diff_threshold=0.08, forecaster=None)
 
-# For every field a value that is not the default. Some fields need another one beside them, which is given with them.
+# For every field a value other than the default. Some fields require another field, which is also given.
 OTHERS: dict[str, dict[str, Any]] = {
     "Fn_compute_blocks": dict(Fn_compute_blocks=2),
     "Bn_compute_blocks": dict(Bn_compute_blocks=1),
@@ -83,7 +83,7 @@ def enabled_with(*args: Any, target: Any = None, **given: Any) -> CacheConfig:
 # The defaults.
 
 
-def test_the_defaults_are_what_is_recommended():
+def test_the_defaults_are_the_recommended_values():
     assert {name: getattr(CacheConfig(), name) for name in BASE} == BASE
     assert CacheConfig() == RECOMMENDED
 
@@ -107,11 +107,11 @@ WAYS_IN = {
 @pytest.mark.parametrize(
     "fields", [{}, {"residual_diff_threshold": 0.2}, {"max_cached_steps": 10}, {"num_inference_steps": 28}]
 )
-def test_every_way_in_starts_from_the_defaults(way, fields):
+def test_every_entry_point_starts_from_the_defaults(way, fields):
     assert values(WAYS_IN[way](**fields)) == values(CacheConfig()) | BASE | fields
 
 
-def test_a_calibrator_replaces_the_forecaster_alone():
+def test_a_calibrator_replaces_only_the_forecaster():
     calibrator = TaylorSeerCalibratorConfig()
     assert enabled_with(calibrator_config=calibrator) == CacheConfig(forecaster=calibrator)
 
@@ -129,23 +129,23 @@ def test_every_field_is_in_the_table():
 
 
 @pytest.mark.parametrize("field", OTHERS)
-def test_a_field_that_is_set_changes_itself_alone_and_contradicts_no_default(field):
+def test_setting_a_field_changes_no_other_field_and_contradicts_no_default(field):
     config = CacheConfig().override(**OTHERS[field])
     check_together(config)
     assert values(config) == values(CacheConfig()) | OTHERS[field]
 
 
 def test_pruning_works_on_top_of_the_defaults():
-    """The timestep moves so little that every block behind the first is reused at some step after the warm-up."""
+    """The timestep changes so little that every block after the first is reused at some step after the warm-up."""
     module = cachedit_fx.enable_cache(tiny.build(), cache_type="DBPrune", inner_backend="eager", on_no_match="raise")
     with torch.no_grad():
         tiny.generate(module, tiny.prompt(), tiny.latents(), [1.0, 0.99, 0.98, 0.97, 0.96, 0.95])
     found = every_session(module)
-    assert len(found) == 3  # Of four blocks, one is always computed.
+    assert len(found) == 3  # One of the four blocks is always computed.
     assert all(stats.decisions[:4] == ["warmup"] * 4 and stats.cached_steps for stats in found)
 
 
-def test_it_reuses():
+def test_the_defaults_reuse_steps():
     """The diff is |t - t'| / (1 + t'), so that at these times every other step after the warm-up is below 0.12."""
     module = cachedit_fx.enable_cache(tiny.build(), inner_backend="eager")
     with torch.no_grad():
@@ -155,8 +155,8 @@ def test_it_reuses():
     assert 4 in stats.cached_steps
 
 
-def test_torch_compile_caches_what_explain_says_it_does():
-    """A model of four blocks, which cache-dit's eight would leave nothing of."""
+def test_torch_compile_caches_a_model_that_explain_reports_as_cached():
+    """The model has four blocks; with the eight Fn blocks of cache-dit's defaults nothing could be cached."""
     module, prompt, latents = tiny.build(), tiny.prompt(), tiny.latents()
     assert cachedit_fx.explain(module, latents, prompt, torch.ones(len(latents))).is_cached
     compiled = torch.compile(module, backend="cachedit", options={"inner_backend": "eager"})
@@ -165,11 +165,11 @@ def test_torch_compile_caches_what_explain_says_it_does():
     assert cachedit_fx.is_cached(module)
 
 
-# cache-dit's.
+# The defaults of cache-dit.
 
 
 @pytest.mark.parametrize("make", [DBCacheConfig, BasicCacheConfig, DBPruneConfig, CacheConfig.cache_dit_defaults])
-def test_the_defaults_of_cache_dit_have_its_names(make):
+def test_the_configurations_named_as_in_cache_dit_have_its_defaults(make):
     kind = {"cache_type": "DBPrune"} if make is DBPruneConfig else {}
     assert values(make()) == values(CacheConfig()) | CACHE_DIT | kind
     assert values(make(max_cached_steps=2)) == values(make()) | {"max_cached_steps": 2}
@@ -186,18 +186,18 @@ def test_an_explicit_configuration_keeps_its_defaults(make):
     assert Backend(make()).config == make()
 
 
-def test_what_is_left_out_of_a_file_is_as_in_cache_dit():
+def test_fields_missing_from_a_file_have_the_defaults_of_cache_dit():
     assert load_configs({"max_cached_steps": 2})["cache_config"] == DBCacheConfig(max_cached_steps=2)
     assert load_configs({"cache_type": "DBPrune"})["cache_config"] == DBPruneConfig()
 
 
-def test_what_is_left_out_of_a_file_of_tune_is_as_in_tune():
+def test_fields_missing_from_a_file_of_tune_have_the_defaults_of_the_package():
     content = {"cache_config": {"max_warmup_steps": 2}, "tuned": {"signature": {"steps": 8}}}
     assert load_configs(content)["cache_config"] == CacheConfig(max_warmup_steps=2)
 
 
 @pytest.mark.parametrize("make", [DBCacheConfig, DBPruneConfig])
-def test_as_a_partial_configuration_only_what_was_given_counts(make):
+def test_only_the_given_fields_of_a_partial_configuration_count(make):
     module = cachedit_fx.enable_cache(tiny.build(), Fn_compute_blocks=2)
     cachedit_fx.refresh_context(module, make(max_cached_steps=2))
     settings = enabled_settings(module)
@@ -207,7 +207,7 @@ def test_as_a_partial_configuration_only_what_was_given_counts(make):
     assert dict(ParamsModifier(make(max_cached_steps=2)).cache_config.changes) == {"max_cached_steps": 2, **kind}
 
 
-# As values.
+# Configurations as values.
 
 
 def test_configurations_are_equal_if_their_fields_are():
@@ -232,12 +232,12 @@ def test_a_copy_keeps_its_class_and_defaults(make, copied):
 @pytest.mark.parametrize(
     "config", [CacheConfig(), DBCacheConfig(), DBPruneConfig(max_cached_steps=2), CacheConfig(forecaster=None)]
 )
-def test_what_a_file_keeps_makes_the_same_of_the_defaults(config):
+def test_the_changes_written_to_a_file_restore_the_configuration(config):
     assert CacheConfig(**json.loads(json.dumps(dict(config.plain_changes)))) == config
 
 
 def test_a_forecaster_without_a_name_is_written_as_none():
-    """Left out, it would be read as the default."""
+    """If it were omitted, the default would be read."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Mine(Forecaster):
@@ -246,5 +246,5 @@ def test_a_forecaster_without_a_name_is_written_as_none():
     assert CacheConfig(forecaster=Mine()).plain_changes == [("forecaster", None)]
 
 
-def test_a_default_that_was_spelt_out_is_shown():
+def test_a_field_of_cache_config_is_written_even_if_it_has_its_default():
     assert CacheConfig(Fn_compute_blocks=1).plain_changes == [("Fn_compute_blocks", 1)]

@@ -1,4 +1,4 @@
-"""Work in front of a region that nothing but its blocks reads runs with them."""
+"""Work before a region that only the blocks of the region read is moved into the region."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def no_grad():
 
 
 class TwoStreams(nn.Module):
-    """Blocks of two streams; `writes` lets the loop write into a buffer in front of the region."""
+    """Blocks with two streams; with `writes` the loop writes into a buffer before the region."""
 
     def __init__(self, writes: bool = False) -> None:
         super().__init__()
@@ -33,9 +33,9 @@ class TwoStreams(nn.Module):
         for i, block in enumerate(self.blocks):
             hidden_states, encoder_hidden_states = block(hidden_states, encoder_hidden_states, temb)
             if self.writes and i == 0:
-                seen = torch.zeros(3)
-                seen[:1] = 1
-                temb = temb + seen.sum()
+                buffer = torch.zeros(3)
+                buffer[:1] = 1
+                temb = temb + buffer.sum()
         return (hidden_states,)
 
 
@@ -51,17 +51,17 @@ def deferred_of(model: nn.Module, call: dict[str, Tensor], **fields: Any) -> Reg
     return found.regions[0]
 
 
-def test_what_only_the_region_reads_is_deferred_into_it():
+def test_work_that_only_the_region_reads_is_deferred_into_it():
     region = deferred_of(TwoStreams(), two_streams_call())
     names = {node.meta["nn_module_stack"].popitem()[1][0] for node in region.deferred if "nn_module_stack" in node.meta}
-    assert any("mlp_context" in name for name in names)  # The first block's text, which no later Bn block needs.
+    assert any("mlp_context" in name for name in names)  # The text after the first block, which no Bn block needs.
     assert not any("attn" in name for name in names)
 
 
-def test_what_a_reused_step_needs_is_not_deferred():
+def test_work_that_a_reused_step_needs_is_not_deferred():
     region = deferred_of(TwoStreams(), two_streams_call(), Bn_compute_blocks=1)
     assert {pair.role for pair in region.live_outs} == {"hidden_states", "encoder_hidden_states"}
-    assert not region.deferred  # The text's residual is added to what the first block made of it.
+    assert not region.deferred  # The residual of the text is added to the text after the first block.
 
 
 def test_nothing_is_deferred_past_a_write():

@@ -1,4 +1,4 @@
-"""NumPy in a forward: what became a number is not computed again, and what is read stays."""
+"""NumPy calls in a forward: those whose result became a number are removed, and those that are read remain."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def no_grad() -> Iterator[None]:
 
 
 class Ceiled(tiny.Transformer):
-    """Asks NumPy for a number, as the transformers that take samples of a ControlNet do."""
+    """Computes a number with NumPy, like the transformers that take the outputs of a ControlNet."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
         half = int(np.ceil(len(self.blocks) / 2))
@@ -29,14 +29,14 @@ class Ceiled(tiny.Transformer):
 
 
 class Scaled(tiny.Transformer):
-    """Asks NumPy for values."""
+    """Computes values with NumPy."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
         scale = torch.from_numpy(np.linspace(1.0, 2.0, 4)).to(hidden_states.dtype)
         return super().forward(hidden_states * scale, encoder_hidden_states, timestep)
 
 
-def test_a_number_of_numpys_is_not_computed_again(monkeypatch: pytest.MonkeyPatch):
+def test_a_number_that_numpy_computed_is_not_computed_again(monkeypatch: pytest.MonkeyPatch):
     module = enabled(tiny.frozen(Ceiled()), fast_dispatch=False)
     first = tiny.generate(module, tiny.prompt(), tiny.latents())
     changed: list[torch.dtype] = []
@@ -47,7 +47,7 @@ def test_a_number_of_numpys_is_not_computed_again(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("kind", [Ceiled, Scaled])
-def test_computed_steps_are_those_of_the_model(kind: type[tiny.Transformer]):
+def test_computed_steps_equal_those_of_the_model(kind: type[tiny.Transformer]):
     module = tiny.frozen(kind())
     expected = tiny.step(module, tiny.prompt(), tiny.TIMES[0], tiny.latents())
     outputs = tiny.generate(enabled(module), tiny.prompt(), tiny.latents())

@@ -1,4 +1,4 @@
-"""`debug_dir` gets every pass, the report and a script that repeats it; torch's logs get a line per graph."""
+"""`debug_dir` gets files of every pass, a report and a script that repeats the passes; torch logs a line per graph."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_folder_per_graph_with_a_pair_of_files_per_pass(tmp_path):
+def test_each_graph_gets_a_folder_with_two_files_per_pass(tmp_path):
     compile_once(hybrid.build(), tmp_path / "new" / "folder", hybrid.calls()[0])
     (graph,) = (tmp_path / "new" / "folder").iterdir()
     assert graph.name == "000_Hybrid"
@@ -69,19 +69,19 @@ def test_a_folder_per_graph_with_a_pair_of_files_per_pass(tmp_path):
     assert next(graph.glob("*_split-pieces.before.py")).read_text() == after
 
 
-def test_the_report_is_what_explain_says(tmp_path):
+def test_the_report_equals_that_of_explain(tmp_path):
     model = hybrid.build()
     compile_once(model, tmp_path, hybrid.calls()[0])
     report = json.loads(next(tmp_path.glob("*/report.json")).read_text())
     (graph,) = cachedit_fx.explain(model, cache_config=CacheConfig(**FIELDS), **hybrid.calls()[0]).to_dict()["graphs"]
-    changing = {"risks", "cls", "module"}  # Guards are made later.
+    changing = {"risks", "cls", "module"}  # Guards are created later.
     expected = json.loads(json.dumps({k: v for k, v in graph.items() if k not in changing}))
     assert {k: v for k, v in report.items() if k not in changing} == expected
 
 
 @pytest.mark.slow
-def test_the_script_repeats_it_without_the_model(tmp_path):
-    variant = VARIANTS["HunyuanDiT"]  # Of operators that are installed wherever diffusers is.
+def test_the_script_repeats_the_passes_without_the_model(tmp_path):
+    variant = VARIANTS["HunyuanDiT"]  # Its operators are installed wherever diffusers is.
     compile_once(variant.build(), tmp_path, variant.inputs())
     script = next(tmp_path.glob("*/reproduce.py"))
     ran = subprocess.run([sys.executable, str(script), "--run"], capture_output=True, text=True, check=True)
@@ -89,19 +89,19 @@ def test_the_script_repeats_it_without_the_model(tmp_path):
     assert "warmup, threshold-one, max-continuous; computed steps equal the captured graph bit for bit" in ran.stdout
 
 
-@pytest.mark.parametrize("name", ["HunyuanDiT", "FluxControlNet"])  # With long skips; with functions of NumPy.
-def test_what_is_saved_gives_the_same_plan_and_runs(name, tmp_path):
+@pytest.mark.parametrize("name", ["HunyuanDiT", "FluxControlNet"])  # One with long skips, one with NumPy functions.
+def test_a_saved_graph_gives_the_same_plan_and_runs(name, tmp_path):
     variant = VARIANTS[name]
     compile_once(variant.build(), tmp_path, variant.inputs())
     (folder,) = tmp_path.iterdir()
-    report = json.loads((folder / "report.json").read_text())  # What `explain` says of the model, as above.
+    report = json.loads((folder / "report.json").read_text())  # The report of `explain` for the model, as above.
     (saved,) = json.loads(json.dumps(explain_saved(folder).to_dict()))["graphs"]
     for part in ("lists", "regions", "pieces"):
         assert saved[part] == report[part] and saved[part], part
     assert [stats.decisions for stats in run_saved(folder)] == [["warmup", "threshold-one", "max-continuous"]]
 
 
-def test_a_graph_of_dynamic_sizes_comes_back_as_a_static_one(tmp_path):
+def test_a_saved_graph_with_dynamic_sizes_is_loaded_with_static_sizes(tmp_path):
     config = CacheConfig(**FIELDS, debug_dir=tmp_path)
     torch.compile(hybrid.build(), backend=Backend(config), dynamic=True)(**hybrid.calls()[0])
     (folder,) = tmp_path.iterdir()
@@ -109,7 +109,7 @@ def test_a_graph_of_dynamic_sizes_comes_back_as_a_static_one(tmp_path):
     assert graph.is_cached and all(size.isdigit() for value in graph.arguments for size in value.shape)
 
 
-def test_a_graph_that_does_not_match_is_written_too(tmp_path):
+def test_a_graph_that_does_not_match_is_also_written(tmp_path):
     compile_once(hybrid.build(hybrid.LosesText), tmp_path, hybrid.calls()[0])
     (folder,) = tmp_path.iterdir()
     report = json.loads((folder / "report.json").read_text())
@@ -119,7 +119,7 @@ def test_a_graph_that_does_not_match_is_written_too(tmp_path):
         run_saved(folder)
 
 
-def test_a_pass_that_fails_leaves_what_came_before_and_the_error(tmp_path, monkeypatch):
+def test_a_failing_pass_leaves_the_earlier_files_and_the_error(tmp_path, monkeypatch):
     def fail(*_args, **_kwargs):
         raise ZeroDivisionError("no way")
 
@@ -132,7 +132,7 @@ def test_a_pass_that_fails_leaves_what_came_before_and_the_error(tmp_path, monke
     assert any("cut-regions.json" in name for name in names(folder))
 
 
-def test_a_bad_folder_is_told():
+def test_an_invalid_folder_raises_an_error():
     with pytest.raises(ConfigError, match="debug_dir must be the path of a folder, or None, got 3"):
         CacheConfig(debug_dir=3)
 

@@ -1,4 +1,4 @@
-"""`enable_cache` and `disable_cache` on every pipeline; what they take, and what they refuse."""
+"""`enable_cache` and `disable_cache` on every pipeline, and the arguments that they accept and refuse."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.sessions import every_session
 from tests.tiny_pipelines import PIPELINES, TinyPipeline
 from tests.traces import traces_of
 
-NUM_BLOCKS = 2  # In every list.
-NUM_STEPS = 8  # Four for each transformer of Wan 2.2, and four of FLUX's img2img.
+NUM_BLOCKS = 2  # Blocks per list.
+NUM_STEPS = 8  # Four steps per transformer of Wan 2.2, and four steps of FLUX's image-to-image.
 WARMUP_STEPS = 3
 FIELDS = dict(Fn_compute_blocks=1, max_warmup_steps=WARMUP_STEPS, residual_diff_threshold=0.0, forecaster=None)
 FIELDS |= dict(inner_backend="eager")
-UNCACHED = {"hidream": "HiDreamPatchFunctor", "hunyuan_image": "HunyuanImagePatchFunctor"}  # What each waits for.
+UNCACHED = {"hidream": "HiDreamPatchFunctor", "hunyuan_image": "HunyuanImagePatchFunctor"}  # The missing functors.
 
 
 def names(pipelines: list[TinyPipeline]) -> Any:
@@ -56,7 +56,7 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name.startswith("cachedit_fx") and r.levelno >= logging.WARNING]
 
 
-# On every pipeline.
+# Every pipeline.
 
 
 @each_cached
@@ -82,7 +82,7 @@ def test_only_reused_steps_differ_and_disabling_leaves_no_trace(tiny):
     if tiny.guidance_branches:
         assert [stats.session for stats in last] == [*tiny.guidance_branches] * len(tiny.transformers)
     for module in transformers(tiny, pipe):
-        if hasattr(module, "cache_context"):  # So diffusers tells it when a pipeline's call is over.
+        if hasattr(module, "cache_context"):  # diffusers then notifies it at the end of a call of the pipeline.
             assert [len(instance._sessions) for instance in instances_in(module)] == [0]
             assert {stats.state_bytes for stats in every_session(module)} == {0}
 
@@ -103,7 +103,7 @@ def test_with_their_functor_only_reused_steps_differ_and_disabling_leaves_no_tra
     plain = tiny.run(pipe, num_steps=NUM_STEPS)
     before = traces(pipe)
     cachedit_fx.enable_cache(BlockAdapter(pipe=pipe, patch_functor=functor()), fullgraph=True, **FIELDS)
-    # The functors make the models compute some things in another way, which rounds otherwise on some processors.
+    # The functors change how the models compute some values, which changes the rounding on some processors.
     torch.testing.assert_close(tiny.run(pipe, num_steps=NUM_STEPS), plain, rtol=0, atol=5e-6)
     cachedit_fx.refresh_context(pipe, residual_diff_threshold=1.0)
     assert not torch.equal(tiny.run(pipe, num_steps=NUM_STEPS), plain)
@@ -115,7 +115,7 @@ def test_with_their_functor_only_reused_steps_differ_and_disabling_leaves_no_tra
 
 
 @an_uncached
-def test_a_pipeline_that_needs_a_functor_runs_uncached_and_says_so(tiny, caplog):
+def test_a_pipeline_that_needs_a_functor_runs_uncached_and_warns(tiny, caplog):
     pipe = tiny.build(NUM_BLOCKS)
     plain = tiny.run(pipe, num_steps=NUM_STEPS)
     before = traces(pipe)
@@ -139,7 +139,7 @@ def test_a_pipeline_that_needs_a_functor_runs_uncached_and_says_so(tiny, caplog)
     assert_equal(tiny.run(pipe, num_steps=NUM_STEPS), plain)
 
 
-@names([PIPELINES["wan22"], PIPELINES["sd3"]])  # With hooks and without.
+@names([PIPELINES["wan22"], PIPELINES["sd3"]])  # One with hooks and one without.
 def test_a_pipeline_that_never_ran_is_left_without_a_trace(tiny):
     pipe = tiny.build(NUM_BLOCKS)
     before = traces(pipe)
@@ -151,14 +151,14 @@ def test_a_pipeline_that_never_ran_is_left_without_a_trace(tiny):
 
 
 class Doubles(ModelHook):
-    """Somebody else's hook."""
+    """A hook of other code."""
 
     def post_forward(self, module, output):
         return (2 * output[0],)
 
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["before", "after"])
-def test_a_hook_of_somebody_else_works_on_through_enabling_and_disabling(is_first):
+def test_hooks_of_other_code_keep_working_after_enabling_and_disabling(is_first):
     tiny = PIPELINES["cogvideox"]
     plain, pipe = tiny.build(NUM_BLOCKS), tiny.build(NUM_BLOCKS)
     HookRegistry.check_if_exists_or_initialize(plain.transformer).register_hook(Doubles(), "doubles")
@@ -172,15 +172,15 @@ def test_a_hook_of_somebody_else_works_on_through_enabling_and_disabling(is_firs
     assert_equal(tiny.run(pipe, num_steps=4), expected)
     assert cachedit_fx.is_cached(pipe.transformer)
     cachedit_fx.disable_cache(pipe)
-    assert_equal(tiny.run(pipe, num_steps=4), expected)  # Ours, if inside of the other, stays and does nothing.
+    assert_equal(tiny.run(pipe, num_steps=4), expected)  # A hook of the package inside of it remains idle.
     registry.remove_hook("doubles")
     assert not torch.equal(tiny.run(pipe, num_steps=4), expected)
 
 
-# Again, and with something else.
+# Enabling again, with the same settings and with others.
 
 
-def test_enabling_the_same_again_changes_and_compiles_nothing():
+def test_enabling_the_same_settings_again_changes_and_compiles_nothing():
     tiny = PIPELINES["wan"]
     pipe = tiny.build(NUM_BLOCKS)
     cachedit_fx.enable_cache(pipe, **FIELDS, fullgraph=True)
@@ -190,12 +190,12 @@ def test_enabling_the_same_again_changes_and_compiles_nothing():
     assert traces(pipe) == enabled
     assert_equal(tiny.run(pipe, num_steps=4), first)
     cachedit_fx.disable_cache(pipe)
-    cachedit_fx.enable_cache(pipe, **FIELDS, fullgraph=True)  # Off and on again needs no new graph either.
+    cachedit_fx.enable_cache(pipe, **FIELDS, fullgraph=True)  # Disabling and enabling again needs no new graph.
     assert_equal(tiny.run(pipe, num_steps=4), first)
     assert counters["stats"]["unique_graphs"] == 0
 
 
-def test_enabling_something_else_replaces_what_was_there():
+def test_enabling_other_settings_replaces_the_earlier_ones():
     model, text, noise = tiny_model.build(), tiny_model.prompt(), tiny_model.latents()
     before = dict(vars(model))
     for fields, cached in (
@@ -213,8 +213,8 @@ def test_enabling_something_else_replaces_what_was_there():
     assert vars(model) == before
 
 
-def test_any_number_of_configurations_is_cached_in_one_process():
-    """Dynamo keeps eight compilations of a forward, of all modules together, unless it is told otherwise."""
+def test_one_process_can_use_any_number_of_configurations():
+    """By default Dynamo stores at most eight compilations of a forward, for all modules together."""
     model = tiny_model.build()
     for number in range(10):
         cachedit_fx.reset()
@@ -223,7 +223,7 @@ def test_any_number_of_configurations_is_cached_in_one_process():
         assert [stats.cached_steps for stats in every_session(model)] == [[1, 2, 3, 4, 5, 6, 7]], number
 
 
-# What goes to torch.compile.
+# Arguments of torch.compile.
 
 
 def test_fullgraph_makes_a_graph_break_an_error():
@@ -234,7 +234,7 @@ def test_fullgraph_makes_a_graph_break_an_error():
 
 
 @pytest.mark.parametrize(("dynamic", "num_graphs"), [(True, 1), (False, 3)])
-def test_dynamic_says_whether_one_graph_is_for_all_sizes(dynamic, num_graphs):
+def test_dynamic_decides_whether_one_graph_serves_all_sizes(dynamic, num_graphs):
     model = cachedit_fx.enable_cache(tiny_model.build(), tiny_model.config(), dynamic=dynamic, fullgraph=True)
     counters.clear()
     for tokens in (6, 7, 9):
@@ -246,14 +246,14 @@ def test_dynamic_says_whether_one_graph_is_for_all_sizes(dynamic, num_graphs):
     assert counters["stats"]["unique_graphs"] == num_graphs
 
 
-def test_mode_and_options_go_to_inductor(monkeypatch):
-    seen = []
+def test_mode_and_options_are_passed_to_inductor(monkeypatch):
+    received = []
 
     class Spy:
         config: dict[str, Any] = {}  # noqa: RUF012 As the real one's.
 
         def __init__(self, mode: str | None, options: dict[str, Any], dynamic: bool | None) -> None:
-            seen.append((mode, options))
+            received.append((mode, options))
 
         def __call__(self, gm: Any, example_inputs: Any) -> Any:
             return gm.forward
@@ -262,23 +262,23 @@ def test_mode_and_options_go_to_inductor(monkeypatch):
     fields = dict(Fn_compute_blocks=1, mode="max-autotune-no-cudagraphs", options={"epilogue_fusion": False})
     model = cachedit_fx.enable_cache(tiny_model.build(), **fields)
     tiny_model.step(model, tiny_model.prompt(), 1.0, tiny_model.latents())
-    assert seen == [("max-autotune-no-cudagraphs", {"epilogue_fusion": False})]
+    assert received == [("max-autotune-no-cudagraphs", {"epilogue_fusion": False})]
     assert cachedit_fx.is_cached(model)
 
 
 @pytest.mark.slow
-def test_an_option_of_inductor_compiles_and_caches():
+def test_a_model_compiled_with_an_option_of_inductor_is_cached():
     fields = tiny_model.fields(options={"epilogue_fusion": False}, fullgraph=True)
     model = cachedit_fx.enable_cache(tiny_model.build(), **fields)
     outputs = tiny_model.generate(model, tiny_model.prompt(), tiny_model.latents())
     assert every_session(model)[-1].cached_steps == [1, 3, 5, 7]
     expected = tiny_model.reference(tiny_model.build(), tiny_model.prompt(), tiny_model.latents())
     for output, record in zip(outputs, expected.records, strict=True):
-        # Outputs of order 1; fused float32 kernels round differently.
+        # Fused float32 kernels round differently; the outputs are about 1.
         torch.testing.assert_close(output, record.output, rtol=0, atol=1e-5)
 
 
-# What is refused.
+# Refused arguments.
 
 
 def refusal(target: Any, *args: Any, **kwargs: Any) -> str:
@@ -299,7 +299,7 @@ def test_an_unknown_argument_is_named_with_those_that_are_allowed():
     assert vars(model) == before
 
 
-def test_a_pipeline_without_a_transformer_is_told_what_it_holds():
+def test_a_pipeline_without_a_transformer_is_refused_with_a_list_of_its_components():
     unet = UNet2DModel(
         sample_size=8,
         block_out_channels=(8, 8),
@@ -323,7 +323,7 @@ def test_a_pipeline_without_a_transformer_is_told_what_it_holds():
         ),
     ],
 )
-def test_what_is_refused_changes_no_part_of_a_pipeline(arguments, words):
+def test_a_refused_call_changes_no_component_of_a_pipeline(arguments, words):
     pipe = PIPELINES["wan22"].build(NUM_BLOCKS)
     before = traces(pipe)
     assert words in refusal(pipe, **arguments)

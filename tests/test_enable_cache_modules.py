@@ -1,4 +1,4 @@
-"""After `enable_cache` a transformer is still a module: it is called bare, moved, saved, loaded, copied."""
+"""After `enable_cache` a transformer is still a module that can be called, moved, saved, loaded and copied."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def enabled(**others: Any) -> nn.Module:
 
 
 def expected(seed: int, times: tuple[float, ...] = TIMES, **others: Any) -> list[Tensor]:
-    """The outputs of a generation that is alone, by the plain-Python reference."""
+    """The outputs of a generation that runs alone, from the plain-Python reference."""
     return [record.output for record in tiny.reference(build(), prompt(seed), latents(seed), times, **others).records]
 
 
@@ -44,37 +44,37 @@ def steps_of(model: nn.Module) -> list[int]:
     return [stats.num_steps for stats in every_session(model)]
 
 
-# Bare, in a plain loop.
+# A bare transformer in a plain loop.
 
 
-def test_a_bare_transformer_begins_anew_with_every_generation():
+def test_a_bare_transformer_starts_a_new_session_for_every_generation():
     model, texts = enabled(), [prompt(1), prompt(2)]
-    for seed in (1, 1, 2, 1):  # Each prompt is one object throughout.
+    for seed in (1, 1, 2, 1):  # Each prompt is one object.
         tiny.assert_bitwise(generate(model, texts[seed - 1], latents(seed)), expected(seed))
     assert steps_of(model) == [8] * 4
     assert [stats.cached_steps for stats in every_session(model)] == [[1, 3, 5, 7]] * 4
     assert [stats.num_steps for stats in cachedit_fx.summary(model, logging=False)] == [8]
 
 
-def test_as_many_steps_as_are_told_end_a_session():
+def test_a_session_ends_after_num_inference_steps():
     model, text = enabled(num_inference_steps=3), prompt(1)
-    # The timestep goes down throughout: nothing but the number tells that three generations ran.
+    # The timestep always falls, so that only the number of steps separates the three generations.
     for times in (TIMES[:3], TIMES[3:6], TIMES[6:]):
         tiny.assert_bitwise(generate(model, text, latents(1), times), expected(1, times))
     assert steps_of(model) == [3, 3, 2]
 
 
-def test_without_a_number_of_steps_timesteps_that_go_on_continue_the_session():
+def test_without_num_inference_steps_falling_timesteps_continue_the_session():
     model, text = enabled(), prompt(1)
     outputs = [output for times in (TIMES[:3], TIMES[3:]) for output in generate(model, text, latents(1), times)]
     tiny.assert_bitwise(outputs, expected(1))
     assert steps_of(model) == [8]
 
 
-# Refreshed.
+# Refreshing.
 
 
-def test_a_refresh_begins_anew_and_compiles_nothing():
+def test_a_refresh_starts_a_new_session_and_compiles_nothing():
     model, text = enabled(), prompt(1)
     generate(model, text, latents(1), TIMES[:3])
     counters.clear()
@@ -117,7 +117,7 @@ def test_a_refreshed_number_of_steps_takes_effect_and_compiles_nothing():
     assert counters["stats"]["unique_graphs"] == 0
 
 
-def test_a_refresh_that_changes_what_is_cut_compiles_anew():
+def test_a_refresh_that_changes_the_cuts_recompiles():
     model, text = enabled(), prompt(1)
     generate(model, text, latents(1))
     counters.clear()
@@ -132,13 +132,13 @@ def test_a_refresh_of_a_pipeline_reaches_all_of_its_transformers():
     pipe = SimpleNamespace(components=dict(transformer=models[0], transformer_2=models[1]))
     cachedit_fx.enable_cache(pipe, config())
     cachedit_fx.refresh_context(pipe, max_warmup_steps=4)
-    cachedit_fx.refresh_context(models[1], max_warmup_steps=6)  # On top, for one of them.
+    cachedit_fx.refresh_context(models[1], max_warmup_steps=6)  # In addition, for one of them.
     for model, cached in zip(models, ([4, 6], [6]), strict=True):
         generate(model, prompt(1), latents(1))
         assert every_session(model)[-1].cached_steps == cached
 
 
-def test_a_refresh_of_what_was_not_enabled_is_refused():
+def test_a_refresh_of_a_module_without_the_cache_is_refused():
     model = build()
     with pytest.raises(ConfigError, match="enable_cache was not called for this Transformer"):
         cachedit_fx.refresh_context(model, max_warmup_steps=4)
@@ -147,10 +147,10 @@ def test_a_refresh_of_what_was_not_enabled_is_refused():
         cachedit_fx.refresh_context(model)
 
 
-# As a module.
+# Use as a module.
 
 
-def test_a_transformer_that_was_compiled_in_place_is_so_again_after_disabling():
+def test_disabling_restores_a_transformer_that_was_compiled_in_place():
     model = build()
     model.compile(backend="eager")
     before = model._compiled_call_impl
@@ -168,19 +168,19 @@ def test_a_transformer_that_was_compiled_in_place_is_so_again_after_disabling():
         pytest.param(lambda model: SimpleNamespace(transformer=model), id="in-a-pipeline"),
     ],
 )
-def test_what_torch_compile_returned_is_refused(around):
+def test_a_module_returned_by_torch_compile_is_refused(around):
     with pytest.raises(ConfigError, match=r"compiled already; pass the module that torch\.compile was given"):
         cachedit_fx.enable_cache(around(torch.compile(build())), config())
 
 
 def cached_pipe() -> tuple[DiffusionPipeline, Tensor]:
-    """Wan's, and what it gave."""
+    """Wan's pipeline with the cache enabled, and the output of one run."""
     pipe = cachedit_fx.enable_cache(WAN.build(2), **EAGER)
     return pipe, WAN.run(pipe, num_steps=NUM_STEPS)
 
 
 def assert_cached(pipe: DiffusionPipeline) -> None:
-    """The last call reused what it could."""
+    """Asserts that the last call reused all steps that it could."""
     assert [stats.decisions for stats in cachedit_fx.summary(pipe, logging=False)] == [REASONS] * 2
 
 
@@ -197,7 +197,7 @@ def scaled_pipe(factor: float) -> DiffusionPipeline:
     return pipe
 
 
-def test_another_dtype_is_cached_and_gives_the_bits_of_the_plain_model():
+def test_another_dtype_is_cached_and_computed_steps_are_bitwise_equal():
     flux = PIPELINES["flux"]
     plain, pipe = flux.build(2), cachedit_fx.enable_cache(flux.build(2), **EAGER)
     flux.run(pipe, num_steps=NUM_STEPS)
@@ -214,7 +214,7 @@ def test_another_dtype_is_cached_and_gives_the_bits_of_the_plain_model():
         assert [stats.decisions for stats in cachedit_fx.summary(pipe, logging=False)] == [REASONS]
 
 
-def test_what_is_saved_is_the_plain_model(tmp_path):
+def test_a_saved_pipeline_holds_the_plain_model(tmp_path):
     pipe, output = cached_pipe()
     pipe.transformer.save_pretrained(tmp_path)
     loaded = type(pipe.transformer).from_pretrained(tmp_path).eval()
@@ -227,20 +227,20 @@ def test_what_is_saved_is_the_plain_model(tmp_path):
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
-def test_weights_that_are_loaded_are_used_at_the_next_call_without_a_new_graph(assign):
+def test_loaded_weights_are_used_at_the_next_call_without_a_new_graph(assign):
     pipe, output = cached_pipe()
     other = cachedit_fx.enable_cache(scaled_pipe(0.9), **EAGER)
     wanted = WAN.run(other, num_steps=NUM_STEPS)
     counters.clear()
     pipe.transformer.load_state_dict(copy.deepcopy(other.transformer.state_dict()), assign=assign)
-    pipe.transformer.requires_grad_(False)  # Weights that are assigned bring their own.
+    pipe.transformer.requires_grad_(False)  # Assigned weights have their own `requires_grad`.
     tiny.assert_bitwise([WAN.run(pipe, num_steps=NUM_STEPS)], [wanted])
     assert not torch.equal(wanted, output)
     assert_cached(pipe)
     assert counters["stats"]["unique_graphs"] == 0
 
 
-def test_another_pipeline_of_the_same_parts_is_cached_too():
+def test_another_pipeline_with_the_same_components_is_cached():
     pipe, output = cached_pipe()
     counters.clear()
     other = type(pipe).from_pipe(pipe)
@@ -287,13 +287,13 @@ def test_a_guard_filter_reaches_dynamo_and_inductor_gets_the_other_options():
     assert cachedit_fx.summary(model, logging=False)[0].cached_steps
     cachedit_fx.enable_cache(
         model, config(residual_diff_threshold=1.0), options={"guard_filter_fn": keep_all}
-    )  # The same: nothing is compiled.
+    )  # The same settings: nothing is compiled.
     asked.clear()
     generate(model, prompt(), latents())
     assert not asked
 
 
-def test_what_only_finished_requests_were_configured_with_is_let_go_of():
+def test_policies_that_only_finished_requests_used_are_released():
     class Decider:
         def decide(self, _step: object) -> None:
             return None

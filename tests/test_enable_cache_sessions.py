@@ -1,7 +1,7 @@
-"""Generations of pipelines after `enable_cache`: each gives what it gives alone.
+"""Generations of pipelines after `enable_cache`: each has the same outputs as alone.
 
-Alone means by the plain-Python reference in a pipeline of its own. The transformers are those of `tests.models`, so
-that some steps after warm-up are reused and others are not.
+The expected outputs are those of the plain-Python reference in a separate pipeline. The transformers are those of
+`tests.models`, so that some steps after the warm-up are reused and others are not.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def enabled(family: Any = WAN, **fields: Any) -> DiffusionPipeline:
 
 @functools.cache
 def shared_transformer() -> nn.Module:
-    """Wan's with its cache, traced once for the tests that take `shared`."""
+    """Wan's transformer with the cache, traced once for all tests that use `shared`."""
     return enabled().transformer
 
 
@@ -57,7 +57,7 @@ def shared() -> DiffusionPipeline:
 
 
 def call(pipe: DiffusionPipeline, prompt: Prompt, seed: int = 1, guidance: float = 2.0, **others: Any) -> Tensor:
-    """The latents that Wan's pipeline ends with."""
+    """The final latents of Wan's pipeline."""
     return pipe(
         num_inference_steps=NUM_STEPS,
         prompt_embeds=prompt.cond["encoder_hidden_states"],
@@ -75,7 +75,7 @@ def call(pipe: DiffusionPipeline, prompt: Prompt, seed: int = 1, guidance: float
 
 @functools.cache
 def alone(seed: int = 1, guidance: float = 2.0, **fields: Any) -> tuple[ReferenceCache, Tensor]:
-    """What the reference does and gives for such a call."""
+    """The reference after such a call, and the final latents."""
     model = WAN.build()
     pipe = WAN.pipeline(model)
     pipe.set_progress_bar_config(disable=True)
@@ -88,7 +88,7 @@ def alone(seed: int = 1, guidance: float = 2.0, **fields: Any) -> tuple[Referenc
 
 
 def assert_alone(pipe: DiffusionPipeline, output: Tensor, expected: tuple[ReferenceCache, Tensor]) -> None:
-    """The output is bitwise that of the call alone, and so are the decisions of the last sessions."""
+    """Asserts that the output is bitwise that of the call alone and that the last sessions have the same decisions."""
     reference, latents = expected
     last = cachedit_fx.summary(pipe, logging=False)
     assert [stats.session for stats in last] == [*dict.fromkeys(record.guidance_branch for record in reference.records)]
@@ -98,18 +98,18 @@ def assert_alone(pipe: DiffusionPipeline, output: Tensor, expected: tuple[Refere
 
 
 def assert_nothing_open(pipe: DiffusionPipeline) -> None:
-    """The call's sessions ended with it: what they held is let go of."""
+    """Asserts that the sessions of the call ended with it and released their state."""
     (instance,) = instances_in(pipe.transformer)
     assert not instance._sessions
     assert {stats.state_bytes for stats in every_session(pipe.transformer)} == {0}
 
 
-# One after the other.
+# Sequential calls.
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [FLUX, QWEN_IMAGE], ids=lambda family: family.name)
-def test_a_generation_is_that_of_the_reference_and_leaves_no_session_open(family):
+def test_a_generation_equals_the_reference_and_leaves_no_session_open(family):
     reference, expected = reference_pipeline_run(family, 1, **settings(family))
     pipe = enabled(family)
     assert_bitwise(family.generate(pipe, family.prompt(1), family.latents(1), NUM_STEPS), expected)
@@ -121,9 +121,9 @@ def test_a_generation_is_that_of_the_reference_and_leaves_no_session_open(family
 
 
 def test_pipelines_of_one_class_with_their_own_configurations_run_as_if_alone():
-    own = {}, {"Fn_compute_blocks": 2, "Bn_compute_blocks": 1, "max_continuous_cached_steps": 1}
-    expected = [alone(**fields) for fields in own]
-    pipes = [enabled(**fields) for fields in own]
+    configurations = {}, {"Fn_compute_blocks": 2, "Bn_compute_blocks": 1, "max_continuous_cached_steps": 1}
+    expected = [alone(**fields) for fields in configurations]
+    pipes = [enabled(**fields) for fields in configurations]
     for turn in (0, 1, 0):
         assert_alone(pipes[turn], call(pipes[turn], WAN.prompt(1)), expected[turn])
 
@@ -150,7 +150,7 @@ def fail(pipe: DiffusionPipeline) -> None:
 
 
 def cut_short(pipe: DiffusionPipeline, prompt: Prompt, at: int, how: Callable[[DiffusionPipeline], None]) -> None:
-    """A call that ends after step `at`."""
+    """Runs a call that ends after step `at`."""
     steps = []
 
     def callback(
@@ -169,25 +169,25 @@ def cut_short(pipe: DiffusionPipeline, prompt: Prompt, at: int, how: Callable[[D
 
 
 @on_shared
-def test_a_call_that_was_cut_short_is_no_part_of_the_next_one():
+def test_an_interrupted_call_does_not_affect_the_next_one():
     pipe, prompt, expected = shared(), WAN.prompt(1), alone()
     for at, how in ((6, interrupt), (6, fail), (0, interrupt), (1, fail), (NUM_STEPS - 1, fail)):
-        cut_short(pipe, prompt, at, how)  # With other latents, and the same prompt objects.
+        cut_short(pipe, prompt, at, how)  # With other latents and the same prompt objects.
         assert_alone(pipe, call(pipe, prompt), expected)
         assert_nothing_open(pipe)
 
 
-def test_a_call_that_failed_at_its_first_step_is_no_part_of_the_next_one():
+def test_a_call_that_failed_at_its_first_step_does_not_affect_the_next_one():
     pipe, prompt, expected = enabled(), WAN.prompt(1), alone()
     cut_short(pipe, prompt, 0, fail)
     assert_alone(pipe, call(pipe, prompt), expected)
 
 
 def flux_pipelines() -> tuple[DiffusionPipeline, DiffusionPipeline]:
-    """Text to image, and image to image with the same transformer."""
+    """A text-to-image pipeline, and an image-to-image pipeline with the same transformer."""
     text_to_image = FLUX.pipeline(FLUX.build())
     image_to_image = FluxImg2ImgPipeline.from_pipe(text_to_image)
-    # What has as many channels counts as an encoded image.
+    # A tensor with this number of channels counts as an encoded image.
     image_to_image.latent_channels = 4
     image_to_image.image_processor.register_to_config(vae_latent_channels=4)
     for pipe in (text_to_image, image_to_image):
@@ -196,7 +196,7 @@ def flux_pipelines() -> tuple[DiffusionPipeline, DiffusionPipeline]:
 
 
 def draw(pipes: tuple[DiffusionPipeline, DiffusionPipeline], prompt: Prompt, strength: float | None) -> Tensor:
-    """Image to image with `strength`; without one text to image."""
+    """The output of image-to-image with `strength`, or of text-to-image if it is None."""
     image = noise(BATCH, 4, 2 * SIDE, 2 * SIDE, seed=1)
     start = (
         dict(latents=FLUX.latents(1))
@@ -235,29 +235,29 @@ def test_text_to_image_and_image_to_image_share_a_transformer_and_run_as_if_alon
         assert_nothing_open(pipes[0])
 
 
-# At once.
+# Concurrent calls.
 
 
 @on_shared
 def test_pipelines_in_two_threads_with_one_transformer_run_as_if_alone():
     expected = {seed: alone(seed) for seed in (1, 2)}
     pipe = shared()
-    call(pipe, WAN.prompt(3), 3)  # Compiles, before the threads.
+    call(pipe, WAN.prompt(3), 3)  # Compiles before the threads start.
     cachedit_fx.reset()
-    turns = threading.Barrier(2, timeout=60)  # Their steps take turns.
+    turns = threading.Barrier(2, timeout=60)  # The steps of the threads alternate.
 
     def generate(seed: int) -> Tensor:
-        torch.set_num_threads(1)  # Dynamo guards on it; a new thread has its own.
-        own = type(pipe).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler))
-        own.set_progress_bar_config(disable=True)
-        assert own.transformer is pipe.transformer
+        torch.set_num_threads(1)  # Dynamo guards on it; a new thread has a separate setting.
+        own_pipe = type(pipe).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler))
+        own_pipe.set_progress_bar_config(disable=True)
+        assert own_pipe.transformer is pipe.transformer
 
         def wait(*_: object) -> dict[str, Tensor]:
             turns.wait()
             return {}
 
         try:
-            return call(own, WAN.prompt(seed), seed, callback_on_step_end=wait)
+            return call(own_pipe, WAN.prompt(seed), seed, callback_on_step_end=wait)
         except BaseException:
             turns.abort()
             raise
@@ -274,8 +274,8 @@ def test_pipelines_in_two_threads_with_one_transformer_run_as_if_alone():
             assert reasons in [stats.decisions for stats in found if stats.session == guidance_branch]
 
 
-def test_interleaved_requests_of_one_thread_are_told_apart_by_their_names():
-    """As a server steps them: its prompts are one object, so that nothing but the name tells requests apart."""
+def test_interleaved_requests_of_one_thread_are_distinguished_by_their_names():
+    """As in a server: the prompts are one object, so that only the name distinguishes requests."""
     family, prompt = WAN, WAN.prompt(1)
     model = family.build()
     cachedit_fx.enable_cache(model, **settings(family), inner_backend="eager", fullgraph=True)

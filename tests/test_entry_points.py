@@ -1,4 +1,4 @@
-"""Methods of a model that pass the cache by are told of, and can be cached by their names."""
+"""Methods of a model that bypass the cache cause a warning, and can be cached by name."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ METHODS = pytest.mark.parametrize("method", ["forward_with_cfg", "decode"])
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def new_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return lambda: warnings_in(caplog)
 
 
 @METHODS
-def test_a_method_that_passes_the_cache_by_is_told_once_and_counted(method, said):
+def test_a_method_that_bypasses_the_cache_warns_once_and_is_counted(method, new_warnings):
     model = enabled(frozen(Guided()))
     for _ in range(2):
         outputs = called(model, method)
-    (warning,) = said()
+    (warning,) = new_warnings()
     assert f"Guided.{method} runs without caching" in warning and f'enable_cache(model, method="{method}")' in warning
     assert (counts(model).bypassed, counts(model).total) == (2 * CALLS, 2 * CALLS)
     cachedit_fx.disable_cache(model)
@@ -39,17 +39,17 @@ def test_a_method_that_passes_the_cache_by_is_told_once_and_counted(method, said
 
 
 @METHODS
-def test_a_method_that_passes_the_cache_by_raises_if_asked_to(method):
+def test_a_method_that_bypasses_the_cache_raises_an_error_on_request(method):
     model = enabled(frozen(Guided()), on_no_match="raise")
     with pytest.raises(NoMatchError, match=f"Guided.{method} runs without caching"):
         called(model, method)
 
 
-def test_methods_that_do_not_run_the_blocks_past_the_cache_are_left_in_peace(said):
+def test_methods_that_do_not_bypass_the_cache_cause_no_warning(new_warnings):
     model = enabled(frozen(Guided()))
     called(model, "by_call")
     assert model.num_weights(torch.ones(2)) == 8
-    assert said() == []
+    assert new_warnings() == []
     assert counts(model) == CallCounts(computed=4, reused=4)
 
 
@@ -66,7 +66,7 @@ def test_entry_points_are_methods_that_the_forward_does_not_reach():
 
 
 @METHODS
-def test_a_method_is_cached_by_its_name(method, said):
+def test_a_method_is_cached_by_its_name(method, new_warnings):
     plain, model = frozen(Guided()), frozen(Guided())
     model.load_state_dict(plain.state_dict())
     before = dict(vars(model))
@@ -75,7 +75,7 @@ def test_a_method_is_cached_by_its_name(method, said):
     cachedit_fx.enable_cache(model, config(), method=method)
     called(model, method)
     assert every_session(model)[-1].cached_steps == [1, 3, 5, 7]
-    assert cachedit_fx.is_cached(model) and said() == []
+    assert cachedit_fx.is_cached(model) and new_warnings() == []
     assert counts(model) == CallCounts(computed=CALLS + 4, reused=4)
     cachedit_fx.disable_cache(model)
     assert vars(model) == before
@@ -90,7 +90,7 @@ def test_the_forward_can_be_cached_as_a_method_for_samplers_that_call_it():
     assert counts(model) == CallCounts(computed=4, reused=4)
 
 
-def test_a_method_that_its_user_compiles_is_compiled_whole():
+def test_a_method_that_the_user_compiles_is_one_graph():
     model = enabled(frozen(Guided()))
     compiled = torch.compile(model.decode, backend="eager", fullgraph=True)
     with torch.no_grad():

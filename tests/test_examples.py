@@ -1,4 +1,4 @@
-"""The examples run and print what they are to, and docs/patterns.md says what is true."""
+"""The examples run and print what they should, and the statements of docs/patterns.md are true."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def rounded(text: str) -> str:
-    """Without what another machine rounds in another way, and without the backend that only tests ask for."""
+    """The text without numbers that depend on the machine and without the backend that only tests use."""
     text = re.sub(r"\d+\.\d+", "#", text.replace("inner_backend='eager', ", ""))
     return "\n".join(re.sub(r" +", " ", line).rstrip() for line in text.strip().splitlines())
 
 
 @pytest.mark.slow
-def test_the_example_of_a_template_shows_why_checks_and_reuses():
+def test_the_example_of_a_template_explains_checks_and_reuses():
     run = subprocess.run(
         [sys.executable, "examples/custom_pattern.py"], cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def test_the_example_of_a_template_shows_why_checks_and_reuses():
         cell.strip() for cell in used.strip().splitlines()[-1].strip("| ").split("|")
     )
     assert 1 <= int(reused) < 12 and (steps, region) == ("12", "layers[1:6]")
-    for shown in (why, check, used):  # The page shows the same.
+    for shown in (why, check, used):  # The page shows the same output.
         assert rounded(shown) in rounded(PAGE)
 
 
@@ -76,7 +76,7 @@ def test_the_page_runs_from_top_to_bottom_and_prints_what_it_shows(capsys, caplo
         else:
             shown = rounded(text)
             assert rounded(printed)[: len(shown)] == shown
-            assert "explain" in shown.splitlines()[0] or rounded(printed) == shown  # Only that one is shortened.
+            assert "explain" in shown.splitlines()[0] or rounded(printed) == shown  # Only that output is shortened.
             printed = ""
 
 
@@ -105,7 +105,7 @@ def test_the_smallest_block_of_a_pattern_fits_it(row, tmp_path):
 
 
 def smallest(template: BlockTemplate, code: str, path: Path) -> nn.Module:
-    """A model of four blocks with this body, whose source can be read."""
+    """A model of four blocks with this body; `inspect` can read its source."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -118,7 +118,7 @@ def smallest(template: BlockTemplate, code: str, path: Path) -> nn.Module:
     body = "".join(f"    {statement.strip()}\n" for statement in code.strip("`").split(";"))
     source = f"def forward(self, {', '.join(template.takes)}):\n    f = self.f\n{body}"
     names: dict[str, object] = {}
-    path.write_text(source, encoding="utf-8")  # The order of what it returns is read from its source.
+    path.write_text(source, encoding="utf-8")  # The order of the returned values is read from the source.
     exec(compile(source, path, "exec"), names)
     Block.forward = names["forward"]
 

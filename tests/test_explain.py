@@ -1,4 +1,4 @@
-"""`explain` tells what the compiler makes of a model, and leaves no trace."""
+"""`explain` describes what the backend does with a model, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
 
 @functools.cache
 def explained() -> tuple[nn.Module, dict[str, Any], Explanation]:
-    """FLUX with its call and what is told of it, for tests that only look."""
+    """FLUX, its call and its explanation, for tests that only read them."""
     model, call = flux()
     return model, call, explain(model, cache_config=F1B1, **call)
 
@@ -44,10 +44,10 @@ def small() -> tuple[nn.Module, dict[str, Any]]:
     return hybrid.build(), hybrid.calls()[0]
 
 
-# What it tells.
+# The contents of an explanation.
 
 
-def test_the_chain_its_parts_and_the_region():
+def test_explain_shows_the_chain_its_parts_and_the_region():
     _, _, explanation = explained()
     (graph,) = explanation.graphs
     assert explanation.is_cached and graph.is_cached and not graph.is_estimated
@@ -70,7 +70,7 @@ def test_the_chain_its_parts_and_the_region():
     assert (graph.timestep, graph.conditioning) == ("timestep", "encoder_hidden_states")
 
 
-def test_the_flops_are_those_of_the_model():
+def test_the_flops_equal_those_of_a_run():
     model, call, explanation = explained()
     with torch.no_grad(), FlopCounter() as counter:
         model(**call)
@@ -83,7 +83,7 @@ def test_the_flops_are_those_of_the_model():
     assert all(block.cost.moved_bytes > block.cost.weight_bytes > 0 for block in graph.blocks)
 
 
-def test_the_pieces_and_the_state_are_those_of_a_run():
+def test_the_pieces_and_the_state_equal_those_of_a_run():
     model, call = flux()
     compiled: list[int] = []
 
@@ -101,10 +101,10 @@ def test_the_pieces_and_the_state_are_those_of_a_run():
     (stats,) = cachedit_fx.summary(model, logging=False)
     assert stats.peak_state_bytes == graph.state_bytes == graph.regions[0].state_bytes
     shared = [piece for piece in graph.pieces if len(piece.blocks) > 1]
-    assert sum(len(piece.blocks) for piece in shared) == 7  # Double blocks share one, single blocks another.
+    assert sum(len(piece.blocks) for piece in shared) == 7  # Double blocks share one piece, single ones another.
 
 
-def test_why_nothing_matches_with_the_users_line_and_what_to_do():
+def test_a_mismatch_is_explained_with_the_line_of_the_user_and_a_cure():
     model = hybrid.build(hybrid.LosesText)
     explanation = explain(model, **hybrid.calls()[0])
     (graph,) = explanation.graphs
@@ -123,7 +123,7 @@ def test_why_nothing_matches_with_the_users_line_and_what_to_do():
         assert words in page
 
 
-def test_a_model_in_parts_says_where_each_ends_and_which_is_cached():
+def test_a_model_captured_in_parts_is_explained_with_its_breaks_and_the_cached_part():
     variant = VARIANTS["Lumina2"]
     explanation = explain(variant.build(), cache_config=F1B1, **variant.inputs())
     assert explanation.is_cached
@@ -133,11 +133,11 @@ def test_a_model_in_parts_says_where_each_ends_and_which_is_cached():
     assert any(graph.break_after is not None for graph in explanation.graphs)
     cached = next(graph for graph in explanation.graphs if graph.is_cached)
     assert explanation.graphs[explanation.index()] == cached
-    assert (cached.timestep, cached.conditioning) != ("timestep", "")  # It has no timestep: `enable_cache` knows it.
+    assert (cached.timestep, cached.conditioning) != ("timestep", "")  # It has no timestep; `enable_cache` knows it.
 
 
 @pytest.mark.slow
-def test_a_model_that_no_part_of_is_cached_says_what_makes_it_whole():
+def test_a_model_without_a_cached_part_is_explained_with_a_functor_that_makes_it_one_graph():
     tiny = PIPELINES["hidream"]
     pipe = tiny.build(2)
     explanation = explain(pipe, num_inference_steps=4, cache_config=F1B1, **tiny.arguments(1))
@@ -147,7 +147,7 @@ def test_a_model_that_no_part_of_is_cached_says_what_makes_it_whole():
     assert explain(adapter, num_inference_steps=4, cache_config=F1B1, **tiny.arguments(1)).is_cached
 
 
-def test_what_a_graph_was_specialised_on():
+def test_explain_shows_what_a_graph_is_specialized_on():
     (graph,) = explained()[2].graphs
     found = {risk.what: risk for risk in graph.risks}
     assert "dynamic afterwards" in found["hidden_states"].consequence
@@ -156,24 +156,24 @@ def test_what_a_graph_was_specialised_on():
         "False",
         "every new value triggers a recompilation",
     )
-    assert not any("blocks" in what for what in found)  # What the model holds is no risk of the call.
+    assert not any("blocks" in what for what in found)  # Attributes of the model are no risks of the call.
 
 
-def test_training_mode_is_a_reason():
+def test_training_mode_is_reported_as_the_cause():
     model, call = small()
     (graph,) = explain(model.train(), cache_config=F1B1, **call).graphs
     assert [verdict.cause for verdict in graph.verdicts] == ["training"]
     assert not graph.is_cached and "call .eval()" in graph.verdicts[0].cure
 
 
-def test_gradients_are_left_aside_and_that_is_said():
+def test_gradients_are_ignored_with_a_note():
     model, call = small()
     explanation = explain(model.requires_grad_(True), cache_config=F1B1, **call)
     assert explanation.is_cached
     assert any("torch.no_grad()" in note for note in explanation.notes)
 
 
-def test_it_goes_into_json():
+def test_an_explanation_can_be_written_as_json():
     _, _, explanation = explained()
     data = json.loads(json.dumps(explanation.to_dict()))
     assert data["graphs"][0]["blocks"][0]["path"] == "transformer_blocks.0"
@@ -183,7 +183,7 @@ def test_it_goes_into_json():
 # Graphs.
 
 
-def test_the_graphs_are_there_to_look_at_and_to_run(capsys):
+def test_the_graphs_can_be_printed_and_run(capsys):
     _, _, explanation = explained()
     for which in ("before", "after", "head", "compute", "reuse", "tail"):
         gm = explanation.graph(which)
@@ -199,7 +199,7 @@ def test_the_graphs_are_there_to_look_at_and_to_run(capsys):
         explanation.graph("before", 3)
 
 
-def test_a_graph_as_aten_operations():
+def test_a_graph_can_be_shown_as_aten_operations():
     reuse = explained()[2].graph("reuse", aten=True)
     targets = {str(node.target) for node in reuse.graph.nodes if node.op == "call_function"}
     assert "aten.add.Tensor" in targets and all(target.startswith("aten.") for target in targets)
@@ -210,7 +210,7 @@ def test_the_diff_has_a_line_per_block():
     lines = explanation.diff().splitlines()
     assert lines[:2] == ["--- before", "+++ after"]
     blocks = [line for line in lines if "# Flux" in line]
-    assert len(blocks) == 7 and all(line.startswith(" ") for line in blocks)  # Blocks stay as they are.
+    assert len(blocks) == 7 and all(line.startswith(" ") for line in blocks)  # Blocks are unchanged.
     added = [line[1:] for line in lines if line.startswith("+")]
     assert "before = step.before(0)" in added and any(line.startswith("if decide:") for line in added)
     removed = [line for line in lines[2:] if line.startswith("-")]
@@ -228,7 +228,7 @@ def test_the_diff_has_a_line_per_block():
 # No trace.
 
 
-def test_the_model_stays_as_it_was_and_so_does_what_is_compiled_of_it():
+def test_explain_changes_neither_the_model_nor_its_compiled_graphs():
     model, call = small()
     compiled = torch.compile(model, backend=cachedit_fx.Backend(F1B1))
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_the_model_stays_as_it_was_and_so_does_what_is_compiled_of_it():
     assert cachedit_fx.summary(model, logging=False)[0].num_steps == 1
 
 
-def test_other_sizes_are_no_dynamic_sizes_afterwards():
+def test_explaining_another_size_does_not_make_sizes_dynamic():
     model, call = small()
     explain(model, cache_config=F1B1, **call)
     shorter = call | {"hidden_states": call["hidden_states"][:, :4]}
@@ -252,7 +252,7 @@ def test_other_sizes_are_no_dynamic_sizes_afterwards():
     assert next(value.shape for value in graph.arguments if value.label == "hidden_states") == ("2", "4", "4")
 
 
-def test_it_does_not_count_for_the_recompile_limit():
+def test_explain_does_not_count_towards_the_recompile_limit():
     model, call = small()
     for fn in range(1, 6):
         explain(model, cache_config=CacheConfig(Fn_compute_blocks=fn), **call)
@@ -267,8 +267,8 @@ def test_it_does_not_count_for_the_recompile_limit():
     assert len(graphs) == 1
 
 
-def test_a_whole_model_is_not_run():
-    """Its weights hold nothing."""
+def test_a_model_that_is_one_graph_is_not_run():
+    """The weights are on the meta device, so that the model cannot run."""
     model, call = flux()
     call = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in call.items()}
     explanation = explain(model.to("meta"), cache_config=F1B1, **call)
@@ -279,7 +279,7 @@ def test_a_whole_model_is_not_run():
 # Pipelines.
 
 
-def test_a_pipeline_is_run_up_to_the_last_of_its_transformers():
+def test_a_pipeline_runs_until_the_last_of_its_transformers_is_called():
     tiny = PIPELINES["wan22"]
     pipe = tiny.build(3)
     plain = tiny.run(pipe, num_steps=4)
@@ -292,7 +292,7 @@ def test_a_pipeline_is_run_up_to_the_last_of_its_transformers():
     torch.testing.assert_close(tiny.run(pipe, num_steps=4), plain, rtol=0, atol=0)
 
 
-def test_with_the_cache_enabled_it_tells_of_that_configuration():
+def test_explain_uses_the_configuration_of_an_enabled_cache():
     tiny = PIPELINES["wan22"]
     pipe = tiny.build(3)
     cachedit_fx.enable_cache(pipe, Fn_compute_blocks=2, inner_backend="eager")
@@ -317,12 +317,12 @@ def test_a_pipeline_may_hold_a_compiled_transformer():
 def test_a_transformer_that_is_not_called_is_named():
     tiny = PIPELINES["wan22"]
     pipe = tiny.build(3)
-    pipe.register_to_config(boundary_ratio=0.0)  # The second one never has its turn.
+    pipe.register_to_config(boundary_ratio=0.0)  # The second transformer is never called.
     explanation = explain(pipe, num_inference_steps=4, cache_config=F1B1, **tiny.arguments(1))
     assert [captured.module for captured in explanation.modules] == ["transformer"]
     assert "transformer_2 was not called, so it is not explained." in explanation.notes
 
 
-def test_what_is_no_transformer_is_told():
+def test_an_object_without_a_transformer_raises_an_error():
     with pytest.raises(ConfigError, match="expected a pipeline with a diffusion transformer, a transformer"):
         explain(object())

@@ -34,26 +34,26 @@ FN = ["-o", "Fn_compute_blocks=1"]
 def factories(tmp_path, monkeypatch):
     (tmp_path / "shell_factories.py").write_text(FACTORIES)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "path", [*sys.path])  # What the command adds goes with the test.
+    monkeypatch.setattr(sys, "path", [*sys.path])  # Removes after the test what the command adds.
     yield tmp_path
     sys.modules.pop("shell_factories", None)
 
 
 @pytest.mark.parametrize(("factory", "status"), [("cached", 0), ("positional", 0), ("missed", 1)])
-def test_the_page_is_printed_and_the_status_tells_whether_all_is_cached(factory, status, capsys):
+def test_the_page_is_printed_and_the_exit_status_shows_whether_everything_is_cached(factory, status, capsys):
     assert main(["explain", f"shell_factories:{factory}", *FN]) == status
     page = capsys.readouterr().out
     assert page.startswith("cachedit_fx.explain: ")
     assert ("runs without caching" in page) == bool(status)
 
 
-def test_a_file_is_a_factory_too_and_json_is_written(factories, capsys):
+def test_the_factory_may_be_in_a_file_and_the_output_may_be_json(factories, capsys):
     target = factories / "out.json"
     assert main(["explain", str(factories / "shell_factories.py:cached"), *FN, "--json", str(target)]) == 0
     assert json.loads(target.read_text())["graphs"][0]["is_cached"] is True
 
 
-def test_a_graph_or_the_diff_in_place_of_the_page(capsys):
+def test_a_graph_or_the_diff_can_be_printed_instead_of_the_page(capsys):
     main(["explain", "shell_factories:cached", *FN, "--graph", "after"])
     assert "step.decide(0" in capsys.readouterr().out
     main(["explain", "shell_factories:cached", *FN, "--diff"])
@@ -61,7 +61,7 @@ def test_a_graph_or_the_diff_in_place_of_the_page(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["shell_factories:nothing"], "factory names 'nothing', which 'shell_factories' does not have"),
         (["no_such_module:f"], "factory names the module 'no_such_module', which was not found"),
@@ -71,12 +71,12 @@ def test_a_graph_or_the_diff_in_place_of_the_page(capsys):
         (["shell_factories:cached", "-o", "Fn"], "option must be NAME=VALUE, got 'Fn'"),
     ],
 )
-def test_wrong_arguments_are_told(arguments, said, capsys):
+def test_wrong_arguments_print_an_error(arguments, message, capsys):
     assert main(["explain", *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_options_are_listed_with_what_they_mean(capsys):
+def test_options_are_listed_with_their_meaning(capsys):
     assert main(["options"]) == 0
     listed = capsys.readouterr().out
     for name, declared in OPTIONS.items():
@@ -88,6 +88,6 @@ def test_options_are_listed_with_what_they_mean(capsys):
 
 
 @pytest.mark.slow
-def test_it_runs_as_a_module():
+def test_explain_runs_as_a_module():
     ran = subprocess.run([sys.executable, "-m", "cachedit_fx", "explain", "--help"], capture_output=True, text=True)
     assert ran.returncode == 0 and "module:function, or path.py:function" in ran.stdout

@@ -1,6 +1,6 @@
-"""Calls that go by Dynamo: the same outputs, and whatever Dynamo's guards would notice goes back to Dynamo.
+"""Fast dispatch: outputs are the same as with Dynamo, and calls that fail a guard of Dynamo go to Dynamo.
 
-A reused step runs only the Fn blocks, so it may miss a change of the others; the next computed step does not.
+A reused step runs only the Fn blocks, so it may not detect a change of other blocks; the next computed step does.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def no_gradients() -> Iterator[None]:
 
 
 def by_dynamo(module: nn.Module, prompt: Tensor, latents: Tensor, **others: Any) -> list[Tensor]:
-    """The generation by `torch.compile` alone."""
+    """The outputs of a generation with `torch.compile`, without fast dispatch."""
     torch._dynamo.reset()
     backend = cachedit_fx.Backend(tiny.config(**others))
     return tiny.generate(torch.compile(copy.deepcopy(module), backend=backend, fullgraph=True), prompt, latents)
 
 
-# The same as by Dynamo.
+# The same outputs as with Dynamo.
 
 
 @pytest.mark.parametrize("others", [{}, {"Bn_compute_blocks": 1}, {"Fn_compute_blocks": 2}], ids=str)
-def test_the_outputs_are_bitwise_those_by_dynamo(others):
+def test_the_outputs_are_bitwise_those_of_dynamo(others):
     expected = by_dynamo(tiny.build(), tiny.prompt(), tiny.latents(), **others)
     module = warm(tiny.build(), **others)
     with served(module) as calls:
@@ -47,7 +47,7 @@ def test_the_outputs_are_bitwise_those_by_dynamo(others):
     assert 0 < len(last(module).cached_steps) < len(tiny.TIMES)
 
 
-def test_a_real_transformer_is_served_and_gives_the_same():
+def test_a_real_transformer_is_served_with_the_same_outputs():
     plain, module = FLUX.build(), FLUX.build()
     fields = dict(Fn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=FLUX.threshold)
     backend = cachedit_fx.Backend(cachedit_fx.CacheConfig(**fields, inner_backend="eager"))
@@ -69,7 +69,7 @@ def test_a_reused_step_runs_no_block_of_the_region():
     assert {*ran} == {1, tiny.NUM_BLOCKS}
 
 
-def test_an_output_class_is_made_anew():
+def test_every_call_returns_a_new_output_object():
     module = FLUX.build()
     cachedit_fx.enable_cache(module, inner_backend="eager", Fn_compute_blocks=1)
     prompt, latents = FLUX.prompt(0), FLUX.latents(0)
@@ -84,7 +84,7 @@ def test_an_output_class_is_made_anew():
     assert second is not first
 
 
-# What Dynamo's guards notice.
+# Changes that Dynamo's guards detect.
 
 
 def changes_of_inputs() -> list[Any]:
@@ -98,7 +98,7 @@ def changes_of_inputs() -> list[Any]:
 
 
 @pytest.mark.parametrize("changed", changes_of_inputs())
-def test_other_inputs_go_to_dynamo(changed):
+def test_calls_with_other_inputs_go_to_dynamo(changed):
     module, plain = warm(tiny.build()), tiny.build()
     inputs = dict(hidden_states=tiny.latents(), encoder_hidden_states=tiny.prompt(), timestep=torch.full((2,), 0.5))
     with served(module) as calls:
@@ -107,7 +107,7 @@ def test_other_inputs_go_to_dynamo(changed):
     torch.testing.assert_close(output, plain(**inputs | changed)[0], rtol=0, atol=0)
 
 
-def test_two_sizes_are_both_served_once_they_are_known():
+def test_two_sizes_are_both_served_once_they_are_compiled():
     module = warm(tiny.build())
     short, long = tiny.latents(), tiny.latents(tokens=9)
     tiny.generate(module, tiny.prompt(), long)
@@ -120,8 +120,8 @@ def test_two_sizes_are_both_served_once_they_are_known():
     assert calls == [True, True, True]
 
 
-def test_the_guards_are_those_of_its_own_graph():
-    """An earlier configuration's graph, of any size, stays in Dynamo's cache, and its guards hold as well."""
+def test_only_the_guards_of_the_current_graph_are_checked():
+    """Dynamo's cache also holds a graph of an earlier configuration with dynamic sizes, whose guards pass as well."""
     module, long = tiny.build(), tiny.latents(tokens=9)
     cachedit_fx.enable_cache(module, **tiny.fields(), inner_backend="eager", dynamic=True)
     for latents in (tiny.latents(), long):
@@ -136,7 +136,7 @@ def test_the_guards_are_those_of_its_own_graph():
     torch.testing.assert_close(output, tiny.step(tiny.build(), tiny.prompt(), 1.0, long), rtol=0, atol=0)
 
 
-def test_gradients_go_to_dynamo():
+def test_calls_with_gradients_go_to_dynamo():
     module = warm(tiny.build())
     with served(module) as calls, torch.enable_grad():
         tiny.step(module, tiny.prompt(), 1.0, tiny.latents())
@@ -161,7 +161,7 @@ def no_bias_in_front(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [replaced, fewer_blocks, wider, no_bias_in_front])
 def test_a_module_that_changed_goes_to_dynamo(change: Callable[[nn.Module], None]):
-    """At once if a reused step would notice, and in any case when a step computes."""
+    """At once if a reused step can detect the change, and otherwise at the next computed step."""
     module, plain = warm(tiny.build()), tiny.build()
     with torch.random.fork_rng():
         torch.manual_seed(5)
@@ -209,23 +209,23 @@ def test_one_tensor_for_two_inputs_goes_to_dynamo():
 
 
 def test_a_forward_hook_runs():
-    module, seen = warm(tiny.build()), []
-    handle = module.register_forward_hook(lambda *_: seen.append(1))
+    module, hook_calls = warm(tiny.build()), []
+    handle = module.register_forward_hook(lambda *_: hook_calls.append(1))
     tiny.step(module, tiny.prompt(), 1.0, tiny.latents())
     handle.remove()
-    assert seen == [1]
+    assert hook_calls == [1]
 
 
-def test_a_wrong_argument_is_told_by_the_forward():
+def test_a_wrong_argument_raises_the_error_of_the_forward():
     module = warm(tiny.build())
     with pytest.raises(TypeError, match="forward"):
         module(tiny.latents(), tiny.prompt(), torch.ones(2), colour="red")
 
 
-# What Dynamo drops is dropped here.
+# Graphs that Dynamo no longer uses are not used either.
 
 
-def test_after_a_reset_dynamo_is_asked_again():
+def test_after_a_reset_calls_go_to_dynamo_again():
     module = warm(tiny.build())
     torch._dynamo.reset()
     with served(module) as calls:
@@ -233,7 +233,7 @@ def test_after_a_reset_dynamo_is_asked_again():
     assert calls == [False]
 
 
-def test_eager_on_demand():
+def test_calls_go_to_dynamo_under_the_force_eager_stance():
     module = warm(tiny.build())
     with served(module) as calls, torch.compiler.set_stance("force_eager"):
         tiny.step(module, tiny.prompt(), 1.0, tiny.latents())
@@ -250,7 +250,7 @@ def test_two_modules_of_a_class_use_their_own_weights():
         torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
-def test_what_a_forward_writes_to_its_module_is_written():
+def test_attributes_that_a_forward_writes_are_updated():
     class Counting(tiny.Transformer):
         def __init__(self) -> None:
             super().__init__()
@@ -266,7 +266,7 @@ def test_what_a_forward_writes_to_its_module_is_written():
     assert module.calls == 4
 
 
-def test_a_step_that_raises_leaves_nothing_behind():
+def test_a_step_that_raises_leaves_no_state_behind():
     module, prompt = warm(tiny.build()), tiny.prompt()
     tiny.step(module, prompt, 1.0, tiny.latents())
     tiny.Watch.ran, tiny.Watch.error, tiny.Watch.error_at = 0, RuntimeError("out of memory"), 1

@@ -1,7 +1,8 @@
-"""A front that ran for nothing leaves nothing behind, and what cannot be run twice is left to Dynamo.
+"""A discarded run of the head leaves no state behind, and a graph with effects is left to Dynamo.
 
-Between two steps a block of the region is replaced: a reused step does not notice, a computed one has run its front
-before all of Dynamo's guards are checked.
+Fast dispatch runs the head of a graph, which decides whether the step is computed, before it checks all of Dynamo's
+guards. In these tests a block of the region changes between two steps. A reused step does not detect this. A computed
+step detects it after the head ran; that run is discarded, and the head runs again in another graph.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def test_a_graph_with_effects_is_left_to_dynamo_and_runs_them_once(cls: type[tin
 
 
 def effect_in(function: Callable[..., Any], *args: Tensor) -> str:
-    """Of the graph that Dynamo makes of a function."""
+    """The first effect in the graph that Dynamo captures from a function, or an empty string."""
     found: list[str] = []
 
     def backend(gm: torch.fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
@@ -155,7 +156,7 @@ def writes(value: Tensor) -> None:
         lambda x: F.layer_norm(x, (4,)).chunk(2, -1)[0].float(),
     ],
 )
-def test_what_computes_alone_has_no_effect(function: Callable[..., Any]):
+def test_pure_computation_has_no_effect(function: Callable[..., Any]):
     assert effect_in(function, torch.ones(4, 4)) == ""
 
 
@@ -181,10 +182,10 @@ def test_an_effect_is_found(function: Callable[..., Any], effect: str):
     assert effect_in(function, torch.ones(4, 4)).startswith(effect)
 
 
-# A front that ran for nothing.
+# Discarded runs of the head.
 
 
-def test_the_front_runs_once_however_often_a_block_was_changed():
+def test_each_changed_block_costs_one_extra_run_of_the_head():
     module = enabled(tiny.build(), residual_diff_threshold=0.0)
     ran = []
     for block in (None, 1, 2, 3):
@@ -193,15 +194,15 @@ def test_the_front_runs_once_however_often_a_block_was_changed():
         for timestep in tiny.TIMES[:3]:
             prompt = tiny.prompt()
             ran.append(tiny.ran_blocks(module, prompt, timestep, tiny.latents()))
-    changed = tiny.NUM_BLOCKS + 1  # The front of the graph that was known, and then the whole of the new one.
+    changed = tiny.NUM_BLOCKS + 1  # The head of the known graph, and then the whole new graph.
     assert ran == [4, 4, 4, changed, 4, 4, changed, 4, 4, changed, 4, 4]
     with served(module) as calls:
         tiny.step(module, tiny.prompt(), 0.5, tiny.latents())
     assert calls == [True] and reason(module) == ""
 
 
-def test_a_block_that_changes_back_and_forth_costs_one_front_each_way():
-    """As an adapter that is switched on and off: later switches find both graphs, with all guards checked at first."""
+def test_a_block_that_changes_back_and_forth_costs_one_extra_head_each_way():
+    """Like an adapter that is switched on and off. Later switches find both graphs and check all guards first."""
     module = enabled(tiny.build(), residual_diff_threshold=0.0)
     bias, ran = module.blocks[2].image.bias, []
     for present in (True, False, True, False, True, False, True):
@@ -215,13 +216,13 @@ def test_a_block_that_changes_back_and_forth_costs_one_front_each_way():
     assert calls == [True, True]
 
 
-def test_a_front_that_ran_for_nothing_leaves_nothing_in_its_session():
-    """A prompt that is built anew for every call has served one call, and its session goes on with the next."""
+def test_a_discarded_run_of_the_head_leaves_no_state_in_its_session():
+    """Every call has a new prompt object, and the session continues with the next call."""
 
     def generation(module: nn.Module) -> list[Tensor]:
         outputs = []
         for i, timestep in enumerate(tiny.TIMES):
-            if i == 4:  # Computed, of a generation in which every other step is reused.
+            if i == 4:  # A computed step of a generation in which every other step is reused.
                 drop_bias(module)
             outputs.append(tiny.step(module, tiny.prompt(), timestep, tiny.latents()))
         return outputs
@@ -238,7 +239,7 @@ def test_a_front_that_ran_for_nothing_leaves_nothing_in_its_session():
     assert stats.timesteps == pytest.approx(list(tiny.TIMES))
 
 
-def test_a_decider_is_asked_once_per_step():
+def test_a_decider_is_called_once_per_step():
     class Every:
         asked = 0
 
@@ -255,11 +256,11 @@ def test_a_decider_is_asked_once_per_step():
     assert decider.asked == last(module).num_steps == 5
 
 
-# What a forward does with its keywords.
+# A forward that changes its keyword arguments.
 
 
 def own_keywords(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """As diffusers wraps the forwards that take `joint_attention_kwargs`."""
+    """Copies `options`, like the wrapper of diffusers for forwards that take `joint_attention_kwargs`."""
 
     @functools.wraps(forward)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -287,7 +288,7 @@ class EmptiesOptions(tiny.Transformer):
     [(WithOptions, ""), (EmptiesOptions, "the forward changes L['options']")],
     ids=["own", "the caller's"],
 )
-def test_a_forward_may_change_the_keywords_that_are_its_own(cls: type[tiny.Transformer], why: str):
+def test_a_forward_may_change_only_its_copy_of_the_keywords(cls: type[tiny.Transformer], why: str):
     module = enabled(tiny.frozen(cls()))
     given = dict(hidden_states=tiny.latents(), encoder_hidden_states=tiny.prompt(), timestep=torch.ones(tiny.BATCH))
     first, options = module(**given, options={})[0], {}
@@ -329,13 +330,13 @@ def no_record(*_: Any) -> Any:
 
 @pytest.fixture(params=["guards", "record-of-the-trace"])
 def another_torch(request: Any) -> Callable[[pytest.MonkeyPatch], None]:
-    """A version that lacks a private name, which Dynamo here may need itself."""
+    """Simulates a version without a private name. The installed Dynamo may use the name itself."""
     if request.param == "guards":
         return lambda patch: patch.delattr("torch._dynamo.eval_frame._debug_get_cache_entry_list")
     return lambda patch: patch.setattr("cachedit_fx.frontend.capture.effect_of_call", no_record)
 
 
-def test_where_dynamo_lacks_a_private_name_one_warning_says_so(another_torch: Any, monkeypatch: Any, caplog: Any):
+def test_a_missing_private_name_of_dynamo_causes_one_warning(another_torch: Any, monkeypatch: Any, caplog: Any):
     expected = tiny.generate(enabled(tiny.build(), fast_dispatch=False), tiny.prompt(), tiny.latents())
     torch._dynamo.reset()
     another_torch(monkeypatch)
@@ -358,17 +359,19 @@ def test_an_untested_version_is_logged_and_served(monkeypatch: Any, caplog: Any)
             with served(module) as calls:
                 tiny.step(module, tiny.prompt(), 1.0, tiny.latents())
             assert calls == [True]
-    told = [r.getMessage() for r in caplog.records if "was tested on torch" in r.getMessage()]
-    assert told == [f"cachedit_fx: fast_dispatch was tested on torch 1.0.x, not on {torch.__version__}"]
+    messages = [r.getMessage() for r in caplog.records if "was tested on torch" in r.getMessage()]
+    assert messages == [f"cachedit_fx: fast_dispatch was tested on torch 1.0.x, not on {torch.__version__}"]
     assert not warnings_in(caplog)
 
 
-def test_this_version_is_a_tested_one():
+def test_the_installed_version_is_a_tested_one():
     assert torch.__version__.startswith(torch_internals.TESTED_VERSIONS)
 
 
 def test_a_reason_is_logged_once(caplog: Any):
     with caplog.at_level(logging.INFO, logger="cachedit_fx"):
         module = warm(tiny.frozen(Draws()))
-    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("cachedit_fx: Dynamo makes every call")]
-    assert told == [f"cachedit_fx: Dynamo makes every call of Draws, because {reason(module)}"]
+    messages = [
+        r.getMessage() for r in caplog.records if r.getMessage().startswith("cachedit_fx: Dynamo makes every call")
+    ]
+    assert messages == [f"cachedit_fx: Dynamo makes every call of Draws, because {reason(module)}"]

@@ -1,4 +1,4 @@
-"""Factors that are fitted to recorded generations, against NumPy's least squares, and in the search."""
+"""Factors fitted to recorded generations, compared with NumPy's least squares, and their use in the search."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMPUTED = (0, 3, 4, 8)
 
 
 def outputs(seed: int = 0, size: int = 200) -> NDArray[np.float64]:
-    """Smooth in the step, and not a polynomial of it."""
+    """Outputs that are smooth in the step but no polynomial of it."""
     rng = np.random.default_rng(seed)
     waves, moments = rng.normal(size=(4, size)), np.arange(NUM_STEPS)[:, None] / NUM_STEPS
     return np.exp(-2 * moments) * waves[0] + np.cos(3 * moments) * waves[1] + moments**1.5 * waves[2] + waves[3]
@@ -57,8 +57,8 @@ def test_the_factors_are_those_of_least_squares(memory):
     assert [len(row) for row in forecaster.factors] == [min(memory, len(before(step))) for step in range(NUM_STEPS)]
 
 
-def test_nothing_that_a_polynomial_does_is_missed_by_the_fit():
-    """On what was fitted to; the ridge costs next to nothing."""
+def test_the_fit_is_at_least_as_good_as_a_polynomial():
+    """For the generations that were fitted; the ridge has almost no effect."""
     values = outputs()
     given, searched = [problem(values)], fitting(FittedCalibratorConfig(), [problem(values)])
     for forecaster in (PolynomialCalibratorConfig(order=2), TaylorSeerCalibratorConfig(taylorseer_order=2)):
@@ -66,7 +66,7 @@ def test_nothing_that_a_polynomial_does_is_missed_by_the_fit():
             assert cost_of(given, searched, schedule.computed) <= schedule.cost + 1e-9, count
 
 
-def test_other_generations_of_the_kind_are_forecast_better_than_by_a_polynomial():
+def test_similar_generations_are_forecast_better_than_by_a_polynomial():
     given, unseen = [problem(outputs(seed)) for seed in range(3)], [problem(outputs(9))]
     searched, quadratic = fitting(FittedCalibratorConfig(), given), PolynomialCalibratorConfig(order=2)
     schedule = best_schedules(given, searched)[5]
@@ -74,7 +74,7 @@ def test_other_generations_of_the_kind_are_forecast_better_than_by_a_polynomial(
     assert cost_of(unseen, forecaster, schedule.computed) < 0.5 * best_schedules(unseen, quadratic)[5].cost
 
 
-def test_a_schedule_becomes_a_configuration_that_a_file_holds():
+def test_a_schedule_becomes_a_configuration_that_can_be_written_to_a_file():
     searched = fitting(FittedCalibratorConfig(), [problem(outputs())])
     config = config_of(best_schedules([problem(outputs())], searched)[5])
     forecaster = config.forecaster
@@ -84,7 +84,7 @@ def test_a_schedule_becomes_a_configuration_that_a_file_holds():
 
 
 @pytest.mark.parametrize("computed", [(4.0, 2.0, 0.0), (4.0, 3.0), (5.0, 4.0, 3.0)])
-def test_after_other_steps_than_were_fitted_a_line_is_taken(computed):
+def test_a_line_is_used_after_steps_other_than_the_fitted_ones(computed):
     forecaster, times = fitted(outputs()), Times(computed, 6.0)
     line = PolynomialCalibratorConfig(order=1).numbers(Times(computed[:2], 6.0))
     fits = list(computed) == before(6)[: len(computed)] and len(computed) == len(before(6))
@@ -92,7 +92,7 @@ def test_after_other_steps_than_were_fitted_a_line_is_taken(computed):
     np.testing.assert_allclose(forecaster.numbers(times), [*line, *[0.0] * (len(computed) - 2)])
 
 
-def test_where_a_computed_step_was_not_fitted_it_tells_nothing():
+def test_a_step_without_fitted_factors_repeats_the_last_value():
     forecaster = fitted(outputs())
     rows = [() if step in COMPUTED else row for step, row in enumerate(forecaster.factors)]
     without = FittedCalibratorConfig(computed=COMPUTED, factors=rows)
@@ -100,11 +100,11 @@ def test_where_a_computed_step_was_not_fitted_it_tells_nothing():
     assert without.numbers(Times((4.0, 3.0, 0.0), 6.0)) == forecaster.numbers(Times((4.0, 3.0, 0.0), 6.0))
 
 
-def test_beyond_the_end_a_line_is_taken():
+def test_a_line_is_used_beyond_the_last_fitted_step():
     assert fitted(outputs()).numbers(Times((8.0, 4.0, 3.0), 30.0)) == pytest.approx([6.5, -5.5, 0.0])
 
 
-def test_predict_sums_with_the_factors():
+def test_predict_returns_the_sum_weighted_by_the_factors():
     history = tuple(torch.randn(2, 3) for _ in range(3))
     forecaster = fitted(outputs())
     numbers = forecaster.numbers(Times((4.0, 3.0, 0.0), 6.0))
@@ -113,7 +113,7 @@ def test_predict_sums_with_the_factors():
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"memory": 0}, "memory must be an int >= 1, got 0"),
         ({"by": "timestep"}, "by must be 'step', because factors belong to steps"),
@@ -123,6 +123,6 @@ def test_predict_sums_with_the_factors():
         ({"factors": [1.0]}, "at most memory=3 finite numbers"),
     ],
 )
-def test_fields_are_checked(fields, said):
-    with pytest.raises(ConfigError, match=said):
+def test_fields_are_checked(fields, message):
+    with pytest.raises(ConfigError, match=message):
         FittedCalibratorConfig(**fields)

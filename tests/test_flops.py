@@ -1,4 +1,4 @@
-"""FLOPs of what runs, and of the nodes of a graph."""
+"""FLOPs of a run, and of the nodes of a graph."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cachedit_fx.flops import FlopCounter, flops_of
 
 BATCH, ROWS, WIDTH, WIDER = 2, 5, 8, 12
-PRODUCT = 2 * BATCH * ROWS * WIDTH * WIDER  # A multiplication and an addition for each.
-ATTENTION = 2 * (2 * BATCH * ROWS * ROWS * WIDTH)  # Of the queries with the keys, and of the weights with the values.
+PRODUCT = 2 * BATCH * ROWS * WIDTH * WIDER  # A multiplication and an addition per term.
+ATTENTION = 2 * (2 * BATCH * ROWS * ROWS * WIDTH)  # Queries times keys, and weights times values.
 
 
 def tokens() -> Tensor:
@@ -58,7 +58,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize(("run", "inputs", "expected"), CALLS.values(), ids=CALLS)
-def test_the_nodes_of_a_graph_count_what_its_run_counts(run, inputs, expected):
+def test_the_flops_of_the_nodes_of_a_graph_equal_those_of_its_run(run, inputs, expected):
     given = [make() for make in inputs]
     with torch.no_grad(), FlopCounter() as counter:
         run(*given)
@@ -66,7 +66,7 @@ def test_the_nodes_of_a_graph_count_what_its_run_counts(run, inputs, expected):
     assert sum(flops_of(nodes)) == counter.total == expected
 
 
-def test_a_run_counts_what_torch_counts_and_attention_on_the_cpu():
+def test_a_run_counts_attention_on_the_cpu_in_addition_to_what_torch_counts():
     def run(x: Tensor, w: Tensor) -> Tensor:
         return F.linear(F.scaled_dot_product_attention(x, x, x), w)
 
@@ -78,7 +78,7 @@ def test_a_run_counts_what_torch_counts_and_attention_on_the_cpu():
     assert (theirs.get_total_flops(), ours.total) == (PRODUCT, PRODUCT + ATTENTION)
 
 
-def test_in_inference_mode_a_run_counts_the_same():
+def test_a_run_counts_the_same_in_inference_mode():
     with torch.inference_mode(), FlopCounter() as counter:
         F.linear(tokens(), weight())
     assert counter.total == PRODUCT
@@ -97,12 +97,12 @@ def test_symbolic_sizes_count_as_those_of_the_traced_call():
 def test_in_an_autocast_region_operands_may_differ_in_dtype():
     def run(x: Tensor, w: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return F.linear(F.linear(x, w), w.T)  # The first gives bfloat16, and the weights are float32.
+            return F.linear(F.linear(x, w), w.T)  # The first returns bfloat16, and the weights are float32.
 
     assert sum(flops_of(captured(run, (tokens(), weight())).nodes)) == 2 * PRODUCT
 
 
-def test_a_node_that_cannot_run_by_itself_counts_as_nothing():
+def test_a_node_that_cannot_run_by_itself_counts_no_flops():
     graph = captured(lambda x, w: F.linear(x, w) + F.linear(x, w), (tokens(), weight()))
     product = next(node for node in graph.nodes if "linear" in node.name)
     product.kwargs = {"no_such": 1}

@@ -1,4 +1,4 @@
-"""Forecasters in compiled models, against blocks skipped by hand and NumPy on recorded residuals."""
+"""Forecasters in compiled models, compared with blocks skipped by hand and NumPy on recorded residuals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.sessions import every_session
 STREAMS = ("hidden_states", "encoder_hidden_states")
 MASK = (1, 1, 0, 0, 1, 0, 1, 0)
 STATIC = dict(steps_computation_mask=MASK, steps_computation_policy="static")
-# A forecast is a sum of float32 in another order, and goes through the last projection.
+# A forecast sums float32 values in another order and passes through the output projection.
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 
 
@@ -55,7 +55,7 @@ class Line(LinearForecaster):
 
 @dataclass(frozen=True, kw_only=True)
 class Counting(LinearForecaster):
-    """The last value, times one more than how many steps were reused, and ten times those before."""
+    """The last value times 1 + (steps reused since the newest computed one) + 10 * (reused between the two newest)."""
 
     def numbers(self, times: Times) -> Sequence[float]:
         return (1.0 + len(times.reused) + 10.0 * len(times.between),)
@@ -63,14 +63,14 @@ class Counting(LinearForecaster):
 
 @dataclass(frozen=True, kw_only=True)
 class Average(Forecaster):
-    """The mean of all values so far, of which the newest counts half."""
+    """A running mean in which the newest value has the weight 1/2."""
 
     def update(self, history: tuple[Tensor, ...], value: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
         return ((history[0] + value) / 2,) if history else (value,)
 
 
-Residuals = dict[str, list[tuple[float, np.ndarray]]]  # By stream: positions and values of the computed steps.
-Foretell = Callable[[list[tuple[float, np.ndarray]], float], np.ndarray]
+Residuals = dict[str, list[tuple[float, np.ndarray]]]  # Stream -> positions and values of the computed steps.
+ForecastRule = Callable[[list[tuple[float, np.ndarray]], float], np.ndarray]
 
 
 def by_line(values: list[tuple[float, np.ndarray]], now: float) -> np.ndarray:
@@ -81,7 +81,7 @@ def by_line(values: list[tuple[float, np.ndarray]], now: float) -> np.ndarray:
 
 
 def by_judged_line(values: list[tuple[float, np.ndarray]], now: float) -> np.ndarray:
-    """For each sample the line, if that did not clearly lose to the last value at the newest computed step."""
+    """For each sample the line, unless it was clearly worse than the last value at the newest computed step."""
     used = np.ones(len(values[0][1]), bool)
     for i in range(2, len(values)):
         position, value = values[i]
@@ -96,8 +96,8 @@ def by_judged_line(values: list[tuple[float, np.ndarray]], now: float) -> np.nda
         pace = max(1.0, (position - values[i - 1][0]) / (values[i - 1][0] - values[i - 2][0]))
         jumped = (moved > (3 * pace) ** 2 * before) & (missed > 0.8 * moved)
         used = (missed <= 1.5 * moved) & ~jumped
-    kept = used.reshape(-1, *[1] * (values[-1][1].ndim - 1))
-    return np.where(kept, by_line(values, now), values[-1][1])
+    uses_line = used.reshape(-1, *[1] * (values[-1][1].ndim - 1))
+    return np.where(uses_line, by_line(values, now), values[-1][1])
 
 
 def last(values: list[tuple[float, np.ndarray]], now: float) -> np.ndarray:
@@ -107,12 +107,12 @@ def last(values: list[tuple[float, np.ndarray]], now: float) -> np.ndarray:
 def by_hand(
     model: tiny.Transformer,
     calls: list[dict[str, Tensor]],
-    foretell: dict[str, Foretell],
+    forecast: dict[str, ForecastRule],
     *,
     mask: Sequence[int] = MASK,
     position: Callable[[int, dict[str, Tensor]], float] = lambda step, call: float(step),
 ) -> list[Tensor]:
-    """The outputs of a generation: all but the first block skipped where the mask is 0, what they add is foretold."""
+    """The outputs of a generation. Where the mask is 0, all blocks but the first are replaced by a forecast."""
     residuals: Residuals = {name: [] for name in STREAMS}
     outputs = []
     for step, call in enumerate(calls):
@@ -126,7 +126,7 @@ def by_hand(
             for name, after, before in zip(STREAMS, streams, cut, strict=True):
                 residuals[name].append((now, (after - before).numpy()))
         else:
-            added = [torch.from_numpy(foretell[name](residuals[name], now)).float() for name in STREAMS]
+            added = [torch.from_numpy(forecast[name](residuals[name], now)).float() for name in STREAMS]
             streams = tuple(stream + value for stream, value in zip(streams, added, strict=True))
         hidden, encoder = streams
         outputs.append(model.proj_out(hidden + encoder.mean(1, keepdim=True)))
@@ -152,7 +152,7 @@ def far_apart(found: Sequence[Tensor], other: Sequence[Tensor], steps: Sequence[
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_reused_steps_add_what_numpy_foretells(order: int) -> None:
+def test_reused_steps_add_the_forecast_that_numpy_computes(order: int) -> None:
     forecaster = Line() if order == 1 else {"type": "taylorseer", "taylorseer_order": order}
     found = outputs_of(enabled(forecaster=forecaster), moving())
     rule = by_line if order == 1 else by_taylor
@@ -164,14 +164,14 @@ def test_reused_steps_add_what_numpy_foretells(order: int) -> None:
 
 
 def by_taylor(values: list[tuple[float, np.ndarray]], now: float) -> np.ndarray:
-    """Taylor's sum of order 2 with differences of differences, each over the gap before its own step."""
+    """The Taylor sum of order 2 with differences of differences, each divided by the gap before its step."""
     levels: list[list[np.ndarray]] = []
     for i, (position, value) in enumerate(values):
-        own = [value]
+        level = [value]
         for k in range(min(2, i)):
             if k < len(levels[-1]):
-                own.append((own[k] - levels[-1][k]) / (position - values[i - 1][0]))
-        levels.append(own)
+                level.append((level[k] - levels[-1][k]) / (position - values[i - 1][0]))
+        levels.append(level)
     age = now - values[-1][0]
     return sum(part * age**k / (1, 1, 2)[k] for k, part in enumerate(levels[-1]))  # type: ignore[return-value]
 
@@ -187,7 +187,7 @@ def test_a_stream_that_is_switched_off_repeats_its_last_value(switch: str, cover
     assert far_apart(found, outputs_of(enabled(forecaster=Line()), moving()), [3])
 
 
-def test_positions_may_be_told_by_the_timestep() -> None:
+def test_positions_may_be_timesteps() -> None:
     times = (1.0, 0.95, 0.8, 0.6, 0.55, 0.3, 0.2, 0.1)
     calls = moving(times=times)
     found = outputs_of(enabled(forecaster=Line(by="timestep")), calls)
@@ -196,7 +196,7 @@ def test_positions_may_be_told_by_the_timestep() -> None:
     assert far_apart(found, outputs_of(enabled(forecaster=Line()), calls), [2, 3, 5])
 
 
-def test_without_a_timestep_positions_are_told_by_the_step() -> None:
+def test_without_a_timestep_positions_are_step_numbers() -> None:
     class Timeless(tiny.Transformer):
         def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Any:
             return super().forward(hidden_states, encoder_hidden_states, hidden_states[:, 0, 0].tanh())
@@ -213,7 +213,7 @@ def test_without_a_timestep_positions_are_told_by_the_step() -> None:
     torch.testing.assert_close(run("timestep"), run("step"), rtol=0, atol=0)
 
 
-def test_a_forecaster_is_told_of_the_steps_that_were_reused() -> None:
+def test_a_forecaster_receives_the_steps_that_were_reused() -> None:
     calls, counts = moving(), {2: 1, 3: 2, 5: 21, 7: 11}
     found = outputs_of(enabled(forecaster=Counting()), calls)
     expected = by_hand(
@@ -222,7 +222,7 @@ def test_a_forecaster_is_told_of_the_steps_that_were_reused() -> None:
     assert_close(found, expected)
 
 
-def test_a_cached_value_may_be_no_value_at_all() -> None:
+def test_a_forecaster_may_store_an_average_instead_of_values() -> None:
     def average(values: list[tuple[float, np.ndarray]], now: float) -> np.ndarray:
         mean = values[0][1]
         for _, value in values[1:]:
@@ -233,7 +233,7 @@ def test_a_cached_value_may_be_no_value_at_all() -> None:
     assert_close(found, by_hand(tiny.build(), moving(), dict.fromkeys(STREAMS, average)))
 
 
-def test_the_base_class_changes_no_bit() -> None:
+def test_the_base_class_is_bitwise_equal_to_no_forecaster() -> None:
     found = outputs_of(enabled(forecaster=Forecaster()), moving())
     torch.testing.assert_close(found, outputs_of(enabled(), moving()), rtol=0, atol=0)
 
@@ -241,7 +241,7 @@ def test_the_base_class_changes_no_bit() -> None:
 # State.
 
 
-def test_sessions_in_turn_do_not_mix() -> None:
+def test_interleaved_sessions_do_not_mix() -> None:
     model = enabled(forecaster=Line())
     alone = [outputs_of(enabled(forecaster=Line()), moving(seed)) for seed in (1, 2)]
     mixed: list[list[Tensor]] = [[], []]
@@ -252,7 +252,7 @@ def test_sessions_in_turn_do_not_mix() -> None:
     torch.testing.assert_close(mixed, alone, rtol=0, atol=0)
 
 
-def test_a_new_generation_and_another_size_begin_with_nothing() -> None:
+def test_a_new_generation_and_another_size_start_with_an_empty_history() -> None:
     model = enabled(forecaster=Line())
     first = outputs_of(model, moving())
     torch.testing.assert_close(outputs_of(model, moving()), first, rtol=0, atol=0)
@@ -268,7 +268,7 @@ def test_a_new_generation_and_another_size_begin_with_nothing() -> None:
     assert_close(found[2:], expected)
 
 
-def test_a_refresh_forgets() -> None:
+def test_a_forced_refresh_clears_the_history() -> None:
     found = outputs_of(enabled(forecaster=Line(), force_refresh_step_hint=4), moving())
     masks = (*MASK[:4], *MASK[:4])
     before = by_hand(tiny.build(), moving()[:4], dict.fromkeys(STREAMS, by_line))
@@ -276,18 +276,18 @@ def test_a_refresh_forgets() -> None:
     assert_close(found, [*before, *after])
 
 
-def test_all_that_is_remembered_is_counted() -> None:
+def test_the_state_bytes_include_the_history() -> None:
     one = tiny.STREAM_BYTES + tiny.TEXT_BYTES
     for forecaster, count in ((None, 1), (Line(), 2), ({"type": "taylorseer", "taylorseer_order": 2}, 3)):
         model = enabled(forecaster=forecaster)
         outputs_of(model, moving())
         (stats,) = every_session(model)
-        # What is looked at is kept once.
+        # The probe is stored once.
         verdicts = 0 if forecaster is None else 2 * tiny.BATCH
         assert stats.peak_state_bytes == count * one + tiny.STREAM_BYTES + verdicts
 
 
-def test_another_forecaster_compiles_no_graph_anew() -> None:
+def test_another_forecaster_recompiles_no_graph() -> None:
     model = enabled()
     plain = outputs_of(model, moving())
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -305,21 +305,19 @@ def test_another_forecaster_compiles_no_graph_anew() -> None:
         pytest.param(dict(steps_computation_mask=None, residual_diff_threshold=0.3), id="what-is-looked-at"),
     ],
 )
-def test_a_copy_is_cached_where_buffers_are_written_over(
-    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
-) -> None:
+def test_a_copy_is_cached_if_buffers_are_overwritten(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
     expected = outputs_of(enabled(**fields, compile_blocks="inline"), moving())
 
     def with_buffers(_: InnerCompiler, gm: Any, inputs: list[Tensor]) -> Callable[..., Any]:
-        """Hands out the same tensors at every call, as CUDA graphs do."""
-        held: list[Tensor] = []
+        """Returns the same tensors at every call, as CUDA graphs do."""
+        buffers: list[Tensor] = []
 
         def run(*args: Tensor) -> tuple[Tensor, ...]:
             found = gm(*args)
-            held[:] = held or [tensor.clone() for tensor in found]
+            buffers[:] = buffers or [tensor.clone() for tensor in found]
             return tuple(
                 new if any(new is arg for arg in args) else buffer.copy_(new)
-                for buffer, new in zip(held, found, strict=True)
+                for buffer, new in zip(buffers, found, strict=True)
             )
 
         return run
@@ -332,7 +330,7 @@ def test_a_copy_is_cached_where_buffers_are_written_over(
 
     monkeypatch.setattr(InnerCompiler, "__init__", owning)
     monkeypatch.setattr(InnerCompiler, "__call__", with_buffers)
-    torch._dynamo.reset()  # Else the graphs from above are taken.
+    torch._dynamo.reset()  # Otherwise the graphs from above are used.
     model = enabled(**fields, compile_blocks="inline")
     found = [model(**call)[0].clone() for call in moving()]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -350,15 +348,15 @@ def test_shadow_measures_the_error_of_the_forecast() -> None:
     for step in stats.cached_steps:
         apart = torch.linalg.vector_norm(reused[step] - computed[step]) / torch.linalg.vector_norm(computed[step])
         assert stats.errors[step].reused
-        # The error is itself a small difference of float32.
+        # The error is a small difference of float32 values.
         assert stats.errors[step].output == pytest.approx(apart.item(), rel=1e-3, abs=1e-6)
-    # Step 4 computes: what reusing it would have cost is told from the computed steps before it.
+    # Step 4 is computed. The error of reusing it follows from the computed steps before it.
     counterfactual = by_hand(tiny.build(), moving()[:5], dict.fromkeys(STREAMS, by_line), mask=(1, 1, 0, 0, 0))[4]
     apart = torch.linalg.vector_norm(counterfactual - computed[4]) / torch.linalg.vector_norm(computed[4])
     assert not stats.errors[4].reused and stats.errors[4].output == pytest.approx(apart.item(), rel=1e-3, abs=1e-6)
 
 
-def test_each_list_may_have_a_forecaster_of_its_own() -> None:
+def test_each_list_may_have_a_separate_forecaster() -> None:
     base = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=1, inner_backend="eager", **STATIC)
     found = []
     for first, second in ((Line(), None), (None, Line()), (Line(), Line())):
@@ -371,14 +369,14 @@ def test_each_list_may_have_a_forecaster_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
-def test_real_transformers_and_guidance_branches_go_as_the_reference(name: str) -> None:
+def test_real_transformers_and_guidance_branches_follow_the_reference(name: str) -> None:
     def line(history: list[tuple[int, Tensor]], step: int) -> Tensor:
         found = by_judged_line([(float(at), value.numpy()) for at, value in history], float(step))
         return torch.from_numpy(np.asarray(found, np.float32))
 
     family = FAMILIES[name]
     fields, references = settings(family), []
-    for rule in (dict(foretell=line), {}):
+    for rule in (dict(forecast=line), {}):
         model = family.build()
         with ReferenceCache(model, family.chain(model), **fields, **rule) as reference:
             denoise(reference, family, family.prompt(1), family.latents(1), NUM_STEPS)
@@ -393,7 +391,7 @@ def test_real_transformers_and_guidance_branches_go_as_the_reference(name: str) 
     assert not torch.allclose(recorder.outputs[-1], references[1].records[-1].output, **CLOSE)
 
 
-# How it is given.
+# Ways to pass a forecaster.
 
 
 def test_a_calibrator_is_the_forecaster_by_another_name() -> None:
@@ -430,6 +428,6 @@ class _Never:
         lambda: load_configs({"forecaster": "taylorseer", "calibrator_config": "taylorseer"}),
     ],
 )
-def test_a_forecaster_that_is_given_twice_is_told(use: Callable[[], Any]) -> None:
+def test_giving_a_forecaster_twice_raises_an_error(use: Callable[[], Any]) -> None:
     with pytest.raises(ConfigError, match="calibrator_config and forecaster set the same field, got both"):
         use()

@@ -1,4 +1,4 @@
-"""A forecast that is no better than the last value is not used: where control or guidance ends, and value by value."""
+"""A forecast that is no better than the last value is not used: when control or guidance ends, and per sample."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def no_grad():
 
 
 def controlled() -> list[dict[str, Tensor]]:
-    """Latents that drift a little, and a signal that is added to them until it ends."""
+    """Calls whose latents drift slowly and have a signal added to them until step `SWITCH`."""
     control = 2 * tiny.latents(7)
     return [
         call | {"hidden_states": call["hidden_states"] + control * (step < SWITCH)}
@@ -53,7 +53,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("forecaster", [FoCaCalibratorConfig(), LINE], ids=["foca", "line"])
 @pytest.mark.parametrize("is_static", [False, True], ids=["threshold", "mask"])
-def test_where_control_ends_the_last_value_is_repeated(forecaster: Any, is_static: bool) -> None:
+def test_the_last_value_is_repeated_after_control_ends(forecaster: Any, is_static: bool) -> None:
     mask = [step < 4 or step in (SWITCH, 12) for step in range(16)]
     dynamic = dict(steps_computation_mask=None, residual_diff_threshold=0.3, max_warmup_steps=4)
     fields = dict(steps_computation_mask=[*map(int, mask)]) if is_static else dynamic
@@ -73,8 +73,8 @@ def test_where_control_ends_the_last_value_is_repeated(forecaster: Any, is_stati
     assert f"{after[0]} " in str(stats.to_dict()["not_forecast"]).replace(",", " ")
 
 
-def test_a_guidance_interval_begins_a_branchs_history_anew() -> None:
-    """Guidance runs in steps 0 to 5 and 12 to 15: the branch's own steps are 0 to 9."""
+def test_a_gap_in_guidance_restarts_the_history_of_a_branch() -> None:
+    """Guidance runs in steps 0 to 5 and 12 to 15, which are the steps 0 to 9 of its branch."""
     given = [step for step in range(16) if step < 6 or step > 11]
     mask = (1, 1, 1, 1, 0, 0, 0, 1, 0, 0)
     both = [(moving(seed, SIXTEEN), prompt) for seed, prompt in ((1, tiny.prompt(1)), (2, tiny.prompt(2)))]
@@ -96,7 +96,7 @@ def test_a_guidance_interval_begins_a_branchs_history_anew() -> None:
     assert list(every_session(model)[0].not_forecast) == []
 
 
-def test_a_step_that_raises_leaves_the_verdict() -> None:
+def test_a_step_that_raises_does_not_change_the_verdict() -> None:
     calls = controlled()
     expected, _ = run(calls, forecaster=LINE, steps_computation_mask=None, residual_diff_threshold=0.3)
     model = enabled(forecaster=LINE, steps_computation_mask=None, residual_diff_threshold=0.3)
@@ -112,7 +112,7 @@ def test_a_step_that_raises_leaves_the_verdict() -> None:
 
 
 @pytest.mark.parametrize("forecaster", [None, FoCaCalibratorConfig(), FoCaCalibratorConfig(enable_calibrator=False)])
-def test_explain_counts_what_a_forecaster_keeps(forecaster: Any) -> None:
+def test_explain_counts_the_state_of_a_forecaster(forecaster: Any) -> None:
     calls, fields = moving(), dict(Fn_compute_blocks=1, max_warmup_steps=4, inner_backend="eager")
     config = CacheConfig(**fields, forecaster=forecaster)
     (graph,) = explain(tiny.build(), cache_config=config, **calls[0]).graphs
@@ -120,11 +120,11 @@ def test_explain_counts_what_a_forecaster_keeps(forecaster: Any) -> None:
     assert graph.state_bytes == stats.peak_state_bytes
 
 
-# Value by value.
+# Verdicts per value.
 
 
 def cached_values_of(values: list[Tensor], *, is_static: bool = False) -> list[CachedValue]:
-    """What is kept of a stream after each of these values, each at a step of its own."""
+    """The cached value of a stream after each of these values, one per step."""
     forecast, found = Forecast(LINE, EagerForecaster(LINE)), [CachedValue()]
     for step, value in enumerate(values):
         found.append(found[-1].with_value(value, float(step), ((), ()), forecast, is_static=is_static))
@@ -136,39 +136,39 @@ def verdicts(values: list[Tensor], **fields: bool) -> list[list[bool]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_sample_that_lost_repeats_its_last_value_until_it_wins(dtype: torch.dtype) -> None:
-    """One sample goes on in a line; the other turns back at every step, and then goes on in a line too."""
+def test_a_sample_repeats_its_last_value_while_its_forecast_is_worse(dtype: torch.dtype) -> None:
+    """One sample follows a line; the other alternates between two values and later follows a line too."""
     steady, turning = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 2.0, 1.0, 2.0, 3.0, 4.0]
     shape = torch.ones(2, 3, 4, dtype=dtype)
     values = [shape * torch.tensor(pair, dtype=dtype).view(2, 1, 1) for pair in zip(steady, turning, strict=True)]
     found = cached_values_of(values)
     expected = [[True, True], [True, True], [True, False], [True, False], [True, True], [True, True]]
-    # At 3 the line from 1 to 2 is right for the first time.
+    # At 3 the line from 1 to 2 is correct for the first time.
     assert [cached.verdict.tolist() for cached in found if cached.verdict is not None] == [
         *expected[:3], [True, False], [True, True], [True, True]
     ]  # fmt: skip
     forecast = Forecast(LINE, EagerForecaster(LINE))
     value = found[3].at(5.0, ((), ()), forecast, is_outdated=False)
     assert value is not None and value.dtype == dtype
-    assert value[:, 0, 0].tolist() == [6.0, 2.0]  # Two steps on: the line, and the last value.
+    assert value[:, 0, 0].tolist() == [6.0, 2.0]  # Two steps later: the line, and the last value.
     assert found[3].at(5.0, ((), ()), forecast, is_outdated=True) is values[3]
 
 
-def test_where_the_steps_were_chosen_beforehand_a_jump_alone_counts() -> None:
+def test_with_a_static_mask_only_a_jump_counts() -> None:
     turning = [torch.full((1, 2, 3), value) for value in (1.0, 2.0, 1.0, 2.0)]
     assert verdicts(turning)[-2:] == [[False], [False]] and verdicts(turning, is_static=True)[-2:] == [[True], [True]]
     jumping = [torch.full((1, 2, 3), value) for value in (1.0, 1.1, 1.2, 4.0)]
     assert verdicts(jumping, is_static=True) == [[True], [True], [True], [False]]
 
 
-def test_what_is_no_number_or_stands_still_is_judged() -> None:
+def test_nan_and_constant_values_are_judged() -> None:
     value, broken = torch.ones(2, 2, 2), torch.ones(2, 2, 2)
     broken[1] = torch.nan
     numbers = torch.tensor(terms(cachedit_fx.forecasters.Times((1.0, 0.0), 2.0), is_static=False))
     found = judge((value, value), broken, value, unproven(value), numbers)
     assert found.tolist() == [True, False]
     assert choose(value, broken, found).equal(value)
-    lost = torch.zeros(2, dtype=torch.bool)  # A forecast that is the last value changes no verdict.
+    lost = torch.zeros(2, dtype=torch.bool)  # A forecast that equals the last value changes no verdict.
     assert judge((value, value), value, 2 * value, lost, numbers).tolist() == [False, False]
     assert judge((value, value), value, 2 * value, ~lost, numbers).tolist() == [True, True]
     flat = torch.ones(5)
@@ -176,10 +176,10 @@ def test_what_is_no_number_or_stands_still_is_judged() -> None:
     assert choose(flat, 2 * flat, unproven(flat)).equal(2 * flat)
 
 
-def test_jumps_and_gaps() -> None:
+def test_jumps_and_gaps_are_detected() -> None:
     assert is_jump(1.0, (0.1, 0.2, 0.3)) and not is_jump(0.7, (0.1, 0.2, 0.3))
     assert not any(is_jump(1.0, before) for before in ((), (0.1,), (0.0, 0.0), (float("inf"), 0.1), (0.9, 0.01)))
     assert not is_jump(float("nan"), (0.1, 0.1)) and is_jump(1.0, (9.0, 0.1, 0.1, 0.1))
     assert is_gap((1.0, 0.9, 0.8, 0.3)) and is_gap((0, 1, 2, 3, 9))
     assert not is_gap((1.0, 0.9, 0.8, 0.65)) and not is_gap((1.0, 0.9, 0.2)) and not is_gap((None, None, None, None))
-    assert not is_gap((1.0, 1.0, 0.9, 0.9, 0.8, 0.8, 0.7))  # A scheduler that asks twice.
+    assert not is_gap((1.0, 1.0, 0.9, 0.9, 0.8, 0.8, 0.7))  # A scheduler that calls the model twice per timestep.

@@ -1,4 +1,4 @@
-"""Forecasters foretell what plain recurrences in NumPy do, and what they must foretell exactly."""
+"""Forecasters equal plain recurrences in NumPy, and are exact for the functions that they are made for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cachedit_fx.forecasters import (
 from cachedit_fx.forecasters.compile import CompiledForecaster
 
 Signal = Callable[[float], np.ndarray]
-Plan = list[tuple[float, bool]]  # Per step its position, and whether it is computed.
+Plan = list[tuple[float, bool]]  # For each step its position and whether it is computed.
 
 BUILT_IN = (
     TaylorSeerCalibratorConfig(taylorseer_order=1),
@@ -34,7 +34,7 @@ BUILT_IN = (
     DMDCalibratorConfig(),
 )
 
-# Every step is a position; positions as timesteps have them; a scheduler of second order asks twice at each.
+# Step numbers as positions; timesteps as positions; each timestep twice, as with a second-order scheduler.
 EVEN: Plan = [(s, s < 4 or s % 3 == 0) for s in range(20)]
 UNEVEN: Plan = [(s, s in (0, 1, 2, 5, 6, 11, 13)) for s in range(18)]
 TIMESTEPS: Plan = [(1000 * (1 - 0.9**s), s in (0, 1, 2, 4, 7, 8, 12)) for s in range(16)]
@@ -49,7 +49,7 @@ def eager(graph: fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
 def forecasts(
     forecaster: Forecaster, plan: Plan, signal: Signal, dtype: torch.dtype = torch.float64
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Position and forecast of every step that is not computed, as a runtime would ask for them."""
+    """Position and forecast of every step that is not computed, as the runtime requests them."""
     compiled = CompiledForecaster(forecaster, eager)
     computed: tuple[float, ...] = ()
     reused: list[float] = []
@@ -68,11 +68,11 @@ def forecasts(
 
 
 def close(found: Iterator[tuple[float, np.ndarray]], expected: Signal, tolerance: float) -> None:
-    seen = 0
+    num_forecasts = 0
     for position, value in found:
         np.testing.assert_allclose(value, expected(position), rtol=tolerance, atol=tolerance, err_msg=str(position))
-        seen += 1
-    assert seen > 5
+        num_forecasts += 1
+    assert num_forecasts > 5
 
 
 def wavy(position: float) -> np.ndarray:
@@ -80,11 +80,11 @@ def wavy(position: float) -> np.ndarray:
     return np.array([[[np.sin(t), np.exp(-t / 5), 1 + t, t * t]], [[np.cos(3 * t), 1.0, t, -2 * t**3 / 100]]])
 
 
-# References, written as the recurrences are.
+# References, written as recurrences.
 
 
 class TaylorReference:
-    """With an explicit previous ladder of differences, as cache-dit keeps it."""
+    """TaylorSeer with the differences of the previous computed step stored explicitly, as in cache-dit."""
 
     def __init__(self, order: int) -> None:
         self.order = order
@@ -102,7 +102,7 @@ class TaylorReference:
 
 
 class FoCaReference:
-    """Two windows, one of computed values and one of all, as cache-dit keeps them; `plain` without gaps, as it does."""
+    """FoCa with two windows, of computed and of all values, as in cache-dit; `plain` ignores gaps, like cache-dit."""
 
     def __init__(self, plain: bool = False) -> None:
         self.full: list[tuple[float, np.ndarray]] = []
@@ -133,7 +133,7 @@ class FoCaReference:
 
 
 def dmd_reference(values: list[np.ndarray], k: float) -> np.ndarray:
-    """One sample's forecast from values, oldest first: the singular value decomposition itself, nothing else."""
+    """The forecast of one sample from values, oldest first, by the plain singular value decomposition."""
     x = np.stack([value.ravel() for value in values], axis=1)
     u, s, vt = np.linalg.svd(x[:, :-1], full_matrices=False)
     rank = max(int((s > 1e-4 * s[0]).sum()), 1)
@@ -154,42 +154,42 @@ def run_reference(reference: TaylorReference | FoCaReference, plan: Plan) -> dic
     return found
 
 
-# Against the references. Factors are float32, so errors are those of rounding it a few times.
+# Comparison with the references. Factors are float32, so the errors are a few roundings.
 
 
 @pytest.mark.parametrize("plan", ["even", "uneven", "timesteps"])
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
-def test_taylorseer_is_its_ladder_of_differences(order: int, plan: str):
+def test_taylorseer_equals_its_recurrence_of_differences(order: int, plan: str):
     expected = run_reference(TaylorReference(order), PLANS[plan])
     close(forecasts(TaylorSeerCalibratorConfig(taylorseer_order=order), PLANS[plan], wavy), expected.get, 2e-5)
 
 
 @pytest.mark.parametrize("plan", ["even", "uneven", "timesteps"])
-def test_foca_is_its_two_windows_begun_at_the_third_newest_value(plan: str):
+def test_foca_equals_its_two_windows_started_at_the_third_newest_value(plan: str):
     steps = PLANS[plan]
     expected = {}
     for i, (position, is_computed) in enumerate(steps):
         if not is_computed:
             oldest = [j for j in range(i) if steps[j][1]][-3]
-            # Between the two oldest of the three nothing is foretold: what was there is not remembered.
+            # Nothing is forecast between the two oldest of the three, because the values there are not stored.
             first = [(at, known) for at, known in steps[oldest:i] if known][:2]
             window = first + [step for step in steps[oldest:i] if step[0] > first[1][0]]
             expected[position] = run_reference(FoCaReference(), [*window, (position, False)])[position]
     close(forecasts(FoCaCalibratorConfig(), steps, wavy), expected.get, 2e-5)
 
 
-def test_foca_is_cache_dits_for_three_steps_where_every_step_before_was_computed():
+def test_foca_equals_that_of_cache_dit_for_three_steps_after_only_computed_steps():
     plan: Plan = [(s, s < 7) for s in range(10)]
     expected = run_reference(FoCaReference(plain=True), plan)
     for position, found in forecasts(FoCaCalibratorConfig(), plan, wavy):
         np.testing.assert_allclose(found, expected[position], rtol=2e-5, atol=2e-5)
-    # By hand: F = 4, F_prev = 2; then 4 + (2 + 2) / 2, and so on along the line; after three steps back to F.
+    # By hand: F = 4, F_prev = 2; then 4 + (2 + 2) / 2, and so on along the line; after three steps it returns to F.
     line = dict(forecasts(FoCaCalibratorConfig(), [(s, s < 3) for s in range(15)], lambda t: np.array([2 * t])))
     assert {at: found.item() for at, found in line.items() if at < 6} == {3: 6, 4: 8, 5: 10}
     assert [line[at].item() for at in (6, 8, 14)] == pytest.approx([4 + 6 * 3 / 4, 4 + 6 * 3 / 6, 4 + 6 * 3 / 12])
 
 
-def test_dmd_is_the_decomposition_of_each_sample_or_a_line():
+def test_dmd_equals_the_decomposition_of_each_sample_or_a_line():
     taylor = run_reference(TaylorReference(1), EVEN)
     known: list[tuple[float, np.ndarray]] = []
     expected = {}
@@ -205,11 +205,11 @@ def test_dmd_is_the_decomposition_of_each_sample_or_a_line():
     close(forecasts(DMDCalibratorConfig(), EVEN, wavy), expected.get, 1e-4)
 
 
-# What has to be exact.
+# Functions that are forecast exactly.
 
 
 def polynomial(*coefficients: float) -> Signal:
-    """A polynomial, highest power first, of another scale in each of two samples."""
+    """A polynomial (highest power first) whose scale differs between two samples."""
     return lambda t: np.polyval(coefficients, t / 10) * np.array([[[1.0, -0.5]], [[2.0, 0.25]]])
 
 
@@ -218,44 +218,44 @@ CONSTANT, LINE, PARABOLA = polynomial(0.7), polynomial(0.8, 0.1), polynomial(-0.
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("forecaster", [Forecaster(), *BUILT_IN], ids=repr)
-def test_what_stands_still_is_foretold_by_all(forecaster: Forecaster, plan: str):
+def test_every_forecaster_forecasts_a_constant(forecaster: Forecaster, plan: str):
     close(forecasts(forecaster, PLANS[plan], CONSTANT), CONSTANT, 3e-4)
 
 
 @pytest.mark.parametrize("plan", ["even", "uneven", "timesteps"])
 @pytest.mark.parametrize("forecaster", BUILT_IN[:3], ids=repr)
-def test_a_line_is_foretold_by_polynomials(forecaster: Forecaster, plan: str):
+def test_polynomials_forecast_a_line(forecaster: Forecaster, plan: str):
     close(forecasts(forecaster, PLANS[plan], LINE), LINE, 2e-4)
 
 
 @pytest.mark.parametrize("forecaster", BUILT_IN[1:3], ids=repr)
-def test_a_line_is_foretold_where_timesteps_come_twice(forecaster: Forecaster):
+def test_a_line_is_forecast_if_timesteps_repeat(forecaster: Forecaster):
     close(forecasts(forecaster, TWICE, LINE), LINE, 2e-4)
 
 
-def test_a_line_is_foretold_by_foca_for_three_steps():
+def test_foca_forecasts_a_line_for_three_steps():
     close(forecasts(FoCaCalibratorConfig(), EVEN, LINE), LINE, 1e-5)
 
 
-def test_a_parabola_is_foretold_by_the_polynomial_alone():
+def test_only_the_polynomial_forecasts_a_parabola():
     close(forecasts(PolynomialCalibratorConfig(order=2), UNEVEN, PARABOLA), PARABOLA, 1e-4)
     taylor = TaylorSeerCalibratorConfig(taylorseer_order=2)
     assert max(abs(found - PARABOLA(at)).max() for at, found in forecasts(taylor, UNEVEN, PARABOLA)) > 0.01
 
 
 def exponentials(t: float) -> np.ndarray:
-    """Two decays and a damped wave, mixed otherwise in each sample."""
+    """Two decays and a damped wave, mixed with other weights in each sample."""
     mixed = np.random.default_rng(0).normal(size=(2, 8, 4))
     parts = [0.95**t, 0.8**t, 0.9**t * np.cos(0.5 * t), 0.9**t * np.sin(0.5 * t)]
     return mixed @ np.array(parts)
 
 
-def test_exponentials_are_foretold_by_dmd_between_and_beyond_even_steps():
+def test_dmd_forecasts_exponentials_beyond_evenly_spaced_steps():
     plan: Plan = [(s, s in range(0, 11, 2)) for s in range(16)]
     late = ((at, found) for at, found in forecasts(DMDCalibratorConfig(), plan, exponentials) if at > 10)
     for at, found in late:
         np.testing.assert_allclose(found, exponentials(at), atol=2e-4)
-    # In float32 the values are rounded, which the smallest mode feels.
+    # In float32 the values are rounded, which changes the smallest mode.
     values = list(forecasts(DMDCalibratorConfig(), plan, exponentials, torch.float32))
     assert all(abs(found - exponentials(at)).max() < 0.01 for at, found in values if at > 10)
 
@@ -266,7 +266,7 @@ def test_the_polynomial_is_exact_at_any_positions(gaps: list[float], ahead: floa
     at = np.cumsum(gaps)[::-1][: order + 1].tolist()
     factors = PolynomialCalibratorConfig(order=order).numbers(Times(tuple(at), at[0] + ahead))
     for power in range(len(at)):
-        # Factors may cancel; the error is theirs, times what rounding takes from each.
+        # Factors may cancel; the bound is the sum of their absolute terms times the rounding error.
         bound = 1e-11 * sum(abs(f) * p**power for f, p in zip(factors, at, strict=True)) + 1e-9
         found = sum(f * p**power for f, p in zip(factors, at, strict=True))
         assert abs(found - (at[0] + ahead) ** power) <= bound
@@ -283,7 +283,7 @@ def test_factors_add_up_to_one_at_any_times(gaps: list[float], computed: int, da
         assert abs(sum(numbers) - 1) <= 1e-9 * sum(map(abs, numbers))
 
 
-# What must not go wrong.
+# Edge cases.
 
 
 def dmd(values: list[Tensor], numbers: tuple[float, ...], **fields: int) -> Tensor:
@@ -291,7 +291,7 @@ def dmd(values: list[Tensor], numbers: tuple[float, ...], **fields: int) -> Tens
     return forecaster.predict(tuple(reversed(values)), torch.tensor(numbers))
 
 
-def test_dmd_falls_back_to_a_line_where_it_runs_away_or_is_not_finite():
+def test_dmd_falls_back_to_a_line_if_it_diverges_or_is_not_finite():
     mixed = torch.randn(1, 6, 2, generator=torch.Generator().manual_seed(0))
     grows = [mixed @ torch.tensor([3.0**t, 1.0]) for t in range(6)]
     torch.testing.assert_close(dmd([v[None] for v in grows], (4.0, 6.0)), (5 * grows[5] - 4 * grows[4])[None])
@@ -303,7 +303,7 @@ def test_dmd_falls_back_to_a_line_where_it_runs_away_or_is_not_finite():
     assert torch.equal(zeros, torch.zeros(1, 2, 2))
 
 
-def test_dmd_takes_no_more_modes_than_asked_for_and_none_below_the_rounding():
+def test_dmd_uses_at_most_dmd_rank_modes_and_none_below_the_rounding():
     values = [torch.tensor(exponentials(t)[:1])[None] for t in range(6)]
     one, all_of_them = dmd(values, (1.0, 6.0), dmd_rank=1), dmd(values, (1.0, 6.0))
     assert (one - all_of_them).abs().max() > 0.1
@@ -328,5 +328,5 @@ def test_half_precision_is_summed_in_float32(forecaster: Forecaster, dtype: torc
     halves = tuple(value.to(dtype) for value in reversed(values))
     found = forecaster.predict(halves, numbers)
     assert found.dtype == dtype
-    if not isinstance(forecaster, DMDCalibratorConfig):  # Which leaves out what the dtype rounds off.
+    if not isinstance(forecaster, DMDCalibratorConfig):  # DMD drops modes below the rounding of the dtype.
         assert torch.equal(found, forecaster.predict(tuple(h.float() for h in halves), numbers).to(dtype))

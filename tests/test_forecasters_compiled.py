@@ -1,4 +1,4 @@
-"""Forecasters under an inner compiler, in files, and on their page."""
+"""Forecasters with an inner compiler, in files, and in docs/forecasters.md."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def eager(graph: fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
 
 @dataclass(frozen=True, kw_only=True)
 class MovingAverage(Forecaster):
-    """A user's own: an exponential moving average, which takes values in by itself."""
+    """A custom forecaster: an exponential moving average with its own `update`."""
 
     decay: float = 0.5
     asks: bool = False
@@ -54,8 +54,8 @@ class MovingAverage(Forecaster):
     def update(self, history: tuple[Tensor, ...], value: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
         if not history:
             return (value,)
-        kept = self.decay ** numbers[0]
-        return (kept * history[0] + (1 - kept) * value,)
+        weight = self.decay ** numbers[0]
+        return (weight * history[0] + (1 - weight) * value,)
 
     def predict(self, history: tuple[Tensor, ...], numbers: Tensor) -> Tensor:
         if self.asks and numbers[0] > 1:
@@ -64,7 +64,7 @@ class MovingAverage(Forecaster):
 
 
 class Counting:
-    """An inner compiler that runs graphs as they are, and keeps them."""
+    """An inner compiler that runs graphs unchanged and records them."""
 
     def __init__(self) -> None:
         self.graphs: list[fx.GraphModule] = []
@@ -74,7 +74,7 @@ class Counting:
         return graph.forward
 
 
-def test_a_forecaster_of_ones_own_takes_values_in_by_itself():
+def test_a_custom_forecaster_may_update_its_history_itself():
     inner = Counting()
     compiled = CompiledForecaster(MovingAverage(decay=0.25), inner)
     first, second = torch.tensor([[4.0]]), torch.tensor([[8.0]])
@@ -85,7 +85,7 @@ def test_a_forecaster_of_ones_own_takes_values_in_by_itself():
     assert len(inner.graphs) == 3
 
 
-def test_nothing_is_compiled_where_nothing_is_foretold():
+def test_nothing_is_compiled_if_the_forecast_is_the_last_value():
     inner, value = Counting(), torch.ones(1, 2)
     for forecaster in (Forecaster(), TaylorSeerCalibratorConfig(), DMDCalibratorConfig()):
         compiled = CompiledForecaster(forecaster, inner)
@@ -102,13 +102,13 @@ def test_pieces_are_compiled_once_per_layout_and_hold_no_tensor():
     for factor in (2.0, 3.0):
         assert compiled.predict((value, value), (factor, 1 - factor)).equal(value)
     assert len(inner.graphs) == 1
-    compiled.predict((value.T, value.T), (2.0, -1.0))  # As contiguous as before: the same strides.
+    compiled.predict((value.T, value.T), (2.0, -1.0))  # The transpose may have the same strides.
     for other in (value[:, :2], value[:2], value.double(), torch.ones(4, 8)[:, ::2]):
         compiled.predict((other, other), (2.0, -1.0))
     assert len(inner.graphs) == 6 - (value.T.stride() == value.stride())
     for graph in inner.graphs:
         assert not list(graph.buffers()) and not list(graph.parameters()) and not graph._modules
-        assert not any(isinstance(held, Tensor) for held in vars(graph).values())
+        assert not any(isinstance(attribute, Tensor) for attribute in vars(graph).values())
 
 
 def test_a_forecast_shares_no_memory_with_the_history():
@@ -118,7 +118,7 @@ def test_a_forecast_shares_no_memory_with_the_history():
 
 
 @pytest.mark.parametrize("forecaster", BUILT_IN, ids=repr)
-def test_under_an_eager_backend_results_are_those_of_the_functions(forecaster: Forecaster):
+def test_with_an_eager_backend_results_equal_those_of_the_functions(forecaster: Forecaster):
     torch.manual_seed(0)
     history = tuple(torch.randn(2, 3, 4) for _ in range(forecaster.depth))
     numbers = forecaster.numbers(Times(tuple(range(forecaster.depth))[::-1], forecaster.depth + 1))
@@ -132,8 +132,8 @@ def test_under_an_eager_backend_results_are_those_of_the_functions(forecaster: F
 
 
 @pytest.mark.slow
-def test_tracing_a_forecaster_changes_nothing_that_other_threads_see():
-    """What they call would fail its guards meanwhile, and Dynamo would compile it once more."""
+def test_tracing_a_forecaster_changes_no_state_that_other_threads_use():
+    """Otherwise the guards of their calls would fail meanwhile and Dynamo would recompile."""
     found: list[tuple[object, object, bool]] = []
 
     class Spying(Forecaster):
@@ -156,16 +156,16 @@ def test_inductor_compiles_sums_and_the_operator_of_dmd():
     numbers = forecaster.numbers(Times((3, 2, 1, 0), 5))
     found = CompiledForecaster(forecaster, compile_fx).predict(history, numbers)
     expected = forecaster.predict(history, torch.tensor(numbers))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # Fused sums round in another order.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # Fused kernels sum in another order.
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inductor_compiles_what_judges_and_what_chooses(dtype: torch.dtype):
+def test_inductor_compiles_the_functions_that_judge_and_choose(dtype: torch.dtype):
     from torch._inductor.compile_fx import compile_fx
 
     forecaster, noise = FoCaCalibratorConfig(), torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
-    turns = torch.tensor([0.0, 1.0]).view(2, 1, 1)  # One sample goes on in a line, the other turns back at each step.
+    turns = torch.tensor([0.0, 1.0]).view(2, 1, 1)  # One sample follows a line, the other alternates.
     values = [(noise * (1 + step * (1 - turns) + turns * (step % 2))).to(dtype) for step in range(4)]
     history, value = tuple(reversed(values[:3])), values[3]
     times, verdict = Times((2.0, 1.0, 0.0), 3.0), torch.ones(2, dtype=torch.bool)
@@ -180,8 +180,8 @@ def test_inductor_compiles_what_judges_and_what_chooses(dtype: torch.dtype):
 # Names and fields.
 
 
-@pytest.mark.parametrize("name", [name for name in forecasters() if name != "fitted"])  # That is for steps alone.
-def test_a_forecaster_comes_back_from_what_it_is_written_as(name: str):
+@pytest.mark.parametrize("name", [name for name in forecasters() if name != "fitted"])  # It takes only steps.
+def test_a_forecaster_can_be_written_and_read_back(name: str):
     forecaster = forecasters()[name](by="timestep", enable_encoder_calibrator=False)
     written = json.loads(json.dumps(as_mapping(forecaster)))
     assert written == {"type": name, "by": "timestep", "enable_encoder_calibrator": False}
@@ -190,11 +190,11 @@ def test_a_forecaster_comes_back_from_what_it_is_written_as(name: str):
     assert forecaster_from(forecaster) is forecaster
 
 
-def test_nothing_is_written_as_nothing():
+def test_no_forecaster_is_written_as_none():
     assert forecaster_from(None) is None and as_mapping(None) is None
 
 
-def test_a_class_of_ones_own_has_a_name():
+def test_a_custom_class_can_be_registered_under_a_name():
     @register_forecaster("average")
     @dataclass(frozen=True, kw_only=True)
     class Average(LinearForecaster):
@@ -228,12 +228,12 @@ def test_a_class_of_ones_own_has_a_name():
         (FoCaCalibratorConfig, dict(calibrator_cache_type="hidden_states"), "must be 'residual' (a reused step adds"),
     ],
 )
-def test_a_field_that_cannot_be_is_told(kind: type[Forecaster], fields: dict[str, object], says: str):
+def test_an_invalid_field_raises_an_error(kind: type[Forecaster], fields: dict[str, object], says: str):
     with pytest.raises(ConfigError, match=re.escape(says)):
         kind(**fields)
 
 
-def test_forecasters_are_values():
+def test_forecasters_compare_by_value():
     one, other = TaylorSeerCalibratorConfig(taylorseer_order=2), TaylorSeerCalibratorConfig(taylorseer_order=2)
     assert one == other and hash(one) == hash(other) and one != PolynomialCalibratorConfig()
     assert dataclasses.replace(one, by="timestep").by == "timestep"

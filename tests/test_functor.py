@@ -1,4 +1,4 @@
-"""Patch functors: a model that no template fits is brought within reach of one, and is what it was afterwards."""
+"""Patch functors make a model fit a template that did not fit it, and the model can be restored."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def config(**fields: Any) -> cachedit_fx.CacheConfig:
 
 
 def refusal(case: Case) -> str:
-    """What the model is told without its functor."""
+    """The message of the error without the functor."""
     model = build(case)
     cachedit_fx.enable_cache(case.adapter(model, None), config())
     with pytest.raises((NoMatchError, PatternError)) as caught:
@@ -63,11 +63,11 @@ def test_the_model_does_not_match_without_its_functor(case):
     assert case.mismatch in flat(refusal(case))
 
 
-def test_a_stream_that_the_last_block_loses_is_told_as_such():
+def test_a_stream_that_the_last_block_loses_is_reported_as_lost():
     assert "no output of block 3 has the same shape as any of its inputs" in refusal(CASES["give_to_block"])
 
 
-def test_with_its_functor_the_model_matches_and_computed_steps_are_bitwise_its_own(case):
+def test_with_its_functor_the_model_matches_and_computed_steps_are_bitwise_equal(case):
     model = build(case)
     cachedit_fx.enable_cache(case.adapter(model, case.functor()), config(residual_diff_threshold=0.0))
     assert_bitwise(generate(model), generate(build(case)))
@@ -85,7 +85,7 @@ def test_reused_steps_are_bitwise_those_of_a_reference_written_by_hand(case):
     assert stats.cached_steps == reused == [1, 3, 5, 7]
 
 
-def test_disable_cache_makes_the_model_what_it_was(case):
+def test_disable_cache_restores_the_model(case):
     model = build(case)
     before = [dict(module.__dict__) for module in model.modules()]
     cachedit_fx.enable_cache(case.adapter(model, case.functor()), config())
@@ -95,7 +95,7 @@ def test_disable_cache_makes_the_model_what_it_was(case):
     assert_bitwise(generate(model), generate(build(case)))
 
 
-def test_the_other_way_to_compile_pieces_gives_the_same(case):
+def test_compiling_blocks_inline_gives_the_same_outputs(case):
     model = build(case)
     cachedit_fx.enable_cache(case.adapter(model, case.functor()), config(compile_blocks="inline"))
     assert_bitwise(generate(model), by_hand(case, calls())[0])
@@ -126,7 +126,7 @@ def grown(given: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         pytest.param("split_stream", marks=pytest.mark.filterwarnings("ignore:Raw SymInt value")),
     ],
 )
-def test_another_size_is_cached_too(name):
+def test_another_size_is_cached(name):
     case = CASES[name]
     model = build(case)
     cachedit_fx.enable_cache(case.adapter(model, case.functor()), config())
@@ -139,7 +139,7 @@ def test_another_size_is_cached_too(name):
 
 
 @pytest.mark.filterwarnings("ignore:Raw SymInt value")
-def test_a_stream_of_a_length_that_was_rounded_up_can_be_split():
+def test_a_stream_whose_length_was_rounded_up_can_be_split():
     class Padded(Joint):
         def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
             scale = (1 + timestep)[:, None, None]
@@ -158,7 +158,7 @@ def test_a_stream_of_a_length_that_was_rounded_up_can_be_split():
 
 
 def test_work_between_blocks_that_undoes_a_layout_needs_no_functor():
-    """Every second block hands on columns; before the next they are rows again."""
+    """After every second block the stream is converted to columns and back to rows."""
 
     class Turns(Model):
         block = JointBlock
@@ -178,8 +178,8 @@ def test_work_between_blocks_that_undoes_a_layout_needs_no_functor():
     assert every_session(model)[0].region == "blocks[1:4]"
 
 
-def test_split_stream_gives_back_slices_that_carry_their_names_and_sizes():
-    seen = []
+def test_split_stream_returns_slices_with_their_names_and_sizes():
+    found = []
 
     class Look(PatchFunctor):
         def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
@@ -187,14 +187,14 @@ def test_split_stream_gives_back_slices_that_carry_their_names_and_sizes():
                 (reader, *_) = joint.users
                 parts = split_stream(joint, (TEXT, TOKENS), 1, (ENCODER, HIDDEN))
                 (whole,) = parts[0].users
-                seen.append((joint, reader, parts, whole))
+                found.append((joint, reader, parts, whole))
             return gm
 
     case = CASES["split_stream"]
     model = build(case)
     cachedit_fx.enable_cache(case.adapter(model, Look()), config())
     generate(model, TIMES[:1])
-    joint, reader, parts, whole = seen[1]
+    joint, reader, parts, whole = found[1]
     assert [part.meta["cachedit_name"] for part in parts] == [ENCODER, HIDDEN]
     assert [part.meta["example_value"].shape[1] for part in parts] == [TEXT, TOKENS]
     assert set(joint.users) == set(parts)

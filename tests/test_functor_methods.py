@@ -1,4 +1,4 @@
-"""What a patch functor replaces and puts back, and what is told when it fails."""
+"""The methods that a patch functor replaces and restores, and the errors if it fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def no_grad():
 
 
 class Branching(nn.Module):
-    """Branches on a tensor before its blocks: Dynamo cannot capture it whole."""
+    """Branches on a tensor before its blocks, so that Dynamo cannot capture it as one graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def attributes(model: nn.Module) -> list[dict[str, Any]]:
 # prepare, replace_method, restore.
 
 
-def test_a_model_that_cannot_be_captured_whole_is_prepared():
+def test_a_functor_prepares_a_model_that_cannot_be_captured_as_one_graph():
     with pytest.raises(Unsupported):
         generate(enable(hybrid.build(Branching), None))
     torch._dynamo.reset()
@@ -81,7 +81,7 @@ def test_a_model_that_cannot_be_captured_whole_is_prepared():
     assert_bitwise(outputs[:1], generate(hybrid.build(Branching), TIMES[:1]))
 
 
-def test_only_the_one_instance_is_changed():
+def test_only_the_given_instance_is_changed():
     model, other = hybrid.build(Branching), hybrid.build(Branching)
     own_class, others = dict(Branching.__dict__), attributes(other)
     enable(model, Prepares())
@@ -92,7 +92,7 @@ def test_only_the_one_instance_is_changed():
     assert other.scale_at.__func__ is Branching.scale_at
 
 
-def test_disable_cache_puts_every_method_back():
+def test_disable_cache_restores_every_method():
     model = hybrid.build(Branching)
     before, expected = attributes(model), generate(model)
     enable(model, Prepares())
@@ -102,18 +102,18 @@ def test_disable_cache_puts_every_method_back():
     assert_bitwise(generate(model), expected)
 
 
-def test_a_method_that_an_instance_had_of_its_own_is_put_back():
+def test_a_method_that_was_set_on_the_instance_is_restored():
     model = hybrid.build(Branching)
-    own = model.scale_at.__get__(model)
-    model.scale_at = own
+    instance_method = model.scale_at.__get__(model)
+    model.scale_at = instance_method
     functor = Prepares()
     functor.prepare(model)
-    assert model.__dict__["scale_at"] is not own
+    assert model.__dict__["scale_at"] is not instance_method
     functor.restore(model)
-    assert model.__dict__["scale_at"] is own
+    assert model.__dict__["scale_at"] is instance_method
 
 
-def test_methods_of_modules_inside_are_put_back_too():
+def test_methods_of_submodules_are_restored():
     model = hybrid.build(Branching)
     before = attributes(model)
     functor = PatchFunctor()
@@ -124,7 +124,7 @@ def test_methods_of_modules_inside_are_put_back_too():
     assert attributes(model) == before
 
 
-def test_a_method_replaced_twice_is_put_back_as_it_was_at_first():
+def test_a_method_replaced_twice_is_restored_to_the_original():
     model = hybrid.build(Branching)
     before = attributes(model)
     functor = PatchFunctor()
@@ -133,11 +133,11 @@ def test_a_method_replaced_twice_is_put_back_as_it_was_at_first():
     assert model.scale_at(3) == 3
     functor.restore(model)
     assert attributes(model) == before
-    functor.restore(model)  # There is nothing left to do.
+    functor.restore(model)  # A second restore does nothing.
     assert attributes(model) == before
 
 
-def test_a_functor_of_two_models_restores_the_one_that_is_let_go():
+def test_a_functor_of_two_models_restores_only_the_disabled_one():
     first, second = hybrid.build(Branching), hybrid.build(Branching)
     functor = Prepares()
     for model in (first, second):
@@ -159,7 +159,7 @@ def test_the_methods_stay_replaced_when_the_configuration_changes():
     assert attributes(model) == before
 
 
-def test_a_method_that_is_not_there_is_told():
+def test_replacing_a_missing_method_raises_an_error():
     model = hybrid.build(Branching)
     before = attributes(model)
     for name in ("scale_of", "training"):
@@ -168,7 +168,7 @@ def test_a_method_that_is_not_there_is_told():
     assert attributes(model) == before
 
 
-def test_a_functor_that_cannot_prepare_leaves_the_model_as_it_was():
+def test_a_functor_that_fails_to_prepare_leaves_the_model_unchanged():
     class Halfway(Prepares):
         def prepare(self, transformer: nn.Module) -> None:
             super().prepare(transformer)
@@ -181,10 +181,10 @@ def test_a_functor_that_cannot_prepare_leaves_the_model_as_it_was():
     assert attributes(model) == before
 
 
-# When the cache is enabled again.
+# Enabling the cache again.
 
 
-def test_the_same_functor_again_compiles_nothing():
+def test_enabling_the_same_functor_again_compiles_nothing():
     model, functor = hybrid.build(), PatchFunctor()
     enable(model, functor)
     compiled = model._compiled_call_impl
@@ -211,7 +211,7 @@ def test_enable_cache_with_the_same_registered_adapter_does_nothing():
     assert model._compiled_call_impl is compiled
 
 
-# When apply fails.
+# A failing `apply`.
 
 
 def raises(gm: fx.GraphModule) -> fx.GraphModule:
@@ -244,18 +244,18 @@ def test_a_functor_that_fails_on_the_graph_is_named(apply):
         assert "RuntimeError: no such node\n" in message
 
 
-def test_block_nodes_are_those_of_each_block_in_order():
-    seen = []
+def test_block_nodes_returns_the_nodes_of_each_block_in_order():
+    found = []
 
     class Look(PatchFunctor):
         def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
-            seen.append((list(gm.graph.nodes), cachedit_fx.functors.block_nodes(gm, "blocks")))
+            found.append((list(gm.graph.nodes), cachedit_fx.functors.block_nodes(gm, "blocks")))
             assert cachedit_fx.functors.block_nodes(gm, "no_such_list") == []
             return gm
 
     model = hybrid.build()
     generate(enable(model, Look()))
-    ((nodes, blocks),) = seen
+    ((nodes, blocks),) = found
     assert len(blocks) == len(model.blocks)
     ordered = [node for block in blocks for node in block]
     assert ordered == sorted(ordered, key=nodes.index) and len(set(ordered)) == len(ordered)

@@ -1,6 +1,6 @@
-"""Models whose code cache-dit patches are cached here as they are, and docs/functors.md says how.
+"""Models whose code cache-dit patches are cached here without a functor, as docs/functors.md describes.
 
-That they are, and in which lists, is tested in `tests/test_zoo.py`, which also holds the rows of docs/models.md.
+`tests/test_zoo.py` tests that they are cached, and in which lists; it also tests the rows of docs/models.md.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def test_the_page_lists_these_models_and_those_with_a_functor():
 
 
 @every_model
-def test_the_page_says_which_lists_are_found_and_what_they_match(variant: Variant):
-    said = re.findall(r"`(\w+)` (\d(?: or \d)?)", rows()[variant.kind.__name__][-1])
+def test_the_page_names_the_lists_that_are_found_and_the_patterns_that_they_match(variant: Variant):
+    listed = re.findall(r"`(\w+)` (\d(?: or \d)?)", rows()[variant.kind.__name__][-1])
     (row,) = re.findall(rf"^\| {variant.name} \(.*$", MODELS.read_text(encoding="utf-8"), re.MULTILINE)
     lists = re.findall(r"`(\w+)` \(\d+\): pattern (\d(?: or \d)?) ", row)
-    assert said == lists and [path for path, _ in lists] == [*variant.lists]
+    assert listed == lists and [path for path, _ in lists] == [*variant.lists]
     assert "Functor" not in row
 
 
@@ -81,7 +81,7 @@ class LatticeBlock(nn.Module):
 
 
 class LatticeTransformer(nn.Module):
-    """The transformer that the page's example speaks of."""
+    """The transformer of the example in the page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class LatticeTransformer(nn.Module):
         return (a + b.mean(1, keepdim=True),)
 
 
-def test_the_example_of_the_page_makes_its_transformer_cacheable_and_is_undone():
+def test_the_example_of_the_page_makes_its_transformer_cacheable_and_can_be_undone():
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     transformer = LatticeTransformer().eval().requires_grad_(False)
     inputs = dict(hidden_states=noise(2, 6, 8, seed=1), encoder_hidden_states=noise(2, 5, 8, seed=1))
@@ -111,7 +111,7 @@ def test_the_example_of_the_page_makes_its_transformer_cacheable_and_is_undone()
     outputs = [transformer(**call)[0] for call in calls]
     (stats,) = cachedit_fx.summary(transformer, logging=False)
     assert stats.decisions == DECISIONS
-    # The gain: a float of 64 bits by NumPy, of 32 by the functor.
+    # The gain is a float64 from NumPy in the original and a float32 with the functor.
     torch.testing.assert_close(outputs[0::2], uncached[0::2], rtol=0, atol=1e-6)
     assert not torch.equal(outputs[1], uncached[1])
     cachedit_fx.disable_cache(names["adapter"])

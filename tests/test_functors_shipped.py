@@ -1,4 +1,4 @@
-"""The patch functors that come with the package: same outputs, one graph, and nothing left behind."""
+"""The patch functors of the package: the same outputs, one graph, and a complete restore."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor, HunyuanImagePatchFunctor
 from cachedit_fx.functors.functor import PatchFunctor
 
-# Matrix products of other sizes may add up in another order; a step of float32 around 1 is 1.2e-7.
+# Matrix products of other sizes may sum in another order; the spacing of float32 around 1 is 1.2e-7.
 ROUNDING = 1e-6
-BLOCKS = 1  # In each list.
+BLOCKS = 1  # Blocks per list.
 Inputs = dict[str, Any]
 
 
@@ -60,7 +60,7 @@ def hidream_inputs(
 
 
 def packed_by_the_caller(transformer: nn.Module, inputs: Inputs) -> Inputs:
-    """The same image as a caller hands it over who packs it himself and has its size as integers."""
+    """The same inputs with an image that the caller has packed and with its size as integers."""
     patches, _, sizes, ids = type(transformer).patchify(transformer, inputs["hidden_states"])  # type: ignore[operator]
     packed = {"hidden_states": patches, "img_ids": ids, "img_sizes": [tuple(size) for size in sizes.tolist()]}
     return {**inputs, **packed, "hidden_states_masks": torch.ones(patches.shape[:2])}
@@ -92,12 +92,12 @@ def hunyuan_image_inputs(
     valid_2: tuple[int, ...] = (),
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
-    """`valid` and `valid_2`: how many tokens of either text each sample has, scattered over it; all if empty."""
+    """`valid` and `valid_2`: the number of valid tokens of each text per sample, scattered over it; all if empty."""
     generator = torch.Generator().manual_seed(batch + height + width + text)
 
     def mask(length: int, counts: tuple[int, ...]) -> Tensor:
         ranks = torch.rand(batch, length, generator=generator)
-        ranks[:, 0] = 0  # The first of a row is always valid: the model divides by their number.
+        ranks[:, 0] = 0  # The first token of a row is always valid, because the model divides by their number.
         return (ranks.argsort(1).argsort(1) < torch.tensor(counts or (length,) * batch)[:, None]).float()
 
     return {
@@ -117,7 +117,7 @@ def without_second_text(inputs: Inputs) -> Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """A model with the functor for it; `replaced` are the methods that it swaps, on the transformer and inside."""
+    """A model with its functor; `replaced` are the methods that it replaces, on the transformer and its submodules."""
 
     functor: type[PatchFunctor]
     build: Callable[[], nn.Module]
@@ -166,7 +166,7 @@ def run(model: Callable[..., Any], inputs: Inputs) -> Tensor:
 
 
 def capture(model: nn.Module, dynamic: bool | None = None) -> tuple[Callable[..., Any], list[fx.GraphModule]]:
-    """`model` compiled whole, and the graphs that Dynamo makes of it."""
+    """`model` compiled as one graph, and the graphs that Dynamo captured."""
     torch._dynamo.reset()
     graphs: list[fx.GraphModule] = []
     return torch.compile(model, backend=lambda gm, _: graphs.append(gm) or gm, fullgraph=True, dynamic=dynamic), graphs
@@ -197,12 +197,12 @@ def test_bfloat16_outputs_stay_the_same(case: Case) -> None:
     inputs = case.inputs(dtype=torch.bfloat16)
     expected = run(model, inputs)
     case.functor().prepare(model)
-    # One step of bfloat16 at 1 to 2, the size of the outputs, should a product be rounded the other way.
+    # The spacing of bfloat16 from 1 to 2, the size of the outputs, in case a product is rounded differently.
     torch.testing.assert_close(run(model, inputs), expected, rtol=0, atol=2**-7)
 
 
 def test_one_graph_is_captured(case: Case) -> None:
-    """Whatever the first call is like: square or not, ragged, with one text."""
+    """For every kind of first call: square or not, ragged, with one text."""
     model = case.build()
     inputs = variants(case)
     inputs = [inputs[0], *inputs[3:]]
@@ -224,15 +224,15 @@ def test_one_graph_is_captured_in_inference_mode(case: Case) -> None:
     assert len(graphs) == 1
 
 
-def test_the_original_is_not_captured_whole(case: Case) -> None:
-    """Once diffusers' own code is, the functor can go."""
+def test_the_original_is_not_captured_as_one_graph(case: Case) -> None:
+    """If diffusers' code can be captured as one graph, the functor can be removed."""
     compiled, _ = capture(case.build())
     with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)):
         run(compiled, case.inputs())
 
 
 def test_sizes_may_be_dynamic(case: Case) -> None:
-    """Batch, image and text: none is fixed in the graph. (Sizes that are a width of the model's would be.)"""
+    """Batch, image and text are not fixed in the graph. (A size that equals a width of the model would be.)"""
     model = case.build()
     inputs = [
         case.inputs(batch=batch, height=side, width=side, text=text)
@@ -251,7 +251,7 @@ def test_restore_leaves_nothing_behind(case: Case) -> None:
     inputs, own_class = case.inputs(), dict(type(model).__dict__)
     expected = run(model, inputs)
     functor = case.functor()
-    compiled, _ = capture(model)  # Before the attributes are noted: torch.compile marks the model.
+    compiled, _ = capture(model)  # Before the attributes are recorded, because torch.compile marks the model.
     before, other_before = attributes(model), attributes(other)
     functor.prepare(model)
     added = {name for old, new in zip(before, attributes(model), strict=True) for name in new.keys() - old.keys()}
@@ -265,7 +265,7 @@ def test_restore_leaves_nothing_behind(case: Case) -> None:
     torch.testing.assert_close(run(model, inputs), expected, rtol=0, atol=0)
 
 
-def test_prepared_twice_is_as_good_as_once(case: Case) -> None:
+def test_preparing_twice_is_the_same_as_once(case: Case) -> None:
     model, inputs = case.build(), case.inputs()
     expected, before = run(model, inputs), attributes(model)
     functors = case.functor(), case.functor()
@@ -318,7 +318,7 @@ def test_training_mode_unpatchifies_as_before() -> None:
     torch.testing.assert_close(model.unpatchify(patches, [(4, 4)], True), expected, rtol=0, atol=0)
 
 
-def test_a_forward_that_hooks_put_in_place_is_kept() -> None:
+def test_a_forward_that_hooks_replaced_is_still_called() -> None:
     model, inputs = hunyuan_image(), hunyuan_image_inputs(valid=(3, 6))
     expected, calls = run(model, inputs), []
     for module in (model, model.context_embedder):
@@ -354,12 +354,12 @@ def mixture(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def compare_mixture(model: nn.Module, x: Tensor) -> fx.GraphModule:
-    """Asserts that `mixture(model)` stays what it is, captured or not. Returns the graph."""
+    """Asserts that the functor does not change the outputs of `mixture(model)`, captured or not. Returns the graph."""
     layer = mixture(model)
     expected = layer(x)
     HiDreamPatchFunctor().prepare(model)
     compiled, graphs = capture(layer)
-    # One step of bfloat16 at 0.5 to 1, the size of the outputs.
+    # The spacing of bfloat16 from 0.5 to 1, the size of the outputs.
     atol = ROUNDING if expected.dtype == torch.float32 else 2**-8
     for output in (layer(x), compiled(x)):
         torch.testing.assert_close(output, expected, rtol=0, atol=atol)
@@ -387,12 +387,12 @@ def with_a_bias(expert: nn.Module) -> None:
     expert.w1.bias = nn.Parameter(torch.ones_like(expert.w1.weight[:, 0]))
 
 
-# Linear layers of a mixture beside its experts: the gate's, and three of the shared expert.
+# Linear layers of a mixture other than those of its experts: one of the gate and three of the shared expert.
 BESIDE = 4
 
 
 @pytest.mark.parametrize(("experts", "chosen"), [(4, 2), (7, 3), (5, 1)])
-def test_bfloat16_tokens_go_through_their_own_experts_alone(experts: int, chosen: int) -> None:
+def test_bfloat16_tokens_go_only_through_their_chosen_experts(experts: int, chosen: int) -> None:
     model = hidream(experts, chosen).to(torch.bfloat16)
     graph = compare_mixture(model, torch.randn(2, 19, 32, dtype=torch.bfloat16))
     assert (count(graph, "grouped_mm"), count(graph, "linear")) == (3, BESIDE)
@@ -403,7 +403,7 @@ def test_other_dtypes_go_through_all_experts() -> None:
     assert (count(graph, "grouped_mm"), count(graph, "linear")) == (0, 3 * 4 + BESIDE)
 
 
-def test_nothing_is_grouped_where_all_experts_are_chosen() -> None:
+def test_nothing_is_grouped_if_all_experts_are_chosen() -> None:
     graph = compare_mixture(hidream(2, 2).to(torch.bfloat16), torch.randn(2, 19, 32, dtype=torch.bfloat16))
     assert (count(graph, "grouped_mm"), count(graph, "linear")) == (0, 3 * 2 + BESIDE)
 
@@ -411,7 +411,7 @@ def test_nothing_is_grouped_where_all_experts_are_chosen() -> None:
 @pytest.mark.parametrize(
     "change", [doubled_by_hooks, doubled_by_another_forward, doubled_by_another_class, with_a_bias]
 )
-def test_experts_that_are_more_than_their_weights_are_called(change: Callable[[nn.Module], None]) -> None:
+def test_experts_with_hooks_other_forwards_or_biases_are_called(change: Callable[[nn.Module], None]) -> None:
     model = hidream(4, 2).to(torch.bfloat16)
     change(mixture(model).experts[2])
     graph = compare_mixture(model, torch.randn(2, 19, 32, dtype=torch.bfloat16))
@@ -426,11 +426,11 @@ def test_autocast_chooses_the_dtype_of_the_experts(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_experts_that_nobody_chose_have_no_say(dtype: torch.dtype) -> None:
+def test_experts_that_no_token_chose_do_not_change_the_output(dtype: torch.dtype) -> None:
     model = hidream(4, 2).to(dtype)
     layer = mixture(model)
     with torch.no_grad():
-        layer.gate.weight.copy_(torch.tensor([-1.0, 0.1, -1.0, 0.2])[:, None])  # For positive tokens: 3 and 1.
+        layer.gate.weight.copy_(torch.tensor([-1.0, 0.1, -1.0, 0.2])[:, None])  # Positive tokens choose 3 and 1.
         for index in (0, 2):
             layer.experts[index].w2.weight.fill_(torch.inf)
     x = torch.rand(2, 19, 32).to(dtype)
@@ -438,6 +438,6 @@ def test_experts_that_nobody_chose_have_no_say(dtype: torch.dtype) -> None:
     assert run(lambda x: (layer(x),), {"x": x}).isfinite().all()
 
 
-def test_the_package_does_without_diffusers() -> None:
+def test_the_functors_can_be_imported_without_diffusers() -> None:
     code = "import sys; sys.modules['diffusers'] = None; import cachedit_fx.cache_factory.patch_functors"
     subprocess.run([sys.executable, "-c", code], check=True)
