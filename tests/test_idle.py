@@ -1,4 +1,4 @@
-"""A model that runs without the cache says so: every call is counted, and the reason is told when it begins."""
+"""A model that runs without the cache is reported: every call is counted, and the reason is logged once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def logged_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return lambda: warnings_in(caplog)
 
 
@@ -84,13 +84,13 @@ def test_a_model_that_was_not_called_is_reported_as_such(tmp_path):
     assert "The model has not been called yet." in (tmp_path / "run.html").read_text(encoding="utf-8")
 
 
-# Uncached.
+# Uncached calls.
 
 
-def test_an_uncached_model_is_counted_and_shown_in_place_of_sessions(tmp_path, said):
+def test_an_uncached_model_is_counted_and_shown_in_place_of_sessions(tmp_path, logged_warnings):
     model = enabled(Fn_compute_blocks=4)
     run(model)
-    (warning,) = said()
+    (warning,) = logged_warnings()
     assert "this graph of Transformer runs without caching" in warning
     found = counts(model)
     assert (found.uncached, found.total) == (CALLS, CALLS)
@@ -117,7 +117,7 @@ LATER = pytest.mark.parametrize(("change", "why"), [(trained, "training"), (with
 
 
 class Dropping(tiny.Transformer):
-    """Reads the mode, as all models do in which it makes a difference."""
+    """A model with a dropout, whose graph depends on the training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,14 +128,14 @@ class Dropping(tiny.Transformer):
 
 
 @LATER
-def test_what_begins_later_is_told_when_it_does_and_once(change, why, said):
+def test_a_later_change_that_disables_the_cache_warns_once(change, why, logged_warnings):
     model = enabled(frozen(Dropping()))
     run(model)
-    assert said() == [] and cachedit_fx.is_cached(model)
+    assert logged_warnings() == [] and cachedit_fx.is_cached(model)
     change(model)
     for _ in range(2):
         generate(model, prompt(), latents())
-    (warning,) = said()
+    (warning,) = logged_warnings()
     assert "runs without caching" in warning and why in warning
     assert not cachedit_fx.is_cached(model)
     assert (counts(model).computed, counts(model).reused, counts(model).uncached) == (4, 4, 2 * CALLS)
@@ -145,7 +145,7 @@ def test_what_begins_later_is_told_when_it_does_and_once(change, why, said):
 
 
 @LATER
-def test_what_begins_later_raises_if_asked_to(change, why):
+def test_a_later_change_that_disables_the_cache_raises_with_on_no_match_raise(change, why):
     model = enabled(frozen(Dropping()), on_no_match="raise")
     run(model)
     change(model)
@@ -153,29 +153,29 @@ def test_what_begins_later_raises_if_asked_to(change, why):
         generate(model, prompt(), latents())
 
 
-def test_an_empty_batch_is_counted_and_told_of_once(said):
+def test_an_empty_batch_is_counted_and_warns_once(logged_warnings):
     model = enabled()
     run(model)
     with torch.no_grad():
         for timestep in TIMES[:2]:
             step(model, prompt(batch=0), timestep, latents(batch=0))
-    (warning,) = said()
+    (warning,) = logged_warnings()
     assert "empty" in warning and counts(model).uncached == 2
     run(model, seed=2)
-    assert counts(model).reused == 8 and said() == []
+    assert counts(model).reused == 8 and logged_warnings() == []
 
 
-def test_a_second_model_of_the_class_is_told_of_too(said):
+def test_a_second_model_of_the_class_warns_too(logged_warnings):
     for model in (build(), build(1)):
         run(enabled(model, Fn_compute_blocks=4))
-        assert len(said()) == 1
+        assert len(logged_warnings()) == 1
 
 
-def test_dynamo_that_is_turned_off_is_told(said):
+def test_a_disabled_dynamo_warns(logged_warnings):
     model = enabled()
     with torch.compiler.set_stance("force_eager"):
         run(model)
-    (warning,) = said()
+    (warning,) = logged_warnings()
     assert "Dynamo ran no graph of it" in warning and "torch.compiler.set_stance" in warning
     assert counts(model).uncached == CALLS and not cachedit_fx.is_cached(model)
 
@@ -205,7 +205,7 @@ HOOKS = pytest.mark.parametrize(
 
 @HOOKS
 @pytest.mark.parametrize("when", ["before", "after a run"])
-def test_hooks_that_keep_dynamo_out_are_named(add_hooks, hook, when, said):
+def test_hooks_that_disable_dynamo_are_named(add_hooks, hook, when, logged_warnings):
     model = build()
     if when == "before":
         add_hooks(model)
@@ -217,7 +217,7 @@ def test_hooks_that_keep_dynamo_out_are_named(add_hooks, hook, when, said):
         add_hooks(model)
     for _ in range(2):
         run(model)
-    (warning,) = said()
+    (warning,) = logged_warnings()
     assert "Transformer runs without caching" in warning and f"{hook} on its layers" in warning
     assert not cachedit_fx.is_cached(model)
     assert counts(model).uncached == 2 * CALLS
@@ -225,7 +225,7 @@ def test_hooks_that_keep_dynamo_out_are_named(add_hooks, hook, when, said):
 
 
 @HOOKS
-def test_hooks_that_keep_dynamo_out_raise_if_asked_to(add_hooks, hook):
+def test_hooks_that_disable_dynamo_raise_with_on_no_match_raise(add_hooks, hook):
     model = enabled(on_no_match="raise")
     add_hooks(model)
     with pytest.raises(NoMatchError, match=hook):
@@ -236,7 +236,7 @@ def test_hooks_that_keep_dynamo_out_raise_if_asked_to(add_hooks, hook):
 
 
 @pytest.mark.parametrize("on_no_match", ["fallback", "raise"])
-def test_a_cache_of_diffusers_that_is_enabled_afterwards_is_told(on_no_match, said):
+def test_a_diffusers_cache_that_is_enabled_afterwards_is_reported(on_no_match, logged_warnings):
     flux, steps = PIPELINES["flux"], 4
     pipe = cachedit_fx.enable_cache(flux.build(2), config(on_no_match=on_no_match))
     flux.run(pipe, num_steps=steps)
@@ -248,7 +248,7 @@ def test_a_cache_of_diffusers_that_is_enabled_afterwards_is_told(on_no_match, sa
             flux.run(pipe, num_steps=steps)
         return
     output = flux.run(pipe, num_steps=steps)
-    (warning,) = said()
+    (warning,) = logged_warnings()
     assert "a cache of diffusers is also enabled for it" in warning
     tiny.assert_bitwise([output], [flux.run(other, num_steps=steps)])
     assert counts(pipe).uncached == steps and not cachedit_fx.is_cached(pipe.transformer)
@@ -260,7 +260,7 @@ def test_a_cache_of_diffusers_that_is_enabled_afterwards_is_told(on_no_match, sa
 # `is_cached`.
 
 
-def test_is_cached_forgets_what_was_compiled_before():
+def test_is_cached_ignores_earlier_compilations():
     model = build()
     run(tiny.compiled(model))
     assert cachedit_fx.is_cached(model)
@@ -272,7 +272,7 @@ def test_is_cached_forgets_what_was_compiled_before():
     assert cachedit_fx.is_cached(model)
 
 
-def test_is_cached_ends_with_the_cache():
+def test_is_cached_is_false_after_disable_cache():
     model = enabled()
     run(model)
     cachedit_fx.disable_cache(model)
@@ -285,7 +285,7 @@ def compiled_again(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("displace", [compiled_again, copy.copy])
-def test_a_cache_that_something_else_took_the_place_of_is_told(displace):
+def test_a_replaced_compiled_forward_is_reported(displace):
     model = enabled()
     run(model)
     other = displace(model)
@@ -300,7 +300,7 @@ def test_a_cache_that_something_else_took_the_place_of_is_told(displace):
     assert cachedit_fx.is_cached(model) == (model is not other)
 
 
-def test_a_pipeline_made_of_the_parts_of_another_counts_with_it():
+def test_pipelines_that_share_components_share_their_counts():
     flux = PIPELINES["flux"]
     pipe = cachedit_fx.enable_cache(flux.build(2), config(**ALL_REUSED))
     other = type(pipe).from_pipe(pipe)
@@ -320,7 +320,7 @@ class Layer(nn.Linear):
 
 
 class Broken(nn.Module):
-    """Dynamo makes a graph of every layer, and none of the model."""
+    """A graph break after every layer: Dynamo captures one graph per layer, and no graph contains the loop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,24 +337,24 @@ def bare(model: nn.Module, **others: Any) -> Any:
     return torch.compile(model, backend=cachedit_fx.Backend(config(**others)))
 
 
-def test_the_bare_backend_warns_once_per_model(said, tmp_path):
+def test_the_bare_backend_warns_once_per_model(logged_warnings, tmp_path):
     for model in (frozen(Broken()), frozen(tiny.TwoLists(broken=True))):
         run(bare(model))
         cachedit_fx.report(model, tmp_path / "run.html")
         assert "The model runs without the cache." in (tmp_path / "run.html").read_text(encoding="utf-8")
-        (warning,) = said()
+        (warning,) = logged_warnings()
         assert f"this graph of {type(model).__name__} runs without caching" in warning
         assert f"{type(model).__name__} runs without the cache: " in str(cachedit_fx.summary(model, logging=False))
 
 
-def test_the_bare_backend_warns_of_what_begins_later(said):
+def test_the_bare_backend_warns_when_the_model_enters_training_mode(logged_warnings):
     model = frozen(Dropping())
     compiled = bare(model)
     run(compiled)
-    assert said() == [] and cachedit_fx.is_cached(model)
+    assert logged_warnings() == [] and cachedit_fx.is_cached(model)
     model.train()
     run(compiled)
-    (warning,) = said()
+    (warning,) = logged_warnings()
     assert "this graph of Dropping runs without caching" in warning and "training" in warning
     assert not cachedit_fx.is_cached(model)
 

@@ -1,4 +1,4 @@
-"""What a call finds in a function's frame, and below it, is what Python itself would find."""
+"""`Fetch` and `Binder` find the same values in the frame of a function as Python itself."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def frame() -> dict[str, Any]:
         "G['scale']",
     ],
 )
-def test_a_path_leads_where_the_expression_does(source: str, frame: dict[str, Any]):
+def test_a_path_finds_the_value_of_its_expression(source: str, frame: dict[str, Any]):
     (found,) = Fetch([path_of(source)], NAMES)(frame)
     expected = eval(source, {"L": frame, "G": NAMES})
     assert found is expected or (found == expected and isinstance(found, int | str))
 
 
-def test_many_paths_share_what_they_have_in_common(frame: dict[str, Any]):
+def test_paths_share_the_lookups_of_a_common_prefix(frame: dict[str, Any]):
     class Counted(dict):
         looked_up = 0
 
@@ -59,12 +59,12 @@ def test_many_paths_share_what_they_have_in_common(frame: dict[str, Any]):
         assert value is eval(source, {"L": frame})
 
 
-def test_no_paths_find_nothing(frame: dict[str, Any]):
+def test_no_paths_give_no_values(frame: dict[str, Any]):
     assert Fetch([], {})(frame) == ()
 
 
 @pytest.mark.parametrize("missing", ["L['y']", "L['self'].gone", "L['x'].size()[7]"])
-def test_a_path_that_leads_nowhere_raises(missing: str, frame: dict[str, Any]):
+def test_a_path_to_a_missing_value_raises(missing: str, frame: dict[str, Any]):
     with pytest.raises((AttributeError, LookupError)):
         Fetch([path_of(missing)], {})(frame)
 
@@ -84,7 +84,7 @@ def test_a_path_that_leads_nowhere_raises(missing: str, frame: dict[str, Any]):
         "L['x'",
     ],
 )
-def test_what_is_more_than_a_path_is_refused(source: str):
+def test_an_expression_that_is_not_a_path_is_refused(source: str):
     with pytest.raises(ValueError):
         path_of(source)
 
@@ -150,7 +150,7 @@ def test_arguments_are_bound_as_python_binds_them(forward: Any):
     assert taken
 
 
-def test_keywords_are_a_dictionary_of_their_own():
+def test_keyword_arguments_are_copied_into_a_new_dictionary():
     kwargs = {"x": 1, "y": 2}
     found = Binder(lambda self, **others: None)((0,), kwargs)
     assert found == {"self": 0, "others": kwargs} and found["others"] is not kwargs
@@ -168,7 +168,7 @@ def test_a_wrapper_is_bound_by_its_own_parameters():
     assert Binder(wrapper)((0, 1), {"timestep": 2}) == {"self": 0, "args": (1,), "kwargs": {"timestep": 2}}
 
 
-def test_a_value_that_was_replaced_is_found_where_the_way_is_the_same(frame: dict[str, Any]):
+def test_a_replaced_value_on_an_unchanged_path_is_found(frame: dict[str, Any]):
     source = "L['self']._modules['proj_in']._parameters['bias']"
     fetch = Fetch([path_of(source)], {})
     fetch(frame)
@@ -177,7 +177,7 @@ def test_a_value_that_was_replaced_is_found_where_the_way_is_the_same(frame: dic
 
 
 @pytest.mark.parametrize("place", ["a module", "a list of modules", "the dictionary of all modules", "another frame"])
-def test_a_way_that_leads_elsewhere_now_is_gone_anew(place: str, frame: dict[str, Any]):
+def test_a_path_is_resolved_again_after_an_object_on_it_was_replaced(place: str, frame: dict[str, Any]):
     source = "L['self']._modules['blocks']._modules['2']._modules['image']._parameters['weight']"
     fetch = Fetch([path_of(source), path_of("L['x']")], {})
     fetch(frame)
@@ -196,7 +196,7 @@ def test_a_way_that_leads_elsewhere_now_is_gone_anew(place: str, frame: dict[str
     assert again is weight
 
 
-def test_what_a_property_gives_is_asked_for_at_every_call():
+def test_a_property_is_evaluated_at_every_call():
     class Counting(torch.nn.Module):
         calls = 0
 
@@ -206,12 +206,12 @@ def test_what_a_property_gives_is_asked_for_at_every_call():
             return Counting.calls
 
     module = Counting()
-    module.__dict__["scale"] = "not this"  # A property comes before an attribute of the object.
+    module.__dict__["scale"] = "not this"  # A property takes precedence over an attribute of the object.
     fetch = Fetch([path_of("L['self'].scale")], {})
     assert [fetch({"self": module}), fetch({"self": module})] == [(1,), (2,)]
 
 
-def test_a_module_goes_with_its_last_reference():
+def test_a_module_is_freed_with_its_last_reference():
     module = tiny.build()
     module.scale = torch.ones(1)
     fetch = module.__dict__["fetch"] = Fetch(

@@ -1,4 +1,4 @@
-"""Dynamo compiles a function so often and no more. Graphs that are used again make room; what is past it is told."""
+"""Dynamo limits the recompilations of a function. Graphs that are reused raise the limit; a call past it warns."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ REUSED = [1, 3, 5, 7]
 def few_compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         capture_strategies, "_graphs", weakref.WeakKeyDictionary()
-    )  # Those of other tests may be alive.
+    )  # Graphs of other tests may still be alive.
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=LIMIT):
         yield
 
 
 class ReadsLengths(tiny.Transformer):
-    """Reads lengths off the device and hashes them: Dynamo captures it in parts, the one with the blocks per length."""
+    """Reads lengths from the device and hashes them: Dynamo captures it in parts, and the blocks once per length."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
         lengths = encoder_hidden_states.isfinite()[..., 0].sum(1).tolist()
@@ -42,7 +42,7 @@ class ReadsLengths(tiny.Transformer):
 
 
 class Named(tiny.Transformer):
-    """Specialised on a string: every one is a graph of its own."""
+    """Specialised on a string argument: every value gets a separate graph."""
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor, name: str = ""
@@ -58,7 +58,7 @@ def call(module: nn.Module, text: Tensor, timestep: float, name: str) -> Tensor:
 
 
 def with_another_name_at_every_step(module: nn.Module, text: Tensor, times: Sequence[float] = TIMES) -> list[Tensor]:
-    """A generation whose step makes a second call, of a kind that no other is of, as where hooks are made anew."""
+    """A generation whose steps make a second call with a new name each, which requires a new graph every time."""
     outputs = []
     for number, timestep in enumerate(times):
         outputs += [call(module, text, timestep, ""), call(module, text, timestep, "x" * (number + 1))]
@@ -75,14 +75,14 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     [(tiny.Transformer, dict(dynamic=False)), (ReadsLengths, {})],
     ids=["whole", "in-parts"],
 )
-def test_lengths_that_are_each_used_again_keep_the_cache(cls: type[tiny.Transformer], others: Any, lengths: range):
+def test_lengths_that_are_used_repeatedly_stay_cached(cls: type[tiny.Transformer], others: Any, lengths: range):
     module = enabled(frozen(cls()), **others)
     for length in lengths:
         tiny.generate(module, prompt(length=length), latents())
     assert [stats.cached_steps for stats in every_session(module)] == [REUSED] * len(lengths)
 
 
-def test_the_room_for_graphs_has_an_end(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_the_number_of_graphs_is_bounded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setattr(capture_strategies, "MAX_GRAPHS", LIMIT + 1)
     module = enabled(build(), dynamic=False)
     for length in range(5, 10):
@@ -93,17 +93,17 @@ def test_the_room_for_graphs_has_an_end(monkeypatch: pytest.MonkeyPatch, caplog:
 
 
 @pytest.mark.parametrize("fast_dispatch", [True, False])
-def test_past_the_limit_a_call_runs_plain_and_says_so_once(fast_dispatch: bool, caplog: pytest.LogCaptureFixture):
+def test_past_the_limit_a_call_runs_uncached_and_warns_once(fast_dispatch: bool, caplog: pytest.LogCaptureFixture):
     model, text = frozen(Named()), prompt()
     expected = with_another_name_at_every_step(model, text)
     module = enabled(model, fast_dispatch=fast_dispatch)
     outputs = with_another_name_at_every_step(module, text)
     first = every_session(module)[0]
-    # What is compiled goes on being cached, though other calls are not.
+    # The graph that is already compiled is still cached, although other calls are not.
     assert (first.num_steps, first.cached_steps) == (8, REUSED)
     computed = [i for i in range(8) if i not in REUSED]
     tiny.assert_bitwise([outputs[2 * i] for i in computed], [expected[2 * i] for i in computed])
-    tiny.assert_bitwise(outputs[-5::2], expected[-5::2])  # These had no graph.
+    tiny.assert_bitwise(outputs[-5::2], expected[-5::2])  # These calls had no graph.
     (warning,) = warnings_in(caplog)
     for words in (
         "Named runs without caching if a call needs another graph",
@@ -115,7 +115,7 @@ def test_past_the_limit_a_call_runs_plain_and_says_so_once(fast_dispatch: bool, 
 
 
 @pytest.mark.parametrize("cls", [Named, pytest.param("parts", id="in-parts")])
-def test_past_the_limit_it_raises_if_asked_to(cls: Any):
+def test_past_the_limit_a_call_raises_with_on_no_match_raise(cls: Any):
     text = prompt()
     if cls is Named:
         module = enabled(frozen(Named()), on_no_match="raise")
@@ -124,13 +124,13 @@ def test_past_the_limit_it_raises_if_asked_to(cls: Any):
         return
     module = enabled(frozen(ReadsLengths()), on_no_match="raise")
     with pytest.raises(cachedit_fx.NoMatchError, match="runs without caching if a call needs another graph"):
-        for length in range(5, 12):  # Each is used once: none makes room.
+        for length in range(5, 12):  # Each length is used once, so no graph raises the limit.
             tiny.step(module, prompt(length=length), 1.0, latents())
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
-def test_a_class_that_is_past_the_limit_before_runs_plain(fullgraph: bool, caplog: pytest.LogCaptureFixture):
-    """Dynamo compiles the code of such a class no more, whoever asks."""
+def test_a_class_that_exceeded_the_limit_before_runs_uncached(fullgraph: bool, caplog: pytest.LogCaptureFixture):
+    """Dynamo does not compile the code of such a class any more, for any caller."""
     model, text = frozen(Named()), prompt()
     plain = torch.compile(model, backend="eager")
     for number in range(LIMIT + 1):
@@ -142,14 +142,14 @@ def test_a_class_that_is_past_the_limit_before_runs_plain(fullgraph: bool, caplo
     assert "Named runs without caching if a call needs another graph" in warning
 
 
-def test_a_limit_that_is_set_higher_stands():
+def test_a_higher_limit_of_the_user_is_respected():
     module, text = enabled(frozen(Named())), prompt()
     with torch._dynamo.config.patch(recompile_limit=20):
         with_another_name_at_every_step(module, text)
     assert [stats.num_steps for stats in every_session(module)] == [8, 8]
 
 
-def test_a_limit_that_is_given_stands(caplog: pytest.LogCaptureFixture):
+def test_the_recompile_limit_option_is_respected(caplog: pytest.LogCaptureFixture):
     module = enabled(build(), dynamic=False, recompile_limit=1)
     for length in (5, 6):
         tiny.generate(module, prompt(length=length), latents())
@@ -158,14 +158,14 @@ def test_a_limit_that_is_given_stands(caplog: pytest.LogCaptureFixture):
     assert "at most 1 graph for" in warning
 
 
-def test_a_plain_call_is_one_of_its_step():
-    """The call after it does not take its place, nor reuse what it kept while it was compiled."""
+def test_an_uncached_call_counts_among_the_calls_of_its_step():
+    """The next call does not take its ordinal, and does not reuse a value that it stored while it was compiled."""
 
     def generation(module: nn.Module, *, has_another: bool) -> list[Tensor]:
         outputs = []
         for number, timestep in enumerate(TIMES):
             times = torch.full((tiny.BATCH,), timestep)
-            if has_another:  # Of other latents, and of a kind of its own.
+            if has_another:  # A call with other latents, which needs a new graph.
                 module(latents(2), text, times, "x" * (number + 1))
             outputs.append(module(latents(1), text, times, "")[0])
         return outputs

@@ -1,4 +1,4 @@
-"""Configurations from files and dicts, as `enable_cache` takes them."""
+"""Configurations that are loaded from files and dicts, as `enable_cache` accepts them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SOURCES = {
 
 @pytest.fixture(params=SOURCES)
 def loaded(request, tmp_path):
-    """Content -> what is loaded from a file or dict of it."""
+    """A function that loads the given content from a file or from a dict."""
     return lambda content: load_configs(SOURCES[request.param](tmp_path, content))
 
 
@@ -46,44 +46,44 @@ def config_of(loaded):
 
 
 @pytest.mark.parametrize("level", [True, False])
-def test_fields_are_those_of_the_file_and_no_others_are_given(loaded, level):
+def test_only_the_fields_of_the_file_count_as_given(loaded, level):
     config = config_of(loaded({"cache_config": FIELDS} if level else FIELDS))
     assert config == DBCacheConfig(**FIELDS)
     assert config.given == set(FIELDS)
 
 
 @pytest.mark.parametrize("content", [{}, {"cache_config": {}}, {"cache_config": None}])
-def test_without_fields_the_defaults_of_cache_dit_hold(loaded, content):
+def test_without_fields_the_defaults_of_cache_dit_apply(loaded, content):
     config = config_of(loaded(content))
     assert config == DBCacheConfig()
     assert not config.given
 
 
 @pytest.mark.parametrize("policy", ["slow", "ultra"])
-def test_a_mask_may_be_named_by_its_policy(loaded, policy):
+def test_a_mask_can_be_given_by_the_name_of_its_policy(loaded, policy):
     config = config_of(loaded({"num_inference_steps": 28, "steps_computation_mask": policy}))
     assert config.steps_computation_mask == tuple(steps_mask(mask_policy=policy, total_steps=28))
     assert config.given == {"num_inference_steps", "steps_computation_mask"}
 
 
-def test_a_mask_may_be_written_out(loaded):
+def test_a_mask_can_be_given_as_a_list(loaded):
     assert config_of(loaded({"steps_computation_mask": [1, 0, 1]})).steps_computation_mask == (1, 0, 1)
 
 
-def test_pruning_is_a_configuration_of_its_own_kind(loaded):
+def test_pruning_loads_as_a_pruning_configuration(loaded):
     config = config_of(loaded({"cache_type": "DBPrune", "non_prune_block_ids": [0, 3]}))
     assert config == DBPruneConfig(non_prune_block_ids=(0, 3))
     assert isinstance(config, DBPruneConfig)
 
 
-def test_a_dict_stays_as_it_is():
+def test_a_dict_is_not_modified():
     fields = {"num_inference_steps": 8, "steps_computation_mask": "fast"}
     given = {"cache_config": dict(fields)}
     load_configs(given)
     assert given == {"cache_config": fields}
 
 
-def test_enable_cache_takes_what_is_loaded(tmp_path):
+def test_enable_cache_accepts_a_loaded_configuration(tmp_path):
     path = written(
         tmp_path,
         "cache.yaml",
@@ -102,7 +102,7 @@ def test_enable_cache_takes_what_is_loaded(tmp_path):
     assert stats.cached_steps == [2, 3, 4, 5, 6, 7]
 
 
-# Mistakes.
+# Invalid input.
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_enable_cache_takes_what_is_loaded(tmp_path):
         pytest.param(
             {"cache_config": FIELDS, "parallelism_config": {"ulysses_size": 2}},
             "'parallelism_config' is not supported; allowed are 'cache_config'",
-            id="beside-the-level",
+            id="next-to-the-level",
         ),
         pytest.param({"cache_config": [1]}, "cache_config must be a mapping of fields, got [1]", id="a-list"),
         pytest.param({"max_warmup_steps": "8"}, "max_warmup_steps must be an int >= 0, got '8'", id="bad-value"),
@@ -145,7 +145,7 @@ def test_enable_cache_takes_what_is_loaded(tmp_path):
         ),
     ],
 )
-def test_a_field_that_cannot_be_is_told(loaded, content, message):
+def test_an_invalid_field_is_named_in_the_error(loaded, content, message):
     with pytest.raises(ConfigError) as caught:
         loaded(content)
     assert str(caught.value).startswith(f"cachedit_fx: {message}")
@@ -163,7 +163,7 @@ def test_a_field_that_cannot_be_is_told(loaded, content, message):
         pytest.param("cache.yaml", "a: !!python/object/apply:os.getcwd []", "cannot be parsed: ", id="code"),
     ],
 )
-def test_a_file_that_says_something_else_is_named(tmp_path, name, text, message):
+def test_a_file_with_invalid_content_is_named_in_the_error(tmp_path, name, text, message):
     path = written(tmp_path, name, text)
     with pytest.raises(ConfigError) as caught:
         load_configs(path)
@@ -171,14 +171,14 @@ def test_a_file_that_says_something_else_is_named(tmp_path, name, text, message)
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "missing.json", ""])
-def test_a_file_that_is_not_there_is_named(tmp_path, name):
-    path = tmp_path / name  # With no name, it is the folder.
+def test_a_missing_file_is_named_in_the_error(tmp_path, name):
+    path = tmp_path / name  # An empty name gives the folder itself.
     with pytest.raises(ConfigError) as caught:
         load_configs(path)
     assert f"configuration file {str(path)!r} cannot be read: " in str(caught.value)
 
 
-def test_yaml_without_its_package_is_told(tmp_path, monkeypatch):
+def test_yaml_without_its_package_raises_an_error_that_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(
         ImportError, match=r"cachedit_fx: YAML needs PyYAML, which is not installed: pip install pyyaml, or pass a JSON"

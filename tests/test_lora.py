@@ -1,4 +1,4 @@
-"""Adapters that come and go on a transformer with the cache enabled."""
+"""LoRA adapters are loaded and unloaded on a transformer with the cache enabled."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_lora_weights_load_scale_and_unload_as_without_the_cache(lora):
     plain, pipe = FLUX.build(2), FLUX.build(2)
     fields = dict(Fn_compute_blocks=1, residual_diff_threshold=0.0, inner_backend="eager")
     cachedit_fx.enable_cache(pipe, **fields)
-    seen = {}
+    expected = {}
     for case, change in {
         "none": lambda pipe: None,
         "loaded": lambda pipe: pipe.load_lora_weights(lora, adapter_name="style"),
@@ -47,19 +47,21 @@ def test_lora_weights_load_scale_and_unload_as_without_the_cache(lora):
     }.items():
         change(plain)
         change(pipe)
-        seen[case] = run(plain)
-        torch.testing.assert_close(run(pipe), seen[case], rtol=0, atol=0, msg=lambda text, case=case: f"{case}: {text}")
+        expected[case] = run(plain)
+        torch.testing.assert_close(
+            run(pipe), expected[case], rtol=0, atol=0, msg=lambda text, case=case: f"{case}: {text}"
+        )
         assert list(pipe.transformer.state_dict()) == list(plain.transformer.state_dict())
         (stats,) = cachedit_fx.summary(pipe, logging=False)
         assert stats.num_steps == STEPS
-    assert not torch.equal(seen["loaded"], seen["none"])
-    assert not torch.equal(seen["scaled"], seen["loaded"])
-    assert torch.equal(seen["unloaded"], seen["none"])
+    assert not torch.equal(expected["loaded"], expected["none"])
+    assert not torch.equal(expected["scaled"], expected["loaded"])
+    assert torch.equal(expected["unloaded"], expected["none"])
     cachedit_fx.disable_cache(pipe)
-    torch.testing.assert_close(run(pipe), seen["none"], rtol=0, atol=0)
+    torch.testing.assert_close(run(pipe), expected["none"], rtol=0, atol=0)
 
 
-def test_steps_are_reused_with_lora_weights_too(lora):
+def test_steps_are_also_reused_with_lora_weights(lora):
     pipe = FLUX.build(2)
     cachedit_fx.enable_cache(
         pipe, Fn_compute_blocks=1, residual_diff_threshold=1.0, max_warmup_steps=3, inner_backend="eager"

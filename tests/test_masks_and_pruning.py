@@ -23,7 +23,7 @@ from tests.sessions import every_session
 from tests.synthetic import capture, insert_conditionals
 from tests.tiny import TIMES, Watch, assert_bitwise
 
-STREAMS = ("hidden_states", "encoder_hidden_states")  # What a block of `tests.tiny` returns.
+STREAMS = ("hidden_states", "encoder_hidden_states")  # The outputs of a block of `tests.tiny`.
 MASK = (1, 0, 0, 1, 0, 0, 1, 0)
 STATIC = dict(Fn_compute_blocks=0, steps_computation_mask=MASK, steps_computation_policy="static")
 Calls = list[dict[str, Tensor]]
@@ -52,7 +52,7 @@ def middle(decide: Decide, Fn: int = 1, Bn: int = 0) -> tuple[nn.Module, Span]:
     return model, Span(model.blocks[Fn : 4 - Bn], STREAMS, decide, since=first)
 
 
-# A mask alone decides.
+# Static masks.
 
 
 def cached_graph(model: nn.Module, **fields: Any) -> Any:
@@ -70,12 +70,12 @@ def cached_graph(model: nn.Module, **fields: Any) -> Any:
 
 
 def num_probed(gm: Any) -> int:
-    """How many numbers the head hands to the host."""
+    """The number of values that the head passes to the host."""
     (stack,) = (node for node in gm.head.graph.nodes if node.target is torch.stack)
     return len(stack.args[0])
 
 
-def test_a_static_mask_over_the_whole_chain_probes_nothing_but_the_timestep():
+def test_a_static_mask_over_the_whole_chain_probes_only_the_timestep():
     gm = cached_graph(tiny.build(), **STATIC)
     assert num_probed(gm) == 1
     methods = [node.target for node in gm.graph.nodes if node.op == "call_method"]
@@ -109,7 +109,7 @@ def test_a_static_mask_runs_no_block_on_a_reused_step():
     assert ran == [4 if computed else 0 for computed in MASK]
 
 
-def test_a_static_mask_keeps_one_residual_per_stream_and_nothing_else():
+def test_a_static_mask_stores_only_one_residual_per_stream():
     model, given = enabled(**STATIC), moving()
     outputs_of(model, given[:2])
     (stats,) = every_session(model)
@@ -140,7 +140,7 @@ def test_a_dynamic_mask_probes_where_it_is_0():
     assert_diffs(stats, span, skipped=[0, 3, 6])
 
 
-# Beginning anew.
+# Refreshes and new generations.
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_refresh_computes_and_warms_up_within_the_session(policy, expected, re
     assert_bitwise(outputs, runs(reference, [span], calls()))
 
 
-def test_a_refresh_forgets_what_was_cached():
+def test_a_refresh_drops_the_cached_values():
     model = enabled(**tiny.fields(force_refresh_step_hint=3, max_warmup_steps=0))
     outputs_of(model, calls())
     (stats,) = every_session(model)
@@ -168,7 +168,7 @@ def test_a_refresh_forgets_what_was_cached():
 
 
 def test_after_num_inference_steps_a_new_generation_begins():
-    """The timestep goes on falling, and the prompt stays: nothing else would tell."""
+    """The timestep keeps falling and the prompt stays the same, so nothing else marks the new generation."""
     model = enabled(**tiny.fields(num_inference_steps=4))
     outputs = outputs_of(model, moving())
     found = every_session(model)
@@ -181,7 +181,7 @@ def test_after_num_inference_steps_a_new_generation_begins():
     assert_bitwise(outputs, expected)
 
 
-def test_num_inference_steps_does_not_keep_a_session_alive():
+def test_num_inference_steps_does_not_extend_a_session():
     model = enabled(**tiny.fields(num_inference_steps=8))
     outputs_of(model, moving()[:3])
     outputs_of(model, moving()[:3])
@@ -194,7 +194,7 @@ def test_num_inference_steps_does_not_keep_a_session_alive():
 def two_guidance_branches(
     declare: Callable[[nn.Module], Any] = lambda model: model, **fields: Any
 ) -> tuple[list[cachedit_fx.inspect.CacheStats], list[list[Tensor]]]:
-    """Statistics and outputs of two branches that take turns, each with its own prompt and latents."""
+    """Statistics and outputs of two interleaved branches, each with its own prompt and latents."""
     model = tiny.build()
     cachedit_fx.enable_cache(declare(model), tiny.config(**{"residual_diff_threshold": 0.06} | fields))
     given = moving(1), moving(2)
@@ -210,7 +210,7 @@ def separate_by_adapter(model: nn.Module) -> BlockAdapter:
 
 
 @pytest.mark.parametrize("declare", [lambda model: model, separate_by_adapter], ids=["model", "adapter"])
-def test_a_guidance_branch_that_does_not_probe_takes_the_diff_of_the_one_before_it(declare):
+def test_a_guidance_branch_that_does_not_probe_uses_the_diff_of_the_previous_branch(declare):
     (cond, uncond), outputs = two_guidance_branches(declare, cfg_diff_compute_separate=False)
     assert uncond.residual_diffs == cond.residual_diffs != {}
     assert uncond.cached_steps == cond.cached_steps
@@ -228,13 +228,13 @@ SEPARATE = [
     pytest.param({"cfg_diff_compute_separate": False, "cfg_compute_first": True}, id="guidance-first"),
     pytest.param(
         {"cfg_diff_compute_separate": False, "enable_separate_cfg": False, "declare": separate_by_adapter},
-        id="the-configuration-goes-before-the-adapter",
+        id="the-configuration-overrides-the-adapter",
     ),
 ]
 
 
 @pytest.mark.parametrize("fields", SEPARATE)
-def test_otherwise_every_guidance_branch_probes_itself(fields):
+def test_without_diff_sharing_every_guidance_branch_probes(fields):
     (cond, uncond), outputs = two_guidance_branches(**fields)
     for seed, stats, found in ((1, cond, outputs[0]), (2, uncond, outputs[1])):
         reference, span = middle(threshold(0.06))
@@ -252,12 +252,12 @@ def test_otherwise_every_guidance_branch_probes_itself(fields):
         ({"max_accumulated_residual_diff_threshold": 1e-6}, [1, 3, 5, 7]),
     ],
 )
-def test_a_branch_that_takes_a_diff_keeps_to_limits_of_its_own(limits, expected):
+def test_a_branch_with_a_shared_diff_has_its_own_limits(limits, expected):
     (cond, uncond), _ = two_guidance_branches(cfg_diff_compute_separate=False, residual_diff_threshold=0.9, **limits)
     assert cond.cached_steps == uncond.cached_steps == expected
 
 
-def test_a_guidance_branch_that_began_later_probes_itself():
+def test_a_guidance_branch_that_starts_later_probes():
     model = enabled(**tiny.fields(cfg_diff_compute_separate=False))
     given = moving(1), moving(2)
     for step in range(len(TIMES)):

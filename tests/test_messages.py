@@ -1,4 +1,4 @@
-"""Wrong use gets help: every error and warning says on one screen what happened, what was expected, and what to do."""
+"""Every error and warning says on one screen what happened, what was expected, and what to do."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from tests.messages_table import Row
 
 MOST_LINES, LONGEST_LINE = 15, 200
 
-# Their texts are parts of another: of a mismatch, of `reproduce.txt`, of the error for a file that is no YAML.
+# Their texts are parts of other texts: a mismatch, `reproduce.txt`, the error for a file that is not YAML.
 PARTS = {
     ("cachedit_fx/inspect/graph_json.py", "_encode", "TypeError"),
     ("cachedit_fx/inspect/graph_json.py", "_node_to_json", "TypeError"),
     ("cachedit_fx/integrations/config_files.py", "_yaml", "ValueError"),
     ("passes/analysis/size_rule.py", "SizeRule.__init__", "UnknownSizeError"),
     ("passes/manager.py", "run_passes", "PassError"),
-    # Attributes of the package itself, in Python's own words: tests/test_public_names.py.
+    # Attribute errors of the package itself have Python's text: see tests/test_public_names.py.
     ("cachedit_fx/__init__.py", "__getattr__", "warning"),
     ("cachedit_fx/__init__.py", "__getattr__", "AttributeError"),
-    # Why Dynamo makes every call of a module: a reason that is logged as information, and part of a warning.
+    # The reason why every call of a module goes through Dynamo, which is logged as information and part of a warning.
     ("cachedit_fx/frontend/input_fetcher.py", "path_of", "ValueError"),
     ("cachedit_fx/frontend/input_fetcher.py", "Binder.__init__", "ValueError"),
     ("cachedit_fx/frontend/fast_dispatch.py", "FastDispatcher.learn", "NotServed"),
@@ -60,11 +60,11 @@ HELPS = re.compile(
     r"\b(must|expected|allowed|takes|needs|what to do|installed|did you mean|give|pass|call|take out)\b", re.IGNORECASE
 )
 
-told = functools.cache(lambda row: told_by(row.provoke))
+message_for = functools.cache(lambda row: told_by(row.provoke))
 
 
 def is_readable(text: str) -> None:
-    """What holds for every text."""
+    """Asserts the properties that every text has."""
     assert text.startswith("cachedit_fx: ") and text == text.strip()
     lines = text.splitlines()
     assert len(lines) <= MOST_LINES and all(lines), text
@@ -73,28 +73,28 @@ def is_readable(text: str) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-def test_a_text_helps(row: Row):
-    found: Told = told(row)
+def test_a_message_says_what_happened_and_what_to_do(row: Row):
+    found: Told = message_for(row)
     is_readable(found.text)
     assert row.value in found.text, found.text
     assert row.says in found.text, found.text
-    assert found.text in found.shown  # What torch.compile writes around it leaves it whole.
+    assert found.text in found.shown  # torch.compile writes text around it, but does not change it.
 
 
 def test_every_error_and_warning_has_a_row():
-    seen = {told(row).site for row in ROWS}
-    assert None not in seen
-    untold = [str(site) for site in sites() if site not in seen and site.key not in PARTS]
-    assert not untold, "no row in tests/messages_table.py provokes:\n" + "\n".join(untold)
+    covered = {message_for(row).site for row in ROWS}
+    assert None not in covered
+    uncovered = [str(site) for site in sites() if site not in covered and site.key not in PARTS]
+    assert not uncovered, "no row in tests/messages_table.py provokes:\n" + "\n".join(uncovered)
     assert {site.key for site in sites()} >= PARTS
 
 
-def test_every_row_has_a_name_of_its_own():
+def test_every_row_has_a_unique_name():
     assert max(Counter(row.name for row in ROWS).values()) == 1
 
 
 @pytest.mark.parametrize("cause", Cause, ids=lambda cause: cause.value)
-def test_every_cause_of_a_fallback_is_told_with_its_cure(cause: Cause):
+def test_every_cause_of_a_fallback_is_reported_with_its_cure(cause: Cause):
     template = None if cause in (Cause.TRAINING, Cause.GRADIENTS, Cause.EMPTY, Cause.NO_CHAIN) else BUILT_IN[0]
     where = SourceLine("transformer.py", 214)
     mismatch = Mismatch(template, cause, "two streams", "one", "single_blocks_0", where, progress=19, total=57)
@@ -110,7 +110,7 @@ def test_every_cause_of_a_fallback_is_told_with_its_cure(cause: Cause):
         assert part in text
 
 
-def test_a_model_in_parts_is_told_where_it_stops():
+def test_the_message_for_a_model_with_graph_breaks_says_where_they_are():
     why = WhyUncached("no-chain", "no chain", "no chain")
     misses = [UncachedGraph(lambda: None, 3, why), UncachedGraph(lambda: None, 4, why)] * 2
     text = why_call_uncached(hybrid.build(), misses, 'model.py:12, "Data-dependent branching"').text
@@ -139,7 +139,7 @@ def test_a_model_in_parts_is_told_where_it_stops():
     ],
     ids=["no-graph", "hooks", "another-cache", "limit", "method"],
 )
-def test_what_keeps_a_call_from_the_cache_is_told_with_its_cure(text: Callable[[nn.Module], WhyUncached], says: str):
+def test_the_reason_for_an_uncached_call_is_reported_with_its_cure(text: Callable[[nn.Module], WhyUncached], says: str):
     why = text(hybrid.build())
     is_readable(why.text)
     assert says in why.text and "Hybrid" in why.text

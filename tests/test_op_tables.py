@@ -1,4 +1,4 @@
-"""The operations and names that decide do what their tables say: they are run on random tensors and names."""
+"""The operations and names in the tables behave as the tables say: they are run on random tensors and names."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def in_order(table: Any) -> list[Any]:
 
 
 def run(operation: Operation, *args: Any, **kwargs: Any) -> Any:
-    """A function, or a method of the first argument."""
+    """Calls a function, or a method of the first argument."""
     if isinstance(operation, str):
         return getattr(args[0], operation)(*args[1:], **kwargs)
     return operation(*args, **kwargs)
 
 
 def node_of(operation: Operation, *args: Any, **kwargs: Any) -> fx.Node:
-    """The node that a graph has for this call; tensors are placeholders."""
+    """The graph node for this call; tensors are placeholders."""
     graph = fx.Graph()
     inputs = [graph.placeholder(f"x{i}") if isinstance(arg, Tensor) else arg for i, arg in enumerate(args)]
     call = graph.call_method if isinstance(operation, str) else graph.call_function
@@ -64,7 +64,7 @@ def node_of(operation: Operation, *args: Any, **kwargs: Any) -> fx.Node:
 
 
 def random_tensor(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values of which no two are equal, and no sum or product of two is one of them; all are exact in bfloat16."""
+    """Distinct values, none of which is the sum or product of two others; all are exact in bfloat16."""
     count = torch.Size(shape).numel()
     generator = torch.Generator().manual_seed(seed)
     odd = 2 * torch.randperm(64, generator=generator)[:count] + 129
@@ -74,7 +74,7 @@ def random_tensor(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.
 shapes = st.lists(st.integers(1, 3), min_size=3, max_size=3).map(tuple)
 seeds = st.integers(0, 2**16)
 
-# Layout. What each operation is called with: a function of a random [B, N, C] tensor and a random dimension.
+# Layout. The arguments of each operation, as a function of a random [B, N, C] tensor and a random dimension.
 LAYOUT_ARGUMENTS: dict[Operation, Callable[[Tensor, int], tuple[Any, ...]]] = {
     "to": lambda x, dim: (x, torch.bfloat16),
     "type_as": lambda x, dim: (x, torch.zeros(1, dtype=torch.float64)),
@@ -101,7 +101,7 @@ LAYOUT_ARGUMENTS: dict[Operation, Callable[[Tensor, int], tuple[Any, ...]]] = {
     torch.transpose: lambda x, dim: (x, dim, 0),
     torch.permute: lambda x, dim: (x, (dim, *(i for i in range(3) if i != dim))),
 }
-# Those whose output has some elements only, or has them several times.
+# Operations whose output has only some elements, or some elements several times.
 PARTS = {"narrow", "select", operator.getitem, torch.narrow, torch.select}
 REPEATS = {"expand"}
 
@@ -112,9 +112,9 @@ def elements(value: Any) -> list[float]:
 
 
 def check_layout(operation: Operation, x: Tensor, dim: int) -> None:
-    """An output of elements of the input: all of them once, unless the operation takes a part or repeats.
+    """Asserts that the output has the elements of the input: each one once, unless the operation selects or repeats.
 
-    An operation without an entry in `LAYOUT_ARGUMENTS` is called with one tensor, or with two where it needs them.
+    An operation without an entry in `LAYOUT_ARGUMENTS` is called with one tensor, or with two if it needs two.
     """
     args = LAYOUT_ARGUMENTS.get(operation, lambda x, dim: (x,))(x, dim)
     try:
@@ -141,7 +141,7 @@ def test_a_layout_operation_returns_the_elements_of_its_input(operation, shape, 
 
 
 @pytest.mark.parametrize("operation", ["mul", "add", "neg", "softmax", "mean", torch.mul, F.silu], ids=name_of)
-def test_an_operation_that_computes_would_fail_in_the_layout_table(operation):
+def test_an_operation_that_computes_fails_the_layout_check(operation):
     with pytest.raises((AssertionError, TypeError)):
         check_layout(operation, random_tensor((2, 3, 2), 0), 1)
     assert not is_layout(node_of(operation, torch.ones(1)))
@@ -161,7 +161,7 @@ def test_a_view_shares_the_storage_of_its_input(operation, shape, seed, dim):
 
 @pytest.mark.parametrize("method", sorted(REFERENCE_METHODS))
 @given(seeds, seeds)
-def test_the_values_of_a_reference_do_not_flow_into_the_result(method, seed, other):
+def test_the_values_of_a_reference_do_not_affect_the_result(method, seed, other):
     x = random_tensor((2, 3), seed)
     outs = [getattr(x, method)(random_tensor((2, 3), other, torch.float64) * factor) for factor in (1, 3)]
     assert torch.equal(*outs)
@@ -178,13 +178,13 @@ def test_an_addition_adds_or_subtracts_its_second_operand(operation, shape, one,
     assert torch.equal(run(operation, x.clone(), y), expected)
 
 
-def test_every_difference_is_an_addition():
+def test_the_table_of_additions_contains_every_subtraction():
     assert DIFFERENCES <= ADDITIONS
 
 
 @pytest.mark.parametrize("name", sorted(WAVE_NAMES))
 @given(st.floats(-3, 3, width=32))
-def test_sines_and_cosines_are_waves(name, phase):
+def test_sine_and_cosine_operations_are_waves(name, phase):
     wave = getattr(torch, name)
     x = torch.tensor(phase, dtype=torch.float64)
     assert abs(float(wave(x) - wave(x + 2 * torch.pi))) < 1e-9
@@ -193,7 +193,7 @@ def test_sines_and_cosines_are_waves(name, phase):
 # Writes.
 
 INTEGERS = {operator.iand, operator.ior, operator.ixor}
-# Tensors do not support them, so that nothing can be run. A graph may contain them for lists.
+# Tensors do not support these operators, so they cannot be run. A graph may contain them for lists.
 NOT_FOR_TENSORS = {operator.delitem, operator.imatmul}
 
 
@@ -221,7 +221,7 @@ def test_an_operator_that_tensors_do_not_support_writes_into_no_tensor(operation
 
 @pytest.mark.parametrize("method", sorted(OUT_OF_PLACE_METHODS))
 @given(shapes, seeds, st.floats(0.5, 3, width=16))
-def test_an_in_place_method_writes_what_its_other_form_returns(method, shape, seed, operand):
+def test_an_in_place_method_writes_what_its_out_of_place_form_returns(method, shape, seed, operand):
     x = random_tensor(shape, seed)
     expected = OUT_OF_PLACE_METHODS[method](x.clone(), operand)
     version = x._version
@@ -233,7 +233,7 @@ def test_an_in_place_method_writes_what_its_other_form_returns(method, shape, se
 
 @pytest.mark.parametrize("operation", in_order(OUT_OF_PLACE_OPERATORS), ids=name_of)
 @given(shapes, seeds, st.floats(0.5, 3, width=16))
-def test_an_in_place_operator_writes_what_its_other_form_returns(operation, shape, seed, operand):
+def test_an_in_place_operator_writes_what_its_out_of_place_form_returns(operation, shape, seed, operand):
     x = random_tensor(shape, seed)
     expected = OUT_OF_PLACE_OPERATORS[operation](x.clone(), operand)
     before = x.clone()
@@ -242,7 +242,7 @@ def test_an_in_place_operator_writes_what_its_other_form_returns(operation, shap
 
 
 def writes(name: str) -> bool | None:
-    """Whether a method writes into its tensor; None if it does not take one number, two or none."""
+    """Whether a method writes into its tensor; None if it does not accept zero, one or two numbers."""
     for args in ((), (0.5,), (0.25, 0.75)):
         x = random_tensor((3, 3), 0) / 2
         version = x._version
@@ -254,7 +254,7 @@ def writes(name: str) -> bool | None:
     return None
 
 
-def test_of_two_methods_the_one_whose_name_ends_in_an_underscore_writes():
+def test_only_the_method_whose_name_ends_in_an_underscore_writes():
     pairs = [name for name in dir(Tensor) if name[0] != "_" and hasattr(Tensor, f"{name}_")]
     others = {"resize", "resize_as", "detach"}  # Two are deprecated without the underscore; `detach_` writes no values.
     found = {name: (writes(name), writes(f"{name}_")) for name in pairs if name not in others}
@@ -266,7 +266,7 @@ def test_of_two_methods_the_one_whose_name_ends_in_an_underscore_writes():
 
 
 @pytest.mark.parametrize("name", sorted(NOT_IN_PLACE_NAMES))
-def test_functions_of_operator_whose_name_without_underscore_is_a_keyword_do_not_write(name):
+def test_functions_of_operator_that_are_named_after_a_keyword_do_not_write(name):
     function = getattr(operator, name)
     x = torch.tensor([1, 2])
     function(*([torch.tensor(1)] if name == "not_" else [x, x]))
@@ -284,7 +284,7 @@ class HasName:
 
 
 @given(st.from_regex(r"[a-z]{1,8}", fullmatch=True))
-def test_what_enters_and_exits_a_context_is_found_by_its_prefix(name):
+def test_functions_that_enter_and_exit_a_context_are_found_by_their_prefix(name):
     graph = fx.Graph()
     enter = graph.call_function(HasName(f"{op_tables.ENTER_PREFIX}{name}"))
     leave = graph.call_function(HasName(f"{op_tables.EXIT_PREFIX}{name}"), (enter,))
@@ -309,7 +309,7 @@ def test_the_functions_that_dynamo_writes_for_autocast_have_the_prefixes(functio
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_call_without_tensors_and_results_sets_a_state_unless_the_table_names_it(function, expected):
+def test_a_call_without_tensors_or_results_sets_a_state_unless_the_table_names_it(function, expected):
     assert sets_state(fx.Graph().call_function(function, (True,))) is expected
 
 
@@ -354,7 +354,7 @@ def test_a_random_function_advances_the_state_of_the_generator(name):
 
 @pytest.mark.parametrize("name", sorted(DROPOUTS))
 @given(st.booleans(), st.booleans(), st.booleans())
-def test_a_dropout_draws_unless_it_is_turned_off(name, drops, is_training, by_name):
+def test_a_dropout_draws_random_numbers_unless_it_is_turned_off(name, drops, is_training, by_name):
     function = getattr(F, name)
     x = torch.ones(2, 4, 3, 3, 3)[:, :, *([0] * {"dropout1d": 2, "dropout2d": 1}.get(name, 0))]
     p = 0.5 if drops else 0.0

@@ -1,4 +1,4 @@
-"""The pages in a browser: they open what they should, at every width, and no text becomes markup."""
+"""The pages in a browser: their controls work at every width, and no text becomes markup."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = CacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=1)
 
 
 def explained(name: str) -> Explanation:
-    """What is explained of a model with few channels."""
+    """The explanation of a model with few channels."""
     with torch.no_grad():
         if name == "loses-text":
             return cachedit_fx.explain(hybrid.build(hybrid.LosesText), **hybrid.calls()[0])
@@ -39,7 +39,7 @@ def explained(name: str) -> Explanation:
 
 
 def ran(name: str, *, shadow: bool) -> RunReport:
-    """A generation of a family, with guidance if it has any."""
+    """The report of a generation of a model family, with guidance if the family has it."""
     family = FAMILIES[name]
     config = CacheConfig(
         Fn_compute_blocks=1,
@@ -86,7 +86,7 @@ def test_a_click_opens_a_blocks_code_and_escape_closes_it(chromium: Any, flux: t
 @pytest.mark.parametrize("key", ["Enter", "Space"])
 def test_a_key_opens_a_blocks_code(chromium: Any, flux: tuple[Explanation, Path], key: str) -> None:
     with viewed(chromium, flux[1]) as found:
-        for _ in range(40):  # Tab alone must lead there.
+        for _ in range(40):  # The block must be reachable with the Tab key alone.
             found.page.keyboard.press("Tab")
             if found.page.evaluate("document.activeElement.matches('.opens')"):
                 break
@@ -99,9 +99,7 @@ def test_a_key_opens_a_blocks_code(chromium: Any, flux: tuple[Explanation, Path]
         assert not found.page.locator("#panel").is_visible()
 
 
-def test_before_and_after_stand_beside_each_other_and_open_together(
-    chromium: Any, flux: tuple[Explanation, Path]
-) -> None:
+def test_before_and_after_are_side_by_side_and_open_together(chromium: Any, flux: tuple[Explanation, Path]) -> None:
     explanation, path = flux
     with viewed(chromium, path) as found:
         row = found.page.locator(".row", has=found.page.locator("details.block-code")).first
@@ -159,7 +157,7 @@ def test_a_run_has_a_page_that_fits_a_phone(chromium: Any, tmp_path: Path, name:
 
 
 def hostile(explanation: Explanation) -> Explanation:
-    """The same with hostile text wherever a model could have put it."""
+    """The same explanation, with hostile text in every place that a model controls."""
     report = explanation.graphs[0]
     block = dataclasses.replace(
         report.blocks[1], path=HOSTILE, cls=HOSTILE, code=f"{HOSTILE} = {HOSTILE}", where=HOSTILE, makes=(HOSTILE,)

@@ -1,4 +1,4 @@
-"""The pass manager: the order of the passes, what it checks after each, and whom it notifies."""
+"""The pass manager: the order of the passes, the checks after each one, and the calls of the observer."""
 
 from __future__ import annotations
 
@@ -55,23 +55,23 @@ def small_graph() -> fx.GraphModule:
 
 class Recorder(Observer):
     def __init__(self) -> None:
-        self.seen: list[str] = []
+        self.events: list[str] = []
 
     def graph(self, name: str, gm: fx.GraphModule) -> None:
-        self.seen.append(name)
+        self.events.append(name)
 
     def planned(self, plan: Any) -> None:
-        self.seen.append("planned")
+        self.events.append("planned")
 
     def refused(self, mismatches: Any) -> None:
-        self.seen.append("refused")
+        self.events.append("refused")
 
     def pieces(self, cached_graph: fx.GraphModule, pieces: Any) -> None:
-        self.seen.append(f"{len(pieces)} pieces")
+        self.events.append(f"{len(pieces)} pieces")
 
 
 def making(name: str, change: Callable[[fx.GraphModule], Any], *, modified: bool = True) -> type[GraphPass]:
-    """A pass that does `change` to every graph."""
+    """A pass that applies `change` to every graph."""
 
     class Changes(GraphPass):
         def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -85,12 +85,12 @@ def making(name: str, change: Callable[[fx.GraphModule], Any], *, modified: bool
 # The manager.
 
 
-def test_one_list_leads_from_the_captured_graph_to_the_pieces():
+def test_one_list_holds_every_step_from_the_captured_graph_to_the_pieces():
     rewrites = [step.name for step in PASSES if issubclass(step, GraphPass)]
     analyses = [step.name for step in PASSES if issubclass(step, GraphAnalysis)]
     assert (rewrites, analyses) == (REWRITES, ["make-plan", "make-runtime-plan"])
     order = [step.name for step in PASSES]
-    assert order[6:8] == analyses  # Nothing is rewritten between the plan and the conditionals.
+    assert order[6:8] == analyses  # No pass rewrites the graph between the plan and the conditionals.
 
 
 def test_every_step_is_in_the_folder_of_its_kind():
@@ -109,7 +109,7 @@ def test_the_observer_is_notified_of_every_rewrite_in_order():
     ).found
     assert isinstance(found, Rewritten)
     before, after = REWRITES[:6], REWRITES[6:]
-    assert recorder.seen == ["captured", *before, "planned", *after, f"{len(found.pieces)} pieces"]
+    assert recorder.events == ["captured", *before, "planned", *after, f"{len(found.pieces)} pieces"]
 
 
 def test_a_mismatch_ends_the_run_and_is_observed():
@@ -118,7 +118,7 @@ def test_a_mismatch_ends_the_run_and_is_observed():
         gm, CONFIG, Declaration(), exact=True, observer=recorder
     )).found  # fmt: skip
     assert [mismatch.cause for mismatch in found] == [Cause.NO_CHAIN]
-    assert recorder.seen == ["captured", *REWRITES[:6], "refused"]
+    assert recorder.events == ["captured", *REWRITES[:6], "refused"]
 
 
 def test_a_modified_graph_is_recompiled():
@@ -139,7 +139,7 @@ def test_a_pass_that_raises_is_named():
     with pytest.raises(PassError, match="the pass second failed") as raised:
         run_passes(small_graph(), steps, PassContext(observer=recorder))
     assert isinstance(raised.value.__cause__, KeyError)
-    assert recorder.seen == ["first"]
+    assert recorder.events == ["first"]
 
 
 @pytest.mark.parametrize("modified", [True, False])
@@ -168,7 +168,7 @@ def test_a_pass_that_breaks_a_segment_is_named():
 @pytest.mark.parametrize(
     "error", [PatternError("declared"), MismatchError(Mismatch(None, Cause.NO_CHAIN, "a chain", "none"))]
 )
-def test_what_the_model_or_the_user_is_the_reason_for_is_no_pass_error(error: Exception):
+def test_an_error_caused_by_the_model_or_the_user_is_not_a_pass_error(error: Exception):
     def refuse(_gm: fx.GraphModule) -> None:
         raise error
 
@@ -189,7 +189,7 @@ def test_the_warning_about_a_bug_names_the_pass(monkeypatch: pytest.MonkeyPatch,
     assert "What happened: the pass hoist-symbols failed (ZeroDivisionError: no way)." in caplog.text
 
 
-# What the passes require and ensure. Each check gets a graph that it has to reject.
+# The conditions that the passes require and ensure. Each check gets a graph that it must reject.
 
 
 def captured(model: nn.Module, *, dynamic: bool | None = None) -> fx.GraphModule:
@@ -212,12 +212,12 @@ def test_a_checkpoint_must_be_read_part_by_part():
         InlineCheckpoints().requires(checkpoint_graph())
 
 
-def test_no_checkpoint_may_be_left():
+def test_no_checkpoint_may_remain():
     with pytest.raises(AssertionError, match="still calls a checkpoint"):
         InlineCheckpoints().ensures(checkpoint_graph())
 
 
-def test_no_number_of_numpy_that_nothing_reads_may_be_left():
+def test_no_unused_numpy_number_may_remain():
     gm = small_graph()
     with gm.graph.inserting_before(gm.graph.output_node()):
         gm.graph.call_function(numpy_method_wrapper("item"), (3,))
@@ -227,7 +227,7 @@ def test_no_number_of_numpy_that_nothing_reads_may_be_left():
     assert len(gm.graph.nodes) == 3
 
 
-def test_no_size_that_is_an_input_may_be_computed_again():
+def test_no_size_that_is_an_input_may_be_recomputed():
     gm = captured(DualStream(), dynamic=True)
     HoistSymbols()(gm)
     inputs = gm.graph.find_nodes(op="placeholder")
@@ -259,7 +259,7 @@ def test_no_context_may_contain_nodes_of_two_blocks():
     assert len([node for node in gm.graph.nodes if node.name.startswith("_enter_autocast")]) == 4
 
 
-def test_conditionals_need_a_plan_of_the_same_graph():
+def test_conditionals_require_a_plan_of_the_same_graph():
     with pytest.raises(AssertionError, match="there is no plan"):
         InsertConditionals().requires(small_graph())
     plan = planned(Transformer())
@@ -269,7 +269,7 @@ def test_conditionals_need_a_plan_of_the_same_graph():
     InsertConditionals(context).requires(plan.gm)
 
 
-def test_every_region_must_have_a_conditional_and_the_inputs_must_stay():
+def test_every_region_must_have_a_conditional_and_the_inputs_must_not_change():
     plan = planned(Transformer())
     cached = insert_conditionals(plan).gm
     inserted = InsertConditionals(PassContext(plan=plan))

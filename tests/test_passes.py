@@ -1,4 +1,4 @@
-"""From a graph to its regions and to the cached graph, one pass after the other."""
+"""The passes in order, from a captured graph to its regions and to the cached graph."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def flux_inputs(seed: int = 1, time: float = 0.9) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def flux() -> Captured:
-    """The plan of a FLUX with 3 double and 4 single blocks, one of them in the head."""
+    """The plan of a FLUX with 3 double and 4 single blocks; the first double block is in the head."""
     with torch.no_grad():
         return capture_plan(FLUX.build(), flux_inputs())
 
 
 def paths_of(model: nn.Module) -> list[str]:
-    """Paths of all block lists that were located and carry a stream."""
+    """Paths of all located block lists that carry a stream."""
     analyse: Callable[[fx.GraphModule], Any] = lambda gm: locate_blocks(Program(gm.graph))  # noqa: E731
     return [blocks.path for blocks in capture(model.eval(), make_inputs(model), analyse).found if blocks.has_stream]
 
@@ -68,7 +68,7 @@ def paths_of(model: nn.Module) -> list[str]:
 # Locate.
 
 
-def test_flux_is_two_lists_of_blocks_without_gaps(flux):
+def test_flux_has_two_block_lists_without_gaps(flux):
     double, single = (match.blocks for match in flux.found.chain)
     assert (double.path, single.path) == ("transformer_blocks", "single_transformer_blocks")
     assert [block.path for block in single.blocks] == [f"single_transformer_blocks.{i}" for i in range(4)]
@@ -80,7 +80,7 @@ def test_flux_is_two_lists_of_blocks_without_gaps(flux):
     assert double.blocks[-1].end <= single.blocks[0].start
 
 
-def test_flux_carries_both_streams_over_every_boundary(flux):
+def test_both_streams_of_flux_cross_every_block_boundary(flux):
     for blocks in (match.blocks for match in flux.found.chain):
         assert len(blocks.boundaries) == len(blocks.blocks) + 1
         assert all(set(boundary) == {HIDDEN, ENCODER} for boundary in blocks.boundaries[:-1])
@@ -88,7 +88,7 @@ def test_flux_carries_both_streams_over_every_boundary(flux):
             for role, node in boundary.items():
                 assert block.start <= flux.found.program.position[node] < block.span_end
                 assert re.fullmatch(role + r"(_\d+)?", node.name)
-    assert set(flux.found.chain[1].blocks.boundaries[-1]) == {HIDDEN}  # The text goes no further.
+    assert set(flux.found.chain[1].blocks.boundaries[-1]) == {HIDDEN}  # The text stream ends here.
 
 
 def test_the_nodes_of_a_block_are_tagged_with_its_number(flux):
@@ -108,14 +108,14 @@ class NestedBlock(nn.Module):
         return hidden_states
 
 
-def test_lists_inside_blocks_are_not_taken():
+def test_lists_inside_blocks_are_not_block_lists():
     paths = paths_of(Transformer(NestedBlock))
     assert "blocks" in paths
     assert not [path for path in paths if path.startswith("blocks.")]
 
 
 class CaptionProjections(TextTransformer):
-    """Every block has a projection of the text of its own; the projections are in a list."""
+    """Every block has a separate projection of the text; the projections are in a list."""
 
     def __init__(self) -> None:
         super().__init__(CrossBlock)
@@ -130,12 +130,12 @@ class CaptionProjections(TextTransformer):
         return self.unembed(hidden_states, temb)
 
 
-def test_alike_modules_that_hand_nothing_on_are_no_chain():
+def test_similar_modules_that_pass_no_stream_are_not_a_chain():
     assert "context_embedder" not in paths_of(CaptionProjections())
     assert [match.blocks.path for match in planned(CaptionProjections()).chain] == ["blocks"]
 
 
-# Join. A variant of `Transformer` that differs in what it does with its stream only overrides `loop`.
+# Join. A variant of `Transformer` that only treats its stream differently overrides `loop`.
 
 
 class Refined(Variant):
@@ -181,14 +181,14 @@ class Controlled(Transformer):
         return self.unembed(hidden_states, temb)
 
 
-def test_lists_that_one_stream_runs_through_are_joined():
+def test_lists_that_share_a_stream_are_joined():
     found = planned(Refined())
     assert [match.blocks.path for match in found.chain] == ["blocks", "refiner"]
     assert [region.name for region in found.regions] == ["blocks[1:4]+refiner"]
 
 
-@pytest.mark.parametrize("at_once", [False, True], ids=["behind-blocks", "before-the-first"])
-def test_a_list_whose_results_are_added_from_the_side_is_not_joined(at_once):
+@pytest.mark.parametrize("at_once", [False, True], ids=["after-blocks", "before-the-first"])
+def test_a_list_whose_outputs_are_only_added_to_the_stream_is_not_joined(at_once):
     model = Controlled(at_once=at_once)
     inputs = {**make_inputs(model), "control": torch.randn(BATCH, IMAGE, CHANNELS)}
     assert [match.blocks.path for match in planned(model, inputs).chain] == ["blocks"]
@@ -223,12 +223,12 @@ def test_fn_and_bn_place_the_cuts_in_the_joined_chain(flux, fields, expected):
 def test_streams_are_paired_across_the_region(fn, bn, name):
     (region,) = planned(DualStream(), Fn_compute_blocks=fn, Bn_compute_blocks=bn).regions
     assert region.name == name
-    roles = [HIDDEN, ENCODER] if bn else [HIDDEN]  # Without Bn blocks nobody reads the text after the region.
+    roles = [HIDDEN, ENCODER] if bn else [HIDDEN]  # Without Bn blocks the text is not read after the region.
     assert {pair.role for pair in region.live_outs} == set(roles)
     assert all(pair.before is not None for pair in region.live_outs)
 
 
-def test_what_blocks_emit_is_cached_as_it_is():
+def test_a_value_that_blocks_emit_is_cached_without_a_residual():
     (region,) = planned(Emitting()).regions
     stream, emitted = sorted(region.live_outs, key=lambda pair: pair.before is None)
     assert (stream.role, emitted.before) == (HIDDEN, None)
@@ -243,7 +243,7 @@ class AddsBetween(Variant):
         return hidden_states
 
 
-def test_work_between_two_blocks_belongs_to_the_one_before():
+def test_operations_between_two_blocks_belong_to_the_first_one():
     (region,) = planned(AddsBetween(), Fn_compute_blocks=2, Bn_compute_blocks=1).regions
     subtractions = [node for node in region.nodes if node.target is operator.sub]
     assert region.probed_at.target is operator.sub and region.probed_at not in region.nodes
@@ -282,7 +282,7 @@ def test_a_value_that_depends_on_no_stream_is_hoisted_if_a_bn_block_needs_it():
 
 
 class Skips(Variant):
-    """What one block makes is read once more after the last."""
+    """The output of one block is read again after the last block."""
 
     def __init__(self, source: int) -> None:
         super().__init__()
@@ -296,13 +296,13 @@ class Skips(Variant):
         return hidden_states + skip
 
 
-def test_a_skip_from_an_fn_block_passes_the_region_by():
+def test_a_skip_from_an_fn_block_bypasses_the_region():
     (region,) = planned(Skips(source=0), Bn_compute_blocks=1).regions
     assert [pair.role for pair in region.live_outs] == [HIDDEN]
     assert not [node for node in region.nodes if node.target == "tanh"]
 
 
-def test_a_skip_out_of_the_region_is_cached_as_it_is():
+def test_a_skip_out_of_the_region_is_cached_without_a_residual():
     (region,) = planned(Skips(source=1), Bn_compute_blocks=1).regions
     values = [pair for pair in region.live_outs if pair.before is None]
     assert [pair.role for pair in region.live_outs if pair.before is not None] == [HIDDEN]
@@ -312,7 +312,7 @@ def test_a_skip_out_of_the_region_is_cached_as_it_is():
 @pytest.mark.parametrize(
     "model", [Slices, Refined, lambda: Skips(source=0)], ids=["slices", "refined", "skip-from-fn-block"]
 )
-def test_computed_and_reused_steps_around_a_cut_are_bitwise_the_reference(model):
+def test_computed_and_reused_steps_around_a_cut_match_the_reference_bitwise(model):
     model = model().eval()
     fields = dict(Fn_compute_blocks=1, Bn_compute_blocks=1, residual_diff_threshold=1e9, max_warmup_steps=1)
     config = CacheConfig(**fields, forecaster=None, inner_backend="eager", on_no_match="raise")

@@ -1,4 +1,4 @@
-"""Which template a model's blocks fit, and why the others do not."""
+"""The template that the blocks of a model match, and the reasons why the others do not match."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def no_registered_patterns():
 
 
 def blocks_of(model: nn.Module) -> BlockList:
-    """The list at `blocks`, whether or not it is a chain."""
+    """The block list at `blocks`, whether or not it is a chain."""
 
     def analyse(gm: fx.GraphModule) -> BlockList:
         return next(blocks for blocks in locate_blocks(Program(gm.graph)) if blocks.path == "blocks")
@@ -79,7 +79,7 @@ def blocks_of(model: nn.Module) -> BlockList:
 
 
 def matched(model: nn.Module) -> Match:
-    """The one match of a model that fits."""
+    """The only match of a model."""
     found = plan(model.eval())
     assert isinstance(found, Plan), [str(mismatch) for mismatch in found]
     (match,) = found.chain
@@ -87,14 +87,14 @@ def matched(model: nn.Module) -> Match:
 
 
 def mismatches(blocks: BlockList, among: Iterable[BlockTemplate] | None = None) -> tuple[Mismatch, ...]:
-    """Why none of the templates fits."""
+    """The mismatches of all templates."""
     with pytest.raises(MismatchError) as caught:
         match_any(blocks, among)
     return caught.value.mismatches
 
 
 def mismatch_with(blocks: BlockList, template: BlockTemplate) -> Mismatch:
-    """Why one template does not fit."""
+    """The mismatch of one template."""
     (mismatch,) = mismatches(blocks, (template,))
     return mismatch
 
@@ -105,7 +105,7 @@ def source_at(where: SourceLine) -> str:
     return Path(where.path).read_text(encoding="utf-8").splitlines()[where.line - 1]
 
 
-# What fits.
+# Matches.
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_each_model_matches_its_pattern(number, name):
         pytest.param(EmitsForNobody, 3, id="emits-for-nobody"),
     ],
 )
-def test_a_model_that_misses_its_pattern_by_one_thing_matches_another_or_none(model, expected):
+def test_a_model_that_differs_from_its_pattern_in_one_respect_matches_another_or_none(model, expected):
     blocks = blocks_of(model())
     if expected is None:
         assert len(mismatches(blocks)) == len(BUILT_IN)
@@ -170,18 +170,18 @@ def without_source(base: type, returns: str) -> type:
     ],
     ids=["0", "1", "4", "5"],
 )
-def test_without_source_the_label_leaves_the_return_order_open(number, base, returns, label):
+def test_without_source_the_label_does_not_state_the_return_order(number, base, returns, label):
     block = without_source(base, ", ".join(returns))
     assert re.match(label + r".*the return order is not known\)", matched(PATTERNS[number](block)).label)
 
 
-# What does not fit, and why.
+# Mismatches.
 
 EMITTED = r"encoder_hidden_states_\d+ float32\[2, 6, 16\]"
 SWAPPED = r"returns \(encoder_hidden_states, hidden_states\); found: `return hidden_states, encoder_hidden_states`"
 
-# Model, pattern, cause, reason, node, what the user's line holds, blocks that fitted. A None: nothing in the graph
-# is to blame.
+# Model, pattern, cause, reason, node, content of the user's line, number of blocks that matched. None: no node of the
+# graph is the cause.
 NEAR_MISMATCHES = [
     pytest.param(DropsText, 0, Cause.STREAM_COUNT, r"expected: 2 streams .* from block 1 to block 2 .* found: 1",
                  r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 1, id="0-text-dropped"),
@@ -231,7 +231,7 @@ def test_a_mismatch_says_why_and_where(model, number, cause, reason, node, line,
         assert str(mismatch.where) in str(mismatch) and f"`{mismatch.node}`" in str(mismatch)
 
 
-def test_without_a_match_every_template_has_a_mismatch_nearest_first():
+def test_without_a_match_the_mismatches_of_all_templates_start_with_the_nearest():
     found = mismatches(blocks_of(DropsText()))
     assert [mismatch.template.number for mismatch in found] == [0, 1, 2, 3, 4, 5]
     assert [mismatch.progress for mismatch in found] == [1, 1, 0, 0, 0, 0]
@@ -257,7 +257,7 @@ def test_a_plan_that_fails_at_matching_gives_every_mismatch():
     assert found[0].cause is Cause.STREAM_COUNT and found[0].progress == 2
 
 
-# Templates of one's own.
+# User-defined templates.
 
 
 class AnonymousBlock(synthetic.DualBlock):
@@ -270,7 +270,7 @@ class AnonymousBlock(synthetic.DualBlock):
 
 
 class Anonymous(TextTransformer):
-    """Two streams under names that tell nothing, both made of both inputs and used in the end."""
+    """Two streams with uninformative names, both computed from both inputs and used at the end."""
 
     def __init__(self) -> None:
         super().__init__(AnonymousBlock)
@@ -285,7 +285,7 @@ class Anonymous(TextTransformer):
         return self.unembed(x + c.mean(dim=1, keepdim=True), temb)
 
 
-def test_streams_whose_names_tell_nothing_are_a_mismatch():
+def test_streams_with_uninformative_names_are_a_mismatch():
     mismatch = mismatch_with(blocks_of(Anonymous()), BUILT_IN[0])
     assert (mismatch.cause, mismatch.stream) == (Cause.STREAM_NAME, HIDDEN)
     assert mismatch.found.startswith("the streams c, x;") and "BlockTemplate(streams=" in mismatch.cure
@@ -296,22 +296,22 @@ def test_streams_whose_names_tell_nothing_are_a_mismatch():
 @pytest.mark.parametrize("hidden", ["x", "c"])
 def test_a_template_names_the_streams_of_a_model(hidden, order):
     names = {HIDDEN: hidden, ENCODER: "c" if hidden == "x" else "x"}
-    mine = register_pattern(BlockTemplate(MINE, (HIDDEN, ENCODER), order, streams=names))
+    custom = register_pattern(BlockTemplate(MINE, (HIDDEN, ENCODER), order, streams=names))
     blocks = blocks_of(Anonymous())
     if [names[role] for role in order] == ["x", "c"]:
-        assert match_list(blocks, mine).label == "template 'mine'"
+        assert match_list(blocks, custom).label == "template 'mine'"
         region = plan(Anonymous().eval()).regions[0]
         entered = {pair.role: pair.before.name for pair in region.live_outs}
         assert {role: name.partition("_")[0] for role, name in entered.items()} == names
         assert region.probed_since.name == hidden
     else:
-        mismatch = mismatch_with(blocks, mine)
+        mismatch = mismatch_with(blocks, custom)
         assert mismatch.cause is Cause.RETURN_ORDER and "`return x, c`" in mismatch.found
 
 
 def test_a_template_whose_stream_names_the_model_lacks_is_a_mismatch():
-    mine = BlockTemplate(MINE, (HIDDEN,), (HIDDEN,), streams={HIDDEN: "latents"})
-    mismatch = mismatch_with(blocks_of(Transformer()), mine)
+    custom = BlockTemplate(MINE, (HIDDEN,), (HIDDEN,), streams={HIDDEN: "latents"})
+    mismatch = mismatch_with(blocks_of(Transformer()), custom)
     assert mismatch.cause is Cause.STREAM_NAME
     assert mismatch.expected == "a stream with the name 'latents', which the template declares as hidden_states"
     assert mismatch.found == "streams with the names hidden_states"
@@ -344,7 +344,7 @@ def test_a_template_of_the_same_name_is_replaced():
         pytest.param({"module_path": "*single*"}, r"list at '\*single\*'; found: a list at 'blocks'", id="other-path"),
     ],
 )
-def test_a_restricted_template_fits_only_there(restriction, reason):
+def test_a_restricted_template_fits_only_where_its_restriction_allows(restriction, reason):
     register_pattern(BlockTemplate(MINE, (HIDDEN,), (HIDDEN,), **restriction))
     blocks = blocks_of(Transformer())
     if reason is None:
@@ -357,11 +357,11 @@ def test_a_restricted_template_fits_only_there(restriction, reason):
 
 
 @pytest.mark.parametrize("cached", ["residual", "value"])
-def test_a_reused_step_takes_the_residual_or_the_value_as_the_template_says(cached):
+def test_a_reused_step_adds_the_residual_or_uses_the_value_as_the_template_says(cached):
     register_pattern(BlockTemplate(MINE, (HIDDEN,), (HIDDEN,), cached={HIDDEN: cached}))
     model = Transformer().eval()
     first, second = (make_inputs(model, seed, time) for seed, time in ((1, 0.9), (2, 0.8)))
-    streams: list[list[Tensor]] = []  # Per call: what leaves the first block and what leaves the last, in eager.
+    streams: list[list[Tensor]] = []  # Per call: the eager outputs of the first and the last block.
     for inputs in (first, second):
         temb, stream = model.embed_time(inputs["timestep"]), [model.x_embedder(inputs["hidden_states"])]
         for block in model.blocks:
@@ -390,7 +390,7 @@ def test_a_reused_step_takes_the_residual_or_the_value_as_the_template_says(cach
     ],
     ids=["takes", "returns", "streams", "cached-role", "cached-kind"],
 )
-def test_a_malformed_template_is_an_error_that_names_the_field(fields, message):
+def test_a_malformed_template_raises_an_error_that_names_the_field(fields, message):
     with pytest.raises(ConfigError, match=message):
         BlockTemplate(**{"name": MINE, "takes": (HIDDEN,), "returns": (HIDDEN,), **fields})
 
@@ -402,7 +402,7 @@ def test_a_malformed_template_is_an_error_that_names_the_field(fields, message):
         pytest.param(BUILT_IN[3], r"number must be None in a template to register .*, got 3 in pattern 3", id="number"),
     ],
 )
-def test_only_templates_without_a_number_are_registered(given, message):
+def test_only_templates_without_a_number_can_be_registered(given, message):
     with pytest.raises(ConfigError, match=message):
         register_pattern(given)
     assert templates() == BUILT_IN

@@ -1,6 +1,6 @@
-"""Decisions and outputs against those that cache-dit 1.5.3 was recorded with, step by step (`make peers`).
+"""Decisions and outputs are compared with recorded ones of cache-dit 1.5.3, step by step (`make peers`).
 
-Where cache-dit has a quirk that is not to be copied, the test shows both.
+Where cache-dit has a quirk that should not be copied, the test shows both behaviours.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.sessions import every_session
 from tests.several import Several
 
 GUIDANCE_BRANCHES = ("cond", "uncond")
-# Those with a forecast of what a reused step adds: nothing here makes one yet.
+# Cases with a forecast of the residual of a reused step, which these tests do not support yet.
 COMPARED = [case for case in CASES if not case.taylorseer_order]
 
 
@@ -38,24 +38,24 @@ def named(name: str) -> Case:
 
 
 def config(case: Case) -> cachedit_fx.CacheConfig:
-    """What the fields that the case leaves out are, the names say."""
+    """The configuration of a case; fields that it leaves out have the defaults of cache-dit's class of that name."""
     kind = cachedit_fx.DBPruneConfig if case.prune else cachedit_fx.DBCacheConfig
     return kind(**case.fields, inner_backend="eager", regions=case.regions)
 
 
 def structure(case: Case) -> tuple[object, ...]:
-    """Equal for cases that one compiled graph serves."""
+    """A key that is equal for cases that can share a compiled graph."""
     return (case.family, case.dtype, config(case).structure, str(case.modifiers))
 
 
 def run(
     case: Case, transformer: nn.Module
 ) -> tuple[dict[str, dict[str, list[cachedit_fx.inspect.CacheStats]]], Tensor]:
-    """Statistics per branch and region, an entry for each generation, and the final latents."""
+    """Statistics per branch and region, with one entry for each generation, and the final latents."""
     cachedit_fx.reset(transformer)
     latents = generate(case, subject(case, transformer))
     found: dict[str, dict[str, list[cachedit_fx.inspect.CacheStats]]] = {}
-    names: list[str] = []  # In a loop the branches have no label; they come in the order in which they are called.
+    names: list[str] = []  # In a plain loop the branches have no label; they are in the order in which they are called.
     for stats in every_session(transformer):
         if stats.session not in names:
             names.append(stats.session)
@@ -65,9 +65,9 @@ def run(
 
 
 def enabled(case: Case) -> nn.Module:
-    """The case's transformer with its cache. Cases of one structure share it, and its graph.
+    """The transformer of the case, with its cache. Cases of one structure share it and its graph.
 
-    The structures that few cases have share one capture per family.
+    Rare structures share one capture per family.
     """
     name = structure(case)
     if name == structure(named(f"{case.family}-plain")) or case.dtype != "float32":
@@ -104,7 +104,7 @@ def of_several_structures(family: str) -> tuple[nn.Module, Several]:
 
 
 def over_generations(entries: list[cachedit_fx.inspect.CacheStats]) -> tuple[list[int], dict[int, float]]:
-    """Reused steps and diffs, steps counted on from one generation to the next."""
+    """Reused steps and diffs, with steps numbered consecutively across generations."""
     starts = [0, *itertools.accumulate(entry.num_steps for entry in entries)]
     steps = [start + s for start, entry in zip(starts, entries, strict=False) for s in entry.cached_steps]
     diffs = {s + start: d for start, e in zip(starts, entries, strict=False) for s, d in e.residual_diffs.items()}
@@ -116,14 +116,14 @@ def assert_same(case: Case, found: dict[str, dict[str, list[cachedit_fx.inspect.
     assert set(found) == set(wanted["branches"]), case
     for guidance_branch, regions in wanted["branches"].items():
         for name, want in regions.items():
-            mine = {
+            ours = {
                 region: over_generations(e) for region, e in found[guidance_branch].items() if belongs(region, name)
             }
-            (assert_same_pruning if case.prune else assert_same_steps)(case, want, mine)
+            (assert_same_pruning if case.prune else assert_same_steps)(case, want, ours)
     first = np.array(wanted["latents"]["first"], dtype=np.float32)
     scale = wanted["latents"]["mean_abs"]
     assert list(latents.shape) == wanted["latents"]["shape"]
-    # The one operation in another order is the addition of a residual.
+    # Only the addition of a residual happens in a different order.
     np.testing.assert_allclose(latents.flatten()[: len(first)].numpy(), first, rtol=1e-5, atol=1e-5 * scale)
     assert latents.abs().mean().item() == pytest.approx(scale, rel=1e-5)
 
@@ -132,16 +132,16 @@ def belongs(region: str, recorded_as: str) -> bool:
     return recorded_as in ("merged", region.partition("[")[0])
 
 
-def assert_same_steps(case: Case, want: dict[str, Any], mine: dict[str, tuple[list[int], dict[int, float]]]) -> None:
-    [(steps, diffs)] = mine.values()
+def assert_same_steps(case: Case, want: dict[str, Any], ours: dict[str, tuple[list[int], dict[int, float]]]) -> None:
+    [(steps, diffs)] = ours.values()
     assert steps == want["cached_steps"], case
     recorded_diffs = {int(step): diff for step, diff in want["residual_diffs"].items()}
-    # Float32 means over a few thousand elements, summed in another order.
+    # Means in float32 over a few thousand elements, summed in a different order.
     assert diffs == pytest.approx(recorded_diffs, rel=1e-4), case
 
 
-def assert_same_pruning(case: Case, want: dict[str, Any], mine: dict[str, tuple[list[int], dict[int, float]]]) -> None:
-    by_block = {block_number(region, case): entry for region, entry in mine.items()}
+def assert_same_pruning(case: Case, want: dict[str, Any], ours: dict[str, tuple[list[int], dict[int, float]]]) -> None:
+    by_block = {block_number(region, case): entry for region, entry in ours.items()}
     pruned: dict[str, list[int]] = defaultdict(list)
     for block, (steps, diffs) in sorted(by_block.items()):
         for step in steps:
@@ -152,7 +152,7 @@ def assert_same_pruning(case: Case, want: dict[str, Any], mine: dict[str, tuple[
 
 
 def block_number(region: str, case: Case) -> int:
-    """`single_transformer_blocks[2]` -> 2, or with the lists merged its number in the chain."""
+    """`single_transformer_blocks[2]` -> 2, or the number in the chain if the lists are merged."""
     path, _, number = region.removesuffix("]").partition("[")
     is_second = case.regions == "merged" and path == "single_transformer_blocks"
     return int(number) + (len(of_one_structure(case.family, case.dtype).transformer_blocks) if is_second else 0)
@@ -176,13 +176,13 @@ def by_structure(cases: list[Case]) -> list[Any]:
 
 
 @pytest.mark.parametrize("cases", by_structure([case for case in COMPARED if not case.quirk]))
-def test_decisions_and_outputs_are_those_of_cache_dit(cases):
+def test_decisions_and_outputs_equal_those_of_cache_dit(cases):
     for case in cases:
         assert_same(case, *run(case, enabled(case)))
 
 
 def reference(case: Case) -> list[list[int]]:
-    """Reused steps of every generation by the plain-Python reference, which has none of the quirks."""
+    """Reused steps of every generation according to the plain-Python reference, which has none of the quirks."""
     family, found = FAMILIES[case.family], []
     fields = dict(case.fields)
     fields.pop("num_inference_steps", None)
@@ -199,7 +199,7 @@ def reference(case: Case) -> list[list[int]]:
 
 
 def cond_steps(case: Case) -> list[list[int]]:
-    """Reused steps of the first branch: per generation where one graph has one region."""
+    """Reused steps of the first branch, per generation, for a graph with one region."""
     found, _ = run(case, enabled(case))
     [entries] = found["cond"].values()
     return [entry.cached_steps for entry in entries]
@@ -211,23 +211,23 @@ def recorded_steps(case: Case) -> list[int]:
 
 
 @by_name("flux-accumulated", "wan-accumulated")
-def test_the_accumulated_limit_opens_again_after_a_computed_step(name):
+def test_a_computed_step_resets_the_accumulated_limit(name):
     case = named(name)
     assert cond_steps(case) == reference(case)
     assert len(recorded_steps(case)) < len(reference(case)[0])
-    assert recorded_steps(case) == reference(case)[0][: len(recorded_steps(case))]  # Then it never opens again.
+    assert recorded_steps(case) == reference(case)[0][: len(recorded_steps(case))]  # cache-dit never resets the limit.
 
 
 @by_name("flux-loop-twice", "wan-loop-twice")
-def test_a_second_generation_without_a_pipeline_is_as_if_alone(name):
+def test_a_second_generation_without_a_pipeline_does_not_depend_on_the_first(name):
     case = named(name)
-    mine = cond_steps(case)
-    assert mine == reference(case)
-    assert recorded_steps(case) != mine[0] + [step + case.num_steps for step in mine[1]]
+    ours = cond_steps(case)
+    assert ours == reference(case)
+    assert recorded_steps(case) != ours[0] + [step + case.num_steps for step in ours[1]]
 
 
 @by_name("wan-refresh-once", "qwen_image-refresh-once")
-def test_a_refresh_counts_the_steps_of_a_branch(name):
+def test_a_refresh_counts_the_steps_per_branch(name):
     case = named(name)
     [steps] = cond_steps(case)
     plain = named(f"{case.family}-plain")
@@ -240,7 +240,7 @@ def test_a_refresh_counts_the_steps_of_a_branch(name):
 
 @shares_graphs("flux")
 def test_the_diff_is_computed_in_float32_whatever_the_dtype():
-    """Their diffs are quotients in bfloat16; which steps that changes depends on the processor."""
+    """cache-dit divides in bfloat16; which decisions that changes depends on the processor."""
     found, _ = run(named("flux-bfloat16"), enabled(named("flux-bfloat16")))
     [[entry]] = found["cond"].values()
     diffs = torch.tensor([*entry.residual_diffs.values()])
@@ -248,38 +248,40 @@ def test_the_diff_is_computed_in_float32_whatever_the_dtype():
 
 
 def pruned(case: Case, guidance_branch: str) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
-    """Step -> blocks that were pruned: here, and as recorded."""
+    """The pruned blocks by step: those of this package, and the recorded ones."""
     found, _ = run(case, enabled(case))
-    mine: dict[int, set[int]] = defaultdict(set)
+    ours: dict[int, set[int]] = defaultdict(set)
     for region, [entry] in found[guidance_branch].items():
         for step in entry.cached_steps:
-            mine[step].add(block_number(region, case))
+            ours[step].add(block_number(region, case))
     [want] = recorded(case)["branches"][guidance_branch].values()
-    return mine, {int(step): set(blocks) for step, blocks in want["pruned_blocks"].items() if blocks}
+    return ours, {int(step): set(blocks) for step, blocks in want["pruned_blocks"].items() if blocks}
 
 
 @shares_graphs("wan")
-def test_a_dynamic_threshold_is_the_mean_of_the_diffs_of_its_own_branch():
+def test_a_dynamic_threshold_is_the_mean_of_the_diffs_of_its_branch():
     case = named("wan-prune-dynamic")
-    mine, theirs = pruned(case, "cond")
-    assert mine == theirs
-    mine, theirs = pruned(case, "uncond")
-    assert mine != theirs
+    ours, theirs = pruned(case, "cond")
+    assert ours == theirs
+    ours, theirs = pruned(case, "uncond")
+    assert ours != theirs
 
 
 @shares_graphs("wan")
-def test_a_limit_of_reused_steps_holds_for_each_block():
-    mine, theirs = pruned(named("wan-prune-max-cached"), "cond")
-    for block in set.union(*mine.values()):
-        assert sum(block in blocks for blocks in mine.values()) <= 3
-    assert max(map(len, mine.values())) > len(theirs[max(theirs)])  # There the third step stops at its first block.
+def test_a_limit_of_reused_steps_applies_to_each_block():
+    ours, theirs = pruned(named("wan-prune-max-cached"), "cond")
+    for block in set.union(*ours.values()):
+        assert sum(block in blocks for blocks in ours.values()) <= 3
+    assert max(map(len, ours.values())) > len(
+        theirs[max(theirs)]
+    )  # In cache-dit, pruning stops at the first block of the third step.
 
 
 @shares_graphs("flux")
-def test_the_accumulated_limit_holds_for_pruned_blocks_too():
+def test_the_accumulated_limit_applies_to_pruned_blocks_too():
     case = named("flux-prune-accumulated")
-    mine, theirs = pruned(case, "cond")
-    assert mine != theirs
+    ours, theirs = pruned(case, "cond")
+    assert ours != theirs
     found, _ = run(case, enabled(case))
     for [entry] in found["cond"].values():
         total = 0.0

@@ -1,10 +1,10 @@
-"""Whole generations, cached inside the compiled graph, against the plain-Python reference.
+"""Whole generations with the cache are compared with the plain-Python reference.
 
-FLUX has two block lists and one call per step; QwenImage two calls with two text lengths; Wan two calls
-with one. Each runs in a plain loop, in the real pipeline, and interleaved with another generation.
+FLUX has two block lists and one call per step; QwenImage makes two calls with two text lengths; Wan makes two
+calls with one text length. Each runs in a plain loop, in the real pipeline, and interleaved with another generation.
 
-With the inner backend "eager" the pieces run the operations of the model in the model's order, and a
-reused step adds the stored residual as the reference does. So everything is compared bitwise.
+With the inner backend "eager" the pieces run the operations of the model in their original order, and a
+reused step adds the stored residual as the reference does. Therefore everything is compared bitwise.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tests.sessions import every_session
 
 @pytest.fixture(autouse=True)
 def no_grad():
-    """As pipelines run; the cache stays out of the way of gradients."""
+    """Pipelines run without gradients; calls that need gradients are not cached."""
     with torch.no_grad():
         yield
 
@@ -55,7 +55,7 @@ def no_grad():
 
 
 @every_family
-def test_a_reference_that_never_reuses_is_the_plain_model(family):
+def test_a_reference_that_never_reuses_equals_the_plain_model(family):
     model = family.build()
     plain = Recorder(model)
     denoise(plain, family, family.prompt(1), family.latents(1), NUM_STEPS)
@@ -66,7 +66,7 @@ def test_a_reference_that_never_reuses_is_the_plain_model(family):
 
 
 @every_family
-def test_the_reference_without_warmup_is_first_block_cache_of_diffusers(family):
+def test_the_reference_without_warmup_equals_first_block_cache_of_diffusers(family):
     model = family.build()
     with ReferenceCache(model, family.chain(model), **settings(family) | {"max_warmup_steps": 0}) as reference:
         denoise(reference, family, family.prompt(1), family.latents(1), NUM_STEPS)
@@ -89,31 +89,31 @@ def test_the_reference_without_warmup_is_first_block_cache_of_diffusers(family):
 
 @pytest.mark.parametrize(("Fn", "Bn"), [(1, 0), (2, 1)], ids=["F1B0", "F2B1"])
 @on_every_family
-def test_a_generation_is_bitwise_that_of_the_reference(family, Fn, Bn):
+def test_a_generation_matches_the_reference_bitwise(family, Fn, Bn):
     fields = settings(family, Fn, Bn)
     reference = reference_run(family, seed=1, **fields)
     module = compiled(family, fields)
-    seen = Recorder(module)
-    denoise(seen, family, family.prompt(1), family.latents(1), NUM_STEPS)
+    recorder = Recorder(module)
+    denoise(recorder, family, family.prompt(1), family.latents(1), NUM_STEPS)
     assert_newest_sessions(module, family, reference)
-    assert_bitwise(seen.outputs, outputs_of(reference))
+    assert_bitwise(recorder.outputs, outputs_of(reference))
 
 
 @pytest.mark.shares_graphs("pipelines-wan")
 @pytest.mark.parametrize("reason", LIMITS)
-def test_limits_decide_as_in_the_reference(reason):
+def test_limits_match_the_reference(reason):
     fields = limited(LIMITS[reason])
     reference = reference_run(WAN, seed=1, **fields)
     assert any(record.reason == reason for record in reference.records)
     module = compiled(WAN, fields)
-    seen = Recorder(module)
-    denoise(seen, WAN, WAN.prompt(1), WAN.latents(1), NUM_STEPS)
+    recorder = Recorder(module)
+    denoise(recorder, WAN, WAN.prompt(1), WAN.latents(1), NUM_STEPS)
     assert_newest_sessions(module, WAN, reference)
-    assert_bitwise(seen.outputs, outputs_of(reference))
+    assert_bitwise(recorder.outputs, outputs_of(reference))
 
 
 @on_every_family
-def test_a_second_generation_from_the_same_prompt_objects_starts_afresh(family):
+def test_a_second_generation_from_the_same_prompt_objects_starts_a_new_session(family):
     fields = settings(family)
     model = family.build()
     module = compiled(family, fields)
@@ -123,10 +123,10 @@ def test_a_second_generation_from_the_same_prompt_objects_starts_afresh(family):
             denoise(reference, family, prompt, family.latents(seed), NUM_STEPS)
         for guidance_branch in family.guidance_branches:
             assert_worth_comparing(reference.of(guidance_branch))
-        seen = Recorder(module)
-        denoise(seen, family, prompt, family.latents(seed), NUM_STEPS)
+        recorder = Recorder(module)
+        denoise(recorder, family, prompt, family.latents(seed), NUM_STEPS)
         assert_newest_sessions(module, family, reference)
-        assert_bitwise(seen.outputs, outputs_of(reference))
+        assert_bitwise(recorder.outputs, outputs_of(reference))
 
 
 # The real pipeline.
@@ -158,12 +158,12 @@ def compiled_in_place(pipe, fields):
         pytest.param(WAN, compile_with_object, id="wan"),
     ],
 )
-def test_every_generation_of_a_pipeline_is_bitwise_a_fresh_one(family, compile_transformer):
+def test_every_generation_of_a_pipeline_matches_a_new_one_bitwise(family, compile_transformer):
     fields = settings(family)
     fresh = {seed: reference_pipeline_run(family, seed, **fields) for seed in (1, 2)}
     pipe = family.pipeline(family.build())
     compile_transformer(pipe, fields)
-    for seed in (1, 2, 1):  # No reset between them, and each with prompt tensors of its own.
+    for seed in (1, 2, 1):  # No reset between the generations; each has new prompt tensors.
         latents = family.generate(pipe, family.prompt(seed), family.latents(seed), NUM_STEPS)
         reference, expected = fresh[seed]
         assert_newest_sessions(pipe.transformer, family, reference)
@@ -174,7 +174,7 @@ def test_every_generation_of_a_pipeline_is_bitwise_a_fresh_one(family, compile_t
 
 
 def assert_both_sessions_found(module: nn.Module, family: Family, references: list[ReferenceCache]) -> None:
-    """Every branch of every generation has its session, in whatever order they began."""
+    """Asserts that every branch of every generation has a session; their order does not matter."""
 
     def by_diffs(diffs):
         return [diff for diff in diffs if diff is not None]
@@ -191,29 +191,29 @@ def assert_both_sessions_found(module: nn.Module, family: Family, references: li
 
 
 @on_every_family
-def test_generations_that_take_turns_in_one_thread_run_as_if_alone(family):
+def test_interleaved_generations_in_one_thread_do_not_affect_each_other(family):
     fields = settings(family)
     references = [reference_run(family, seed, **fields) for seed in (1, 2)]
     module = compiled(family, fields)
-    seen = [Recorder(module), Recorder(module)]
+    recorders = [Recorder(module), Recorder(module)]
     running = [
         denoise_steps(recorder, family, family.prompt(seed), family.latents(seed), NUM_STEPS)
-        for recorder, seed in zip(seen, (1, 2), strict=True)
+        for recorder, seed in zip(recorders, (1, 2), strict=True)
     ]
     for _both in zip(*running, strict=True):
         pass
     assert_both_sessions_found(module, family, references)
-    for recorder, reference in zip(seen, references, strict=True):
+    for recorder, reference in zip(recorders, references, strict=True):
         assert_bitwise(recorder.outputs, outputs_of(reference))
 
 
 @on_every_family
-def test_generations_in_two_threads_run_as_if_alone(family):
+def test_generations_in_two_threads_do_not_affect_each_other(family):
     fields = settings(family)
     references = [reference_run(family, seed, **fields) for seed in (1, 2)]
     module = compiled(family, fields)
-    # It is compiled already: whether Dynamo can compile in two threads at once is not the question.
-    turns = threading.Barrier(2, timeout=60)  # Both make their n-th call at the same time.
+    # It is already compiled: this test is not about concurrent compilation in Dynamo.
+    turns = threading.Barrier(2, timeout=60)  # Both threads make their n-th call at the same time.
 
     def generate(seed: int) -> list[Tensor]:
         def call(**inputs):
@@ -221,14 +221,14 @@ def test_generations_in_two_threads_run_as_if_alone(family):
             return module(**inputs)
 
         torch.set_num_threads(1)  # Dynamo guards on it; a new thread has its own.
-        seen = Recorder(call)
+        recorder = Recorder(call)
         try:
-            with torch.no_grad():  # So is this one's grad mode.
-                denoise(seen, family, family.prompt(seed), family.latents(seed), NUM_STEPS)
+            with torch.no_grad():  # The grad mode is per thread, too.
+                denoise(recorder, family, family.prompt(seed), family.latents(seed), NUM_STEPS)
         except BaseException:
             turns.abort()
             raise
-        return seen.outputs
+        return recorder.outputs
 
     with ThreadPoolExecutor(2) as pool:
         outputs = list(pool.map(generate, (1, 2)))
@@ -238,14 +238,14 @@ def test_generations_in_two_threads_run_as_if_alone(family):
 
 
 @on_every_family
-def test_pipelines_in_two_threads_that_share_a_transformer_run_as_if_alone(family):
+def test_pipelines_in_two_threads_that_share_a_transformer_do_not_affect_each_other(family):
     fields = settings(family)
     expected = [reference_pipeline_run(family, seed, **fields) for seed in (1, 2)]
-    model = compiled_for_pipelines(family)  # Before the threads come, as above.
+    model = compiled_for_pipelines(family)  # Compiled before the threads start, as above.
 
     def generate(seed: int) -> list[Tensor]:
         torch.set_num_threads(1)
-        pipe = family.pipeline(model)  # One of its own: a scheduler counts its steps.
+        pipe = family.pipeline(model)  # One pipeline per thread, because a scheduler counts its steps.
         return family.generate(pipe, family.prompt(seed), family.latents(seed), NUM_STEPS)
 
     with ThreadPoolExecutor(2) as pool:
@@ -261,7 +261,7 @@ def test_pipelines_in_two_threads_that_share_a_transformer_run_as_if_alone(famil
 @on_every_family
 def test_one_graph_without_breaks_serves_all_steps_and_generations(family):
     module = compiled(family, settings(family))
-    # QwenImage's negative prompt has another length: one more graph, for any length.
+    # The negative prompt of QwenImage has a different length: one more graph, which serves all lengths.
     assert trace(family).num_graphs == (2 if family is QWEN_IMAGE else 1)
     assert not trace(family).graph_breaks
     counters.clear()
@@ -281,15 +281,17 @@ def test_inductor_gives_the_outputs_of_the_reference(family):
     fields = settings(family)
     reference = reference_run(family, seed=1, **fields)
     module = torch.compile(family.build(), backend=backend(inner="inductor", **fields), fullgraph=True)
-    seen = Recorder(module)
+    recorder = Recorder(module)
     records = iter(reference.records)
 
     def call(guidance_branch, **inputs):
-        seen(guidance_branch, **inputs)
-        return next(records).output  # On with the reference's latents: errors do not add up over the steps.
+        recorder(guidance_branch, **inputs)
+        return next(
+            records
+        ).output  # The loop continues with the latents of the reference, so errors do not accumulate over the steps.
 
     denoise(call, family, family.prompt(1), family.latents(1), NUM_STEPS)
     assert_newest_sessions(module, family, reference)
-    for output, record in zip(seen.outputs, reference.records, strict=True):
-        # Outputs are of order 1. Fused float32 kernels round differently: 2e-6 was seen, on reused steps too.
+    for output, record in zip(recorder.outputs, reference.records, strict=True):
+        # Outputs are of order 1. Fused float32 kernels round differently, by up to 2e-6, on reused steps too.
         torch.testing.assert_close(output, record.output, rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The rules beside the threshold, a user's own policy, and what holds under every one of them."""
+"""The rules besides the threshold, user-defined policies, and the properties that hold under all of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def no_grad():
 
 
 def run(config: CacheConfig, diffs: list[float], *, still: int = 0) -> list[Decision]:
-    """The decisions of a session that keeps something from its first step on."""
+    """The decisions of a session that has a cached value after its first step."""
     history, found = History(), []
     for number, diff in enumerate(diffs):
         if needs_refresh(config, history):
@@ -42,7 +42,7 @@ def run(config: CacheConfig, diffs: list[float], *, still: int = 0) -> list[Deci
     return found
 
 
-def drawn(decisions: list[Decision]) -> str:
+def as_string(decisions: list[Decision]) -> str:
     return "".join("." if decision.compute else "C" for decision in decisions)
 
 
@@ -61,8 +61,8 @@ def magnitude(**fields: Any) -> CacheConfig:
     ("diffs", "fields", "expected"),
     [
         pytest.param([9, 0.125, 0.0625, 0.0625, 0.125, 0.1], {}, ".CC.CC", id="an-equal-sum-is-above-and-resets"),
-        pytest.param([9, 0.5, 0.1, 0.1, 0.1], {}, "..CC.", id="what-a-computed-step-added-is-forgotten"),
-        pytest.param([9, 0.9, 0.9, 0.9], {"residual_diff_threshold": 2.0}, ".CC.", id="above-1-it-is-a-sum-as-any"),
+        pytest.param([9, 0.5, 0.1, 0.1, 0.1], {}, "..CC.", id="a-computed-step-resets-the-sum"),
+        pytest.param([9, 0.9, 0.9, 0.9], {"residual_diff_threshold": 2.0}, ".CC.", id="above-1-it-is-an-ordinary-sum"),
         pytest.param([9, 0.0, 0.0], {"residual_diff_threshold": 0.0}, "...", id="nothing-to-spend"),
         pytest.param([9, 0.1, math.nan, 0.1, 0.1], {}, ".C.CC", id="nan-computes"),
         pytest.param([9, 0.1, math.inf, 0.1], {}, ".C.C", id="infinite"),
@@ -81,11 +81,11 @@ def magnitude(**fields: Any) -> CacheConfig:
         pytest.param([9, 0.1, 0.1, 0.1, 0.1], {"force_refresh_step_hint": 2}, ".C.CC", id="a-refresh-spends-nothing"),
     ],
 )
-def test_a_budget_is_spent_as_drawn(diffs: list[float], fields: dict[str, Any], expected: str) -> None:
-    assert drawn(run(budget(**fields), diffs)) == expected
+def test_a_budget_gives_the_expected_decisions(diffs: list[float], fields: dict[str, Any], expected: str) -> None:
+    assert as_string(run(budget(**fields), diffs)) == expected
 
 
-def test_a_budget_says_what_was_spent() -> None:
+def test_a_budget_reports_the_accumulated_amount() -> None:
     found = run(budget(), [9, 0.125, 0.0625, 0.0625, math.nan])
     assert [d.reason for d in found] == ["warmup", "budget-below", "budget-below", "budget-above", "nan"]
     assert [d.accumulated for d in found[:4]] == [None, 0.125, 0.1875, 0.25]
@@ -94,7 +94,7 @@ def test_a_budget_says_what_was_spent() -> None:
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.lists(st.floats(-5, 5), max_size=4), st.floats(0, 3))
-def test_a_polynomial_is_numpys(coefficients: list[float], diff: float) -> None:
+def test_a_polynomial_is_evaluated_as_numpy_does(coefficients: list[float], diff: float) -> None:
     expected = sum(c * diff**i for i, c in enumerate(reversed(coefficients))) if coefficients else diff
     assert rescaled(coefficients, diff) == pytest.approx(expected, abs=1e-9)
 
@@ -103,7 +103,7 @@ def test_a_polynomial_is_numpys(coefficients: list[float], diff: float) -> None:
 
 
 def by_mag_cache(ratios: tuple[float, ...], threshold: float, total: int) -> str:
-    """MagCache's own loop: errors |1 - accumulated ratio| add up, both begin anew at a computed step."""
+    """The loop of MagCache: errors |1 - accumulated ratio| accumulate, and a computed step resets both."""
     found, ratio, error = ".", 1.0, 0.0
     for step in range(1, total):
         ratio *= ratios[step]
@@ -117,25 +117,25 @@ def by_mag_cache(ratios: tuple[float, ...], threshold: float, total: int) -> str
 
 
 @pytest.mark.parametrize("threshold", [0.005, 0.05, 0.15, 0.4, 2.0])
-def test_magnitudes_decide_as_mag_cache_does(threshold: float) -> None:
+def test_magnitude_decisions_match_mag_cache(threshold: float) -> None:
     found = run(magnitude(residual_diff_threshold=threshold), [math.nan] * len(RATIOS))
-    assert drawn(found) == by_mag_cache(RATIOS, threshold, len(RATIOS))
+    assert as_string(found) == by_mag_cache(RATIOS, threshold, len(RATIOS))
     assert not any(d.probed for d in found)
 
 
-def test_magnitudes_beyond_their_end_compute() -> None:
+def test_steps_beyond_the_last_magnitude_are_computed() -> None:
     found = run(magnitude(residual_diff_threshold=9.0), [math.nan] * (len(RATIOS) + 2))
-    assert drawn(found) == "." + "C" * (len(RATIOS) - 1) + ".."
+    assert as_string(found) == "." + "C" * (len(RATIOS) - 1) + ".."
     assert [d.reason for d in found[-3:]] == ["ratios-below", "ratios-end", "ratios-end"]
 
 
-def test_a_refresh_does_not_turn_the_magnitudes_back() -> None:
+def test_a_refresh_does_not_restart_the_magnitudes() -> None:
     ratios = (1.0, 1.0, 1.0, 1.0, 0.5, 1.0)
     config = magnitude(magnitude_ratios=ratios, residual_diff_threshold=0.1, force_refresh_step_hint=2)
-    assert drawn(run(config, [math.nan] * 6)) == ".C.C.C"
+    assert as_string(run(config, [math.nan] * 6)) == ".C.C.C"
 
 
-# What holds under every rule.
+# Properties of every rule.
 
 RULES = {
     "threshold": {},
@@ -160,11 +160,11 @@ RULES = {
     st.lists(st.floats(0, 0.4) | st.sampled_from([math.nan, math.inf]), max_size=14),
     st.integers(0, 2),
 )
-def test_limits_hold_under_every_rule(rule: str, fields: dict[str, Any], diffs: list[float], still: int) -> None:
+def test_limits_apply_under_every_rule(rule: str, fields: dict[str, Any], diffs: list[float], still: int) -> None:
     config = CacheConfig(**RULES[rule] | fields)
     found = run(config, diffs, still=still)
     assert found == run(config, diffs, still=still)
-    steps = drawn(found)
+    steps = as_string(found)
     mask = config.steps_computation_mask
     warmup = min(config.max_warmup_steps, (*mask, 0).index(0)) if mask is not None else config.max_warmup_steps
     assert "C" not in steps[: max(warmup, still + 1)]
@@ -184,12 +184,12 @@ def test_limits_hold_under_every_rule(rule: str, fields: dict[str, Any], diffs: 
         spent = 0.0 if decision.compute else decision.accumulated or 0.0
 
 
-# A user's own policy.
+# User-defined policies.
 
 
 @dataclass(eq=False)
 class Scripted:
-    """Answers in turn, and remembers what it was shown."""
+    """Returns the given answers in order, and records the step views."""
 
     answers: list[Any]
     views: list[StepView] = field(default_factory=list)
@@ -199,19 +199,19 @@ class Scripted:
         return self.answers[(len(self.views) - 1) % len(self.answers)]
 
 
-def test_an_answer_goes_before_warm_up_masks_and_limits_but_not_before_what_is_not_there() -> None:
+def test_a_decider_overrides_warmup_masks_and_limits_but_needs_a_cached_value() -> None:
     config = CacheConfig(max_warmup_steps=9, max_cached_steps=0, decider=Scripted([False]))
     reasons = [d.reason for d in run(config, [0.5] * 4, still=1)]
     assert reasons == ["nothing-stored", "timestep-still", "decider-reuse", "decider-reuse"]
 
 
-def test_none_leaves_it_to_the_rules_and_true_computes() -> None:
+def test_none_leaves_the_decision_to_the_rules_and_true_computes() -> None:
     config = CacheConfig(max_warmup_steps=1, residual_diff_threshold=0.1, decider=Scripted([None, None, True, None]))
     reasons = [d.reason for d in run(config, [0.0, 0.05, 0.05, 0.2])]
     assert reasons == ["warmup", "diff-below", "decider-compute", "diff-above"]
 
 
-def test_what_a_decider_is_shown_adds_up() -> None:
+def test_the_step_view_of_a_decider_accumulates_the_diffs() -> None:
     decider = Scripted([True, False, False, True])
     run(CacheConfig(residual_diff_threshold=0.3, num_inference_steps=8, decider=decider), [math.inf, 0.25, 0.5, 0.125])
     first, *others = decider.views
@@ -225,7 +225,7 @@ def test_what_a_decider_is_shown_adds_up() -> None:
 
 
 @pytest.mark.parametrize("answer", [1, "reuse", torch.tensor(True)])
-def test_another_answer_is_told(answer: Any) -> None:
+def test_an_invalid_answer_of_a_decider_raises(answer: Any) -> None:
     with pytest.raises(
         ConfigError, match=r"decider must return True \(compute\), False .* got .* from Scripted.decide"
     ):
@@ -233,7 +233,7 @@ def test_another_answer_is_told(answer: Any) -> None:
 
 
 class Every:
-    """Computes every so-many-th step; looks at nothing."""
+    """Computes every `period`-th step, without a probe."""
 
     def __init__(self, period: int) -> None:
         self.period = period
@@ -242,7 +242,7 @@ class Every:
         return step.number % self.period == 0
 
 
-def test_a_model_runs_under_a_policy_of_ones_own() -> None:
+def test_a_model_runs_under_a_user_defined_policy() -> None:
     model = cachedit_fx.enable_cache(hybrid.build(), hybrid.config(), decider=Every(3))
     hybrid.generate(model)
     (stats,) = every_session(model)
@@ -253,7 +253,7 @@ def test_a_model_runs_under_a_policy_of_ones_own() -> None:
     assert every_session(model)[-1].cached_steps == [1, 3, 5, 7]
 
 
-def test_an_error_of_a_decider_reaches_the_caller_and_leaves_the_session_as_it_was() -> None:
+def test_an_error_in_a_decider_reaches_the_caller_and_does_not_change_the_session() -> None:
     class Stops:
         fails = False
 
@@ -274,7 +274,7 @@ def test_an_error_of_a_decider_reaches_the_caller_and_leaves_the_session_as_it_w
     assert every_session(model)[-1].decisions == ["warmup", "threshold-one"]
 
 
-def test_a_decider_is_shown_region_and_timestep() -> None:
+def test_a_decider_receives_the_region_and_the_timestep() -> None:
     decider = Scripted([None])
     model = cachedit_fx.enable_cache(hybrid.build(), hybrid.config(regions="per_list"), decider=decider)
     hybrid.generate(model, (1.0, 0.75))
@@ -286,13 +286,13 @@ def test_a_decider_is_shown_region_and_timestep() -> None:
 # In a model.
 
 
-def test_a_budget_adds_up_the_changes_from_step_to_step() -> None:
+def test_a_budget_accumulates_the_changes_from_step_to_step() -> None:
     model = cachedit_fx.enable_cache(
         tiny.build(), tiny.config(decision_rule="budget", residual_diff_threshold=0.12, max_warmup_steps=1)
     )
     tiny.generate(model, tiny.prompt(), tiny.latents())
     (stats,) = every_session(model)
-    # The latents stay, so what is looked at is (1 + t) times a constant.
+    # The latents stay the same, so the probe is (1 + t) times a constant.
     changes = [abs(t - s) / (1 + s) for s, t in zip(tiny.TIMES, tiny.TIMES[1:], strict=False)]
     assert list(stats.residual_diffs.values()) == pytest.approx(changes, rel=1e-4)
     spent, expected = 0.0, []
@@ -307,7 +307,7 @@ def test_a_budget_adds_up_the_changes_from_step_to_step() -> None:
     assert stats.accumulated[2] == pytest.approx(sum(changes[:2]), rel=1e-4)
 
 
-# What one field asks of the others.
+# Combinations of fields.
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_a_budget_adds_up_the_changes_from_step_to_step() -> None:
         pytest.param(dict(Fn_compute_blocks=0, decision_rule="budget"), "Fn_compute_blocks=0 leaves", id="no-fn"),
     ],
 )
-def test_fields_that_exclude_each_other_are_told(fields: dict[str, Any], says: str) -> None:
+def test_fields_that_exclude_each_other_raise(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         check_together(CacheConfig(**fields))
 
@@ -345,7 +345,7 @@ def test_fields_that_exclude_each_other_are_told(fields: dict[str, Any], says: s
         dict(decision_rule="budget", rescale_coefficients=[1.0, 0.0]),
     ],
 )
-def test_fields_that_fit_are_taken(fields: dict[str, Any]) -> None:
+def test_compatible_fields_are_accepted(fields: dict[str, Any]) -> None:
     check_together(CacheConfig(**fields))
 
 
@@ -366,7 +366,7 @@ def test_fields_that_fit_are_taken(fields: dict[str, Any]) -> None:
         ("decider", Every, "a hashable object with a method decide(step), or None"),
     ],
 )
-def test_a_value_that_cannot_be_is_told(name: str, value: Any, says: str) -> None:
+def test_an_invalid_value_raises_an_error_that_names_the_field(name: str, value: Any, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         CacheConfig(**{name: value})
     assert str(caught.value).startswith(f"cachedit_fx: {name}")

@@ -1,4 +1,4 @@
-"""`decide` against tables, and against a reference that counts from the full record of a session."""
+"""`decide` is compared with tables, and with a reference that evaluates the full record of a session."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REUSED = ("threshold-one", "diff-below", "mask-static")
 
 
 def run(config, diffs, *, first_still=0):
-    """The reasons of a session's decisions; every step after the first, or after a refresh, finds something stored."""
+    """The reasons of a session's decisions; every step has a cached value except the first and those of a refresh."""
     history, reasons = History(), []
     for number, diff in enumerate(diffs):
         if needs_refresh(config, history):
@@ -33,7 +33,7 @@ def pattern(reasons):
     return "".join("C" if reason in REUSED else "." for reason in reasons)
 
 
-# Every check says no in this situation, so the reason is that of the first one left in.
+# Every check applies in this situation, so the reason is that of the first check that is not removed.
 ALL = dict(
     config=dict(
         max_warmup_steps=8,
@@ -130,15 +130,15 @@ def test_the_first_check_that_applies_decides(situation, expected):
             {"max_accumulated_residual_diff_threshold": 0.125},
             [0, 0, 0, 0.0625, 0.0625, 0, 0.0625, 0.0625, 0],
             "...CC.CC.",
-            id="accumulated-opens-again-after-a-computed-step",
+            id="accumulated-resets-at-a-computed-step",
         ),
         pytest.param({"residual_diff_threshold": 0.0}, [0.0] * 6, "......", id="threshold-0"),
         pytest.param({"residual_diff_threshold": -1.0}, [-2.0] * 6, "......", id="threshold-below-0"),
-        pytest.param({"residual_diff_threshold": 1.0}, [9.0, math.nan] * 3, "...CCC", id="threshold-1-never-looks"),
+        pytest.param({"residual_diff_threshold": 1.0}, [9.0, math.nan] * 3, "...CCC", id="threshold-1-never-probes"),
         pytest.param({}, [0, 0, 0, 0, math.nan, 0, math.nan], "...C.C.", id="nan-computes"),
     ],
 )
-def test_a_session_goes_as_drawn(fields, diffs, expected):
+def test_a_session_makes_the_expected_decisions(fields, diffs, expected):
     config = CacheConfig(**dict(max_warmup_steps=3, residual_diff_threshold=0.1) | fields)
     assert pattern(run(config, diffs)) == expected
 
@@ -164,16 +164,16 @@ NEVER = 9.0  # No threshold lets a step with this diff be reused.
     ("mask", "fields", "diffs", "expected"),
     [
         pytest.param("100100", {}, [0.0] * 8, ".CC.CCCC", id="beyond-its-end-a-mask-is-0"),
-        pytest.param("100100", {}, [0, 0.5, 0, 0, 0.5, 0, 0, 0.5], "..C..CC.", id="dynamic-looks-where-the-mask-is-0"),
-        pytest.param("100100", {"max_cached_steps": 3}, [0.0] * 8, ".CC.C...", id="dynamic-keeps-to-the-limits"),
+        pytest.param("100100", {}, [0, 0.5, 0, 0, 0.5, 0, 0, 0.5], "..C..CC.", id="dynamic-probes-where-the-mask-is-0"),
+        pytest.param("100100", {"max_cached_steps": 3}, [0.0] * 8, ".CC.C...", id="dynamic-respects-limits"),
         pytest.param("100100", {"residual_diff_threshold": 0.0}, [0.0] * 4, "....", id="dynamic-at-threshold-0"),
         pytest.param("10", {"residual_diff_threshold": 1.0}, [NEVER] * 4, ".CCC", id="dynamic-at-threshold-1"),
-        pytest.param("111110", {}, [0.0] * 7, ".....CC", id="ones-beyond-the-warmup-are-computed"),
+        pytest.param("111110", {}, [0.0] * 7, ".....CC", id="ones-after-the-warmup-are-computed"),
         pytest.param("1", {}, [0.0] * 4, ".CCC", id="a-short-mask-caps-the-warmup"),
         pytest.param("0111", {}, [0.0] * 6, "....CC", id="a-mask-that-begins-with-0-has-no-warmup"),
         pytest.param("1110", {"warmup_interval": 2}, [0.0] * 6, "...CCC", id="ones-between-the-warmup-intervals"),
         pytest.param("100100", {"max_warmup_steps": 0}, [0.0] * 6, ".CC.CC", id="no-warmup"),
-        pytest.param("100100", {"static": True}, [NEVER] * 8, ".CC.CCCC", id="static-never-looks"),
+        pytest.param("100100", {"static": True}, [NEVER] * 8, ".CC.CCCC", id="static-never-probes"),
         pytest.param("100100", {"static": True}, [math.nan] * 8, ".CC.CCCC", id="static-takes-any-diff"),
         pytest.param("0011", {"static": True}, [0.0] * 6, ".C..CC", id="static-with-nothing-stored-computes"),
         pytest.param(
@@ -187,18 +187,18 @@ NEVER = 9.0  # No threshold lets a step with this diff be reused.
             ),
             [NEVER] * 6,
             ".CCCCC",
-            id="static-knows-no-limits",
+            id="static-ignores-limits",
         ),
     ],
 )
-def test_a_session_with_a_mask_goes_as_drawn(mask, fields, diffs, expected):
+def test_a_session_with_a_mask_makes_the_expected_decisions(mask, fields, diffs, expected):
     fields = dict(max_warmup_steps=3, residual_diff_threshold=0.1) | fields
     policy = "static" if fields.pop("static", False) else "dynamic"
     config = CacheConfig(**fields, steps_computation_mask=[*map(int, mask)], steps_computation_policy=policy)
     assert pattern(run(config, diffs)) == expected
 
 
-def test_a_mask_says_why_it_computes_and_why_it_reuses():
+def test_a_mask_gives_reasons_for_computed_and_reused_steps():
     mask = dict(max_warmup_steps=2, residual_diff_threshold=0.1, steps_computation_mask=[1, 1, 1, 0, 1])
     assert run(CacheConfig(**mask), [0.0] * 6) == ["warmup", "warmup", "mask", "diff-below", "mask", "diff-below"]
     static = CacheConfig(**mask, steps_computation_policy="static")
@@ -228,25 +228,25 @@ def test_a_step_that_a_static_mask_reuses_was_not_probed():
     ("fields", "expected"),
     [
         pytest.param(dict(force_refresh_step_hint=None), "..CCCCCCCCCC", id="never"),
-        pytest.param(dict(force_refresh_step_hint=5), "..CCC..CCCCC", id="once-unless-told-otherwise"),
+        pytest.param(dict(force_refresh_step_hint=5), "..CCC..CCCCC", id="once-by-default"),
         pytest.param(dict(force_refresh_step_hint=5, force_refresh_step_policy="once"), "..CCC..CCCCC", id="once"),
         pytest.param(dict(force_refresh_step_hint=5, force_refresh_step_policy="repeat"), "..CCC..CCC..", id="repeat"),
         pytest.param(dict(force_refresh_step_hint=1, force_refresh_step_policy="repeat"), "." * 12, id="every-step"),
         pytest.param(dict(force_refresh_step_hint=1), "...CCCCCCCCC", id="once-after-the-first"),
         pytest.param(dict(force_refresh_step_hint=99), "..CCCCCCCCCC", id="beyond-the-end"),
-        pytest.param(dict(force_refresh_step_hint=5, max_cached_steps=2), "..CC...CC...", id="limits-begin-anew"),
+        pytest.param(dict(force_refresh_step_hint=5, max_cached_steps=2), "..CC...CC...", id="limits-start-over"),
         pytest.param(
-            dict(force_refresh_step_hint=5, steps_computation_mask=[1, 0, 1, 0]), ".C.CC.C.CCCC", id="masks-begin-anew"
+            dict(force_refresh_step_hint=5, steps_computation_mask=[1, 0, 1, 0]), ".C.CC.C.CCCC", id="masks-start-over"
         ),
     ],
 )
-def test_before_the_step_of_the_hint_all_begins_anew(fields, expected):
+def test_before_the_hinted_step_the_policy_starts_over(fields, expected):
     config = CacheConfig(max_warmup_steps=2, residual_diff_threshold=0.1, **fields)
     assert pattern(run(config, [0.0] * 12)) == expected
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("once", [4]), ("repeat", [4, 8, 12])])
-def test_a_refresh_is_due_at_the_hint_and_counts(policy, expected):
+def test_a_refresh_is_due_at_the_hinted_step_and_counts(policy, expected):
     config = CacheConfig(force_refresh_step_hint=4, force_refresh_step_policy=policy)
     history, due = History(), []
     for step in range(14):
@@ -267,7 +267,7 @@ def test_a_refresh_is_due_at_the_hint_and_counts(policy, expected):
         pytest.param([], {}, 0.1, id="no-diff-yet"),
         pytest.param([0.12], {}, 0.15, id="the-mean-relaxed"),
         pytest.param([0.02], {}, 0.1, id="never-below-the-threshold-itself"),
-        pytest.param([0.08, 0.16], {}, 0.15, id="of-two"),
+        pytest.param([0.08, 0.16], {}, 0.15, id="mean-of-two"),
         pytest.param([0.12] * 5 + [5.0], {}, 0.15, id="of-the-first-five"),
         pytest.param([0.0, 0.12, math.nan], {}, 0.15, id="only-those-above-0"),
         pytest.param([0.16], {}, 0.1, id="at-twice-the-threshold-it-is-not-relaxed"),
@@ -287,11 +287,11 @@ def test_a_dynamic_threshold_follows_the_diffs_before_it(earlier, fields, thresh
         assert decision == Decision(reason == "diff-above", reason, probed=True)
 
 
-# The same from the record alone.
+# The reference.
 
 
 def reference_decision(fields, record, diff, is_cached, has_moved):
-    """`record`: per step (reason, diff). Counts from scratch at every step, in the order of the documentation."""
+    """Evaluates `record`, one (reason, diff) per step, from scratch, in the order that the documentation gives."""
     threshold = fields["residual_diff_threshold"]
     mask = fields["steps_computation_mask"]
     bit = None if mask is None else (mask[len(record)] if len(record) < len(mask) else 0)
@@ -344,7 +344,7 @@ configs = st.fixed_dictionaries(
 steps = st.lists(
     st.tuples(
         st.floats(0, 0.4) | st.sampled_from([0.05, 0.2, math.inf, math.nan]),
-        st.sampled_from([True, True, True, False]),  # Whether something of the right shape is stored,
+        st.sampled_from([True, True, True, False]),  # Whether a value of the right shape is cached,
         st.sampled_from([True, True, True, False]),  # and whether the timestep has moved.
     ),
     max_size=24,
@@ -361,7 +361,7 @@ steps = st.lists(
     ),
     [(diff, True, True) for diff in (0.1, 0.1, 0.1, 0.1, 0.3, 0.1, math.nan, 0.19, 0.19, 0.19)],
 )  # fmt: skip
-def test_any_session_goes_as_in_the_reference(fields, steps):
+def test_every_session_matches_the_reference(fields, steps):
     config, history, record = CacheConfig(**fields), History(), []
     for diff, is_cached, has_moved in steps:
         known = history._replace(has_moved=has_moved)

@@ -1,4 +1,4 @@
-"""The probe: the residual of the Fn blocks, the first block's modulated input, or nothing."""
+"""The probe: the residual of the Fn blocks, the modulated input of the first block, or none."""
 
 from __future__ import annotations
 
@@ -58,24 +58,24 @@ def test_the_first_blocks_modulated_input_is_the_probe(number: int):
     assert second.probes[0].tolist() == pytest.approx([diff.item(), 0.8])
 
 
-def test_only_what_makes_it_runs_before_the_region():
+def test_only_the_operations_of_the_probe_run_before_the_region():
     found = planned(DualStream())
     (region,) = found.regions
     assert (region.name, region.first, region.last) == ("blocks", 0, 4) and region.probed_since is None
     assert {node.meta["cachedit_block"] for node in region.hoisted} == {0}
     heavy = [n for n in region.hoisted if found.program.flops[found.program.position[n]]]
-    assert len(heavy) == 1  # The time embedding to shift and scale.
+    assert len(heavy) == 1  # The projection of the time embedding to shift and scale.
     assert region.probed_at in region.hoisted and not set(region.hoisted) & set(region.nodes)
 
 
-def test_it_may_be_the_probe_beside_fn_blocks():
+def test_the_modulated_input_can_be_the_probe_with_fn_blocks():
     (region,) = planned(DualStream(), Fn_compute_blocks=2, Bn_compute_blocks=1).regions
     (other,) = planned(DualStream()).regions
     assert region.name == "blocks[2:3]" and region.probed_at.name == other.probed_at.name and not region.hoisted
 
 
 class Late(SelfBlock):
-    """Attends to its stream as it is, and modulates what the MLP reads alone."""
+    """Its attention reads the stream without modulation; only the input of the MLP is modulated."""
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         hidden_states = hidden_states + self.attn(hidden_states, hidden_states)
@@ -83,7 +83,7 @@ class Late(SelfBlock):
 
 
 class Unread(SelfBlock):
-    """Is modulated by the stream's own mean; the timestep lends its dtype only."""
+    """The stream is modulated by its own mean; only the dtype of the timestep is used."""
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         normed = self.norm(hidden_states, hidden_states.mean(1)).type_as(temb)
@@ -92,13 +92,13 @@ class Unread(SelfBlock):
 
 
 class Plain(AdaNorm):
-    """Is handed a time embedding that was made to have the stream's dtype, which is no use of the stream."""
+    """Casts the time embedding to the dtype of the stream, which does not count as a use of the stream."""
 
     def forward(self, tokens: Tensor, temb: Tensor) -> Tensor:
         return super().forward(tokens, temb.type_as(tokens).to(tokens))
 
 
-def test_arguments_that_lend_a_dtype_lend_no_values():
+def test_an_argument_that_only_provides_a_dtype_does_not_count_as_a_use():
     model = Transformer()
     model.blocks[0].norm = Plain()
     assert "norm" in str(planned(model).regions[0].probed_at.meta["nn_module_stack"])
@@ -130,14 +130,14 @@ class Autocast(SelfBlock):
             return super().forward(hidden_states, temb)
 
 
-def test_a_modulated_input_that_is_made_in_a_context_is_refused():
+def test_a_modulated_input_computed_in_a_context_is_refused():
     model = Transformer(Autocast)
     (mismatch,) = plan(model.eval(), make_inputs(model), **MODULATED)
     assert mismatch.cause is Cause.STATE and "the modulated input" in mismatch.expected
 
 
 @pytest.mark.parametrize("probe", ["none", "timestep"])
-def test_there_is_no_probe(probe: str):
+def test_without_a_probe_only_the_timestep_is_read(probe: str):
     model = DualStream().eval()
     captured = cached_graph(model, make_inputs(model), Fn_compute_blocks=1, probe=probe, reach="blocks")
     step = Step(captured.found.regions)
@@ -146,11 +146,11 @@ def test_there_is_no_probe(probe: str):
     assert step.probes[0].tolist() == pytest.approx([0.9]) and step.updates[0][0] is None
 
 
-# Each sample on its own.
+# Decisions per sample.
 
 
 def diff_of(now: Tensor, before: Tensor, sample_dim: int | None) -> Tensor:
-    """The diff that a head makes for a value that it is given."""
+    """The diff that the head of a graph computes for a given value."""
     graph = fx.Graph()
     node = graph.placeholder("now")
     node.meta["example_value"] = now
@@ -162,7 +162,7 @@ def diff_of(now: Tensor, before: Tensor, sample_dim: int | None) -> Tensor:
     return head.finish(fx.GraphModule(nn.Module(), fx.Graph()), [diff], "Head")(now, before)[0]
 
 
-def test_the_largest_diff_of_a_sample_counts():
+def test_the_diff_is_the_largest_diff_of_any_sample():
     before, now = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     by_hand = [((n - b).abs().mean() / b.abs().mean()).item() for n, b in zip(now, before, strict=True)]
     assert diff_of(now, before, 0).item() == pytest.approx(max(by_hand))
@@ -209,7 +209,9 @@ def node_of(*shape: int) -> fx.Node:
         ((6, 4), (2,), None),  # The tokens of one sample.
     ],
 )
-def test_samples_are_as_many_as_timesteps(probed: tuple[int, ...], timestep: tuple[int, ...] | None, dim: int | None):
+def test_the_sample_dimension_has_as_many_elements_as_there_are_timesteps(
+    probed: tuple[int, ...], timestep: tuple[int, ...] | None, dim: int | None
+):
     group = Group((), CacheConfig(batch_decision="any"))
     timestep_node = node_of(*timestep) if timestep is not None else None
     assert per_sample(Probe(node_of(*probed)), group, timestep_node).sample_dim == dim

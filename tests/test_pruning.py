@@ -1,4 +1,4 @@
-"""DBPrune: every block is decided about on its own, by how far its input moved since it was last computed.
+"""DBPrune: every block has its own decision, based on how far its input moved since it was last computed.
 
 The reference replaces the blocks' forwards: it compares a block's input with the one at its last computed step, and
 adds the residual of every stream. Outputs are compared bitwise.
@@ -22,8 +22,8 @@ from tests.regions import Decide, Span, assert_diffs, at_steps, runs, threshold
 from tests.sessions import every_session
 from tests.tiny import Watch, assert_bitwise
 
-STREAMS = ("hidden_states", "encoder_hidden_states")  # What a block of `tests.tiny` returns.
-LIMIT = 0.05  # What enters the later blocks of `drifting` moves past it later.
+STREAMS = ("hidden_states", "encoder_hidden_states")  # The outputs of a block of `tests.tiny`.
+LIMIT = 0.05  # The inputs of the later blocks of `drifting` exceed it later.
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def no_grad():
 
 
 def drifting() -> list[dict[str, Tensor]]:
-    """The calls of a generation whose latents move evenly, while time all but stands still."""
+    """The calls of a generation whose latents move evenly while the timestep hardly changes."""
     times = tuple(1 - 0.001 * step for step in range(8))
     drift = tiny.latents(51)
     return [
@@ -42,7 +42,7 @@ def drifting() -> list[dict[str, Tensor]]:
 
 
 def pruned(model: nn.Module, **fields: Any) -> tuple[list[Tensor], dict[str, cachedit_fx.inspect.CacheStats]]:
-    """The outputs of a generation, and the statistics of its regions by their names."""
+    """The outputs of a generation, and the statistics of its regions by name."""
     base = dict(Fn_compute_blocks=0, residual_diff_threshold=LIMIT, max_warmup_steps=1, inner_backend="eager")
     cachedit_fx.enable_cache(model, DBPruneConfig(**base | fields))
     outputs = [model(**call)[0] for call in drifting()]
@@ -50,7 +50,7 @@ def pruned(model: nn.Module, **fields: Any) -> tuple[list[Tensor], dict[str, cac
 
 
 def reference(numbers: Sequence[int], decide: Decide | None = None) -> tuple[list[Tensor], dict[str, Span]]:
-    """The same with these blocks of `tests.tiny` pruned, each by a decision of its own."""
+    """The same by the reference, with the given blocks of `tests.tiny` pruned, each by a separate decision."""
     model = tiny.build()
     decide = decide or threshold(LIMIT)
     spans = {f"blocks[{i}]": Span([model.blocks[i]], STREAMS, decide) for i in numbers}
@@ -64,14 +64,14 @@ def assert_same(found: dict[str, cachedit_fx.inspect.CacheStats], spans: dict[st
         assert_diffs(found[name], span)
 
 
-def test_every_block_is_decided_about_on_its_own():
+def test_every_block_has_its_own_decision():
     outputs, found = pruned(tiny.build())
     expected, spans = reference(range(4))
     assert_same(found, spans)
     assert_bitwise(outputs, expected)
     steps = [span.cached_steps for span in spans.values()]
-    assert len(set(map(tuple, steps))) > 1  # So that one decision for all would be noticed,
-    assert all(0 < len(cached) < 7 for cached in steps)  # or the same one always.
+    assert len(set(map(tuple, steps))) > 1  # Otherwise one decision for all blocks would not be noticed,
+    assert all(0 < len(cached) < 7 for cached in steps)  # and neither would a constant one.
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,10 @@ def test_every_block_is_decided_about_on_its_own():
         pytest.param({"Fn_compute_blocks": 1}, [1, 2, 3], id="F1"),
         pytest.param({"Bn_compute_blocks": 2}, [0, 1], id="B2"),
         pytest.param({"Fn_compute_blocks": 1, "Bn_compute_blocks": 1}, [1, 2], id="F1B1"),
-        pytest.param({"non_prune_block_ids": [1, 3]}, [0, 2], id="kept"),
-        pytest.param({"Fn_compute_blocks": 1, "non_prune_block_ids": [0, 2, 9]}, [1, 3], id="kept-anyway-and-beyond"),
+        pytest.param({"non_prune_block_ids": [1, 3]}, [0, 2], id="excluded"),
+        pytest.param(
+            {"Fn_compute_blocks": 1, "non_prune_block_ids": [0, 2, 9]}, [1, 3], id="excluded-twice-and-out-of-range"
+        ),
     ],
 )
 def test_blocks_that_are_never_pruned_have_no_region(fields, numbers):
@@ -104,7 +106,7 @@ def test_a_pruned_block_does_not_run():
     assert ran == [4 - sum(step in steps for steps in skipped) for step in range(8)]
 
 
-def test_computed_steps_are_bitwise_those_of_the_model():
+def test_computed_steps_match_the_model_bitwise():
     outputs, found = pruned(tiny.build(), residual_diff_threshold=0.0)
     assert not any(stats.cached_steps for stats in found.values())
     plain = tiny.build()
@@ -124,7 +126,7 @@ def test_computed_steps_are_bitwise_those_of_the_model():
         ),
     ],
 )
-def test_every_block_keeps_to_limits_of_its_own(fields, computed):
+def test_every_block_has_its_own_limits(fields, computed):
     outputs, found = pruned(tiny.build(), residual_diff_threshold=1.0, **fields)
     expected, spans = reference(range(4), at_steps(computed))
     assert [stats.cached_steps for stats in found.values()] == [span.cached_steps for span in spans.values()]
@@ -132,7 +134,7 @@ def test_every_block_keeps_to_limits_of_its_own(fields, computed):
 
 
 def dynamic_threshold(spans: list[Span], *, ratio: float, cap: float) -> Decide:
-    """The mean of the first five diffs of this step, relaxed, where that lies between the threshold and the cap."""
+    """The relaxed mean of the first five diffs of this step, limited to the range from the threshold to the cap."""
 
     def decide(step: int, diff: float | None) -> bool:
         if diff is None:
@@ -154,7 +156,7 @@ def dynamic_threshold(spans: list[Span], *, ratio: float, cap: float) -> Decide:
         pytest.param({"dynamic_prune_threshold_relax_ratio": 1.1}, 1.1, 2 * LIMIT, id="relaxed-less"),
     ],
 )
-def test_a_dynamic_threshold_follows_the_blocks_before(fields, ratio, cap):
+def test_a_dynamic_threshold_follows_the_diffs_of_the_earlier_blocks(fields, ratio, cap):
     model = tiny.build(num_blocks=8)
     outputs, found = pruned(model, enable_dynamic_prune_threshold=True, **fields)
     model = tiny.build(num_blocks=8)
@@ -166,11 +168,13 @@ def test_a_dynamic_threshold_follows_the_blocks_before(fields, ratio, cap):
     assert_bitwise(outputs, expected)
     fixed = [Span([block], STREAMS, threshold(LIMIT)) for block in model.blocks]
     runs(model, fixed, drifting())
-    assert [span.cached_steps for span in spans] != [span.cached_steps for span in fixed]  # So that it matters.
+    assert [span.cached_steps for span in spans] != [
+        span.cached_steps for span in fixed
+    ]  # The dynamic threshold has an effect.
 
 
 def test_blocks_of_a_second_list_are_pruned_too():
-    """And the last of the first list, behind which text and image are joined: its residual is that of the joint."""
+    """Text and image are joined after the last block of the first list, which has the residual of the joined stream."""
     outputs, found = pruned(hybrid.build())
     model = hybrid.build()
     spans = {f"blocks[{i}]": Span([model.blocks[i]], DUAL, threshold(LIMIT)) for i in range(3)}
@@ -180,7 +184,7 @@ def test_blocks_of_a_second_list_are_pruned_too():
     assert_bitwise(outputs, expected)
 
 
-def test_a_list_may_be_pruned_beside_one_that_is_cached_as_a_whole():
+def test_one_list_can_be_pruned_while_another_is_cached_as_a_whole():
     model = hybrid.build()
     adapter = BlockAdapter(
         transformer=model,
@@ -202,7 +206,7 @@ def test_a_list_may_be_pruned_beside_one_that_is_cached_as_a_whole():
     assert_bitwise(outputs, expected)
 
 
-def test_where_no_block_may_be_pruned_the_model_runs_uncached_and_says_so():
+def test_a_configuration_without_a_prunable_block_is_refused_with_a_reason():
     model = tiny.build()
     fields = dict(Fn_compute_blocks=1, non_prune_block_ids=[1, 2, 3], on_no_match="raise", inner_backend="eager")
     cachedit_fx.enable_cache(model, DBPruneConfig(**fields))
@@ -212,7 +216,7 @@ def test_where_no_block_may_be_pruned_the_model_runs_uncached_and_says_so():
         model(**drifting()[0])
 
 
-def test_the_type_may_be_a_field_like_others():
+def test_the_cache_type_can_be_given_as_a_field():
     _, found = pruned(tiny.build())
     model = cachedit_fx.enable_cache(
         tiny.build(), CacheConfig(0, 0, LIMIT, 1, forecaster=None, inner_backend="eager"), cache_type="DBPrune"

@@ -1,4 +1,4 @@
-"""The quality benchmark: what it counts, how it compares, what it writes. Its figures are not tested."""
+"""The quality benchmark: its counters, comparisons and output files. The measured figures are not tested."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def reference(setup: Setup) -> tuple[torch.Tensor, int]:
     return images, counter.total
 
 
-def test_psnr_is_that_of_the_mean_square_and_has_a_greatest():
+def test_psnr_is_computed_from_the_mean_square_and_has_a_maximum():
     reference = torch.zeros(2, 1, 8, 8)
     images = torch.stack([torch.full((1, 8, 8), 0.1), torch.zeros(1, 8, 8)])
     assert psnr(images, reference).tolist() == pytest.approx([20.0, MOST_DB], rel=1e-6)  # float32 0.1
@@ -57,7 +57,7 @@ def test_ssim_is_one_for_equal_images_and_falls_with_noise():
     assert (farther < nearer).all() and (nearer < 1).all()
 
 
-def test_ssim_of_constant_images_is_that_of_their_brightness():
+def test_ssim_of_constant_images_depends_only_on_their_brightness():
     # Without variance the formula is (2xy + c1) / (x² + y² + c1).
     x, y = 0.5, 0.25
     expected = (2 * x * y + 1e-4) / (x * x + y * y + 1e-4)
@@ -65,7 +65,7 @@ def test_ssim_of_constant_images_is_that_of_their_brightness():
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_nearness_is_the_mean_over_images():
+def test_nearness_averages_over_the_images():
     reference = torch.ones(2, 1, 8, 8)
     images = torch.stack([reference[0] + 0.1, reference[1] + 0.01])
     found = nearness(images, reference)
@@ -74,22 +74,22 @@ def test_nearness_is_the_mean_over_images():
     assert rel_l2(images, reference).tolist() == pytest.approx([0.1, 0.01], rel=1e-5)
 
 
-def test_the_frontier_leaves_out_what_is_beaten_and_what_saves_nothing():
+def test_the_frontier_omits_dominated_rows_and_rows_that_save_nothing():
     assert [each["name"] for each in frontier(ROWS)] == ["a", "b", "c"]
 
 
-def test_a_quality_is_reached_on_the_line_between_two_configurations():
+def test_a_quality_between_two_configurations_is_interpolated():
     found = reach(ROWS, 35)
     assert found is not None and found.share == pytest.approx(0.3) and not found.is_bound
     assert reach(ROWS, 45) is None
 
 
-def test_a_quality_below_the_cheapest_is_bounded_by_it():
+def test_a_quality_below_that_of_the_cheapest_configuration_is_bounded_by_it():
     found = reach(ROWS, 25)
     assert found is not None and found.share == 0.2 and found.is_bound
 
 
-def test_times_are_taken_between_the_same_two_and_the_least_of_the_groups_counts():
+def test_times_are_interpolated_like_shares_and_the_fastest_group_counts():
     rows = [row("a", 0.2, 30, "a"), row("b", 0.4, 40, "a"), row("c", 0.21, 30, "b"), row("d", 0.41, 40, "b")]
     assert worth_timing(rows, [35]) == ["a", "b", "c", "d"]
     times = {"a": {"cpu_ratio": 0.5}, "b": {"cpu_ratio": 0.7}, "c": {"cpu_ratio": 0.3}, "d": {"cpu_ratio": 0.4}}
@@ -98,7 +98,7 @@ def test_times_are_taken_between_the_same_two_and_the_least_of_the_groups_counts
     assert least_time(rows, {}, 35, "cpu_ratio") is None
 
 
-def test_names_are_unique_and_fields_are_those_of_the_configuration():
+def test_names_are_unique_and_fields_exist_in_the_configuration():
     for family, configs in FAMILIES.items():
         names = Counter(config.name for config in configs(28))
         assert max(names.values()) == 1, family
@@ -107,13 +107,13 @@ def test_names_are_unique_and_fields_are_those_of_the_configuration():
 
 
 @pytest.mark.parametrize(("num_steps", "computed"), [(28, 6), (28, 14), (8, 3)])
-def test_an_even_mask_computes_so_many_steps_with_the_first_two_and_the_last(num_steps, computed):
+def test_an_even_mask_computes_the_given_number_of_steps_with_the_first_two_and_the_last(num_steps, computed):
     mask = even_mask(num_steps, computed)
     assert len(mask) == num_steps and sum(mask) == computed
     assert mask[:2] == [1, 1] and mask[-1] == 1
 
 
-def test_a_run_begins_with_the_same_noise_every_time(setup):
+def test_every_run_starts_from_the_same_noise(setup):
     assert torch.equal(setup.generate(0), setup.generate(0))
 
 
@@ -127,24 +127,24 @@ def test_results_become_images():
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_solver_runs_the_pipeline_with_as_many_calls_as_are_said(setup, reference, name):
+def test_a_solver_makes_the_stated_number_of_calls(setup, reference, name):
     runner = FewerSteps(setup)
     runner.configure(Config("fewer steps", name, name, {"solver": name, "num_steps": 4}))
     with runner.counting() as counter:
         images = runner.images(0)
     runner.close()
     assert counter.total / reference[1] == pytest.approx(calls_of(name, 4) / NUM_STEPS)
-    assert 10 < psnr(images, reference[0]).mean() < MOST_DB  # Near, and not the same.
+    assert 10 < psnr(images, reference[0]).mean() < MOST_DB  # Similar, but not equal.
 
 
-def test_as_many_euler_steps_are_the_uncached_run(setup, reference):
+def test_the_same_number_of_euler_steps_equals_the_uncached_run(setup, reference):
     runner = FewerSteps(setup)
     runner.configure(Config("fewer steps", "euler", "euler", {"solver": "euler", "num_steps": NUM_STEPS}))
     assert torch.equal(runner.images(0), reference[0])
     runner.close()
 
 
-def test_flops_of_ours_are_all_with_nothing_reused_and_fewer_with_a_mask(setup, reference):
+def test_our_flops_are_those_of_the_uncached_run_unless_a_mask_reuses_steps(setup, reference):
     runner = Ours(setup)
     shares = []
     for mask in ([1] * NUM_STEPS, [1, 1, 0, 1, 0, 1]):
@@ -155,10 +155,12 @@ def test_flops_of_ours_are_all_with_nothing_reused_and_fewer_with_a_mask(setup, 
         shares.append(counter.total / reference[1])
         assert torch.equal(images, reference[0]) is (0 not in mask)
     runner.close()
-    assert shares[0] == 1 and 4 / NUM_STEPS < shares[1] < 4.5 / NUM_STEPS  # What is before and after the blocks.
+    assert (
+        shares[0] == 1 and 4 / NUM_STEPS < shares[1] < 4.5 / NUM_STEPS
+    )  # The operations before and after the blocks run at every step.
 
 
-def test_a_configuration_that_cannot_be_had_says_why(setup):
+def test_an_unavailable_configuration_gives_a_reason(setup):
     runner = Ours(setup)
     with pytest.raises(UnavailableError, match="Fn_compute_blocks=0 leaves no residual to measure"):
         runner.configure(Config("ours", "last", "bad", {"Fn_compute_blocks": 0}))
@@ -186,7 +188,7 @@ def measured():
     }
 
 
-def test_the_page_says_what_each_quality_costs_and_what_was_left_out(measured):
+def test_the_page_states_the_cost_of_each_quality_and_what_was_left_out(measured):
     text = quality_page.tables(measured)
     assert "| 45 dB | FLOPs | - | 0.733 | - |" in text
     assert "| 40 dB | FLOPs | 0.400 | 0.567 | 0.706 |" in text
@@ -196,10 +198,10 @@ def test_the_page_says_what_each_quality_costs_and_what_was_left_out(measured):
     assert "worse" not in text
 
 
-def test_the_tables_replace_what_is_between_the_marks(measured, tmp_path):
+def test_the_tables_replace_the_text_between_the_markers(measured, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"above\n{quality_page.BEGIN}\nold\n{quality_page.END}\nbelow\n", encoding="utf-8")
-    for _ in range(2):  # Writing it again changes nothing.
+    for _ in range(2):  # Writing the tables a second time changes nothing.
         quality_page.write_page(page, measured, "plot.svg")
         text = page.read_text(encoding="utf-8")
         assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
@@ -209,13 +211,13 @@ def test_the_tables_replace_what_is_between_the_marks(measured, tmp_path):
         quality_page.write_page(page, measured, None)
 
 
-def test_the_plot_is_the_same_at_every_run(measured, tmp_path):
+def test_the_plot_is_deterministic(measured, tmp_path):
     for name in ("a.svg", "b.svg"):
         draw(measured, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
-def test_a_run_writes_what_it_measured(monkeypatch, tmp_path, capsys):
+def test_a_run_writes_its_measurements(monkeypatch, tmp_path, capsys):
     def answers(job):
         rows = [row(name, 0.3 + 0.1 * i, 36 + 6 * i, family=job.family) for i, name in enumerate(job.names)]
         if job.task == "time":

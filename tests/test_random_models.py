@@ -1,7 +1,7 @@
-"""Random transformers: cached, their numbers are those of a plain-Python reference; or there is a reason why not.
+"""Random transformers: each gives the outputs of a plain-Python reference, or is refused with a reason.
 
-A generation has three steps: computed, reused, computed. `--hypothesis-profile thorough` tries many more models, other
-ones at every run.
+A generation has three steps: computed, reused, computed. `--hypothesis-profile thorough` tries many more models, and
+different ones in every run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.regions import relative_l1
 
 DECISIONS = ["warmup", "threshold-one", "max-continuous"]
 COMPUTED, REUSED = (0, 2), 1  # Steps of a generation.
-MOVED = 1e-2  # A reused step is farther than this from the one that it stands for: latents are new at every step.
+MOVED = 1e-2  # A reused step differs by more than this from the computed one it replaces: the latents change.
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def no_grad():
 
 @dataclass(frozen=True)
 class Case:
-    """A model, with how many of its blocks are always computed."""
+    """A model, and the numbers of its blocks that are always computed."""
 
     spec: Spec
     fn: int = 1
@@ -61,10 +61,10 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """How far a reused step may be from the reference.
+        """The tolerance for a reused step against the reference.
 
-        The package takes a stream out of a joined one before it adds, the reference after it: a matrix product that
-        gets the one in another layout than the other rounds differently.
+        The package slices a stream out of a joined one before it adds the residual, the reference after it. The inputs
+        of the next matrix product then differ in their layout, so it rounds differently.
         """
         if all(blocks.holds != "joint" for blocks in self.spec.lists):
             return 0
@@ -79,13 +79,13 @@ def cases(draw: st.DrawFn, **features: frozenset[str]) -> Case:
 
 @dataclass
 class Outcome:
-    """What became of a model.
+    """The outcome for a model.
 
     Attributes:
-        plan: What the passes say of its graph.
-        outputs, plain: Per step, of the cached model and of the model as it is.
-        decisions: Of every region of every session.
-        diffs: What the decisions were told, looked at or not.
+        plan: The result of the passes for its graph.
+        outputs, plain: The outputs of each step, of the cached and of the uncached model.
+        decisions: The decisions of every region of every session.
+        diffs: The diffs that were passed to the policy, whether or not it used them.
     """
 
     plan: Plan | tuple[Mismatch, ...] = ()
@@ -102,14 +102,14 @@ class Outcome:
 
     @property
     def adds_late(self) -> bool:
-        """Whether the text gets a residual; where only a later list of a region takes it, it may be kept as it is."""
+        """Whether the text gets a residual; if only a later list of a region reads it, the value may be cached."""
         assert isinstance(self.plan, Plan)
         live_outs = [pair for region in self.plan.regions for pair in region.live_outs]
         return any(pair.role == "encoder_hidden_states" and pair.before is not None for pair in live_outs)
 
 
 def run(case: Case) -> Outcome:
-    """One generation of the model as it is, and one of the compiled one."""
+    """Runs one generation of the uncached model, and one of the compiled model."""
     torch._dynamo.reset()
     cachedit_fx.reset()
     found, model, rewrite, decide = Outcome(), build(write(case.spec)), backend.rewrite, steps.decide
@@ -140,7 +140,7 @@ def run(case: Case) -> Outcome:
 
 
 def check(case: Case) -> Outcome:
-    """Holds a model against the reference, or asks for the reason why it is not cached."""
+    """Compares a model with the reference, or checks the reason why it is not cached."""
     found = run(case)
     if isinstance(found.plan, Plan):
         check_cached(case, found)
@@ -170,14 +170,14 @@ def check_cached(case: Case, found: Outcome) -> None:
     calls = list(generation(case.spec))
     expected = [reference(call, reuse=step == REUSED) for step, call in enumerate(calls)]
     for step in COMPUTED:
-        assert_equal(expected[step], found.plain[step])  # Else the reference is wrong.
+        assert_equal(expected[step], found.plain[step])  # Otherwise the reference is wrong.
         assert_equal(found.outputs[step], found.plain[step])
     assert_equal(found.outputs[REUSED], expected[REUSED], case.tolerance)
     assert (found.outputs[REUSED][0] - found.plain[REUSED][0]).abs().max() > MOVED
     probed_at = [reference.probed_at(call) for call in calls]
     if len(regions) == 1 and probed_at[0] is not None:
         diffs = [relative_l1(now, probed_at[0]) for now in probed_at[1:]]
-        # Means over a few hundred elements; a sum in float32 here and in another order there.
+        # Means over a few hundred elements, summed in float32 in different orders.
         assert found.diffs[1:] == pytest.approx(diffs, rel=1e-4), "something else is looked at"
 
 
@@ -187,7 +187,7 @@ def assert_equal(found: list[Any], expected: list[Any], tolerance: float = 0) ->
 
 @pytest.mark.slow
 @given(case=cases())
-def test_a_random_model_is_cached_rightly_or_refused_with_a_reason(case: Case):
+def test_a_random_model_is_cached_correctly_or_refused_with_a_reason(case: Case):
     found = check(case)
     event("matched" if isinstance(found.plan, Plan) else f"refused: {found.plan[0].cause.value}")
 
@@ -195,7 +195,7 @@ def test_a_random_model_is_cached_rightly_or_refused_with_a_reason(case: Case):
 @pytest.mark.slow
 @settings(max_examples=20)
 @given(case=cases(odd=USUAL))
-def test_a_usual_model_is_cached_and_every_cached_value_counts(case: Case):
+def test_a_typical_model_is_cached_and_every_cached_value_is_used(case: Case):
     found = check(case)
     is_left = case.fn + case.bn < case.spec.depth
     assert isinstance(found.plan, Plan) or not is_left, str(found.plan[0])
@@ -213,7 +213,7 @@ def test_a_usual_model_is_cached_and_every_cached_value_counts(case: Case):
 
 TWO = ("hidden_states", "encoder_hidden_states")
 SIDE, TEXT = Blocks("blocks", 2, "side"), Blocks("blocks", 2, "text")
-# Models that were once cached wrongly, or not at all.
+# Models of earlier bugs: they were cached incorrectly, or not at all.
 FOUND = {
     "a side list as heavy as the chain": Case(Spec(lists=(SIDE, Blocks("single_blocks", 2)))),
     "a side list before the image is embedded": Case(Spec(lists=(SIDE, Blocks("single_blocks", 4)), late=True)),
@@ -270,12 +270,12 @@ FOUND = {
 
 
 @pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
-def test_a_model_that_was_found_is_cached_rightly(case: Case):
+def test_a_model_of_an_earlier_bug_is_cached_correctly(case: Case):
     assert isinstance(check(case).plan, Plan)
 
 
-def test_joined_streams_of_equal_lengths_are_not_told_apart():
-    """What is sliced out of them in the end might be either."""
+def test_joined_streams_of_equal_lengths_are_not_distinguished():
+    """The slice at the end could be either of the two streams."""
     spec = Spec(names=TWO, tokens=(5, 5), lists=(Blocks("blocks", 2, "all"), Blocks("single_blocks", 4, "joint")))
     plan = check(Case(spec)).plan
     assert not isinstance(plan, Plan)

@@ -1,6 +1,6 @@
-"""Random servers find no request that gets another's residual, a stale one, or fewer reused steps than alone.
+"""Random servers: no request gets the residual of another one, a stale one, or fewer reused steps than alone.
 
-`python -m tests.random_server --minutes 120` goes on for longer, through every transformer of the zoo.
+`python -m tests.random_server --minutes 120` runs longer, and with every transformer of the zoo.
 """
 
 from __future__ import annotations
@@ -26,6 +26,6 @@ pair = functools.cache(lambda name: Pair.build(VARIANTS[name]))
 @pytest.mark.parametrize("rule", [EVERY_OTHER, PROBING], ids=["every other", "looking"])
 @settings(max_examples=15)
 @given(plan=plans())
-def test_every_request_gets_what_it_gets_alone(name: str, rule: dict[str, object], plan: Plan):
+def test_every_request_gets_the_same_outputs_as_when_it_runs_alone(name: str, rule: dict[str, object], plan: Plan):
     with torch.no_grad():
         Server(pair(name), plan).run_and_check(**rule)

@@ -1,4 +1,4 @@
-"""A region that reaches to the output: a reused step hands out again what the last computed one returned."""
+"""A region that reaches to the output: a reused step returns the output of the last computed step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def no_grad():
 
 
 class Step:
-    """A `Step` that reuses what it is given, and computes where that is nothing."""
+    """A `Step` that reuses the given values, and computes a region that has none."""
 
     def __init__(self, regions: tuple[Region, ...], given: dict[int, Any] | None = None) -> None:
         self.regions, self.given = regions, given or {}
@@ -76,7 +76,11 @@ def cached_graph(model: nn.Module, inputs: dict[str, Tensor], **fields: Any) -> 
 
 
 def two_steps(model: nn.Module, **fields: Any) -> tuple[CachedGraph, list[Any], list[Any], Any]:
-    """A computed step and, on other inputs, a reused one: the graph, what each returned, what the model would have."""
+    """Runs a computed step and, on other inputs, a reused one.
+
+    Returns:
+        The graph, the outputs of the two steps, and the output of the plain model for the second one.
+    """
     inputs = [make_inputs(model, seed, time) for seed, time in ((1, 0.9), (2, 0.8))]
     captured = cached_graph(model, inputs[0], **fields)
     first = Step(captured.found.regions)
@@ -88,7 +92,7 @@ def two_steps(model: nn.Module, **fields: Any) -> tuple[CachedGraph, list[Any], 
 
 
 @pytest.mark.parametrize("number", [0, 3, 5])
-def test_a_reused_step_returns_what_the_computed_one_did(number: int):
+def test_a_reused_step_returns_the_output_of_the_computed_step(number: int):
     graph, computed, reused, plain = two_steps(PATTERNS[number]())
     torch.testing.assert_close(reused, computed, rtol=0, atol=0)
     assert not torch.equal(computed[0], plain[0])
@@ -98,7 +102,7 @@ def test_a_reused_step_returns_what_the_computed_one_did(number: int):
     assert not region.hoisted and region.probed_at is None
 
 
-def test_nothing_but_the_timestep_is_computed_at_a_reused_step():
+def test_a_reused_step_computes_only_the_timestep():
     graph, *_ = two_steps(DualStream())
     calls = {name: [n for n in part.graph.nodes if n.op.startswith("call")] for name, part in graph.gm.named_children()}
     assert len(calls["compute_0"]) > 100
@@ -116,7 +120,7 @@ def test_fn_blocks_still_run_and_are_probed():
 
 
 class Returns(Transformer):
-    """Returns what `make` makes of the stream behind the blocks, the time embedding, and the stream before them."""
+    """Returns `make(stream after the blocks, time embedding, stream before the blocks)`."""
 
     def __init__(self, make: Callable[..., Any]) -> None:
         super().__init__()
@@ -131,7 +135,7 @@ class Returns(Transformer):
         return self.make(self.unembed(after, temb)[0], temb, hidden_states)
 
 
-def test_what_does_not_come_from_the_blocks_is_made_at_every_step():
+def test_an_output_that_does_not_depend_on_the_blocks_is_computed_at_every_step():
     model = Returns(lambda out, temb, latents: (out, temb.sin(), latents[:, :2], out.mean()))
     graph, computed, reused, plain = two_steps(model)
     for i, is_of_blocks in enumerate((True, False, False, True)):
@@ -140,7 +144,7 @@ def test_what_does_not_come_from_the_blocks_is_made_at_every_step():
     assert [pair.role for pair in region.live_outs] == ["output_0", "output_1"]
 
 
-def test_what_the_blocks_are_written_into_comes_from_them():
+def test_a_buffer_that_block_outputs_are_written_into_depends_on_the_blocks():
     def written(out, temb, latents):
         buffer = torch.zeros(2, 2 * out.shape[1], out.shape[2])
         buffer[:, : out.shape[1]] = out
@@ -150,7 +154,7 @@ def test_what_the_blocks_are_written_into_comes_from_them():
     torch.testing.assert_close(reused, computed, rtol=0, atol=0)
 
 
-def test_what_a_caller_does_to_an_output_is_not_seen_later():
+def test_a_change_of_an_output_by_the_caller_does_not_affect_later_steps():
     model = DualStream().eval()
     captured = cached_graph(model, make_inputs(model))
     first = Step(captured.found.regions)
@@ -164,7 +168,7 @@ def test_what_a_caller_does_to_an_output_is_not_seen_later():
 
 
 class Prepares(Transformer):
-    """Fills a table in place, and embeds the time in an autocast context, before its blocks."""
+    """Before its blocks, it fills a table in place and embeds the timestep in an autocast context."""
 
     def __init__(self, shares: bool = False) -> None:
         super().__init__()
@@ -181,13 +185,13 @@ class Prepares(Transformer):
         return (out, scale) if self.shares else (out,)
 
 
-def test_writes_and_contexts_are_deferred_whole():
+def test_writes_and_contexts_are_deferred_as_a_whole():
     graph, computed, reused, _ = two_steps(Prepares())
     torch.testing.assert_close(reused, computed, rtol=0, atol=0)
     assert not [n for n in graph.gm.head.graph.nodes if n.op.startswith("call") and "cachedit_probe" not in n.meta]
 
 
-def test_writes_and_contexts_stay_whole_where_their_work_is_returned():
+def test_writes_and_contexts_are_not_split_if_their_result_is_returned():
     graph, computed, reused, plain = two_steps(Prepares(shares=True))
     torch.testing.assert_close(reused[0], computed[0], rtol=0, atol=0)
     torch.testing.assert_close(reused[1], plain[1], rtol=0, atol=0)
@@ -196,7 +200,7 @@ def test_writes_and_contexts_stay_whole_where_their_work_is_returned():
     assert "linear" not in names
 
 
-# What is refused.
+# Refusals.
 
 
 def refusal(model: nn.Module, **fields: Any) -> Mismatch:
@@ -212,14 +216,14 @@ def refusal(model: nn.Module, **fields: Any) -> Mismatch:
         ({"cache_type": "DBPrune", "probe": "fn_residual"}, "expected: one region .* found: cache_type='DBPrune'"),
     ],
 )
-def test_what_reach_asks_of_other_fields(fields: dict[str, Any], reason: str):
+def test_reach_output_requires_certain_values_of_other_fields(fields: dict[str, Any], reason: str):
     mismatch = refusal(DualStream(), **fields)
     assert mismatch.cause is Cause.REACH
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(mismatch.reason)
 
 
-def test_a_graph_that_returns_nothing_of_its_blocks_is_refused():
+def test_a_graph_whose_outputs_do_not_depend_on_its_blocks_is_refused():
     def apart(out, temb, latents):
         return (temb + 0 * latents.mean(),)
 
@@ -237,7 +241,7 @@ def test_outputs_whose_sizes_depend_on_data_are_refused():
     assert "whose sizes follow from those of the inputs" in mismatch.expected and "u0" in mismatch.found
 
 
-def test_numbers_that_come_from_the_blocks_are_refused():
+def test_numbers_that_depend_on_the_blocks_are_refused():
     def counted(out, temb, latents):
         return out, out.argmax().item()
 
@@ -256,14 +260,14 @@ def plan_lists(config: CacheConfig, declared: Declaration | None = None) -> tupl
     return captured.found.regions
 
 
-def test_of_several_groups_the_last_reaches_to_the_output():
+def test_only_the_last_of_several_groups_reaches_to_the_output():
     regions = plan_lists(CacheConfig(**OUTPUT, regions="per_list"))
     assert [region.name for region in regions] == ["blocks", "more -> output"]
     assert [region.reaches_output for region in regions] == [False, True]
     assert [pair.role for region in regions for pair in region.live_outs] == ["hidden_states", "output"]
 
 
-def test_a_group_may_reach_on_its_own():
+def test_a_group_can_set_its_own_reach():
     overrides = tuple(CacheConfig(reach=reach).changes for reach in ("blocks", "output"))
     declared = Declaration(lists=("blocks", "more"), overrides=overrides)
     regions = plan_lists(CacheConfig(Fn_compute_blocks=0, probe="none"), declared)
@@ -276,15 +280,15 @@ def call_of(family: Family, seed: int = 1, sigma: float = 0.9) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("family", [WAN, pytest.param(FLUX, marks=pytest.mark.slow)], ids=["wan", "flux"])
-def test_a_generation_of_a_real_model(family: Family):
+def test_a_reused_step_of_a_real_model_returns_the_last_computed_output(family: Family):
     torch._dynamo.reset()
     model, common = family.build(), call_of(family)
     backend = cachedit_fx.Backend(CacheConfig(**OUTPUT | MASK, max_warmup_steps=1, inner_backend="eager"))
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     last = None
     for i, computes in enumerate(MASK["steps_computation_mask"]):
-        own = call_of(family, seed=i, sigma=0.9 - 0.1 * i)
-        call = common | {name: own[name] for name in ("hidden_states", "timestep")}
+        current = call_of(family, seed=i, sigma=0.9 - 0.1 * i)
+        call = common | {name: current[name] for name in ("hidden_states", "timestep")}
         output, plain = compiled(**call)[0], model(**call)[0]
         last = plain if computes else last
         torch.testing.assert_close(output, last, rtol=0, atol=0, msg=lambda text, i=i: f"step {i}: {text}")

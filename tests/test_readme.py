@@ -1,4 +1,4 @@
-"""The README shows what is true: its code runs, and its table of models is what the passes find."""
+"""The README is correct: its code runs, and its table of models agrees with the passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def rows(heading: str) -> list[list[str]]:
-    """Cells of the first table under a heading, without its two header lines."""
+    """The cells of the first table below a heading, without its two header lines."""
     section = README.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
@@ -40,7 +40,7 @@ def test_the_first_code_block_runs_and_reuses_steps():
 
 
 def test_the_table_of_options_is_the_generated_one():
-    """`python -m cachedit_fx options --markdown` prints it."""
+    """`python -m cachedit_fx options --markdown` prints the table."""
     section = README.split("## Options\n", 1)[1].split("\n## ", 1)[0]
     assert f"\n\n{options_table(OPTIONS)}\n\n" in section
 
@@ -48,7 +48,7 @@ def test_the_table_of_options_is_the_generated_one():
 def test_every_option_is_in_the_table_with_its_default():
     listed = {name: row[1] for row in rows("Options") for name in re.findall(r"`(\w+)`", row[0])}
     assert set(listed) == set(OPTION_NAMES)
-    assert listed["residual_diff_threshold"] == "None"  # Of the rule that is listed last.
+    assert listed["residual_diff_threshold"] == "None"  # The default of the rule that is listed last.
     for name in set(FIELD_NAMES) - {"residual_diff_threshold", "max_state_bytes"}:
         default = getattr(cachedit_fx.CacheConfig(), name)
         shown = (
@@ -58,7 +58,7 @@ def test_every_option_is_in_the_table_with_its_default():
     assert eval(listed["max_state_bytes"]) == cachedit_fx.CacheConfig().max_state_bytes
 
 
-def test_the_defaults_of_cache_dit_are_shown():
+def test_the_readme_shows_the_defaults_of_cache_dit():
     (shown,) = re.findall(r"cache-dit's own defaults are (.*?)\. ", README, re.DOTALL)
     fields = dict(field.split("=") for field in re.findall(r"`(.*?)`", shown))
     theirs = cachedit_fx.DBCacheConfig()
@@ -81,7 +81,7 @@ def plan_of(family: Family) -> Plan:
 
 
 @pytest.mark.parametrize("row", rows("Which models match"), ids=lambda row: row[0])
-def test_every_model_of_the_table_matches_as_it_says(row):
+def test_every_model_of_the_table_matches_the_stated_pattern(row):
     name, lists, patterns = row
     family = next(family for family in FAMILIES.values() if type(family.build()).__name__ == name)
     found = plan_of(family)

@@ -1,4 +1,4 @@
-"""What a region must not do, or a run must not be, for its graph to be cached."""
+"""Graphs and calls that cannot be cached, and the reasons that are given for them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def no_grad():
 
 
 class Writes(Variant):
-    """Behind the second block something is written: write(stream, buffer made before the blocks, time embedding)."""
+    """Calls `write(stream, buffer created before the blocks, time embedding)` after the second block."""
 
     def __init__(self, write: Callable[[Tensor, Tensor, Tensor], object]) -> None:
         super().__init__()
@@ -71,14 +71,14 @@ class Writes(Variant):
         pytest.param(lambda h, b, t: F.silu(t, True), "silu", id="by-position"),
     ],
 )
-def test_a_region_that_writes_into_what_was_made_before_it_is_refused(write, found):
+def test_a_region_that_writes_into_an_earlier_tensor_is_refused(write, found):
     mismatch = refused(Writes(write))
     assert mismatch.cause is Cause.IN_PLACE
     assert "in place" in mismatch.expected and re.search(found, mismatch.found)
     assert mismatch.where == (__file__, write.__code__.co_firstlineno)
 
 
-def test_a_region_may_write_into_what_it_made_itself():
+def test_a_region_may_write_into_its_own_tensors():
     (region,) = planned(Writes(lambda h, b, t: torch.zeros_like(h).clamp_(max=0))).regions
     assert "clamp_" in [node.target for node in region.nodes]
 
@@ -94,15 +94,15 @@ class FirstWrites(SelfBlock):
         return hidden_states
 
 
-def test_an_fn_block_that_writes_over_the_stream_it_was_given_is_refused():
+def test_an_fn_block_that_overwrites_its_input_stream_is_refused():
     model = Transformer()
-    # The stream before it, which the residual is taken against, is lost.
+    # The stream before the block, from which the residual is computed, is lost.
     model.blocks[0] = FirstWrites(lambda h, added: h.addcmul_(added, added))
     assert refused(model).cause is Cause.IN_PLACE
 
 
-class Keeps(Variant):
-    """A view of the stream that was made before it is written into is read at the end."""
+class ReadsOldView(Variant):
+    """A view of the stream is created before a write into the stream, and read at the end."""
 
     def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         rows = hidden_states.view(-1, hidden_states.shape[-1])
@@ -117,14 +117,14 @@ class OwnKernels(SelfBlock):
             return super().forward(hidden_states, temb)
 
 
-def test_a_state_that_is_set_right_where_a_cut_would_be_is_refused():
-    mismatch = refused(Transformer(OwnKernels))  # It would stay set where the region is skipped.
+def test_a_state_that_is_set_at_a_cut_is_refused():
+    mismatch = refused(Transformer(OwnKernels))  # The state would not be restored if the region were skipped.
     assert mismatch.cause is Cause.STATE
     assert "begin and end in the same state" in mismatch.expected and "_sdpa_kernel" in mismatch.found
 
 
 class OneContext(Variant):
-    """A number that depends on no stream is made in the blocks' context, and used behind it."""
+    """A value that depends on no stream is computed in the context of the blocks, and used after it."""
 
     def loop(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -135,7 +135,7 @@ class OneContext(Variant):
         return hidden_states + scale.mean()
 
 
-def test_what_a_context_changes_is_not_moved_out_of_it():
+def test_an_operation_that_a_context_affects_is_not_moved_out_of_it():
     mismatch = refused(OneContext())
     assert mismatch.cause is Cause.STATE
     assert "outside of contexts such as autocast" in mismatch.expected
@@ -149,7 +149,7 @@ ADDITIONS = [
 
 
 @pytest.mark.parametrize("write", ADDITIONS)
-def test_additions_in_place_that_nothing_else_can_see_are_none(write):
+def test_in_place_additions_that_nothing_else_observes_are_replaced(write):
     model = Transformer()
     model.blocks[0], model.blocks[2] = FirstWrites(write), FirstWrites(write)
     (region,) = planned(model).regions
@@ -157,14 +157,14 @@ def test_additions_in_place_that_nothing_else_can_see_are_none(write):
 
 
 @pytest.mark.parametrize("write", ADDITIONS)
-def test_an_addition_in_place_that_an_older_view_shows_stays_and_is_refused(write):
-    model = Keeps()
+def test_an_in_place_addition_that_an_earlier_view_observes_is_refused(write):
+    model = ReadsOldView()
     model.blocks[0] = FirstWrites(write)
     assert refused(model).cause is Cause.IN_PLACE
 
 
 @pytest.mark.parametrize("write", ADDITIONS)
-def test_an_addition_in_place_to_what_the_caller_gave_stays(write):
+def test_an_in_place_addition_to_an_input_is_preserved(write):
     class WritesIntoInput(Transformer):
         def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
             return super().forward(write(hidden_states, timestep[:, None, None]), timestep)
@@ -195,7 +195,7 @@ class Reads(Variant):
         return hidden_states / size
 
 
-def test_a_number_read_from_the_stream_cannot_leave_the_region():
+def test_a_number_that_is_read_from_the_stream_cannot_leave_the_region():
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         mismatch = refused(Reads())
     assert mismatch.cause is Cause.DYNAMIC
@@ -203,7 +203,7 @@ def test_a_number_read_from_the_stream_cannot_leave_the_region():
 
 
 class Joined(TextTransformer):
-    """Two streams in the first list, one that holds both in the second, and only the image leaves."""
+    """Two streams in the first list, one joined stream in the second; only the image is used after the blocks."""
 
     block_class = DualBlock
 
@@ -226,7 +226,7 @@ class Joined(TextTransformer):
         return torch.cat(streams, dim=1)
 
 
-def test_the_cut_lies_behind_the_slice_that_takes_joined_streams_apart():
+def test_the_cut_is_after_the_slice_that_separates_joined_streams():
     found = planned(Joined())
     (region,) = found.regions
     assert region.name == "blocks[1:2]+joint_blocks"
@@ -244,7 +244,7 @@ def test_a_cut_between_blocks_of_joined_streams_pairs_them_with_the_streams_join
 
 
 class JoinedByWeights(Joined):
-    """As `Joined`, but what joins the streams is work that would have to be done at every reused step."""
+    """As `Joined`, but the streams are joined by an operation that would have to run at every reused step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ class JoinedByWeights(Joined):
         return joint + self.mix(joint)
 
 
-def test_streams_joined_by_a_layer_of_their_own_are_unpaired():
+def test_streams_that_a_separate_layer_joins_are_not_paired():
     mismatch = refused(JoinedByWeights(), Bn_compute_blocks=1)
     assert mismatch.cause is Cause.UNPAIRED
     assert re.search(r"hidden_states_\d float32\[2, 6, 16\]", mismatch.expected)
@@ -304,7 +304,7 @@ def test_an_empty_batch_is_refused():
 def test_a_module_in_training_mode_is_refused():
     config = CacheConfig(Fn_compute_blocks=1, inner_backend="eager", on_no_match="raise")
     model = Transformer().train()
-    with pytest.raises(BackendCompilerFailed) as caught:  # Dynamo's own, around ours.
+    with pytest.raises(BackendCompilerFailed) as caught:  # The error of Dynamo, which wraps that of this package.
         torch.compile(model, backend=cachedit_fx.Backend(config))(**make_inputs(model))
     message = flat(str(caught.value))
     assert "NoMatchError" in message
@@ -312,7 +312,7 @@ def test_a_module_in_training_mode_is_refused():
     assert "call .eval()" in message
 
 
-def test_every_cause_is_provoked_by_a_test():
+def test_every_cause_has_a_test():
     names = ("test_refusals.py", "test_patterns.py", "test_reach_output.py", "test_probes.py")
     tests = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names)
     assert [cause for cause in Cause if f"Cause.{cause.name}" not in tests] == []

@@ -1,4 +1,4 @@
-"""The watch over a region sees every module, processor and weight that is another one, and nothing else."""
+"""The watch of a region detects every replaced module, processor and weight, and nothing else."""
 
 from __future__ import annotations
 
@@ -74,18 +74,18 @@ def _versions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("_versions")
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_another_one_is_noticed(change: str):
+def test_a_replaced_object_of_the_region_is_detected(change: str):
     model = Model().requires_grad_(False)
     watch = RegionWatch(model, ["blocks.1", "blocks.2"])
     assert not watch.has_changed()
     CHANGES[change](model)
     assert watch.has_changed()
-    assert watch.has_changed()  # Until there is a new watch.
+    assert watch.has_changed()  # The result stays the same until a new watch is created.
 
 
 @pytest.mark.usefixtures("_versions")
 @pytest.mark.parametrize("change", OTHERS)
-def test_what_is_nothing_of_the_region_is_not_taken_for_a_change(change: str):
+def test_changes_outside_the_region_are_not_detected(change: str):
     model = Model()
     watch = RegionWatch(model, ["blocks.1", "blocks.2"])
     for _ in range(2):
@@ -95,8 +95,8 @@ def test_what_is_nothing_of_the_region_is_not_taken_for_a_change(change: str):
     assert watch.has_changed()
 
 
-def test_torch_numbers_the_writes_to_dictionaries():
-    """Without that the watch reads what the dictionaries hold, at twice the price."""
+def test_torch_provides_versions_of_dictionaries():
+    """Without the versions the watch compares the contents of the dictionaries, at twice the cost."""
     written: dict[str, int] = {"a": 1}
     versions = DictVersions([written, {}])
     assert versions.are_same()
@@ -104,8 +104,8 @@ def test_torch_numbers_the_writes_to_dictionaries():
     assert not versions.are_same()
 
 
-def test_a_block_of_a_list_that_takes_turns_with_another_is_of_the_region():
-    """Latte's blocks are one of the spatial list and one of the temporal list each."""
+def test_a_replaced_block_of_an_alternating_list_is_detected():
+    """A block of Latte consists of one module of the spatial list and one of the temporal list."""
     variant = VARIANTS["Latte"]
     model = variant.build()
     fields = dict(max_warmup_steps=1, residual_diff_threshold=100.0, forecaster=None, inner_backend="eager")
@@ -119,8 +119,8 @@ def test_a_block_of_a_list_that_takes_turns_with_another_is_of_the_region():
     assert found.cached_steps == [1, 3], found.decisions
 
 
-def test_a_change_that_two_threads_notice_ends_what_was_cached_once(monkeypatch: pytest.MonkeyPatch):
-    """A thread that counted it later would end what the other one has computed since."""
+def test_a_change_that_two_threads_detect_invalidates_the_cache_once(monkeypatch: pytest.MonkeyPatch):
+    """A thread that counted it later would invalidate the values that the other one has computed since."""
     model = warm(tiny.build())
     instance = model._compiled_call_impl.instance
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Models nobody prepared for are cached as they are, or run as they are with a reason that helps their author.
+"""Models without special support are cached, or run uncached with a reason that helps their author.
 
 A generation of three steps: the first is computed, the second reused, the third computed.
 """
@@ -51,9 +51,10 @@ ALL_PAIRS = [(surface, counts) for surface in SURFACES for counts in COUNTS]
 
 
 def pairs(number: int, name: str) -> list[tuple[str, str]]:
-    """The surfaces and counts that a case goes through: the first case all of them.
+    """The surfaces and counts that a case is run with; the first case is run with all of them.
 
-    Of the others every third goes through both surfaces, and those whose outcome depends on it; the rest take turns.
+    Every third of the other cases, and those whose outcome depends on the surface, are run with both surfaces; the
+    rest alternate.
     """
     if number == 0:
         return ALL_PAIRS
@@ -64,7 +65,7 @@ def pairs(number: int, name: str) -> list[tuple[str, str]]:
 
 
 def cases(outcome: type) -> pytest.MarkDecorator:
-    """The cases of an outcome, each with the names of a surface and of the counts."""
+    """The cases with the given outcome, each with the names of a surface and of the counts."""
     chosen = [
         pytest.param(case, surface, counts, id=f"{name}-{surface}-{counts}")
         for number, (name, case) in enumerate(CASES.items())
@@ -86,7 +87,7 @@ def config(counts: str, **fields: Any) -> CacheConfig:
 
 
 def run(case: Case, step: Callable[[int, Callable[[nn.Module], Any]], Any]) -> list[list[Tensor]]:
-    """The outputs of the case's generation."""
+    """The outputs of the generation of a case."""
     with torch._dynamo.config.patch(**dict(case.dynamo)):
         return [tensors_of(step(number, call)) for number, call in enumerate(case.calls())]
 
@@ -97,7 +98,7 @@ def uncached(case: Case) -> list[list[Tensor]]:
 
 
 def reused(case: Case) -> list[int]:
-    """The steps that the cached model is to reuse."""
+    """The steps that the cached model should reuse."""
     return [step for step, reason in enumerate(case.decisions) if reason == "threshold-one"]
 
 
@@ -108,26 +109,26 @@ def by_hand(case: Case, counts: str) -> list[list[Tensor]]:
 
 
 @contextmanager
-def noted_plans() -> Iterator[list[Plan]]:
-    """What was planned for every graph, where it is to be cached."""
+def recorded_plans() -> Iterator[list[Plan]]:
+    """Collects the plan of every graph that is cached."""
     plans: list[Plan] = []
 
-    def noted(*args: Any, **kwargs: Any) -> Any:
+    def recording(*args: Any, **kwargs: Any) -> Any:
         found = rewrite(*args, **kwargs)
         plans.extend([found.plan] if isinstance(found, Rewritten) else [])
         return found
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(backend, "rewrite", noted)
+        patched.setattr(backend, "rewrite", recording)
         yield plans
 
 
 @cases(Cached)
-def test_a_model_nobody_prepared_for_is_cached(case: Case, surface: str, counts: str):
+def test_a_model_without_special_support_is_cached(case: Case, surface: str, counts: str):
     expected = case.outcome_by(surface)
     plain, reference = uncached(case), by_hand(case, counts)
     model = SURFACES[surface](build(case.model), config(counts, on_no_match="raise"))
-    with noted_plans() as plans:
+    with recorded_plans() as plans:
         outputs = run(case, lambda _, call: call(model))
     (stats,) = every_session(model)
     assert stats.region == getattr(expected, counts)
@@ -142,7 +143,7 @@ def test_a_model_nobody_prepared_for_is_cached(case: Case, surface: str, counts:
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "autocast" in name])
-def test_pieces_that_are_compiled_apart_keep_their_context(name: str):
+def test_separately_compiled_pieces_preserve_their_context(name: str):
     case = CASES[name]
     model = enabled(build(case.model), config("f1b0", inner_backend="aot_eager", on_no_match="raise"))
     outputs = run(case, lambda _, call: call(model))
@@ -151,7 +152,7 @@ def test_pieces_that_are_compiled_apart_keep_their_context(name: str):
 
 
 @cases(Refused)
-def test_a_model_that_cannot_be_cached_runs_as_it_is_and_says_why(
+def test_a_model_that_cannot_be_cached_runs_uncached_and_reports_the_reason(
     case: Case, surface: str, counts: str, caplog: pytest.LogCaptureFixture
 ):
     model = SURFACES[surface](build(case.model), config(counts))
@@ -159,12 +160,12 @@ def test_a_model_that_cannot_be_cached_runs_as_it_is_and_says_why(
         outputs = run(case, lambda _, call: call(model))
     torch.testing.assert_close(outputs, uncached(case), rtol=0, atol=0)
     assert not cachedit_fx.is_cached(model)
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("cachedit_fx")]
-    assert any(says(message, case.outcome_by(surface)) for message in said)
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("cachedit_fx")]
+    assert any(says(message, case.outcome_by(surface)) for message in messages)
 
 
 @cases(Refused)
-def test_a_model_that_cannot_be_cached_raises_if_asked_to(case: Case, surface: str, counts: str):
+def test_a_model_that_cannot_be_cached_raises_with_on_no_match_raise(case: Case, surface: str, counts: str):
     model = SURFACES[surface](build(case.model), config(counts, on_no_match="raise"))
     with pytest.raises((BackendCompilerFailed, cachedit_fx.NoMatchError)) as caught:
         run(case, lambda _, call: call(model))
@@ -176,4 +177,4 @@ def test_a_model_that_cannot_be_cached_raises_if_asked_to(case: Case, surface: s
 def says(message: str, expected: Refused) -> bool:
     message = flat(message)
     cause = f"{expected.cause.value}: " if expected.cause is not None else ""
-    return cause in message and re.search(expected.said, message, re.DOTALL) is not None
+    return cause in message and re.search(expected.message, message, re.DOTALL) is not None

@@ -1,4 +1,4 @@
-"""What a report says of a run: as data, in words, in fragments and as plots."""
+"""The report of a run as data, text, HTML fragments and plots."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shadowed() -> CacheStats:
     return entry(errors={**errors, 4: StepError(True, {"hidden_states": 0.1}, 0.2)})
 
 
-def test_report_holds_what_summary_does_and_writes_the_page(tmp_path: Path) -> None:
+def test_report_contains_the_summary_and_writes_the_page(tmp_path: Path) -> None:
     model = tiny.build()
     tiny.generate(tiny.compiled(model), tiny.prompt(), tiny.latents())
     found = cachedit_fx.report(model, tmp_path / "run.html")
@@ -72,12 +72,12 @@ def test_every_reason_of_the_policy_has_a_sentence() -> None:
     assert why("a policy's own") == "a policy's own"
 
 
-def test_every_beginning_of_a_session_has_a_sentence() -> None:
+def test_every_reason_for_a_new_session_has_a_sentence() -> None:
     documented = (CacheStats.__doc__ or "").partition("began:")[2].partition("timesteps:")[0]
     assert set(re.findall(r'"([a-z-]+)"', documented)) == set(BEGINNINGS)
 
 
-def test_candidates_say_what_a_threshold_would_cost() -> None:
+def test_candidates_state_the_error_of_each_threshold() -> None:
     found = thresholds.candidates(shadowed())
     assert [(one.threshold, one.below, one.more, one.error) for one in found] == [
         (0.0501, 1, 0, 0.3),
@@ -88,11 +88,11 @@ def test_candidates_say_what_a_threshold_would_cost() -> None:
 
 
 @pytest.mark.parametrize("diff", [0.0, 1e-7, 0.0999, 0.1, 0.12345, 0.9999, 1.0, 123.4])
-def test_a_candidate_lies_just_above_its_diff(diff: float) -> None:
+def test_a_candidate_is_just_above_its_diff(diff: float) -> None:
     assert diff < thresholds.above(diff) <= max(1.011 * diff, 1e-6)
 
 
-def test_steps_without_a_number_are_no_candidates(tmp_path: Path) -> None:
+def test_steps_without_a_finite_diff_are_not_candidates(tmp_path: Path) -> None:
     found = entry(residual_diffs={2: float("nan"), 3: float("inf")}, errors=shadowed().errors)
     assert thresholds.candidates(found) == []
     path = cachedit_fx.inspect.RunReport("Model", Summary([found])).to_html(tmp_path / "run.html")
@@ -114,9 +114,11 @@ def test_the_verdict_counts_sessions_not_regions() -> None:
     assert verdict_line([shadowed()]).startswith("Shadow mode: all steps computed; 2 of 5 in 1 session (40%)")
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(None, None), (2.5, "2.50 s"), (0.0123, "12.3 ms"), (2e-7, "0.20 µs")])
-def test_duration_in_words(seconds: float | None, said: str | None) -> None:
-    assert duration(seconds) == said
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(None, None), (2.5, "2.50 s"), (0.0123, "12.3 ms"), (2e-7, "0.20 µs")]
+)
+def test_a_duration_is_formatted_in_words(seconds: float | None, expected: str | None) -> None:
+    assert duration(seconds) == expected
 
 
 @pytest.mark.parametrize("high", [0.0, 1e-9, 0.0713, 0.1, 0.99, 1.0, 7.0, 123.0, float("nan")])
@@ -126,7 +128,7 @@ def test_ticks_are_few_and_reach_the_highest_value(high: float) -> None:
     assert not found[-1] < high
 
 
-def test_notebooks_see_a_table_with_a_chart() -> None:
+def test_notebooks_show_a_table_with_a_chart() -> None:
     for found in (entry(), Summary([entry()], title="Model")):
         shown = found._repr_html_()
         assert "2 of 5" in shown and "<svg" in shown and "<script" not in shown
@@ -147,7 +149,7 @@ def test_plots_are_written_and_leave_pyplot_alone(tmp_path: Path, suffix: str) -
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
 
 
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_package_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     render._environment.cache_clear()
@@ -156,4 +158,4 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
         report.to_html(tmp_path / "run.html")
     with pytest.raises(ConfigError, match=r"needs matplotlib.*pip install cachedit_fx\[report\]"):
         report.plot()
-    assert "2 of 5" in report._repr_html_()  # Needs neither.
+    assert "2 of 5" in report._repr_html_()  # This output needs neither package.

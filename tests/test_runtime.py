@@ -1,4 +1,4 @@
-"""What one call may and may not leave behind, and when a call runs without the cache."""
+"""The effects of a single call on its session: errors, changes of shape, decisions and tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def expected(model, text, noise, times=TIMES, **fields):
 
 @pytest.fixture
 def failing():
-    """Makes the n-th block from now raise, once."""
+    """A function that makes the n-th following block raise once."""
 
     @contextlib.contextmanager
     def fail(error, at):
@@ -54,10 +54,10 @@ def failing():
         pytest.param(2, 4, id="after-the-region"),
     ],
 )
-def test_a_step_that_raises_leaves_the_session_as_it_was(failing, error, done, at):
+def test_a_step_that_raises_does_not_change_the_session(failing, error, done, at):
     fields = {"Bn_compute_blocks": 1}
     module, text, noise = compiled(build(), **fields), prompt(), latents()
-    step(module, prompt(9), 1.0, noise)  # Compiled before anything fails.
+    step(module, prompt(9), 1.0, noise)  # Compiled before a block fails.
     outputs = generate(module, text, noise, TIMES[:done])
     before = every_session(module)
     with failing(error, at):
@@ -78,7 +78,7 @@ def test_a_first_step_of_a_new_generation_that_raises_does_not_end_the_old_one(f
     assert ran_blocks(module, text, TIMES[3], noise) == FIRST
 
 
-# Values and shapes that do not fit what is stored.
+# Values and shapes that do not match the cached values.
 
 
 def test_a_step_whose_diff_is_nan_is_computed():
@@ -93,7 +93,7 @@ def test_a_step_whose_diff_is_nan_is_computed():
 
 
 @pytest.mark.parametrize("dynamic", [False, None, True])
-def test_a_change_of_size_in_a_session_computes(dynamic):
+def test_a_change_of_size_in_a_session_forces_a_computed_step(dynamic):
     module, text, model = compiled(build(), dynamic=dynamic), prompt(), build()
     sizes = [6, 6, 9, 9, 6, 6, 6, 4]
     outputs, ran = [], []
@@ -110,7 +110,7 @@ def test_a_change_of_size_in_a_session_computes(dynamic):
 
 
 @pytest.mark.parametrize("dynamic", [False, None, True])
-def test_another_text_length_or_batch_in_a_named_request_computes(dynamic):
+def test_a_new_text_length_or_batch_size_in_a_named_request_forces_a_computed_step(dynamic):
     module, model = compiled(build(), dynamic=dynamic), build()
     shapes = [dict(length=5), dict(length=7), dict(batch=3), dict(length=5)]
     texts = [prompt(1, **shape) for shape in shapes]
@@ -121,7 +121,7 @@ def test_another_text_length_or_batch_in_a_named_request_computes(dynamic):
     assert not any(stats.cached_steps for stats in every_session(module))
 
 
-def test_a_change_of_dtype_in_a_session_computes():
+def test_a_change_of_dtype_in_a_session_forces_a_computed_step():
     class Casting(tiny.Transformer):
         def forward(self, hidden_states, encoder_hidden_states, timestep):
             dtype = self.proj_in.weight.dtype
@@ -141,7 +141,7 @@ def test_a_change_of_dtype_in_a_session_computes():
 
 @pytest.mark.parametrize("fields", [{}, {"Bn_compute_blocks": 1}, {"compile_blocks": "inline"}])
 @pytest.mark.parametrize("threshold", [0.0, -1.0])
-def test_a_threshold_of_zero_or_less_is_bitwise_the_plain_model(threshold, fields):
+def test_a_threshold_of_zero_or_less_matches_the_plain_model_bitwise(threshold, fields):
     module, model, text = compiled(build(), **{"residual_diff_threshold": threshold}, **fields), build(), prompt()
     tiny.assert_bitwise(generate(module, text, latents()), generate(model, text, latents()))
     assert every_session(module)[0].decisions == ["warmup", *["threshold-zero"] * 7]
@@ -191,7 +191,7 @@ def test_a_call_reads_from_the_device_once_per_region(regions, allowed, monkeypa
     counts.append(0)
     step(module, prompt(2), 1.0, latents())
     monkeypatch.undo()
-    # A prompt that was not seen before is looked at as well.
+    # A new prompt is also read.
     assert counts == [allowed] * 6 + [allowed + 1]
     assert every_session(module)[0].cached_steps
 
@@ -199,9 +199,9 @@ def test_a_call_reads_from_the_device_once_per_region(regions, allowed, monkeypa
 # Regions and pieces.
 
 
-def test_every_list_may_decide_on_its_own():
+def test_every_list_can_have_its_own_decision():
     model, text, noise = frozen(tiny.TwoLists()), prompt(), latents()
-    model.more[0].image.weight.mul_(0.02)  # What it adds depends little on what it gets.
+    model.more[0].image.weight.mul_(0.02)  # Its residual depends little on its input.
     module = compiled(model, regions="per_list")
     ran, outputs = [], []
     for timestep in TIMES:
@@ -220,19 +220,19 @@ def test_every_list_may_decide_on_its_own():
 
 
 def per_list_by_hand(model, text, noise):
-    """The outputs of `TwoLists`, each list cached on its own."""
-    kept, outputs = {}, []
+    """The outputs of `TwoLists`, with each list cached separately."""
+    stored, outputs = {}, []
     for number, timestep in enumerate(TIMES):
         scale = torch.full((tiny.BATCH, 1, 1), 1 + timestep)
         x = model.proj_in(noise)
         for blocks, gain in ((model.blocks, scale), (model.more, torch.ones_like(scale))):
             after = blocks[0](x, text, gain)
-            now, (old, added) = after - x, kept.get(blocks, (None, None))
+            now, (old, added) = after - x, stored.get(blocks, (None, None))
             if number and (now - old).abs().mean() / old.abs().mean() < tiny.fields()["residual_diff_threshold"]:
                 x = after + added
                 continue
             x = blocks[2](blocks[1](after, text, gain), text, gain)
-            kept[blocks] = now, x - after
+            stored[blocks] = now, x - after
         outputs.append(model.proj_out(x))
     return outputs
 
@@ -248,12 +248,12 @@ def test_blocks_compiled_once_or_inline_give_the_outputs_of_the_reference(compil
 # Tensors.
 
 
-def test_a_cached_value_is_handed_over_in_the_layout_that_the_graph_wants():
-    kept = torch.arange(6.0).reshape(2, 3)
-    assert in_layout(kept, (3, 1)) is kept
-    other = in_layout(kept, (1, 2))
+def test_a_cached_value_is_passed_in_the_layout_that_the_graph_expects():
+    stored = torch.arange(6.0).reshape(2, 3)
+    assert in_layout(stored, (3, 1)) is stored
+    other = in_layout(stored, (1, 2))
     assert other.stride() == (1, 2)
-    assert torch.equal(other, kept)
+    assert torch.equal(other, stored)
 
 
 @pytest.mark.parametrize("fields", [{}, {"Bn_compute_blocks": 1}], ids=["F1B0", "F1B1"])
@@ -284,12 +284,12 @@ def test_a_bfloat16_model_decides_in_float32():
     (stats,) = every_session(module)
     assert stats.decisions == [record.reason for record in wanted.records]
     diffs = {record.step: record.diff for record in wanted.records if record.diff is not None}
-    assert stats.residual_diffs == pytest.approx(diffs, rel=1e-6)  # Of the same bfloat16 residuals, in float32.
+    assert stats.residual_diffs == pytest.approx(diffs, rel=1e-6)  # The same bfloat16 residuals, compared in float32.
     assert any(torch.tensor(diff).bfloat16().item() != diff for diff in stats.residual_diffs.values())
     assert stats.state_bytes == (2 * tiny.STREAM_BYTES + tiny.TEXT_BYTES) // 2
 
 
-def test_whole_numbers_serve_as_timesteps():
+def test_integers_can_be_timesteps():
     module, text = compiled(build()), prompt()
     ran = []
     for timestep in (20, 19, 18, 17):
@@ -307,7 +307,7 @@ def test_whole_numbers_serve_as_timesteps():
         pytest.param([torch.inference_mode, torch.no_grad, torch.enable_grad], id="in-turn"),
     ],
 )
-def test_the_grad_mode_makes_no_difference_to_a_session(modes):
+def test_the_grad_mode_does_not_affect_a_session(modes):
     module, text, noise = compiled(build()), prompt(), latents()
     outputs = []
     for i, timestep in enumerate(TIMES):
@@ -318,15 +318,15 @@ def test_the_grad_mode_makes_no_difference_to_a_session(modes):
     assert len(every_session(module)) == 1
 
 
-def test_autocast_decides_and_computes_as_the_reference():
-    text, noise = prompt(), latents().bfloat16()  # A stream that is bfloat16 from the start, as models have it.
+def test_decisions_and_outputs_under_autocast_match_the_reference():
+    text, noise = prompt(), latents().bfloat16()  # The stream is bfloat16 from the start, as in real models.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         module = compiled(build())
         tiny.assert_bitwise(generate(module, text, noise), expected(build(), text, noise))
     assert 0 < len(every_session(module)[0].cached_steps) < 8
 
 
-def test_a_model_without_timesteps_is_cached_in_named_requests_alone():
+def test_a_model_without_timesteps_is_cached_only_in_named_requests():
     class Untimed(nn.Module):
         def __init__(self):
             super().__init__()

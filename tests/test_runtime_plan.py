@@ -1,4 +1,4 @@
-"""What is decided after the plan: one record, which depends on nothing but the plan and the configuration."""
+"""`make_runtime_plan` derives one record from the plan and the configuration alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def no_grad():
         yield
 
 
-def test_it_holds_what_the_runtime_needs_of_a_graph():
+def test_the_runtime_plan_describes_the_graph():
     plan = planned(DualStream(), Bn_compute_blocks=1)
     found = make_runtime_plan(plan, CacheConfig())
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
@@ -45,7 +45,7 @@ def test_regions_that_run_the_same_operations_have_one_key():
     assert one.region_key == same.region_key != other.region_key
 
 
-def test_a_conditioning_that_has_no_version_is_summed_up():
+def test_a_conditioning_without_a_version_counter_gets_checksums():
     plan = planned(DualStream())
     with torch.inference_mode():
         assert make_runtime_plan(plan, CacheConfig()).num_checksums == NUM_CHECKSUMS
@@ -58,7 +58,7 @@ class Draws(Variant):
         return hidden_states + torch.rand_like(hidden_states)
 
 
-def test_it_names_the_effect_of_a_graph():
+def test_the_runtime_plan_names_the_side_effect_of_a_graph():
     assert make_runtime_plan(planned(Draws()), CacheConfig()).effect.startswith("draws random numbers (`rand_like")
 
 
@@ -68,7 +68,7 @@ class WritesToInput(Transformer):
         return super().forward(hidden_states, timestep)
 
 
-def test_a_graph_that_writes_to_its_inputs_has_no_shadow():
+def test_a_graph_that_writes_to_its_inputs_cannot_run_in_shadow_mode():
     plan = planned(WritesToInput(SelfBlock))
     assert make_runtime_plan(plan, CacheConfig()).effect.startswith("writes in place")
     with pytest.raises(MismatchError, match="may run twice") as raised:

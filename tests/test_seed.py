@@ -1,8 +1,8 @@
-"""Every snippet of the document that the project started from runs as it stands there and does what it says.
+"""Every usage snippet below runs unchanged and does what its text says.
 
-The texts below are the document's own, less the blanks at the ends of lines; only the package's name in the imports is
-ours. Checkpoints are replaced by tiny
-random pipelines, `pipe(...)` by a call with inputs for them, and Inductor, but for one test, by the backend "eager".
+The snippets are those of a written specification, with the package's name in the imports and without trailing blanks.
+Checkpoints are replaced by tiny random pipelines, `pipe(...)` by a call with inputs for them, and Inductor, except in
+one test, by the backend "eager".
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tests.sessions import every_session
 from tests.tiny_pipelines import PIPELINES, TinyPipeline
 
 NUM_STEPS = 11
-WARMUP_STEPS = 4  # By default.
-NUM_BLOCKS = 3  # Of which one runs at every step by default.
-# A random model's steps are too far apart for the threshold.
+WARMUP_STEPS = 4  # The default.
+NUM_BLOCKS = 3  # By default, one of them runs at every step.
+# The steps of a random model differ by more than the threshold.
 NOTHING_REUSED = ["warmup"] * WARMUP_STEPS + ["diff-above"] * (NUM_STEPS - WARMUP_STEPS)
 
 SNIPPETS = {
@@ -166,7 +166,7 @@ Cache Steps and Residual Diffs Statistics: QwenImagePipeline
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a configuration says nothing of is compiled by the backend "eager": quickly, and comparable bit by bit."""
+    """Makes "eager" the default inner backend: it compiles fast, and outputs can be compared bitwise."""
     defaults = list(cachedit_fx.CacheConfig.__init__.__defaults__)
     defaults[FIELD_NAMES.index("inner_backend")] = "eager"
     monkeypatch.setattr(cachedit_fx.CacheConfig.__init__, "__defaults__", tuple(defaults))
@@ -174,7 +174,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def registry() -> Iterator[None]:
-    """Forgets what is registered in the test."""
+    """Removes the registrations of the test."""
     before = set(cachedit_fx.integrations.BlockAdapterRegistry.supported_pipelines()[1])
     yield
     for name in set(cachedit_fx.integrations.BlockAdapterRegistry.supported_pipelines()[1]) - before:
@@ -182,7 +182,7 @@ def registry() -> Iterator[None]:
 
 
 def built(tiny: TinyPipeline, num_blocks: int = NUM_BLOCKS, **inputs: Any) -> DiffusionPipeline:
-    """A pipeline whose call `pipe(...)` stands for one with the tiny inputs, and `inputs` over them."""
+    """A pipeline whose call `pipe(...)` uses the tiny inputs, updated by `inputs`."""
     pipe = tiny.build(num_blocks)
 
     def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +195,7 @@ def built(tiny: TinyPipeline, num_blocks: int = NUM_BLOCKS, **inputs: Any) -> Di
 
 
 def namespace(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What the document has imported or built by the time that a snippet comes."""
+    """The names that are defined before a snippet runs."""
     names = ("BlockAdapter", "BlockAdapterRegistry", "BasicCacheConfig", "ForwardPattern")
     return {name: getattr(cachedit_fx, name) for name in names} | {"cache_dit": cachedit_fx, "pipe": pipe}
 
@@ -208,7 +208,7 @@ def statements(name: str, scope: dict[str, Any]) -> Iterator[ast.stmt]:
 
 
 def run(name: str, pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Runs the snippet as a whole. Returns the names that it leaves."""
+    """Runs the whole snippet. Returns the names that it defines."""
     scope = namespace(pipe)
     exec(compile(SNIPPETS[name], name, "exec"), scope)
     return scope
@@ -223,7 +223,7 @@ def assert_equal(output: Tensor, expected: Tensor) -> None:
 
 
 def decisions(module: nn.Module) -> dict[tuple[str, str], list[str]]:
-    """(guidance branch, region) -> the reasons of all of its steps, in the module's latest sessions."""
+    """(guidance branch, region) -> the reasons of all of its steps, for the latest sessions of the module."""
     return {(stats.session, stats.region): stats.decisions for stats in every_session(module)}
 
 
@@ -240,8 +240,8 @@ def is_enabled(module: nn.Module) -> bool:
 # Cache acceleration with one line of code.
 
 
-def test_one_line_caches_any_pipeline_until_it_is_disabled(eager, monkeypatch):
-    # With prompts of one length: a second one would be a second graph.
+def test_one_line_caches_any_pipeline_until_the_cache_is_disabled(eager, monkeypatch):
+    # The prompts have one length, because a second length would need a second graph.
     pipe = built(PIPELINES["qwen_image"], **prompts_of_one_length())
     expected = pipe(...)[0]
     from_hub(pipe, monkeypatch)
@@ -255,7 +255,7 @@ def test_one_line_caches_any_pipeline_until_it_is_disabled(eager, monkeypatch):
     assert [*ran.values()] == [NOTHING_REUSED] * 2
     assert not is_enabled(pipe.transformer) and not cachedit_fx.is_cached(pipe.transformer)
     assert_equal(pipe(...)[0], expected)
-    assert decisions(pipe.transformer) == ran  # The original pipe ran: no session came on top.
+    assert decisions(pipe.transformer) == ran  # The uncached pipeline ran, so there is no new session.
 
 
 @pytest.mark.slow
@@ -269,14 +269,16 @@ def test_one_line_runs_with_inductor(monkeypatch):
         (guidance_branch, f"transformer_blocks[1:{NUM_BLOCKS}]") for guidance_branch in ("cond", "uncond")
     }
     assert [*ran.values()] == [NOTHING_REUSED] * 2
-    # Latents of order 1. Fused float32 kernels round differently, and a random transformer feeds its error back for
+    # Latents are of order 1. Fused float32 kernels round differently, and a random transformer feeds its error back for
     # eleven steps.
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
     assert_equal(pipe(...)[0], expected)
 
 
 def test_one_line_caches_flux_2_whose_first_list_is_as_long_as_fn(eager):
-    pipe = built(PIPELINES["flux2"], 2)  # FLUX.2-dev has eight blocks of the first kind, as many as cache-dit runs.
+    pipe = built(
+        PIPELINES["flux2"], 2
+    )  # FLUX.2-dev has eight double blocks, which is the number of Fn blocks of cache-dit.
     expected = pipe(...)[0]
     cachedit_fx.enable_cache(pipe, Fn_compute_blocks=2)
     assert_equal(pipe(...)[0], expected)
@@ -286,7 +288,7 @@ def test_one_line_caches_flux_2_whose_first_list_is_as_long_as_fn(eager):
 # Automatic block adapter.
 
 
-def test_an_adapter_finds_the_blocks_by_their_pattern_or_is_given_them(eager):
+def test_an_adapter_finds_the_blocks_by_pattern_or_gets_them_explicitly(eager):
     pipe = built(PIPELINES["qwen_image"], true_cfg_scale=1.0)
     expected = pipe(...)[0]
     ways = 0
@@ -318,7 +320,7 @@ def test_lists_of_patterns_1_and_3_are_cached_as_one_chain(eager):
     assert_equal(pipe(...)[0], expected)
 
 
-def test_flux_of_later_diffusers_is_told_to_fit_pattern_1_throughout(eager):
+def test_flux_of_newer_diffusers_is_reported_to_match_pattern_1_throughout(eager):
     pipe = built(PIPELINES["flux"], 2)
     run("hybrid patterns", pipe)
     with pytest.raises(cachedit_fx.errors.PatternError) as caught:
@@ -328,18 +330,18 @@ def test_flux_of_later_diffusers_is_told_to_fit_pattern_1_throughout(eager):
     assert "single_transformer_blocks fits pattern 1" in message
 
 
-# Two transformers with limits of their own.
+# Two transformers with separate limits.
 
 
-def test_each_transformer_of_wan_22_keeps_its_own_limits(eager):
-    num_steps = 50  # About 25 for each of the two.
+def test_each_transformer_of_wan_22_has_its_own_limits(eager):
+    num_steps = 50  # About 25 for each transformer.
     pipe = built(PIPELINES["wan22"])
     expected = pipe(...)[0]
     run("two transformers", pipe)
     modules = pipe.transformer, pipe.transformer_2
 
     for module in modules:
-        cachedit_fx.refresh_context(module, residual_diff_threshold=1.0)  # All that the limits allow.
+        cachedit_fx.refresh_context(module, residual_diff_threshold=1.0)  # Only the limits decide.
     pipe(..., num_inference_steps=num_steps)
     steps = 0
     for module, warmup, cached in zip(modules, (4, 2), (8, 20), strict=True):
@@ -364,7 +366,7 @@ def test_each_transformer_of_wan_22_keeps_its_own_limits(eager):
 
 
 def test_a_registered_adapter_with_a_functor_caches_hidream(eager, registry):
-    pipe = built(PIPELINES["hidream"], 2)  # In each of its two lists.
+    pipe = built(PIPELINES["hidream"], 2)  # Two blocks in each of its two lists.
     expected = pipe(...)[0]
     scope = run("patch functor", pipe)
     adapter = cachedit_fx.integrations.BlockAdapterRegistry.get(pipe)
@@ -373,7 +375,7 @@ def test_a_registered_adapter_with_a_functor_caches_hidream(eager, registry):
     assert scope["hidream_adapter"](pipe, has_separate_cfg=True).has_separate_cfg
 
     cachedit_fx.enable_cache(pipe, Fn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=0.0)
-    # Latents of order 1. The functor adds up the experts in matrix products of other sizes.
+    # Latents are of order 1. The functor sums the experts in matrix products of other sizes.
     torch.testing.assert_close(pipe(...)[0], expected, rtol=0, atol=1e-5)
     cachedit_fx.refresh_context(pipe.transformer, residual_diff_threshold=1.0)
     pipe(...)
@@ -387,7 +389,7 @@ def test_a_registered_adapter_with_a_functor_caches_hidream(eager, registry):
 # Statistics.
 
 
-def test_summary_gives_the_table_shown_and_with_details_a_line_per_step(eager, capsys):
+def test_summary_prints_the_documented_table_and_with_details_one_line_per_step(eager, capsys):
     pipe = built(PIPELINES["qwen_image"], 2, **prompts_of_one_length())
     cachedit_fx.enable_cache(pipe, Fn_compute_blocks=1, max_warmup_steps=2)
     pipe(...)
@@ -399,7 +401,7 @@ def test_summary_gives_the_table_shown_and_with_details_a_line_per_step(eager, c
     ours, below = str(stats).splitlines()[:6], str(stats).splitlines()[6:]
     assert below[0] == "" and below[1].startswith(f"transformer: {2 * NUM_STEPS} calls since the cache was enabled: ")
     assert ours[:2] == [title, empty]
-    assert ours[2].startswith(header)  # Columns of our own come behind.
+    assert ours[2].startswith(header)  # The columns of this package come after those of cache-dit.
     assert ours[3].startswith(rule)
     for line in ours[4:]:
         for ours_cell, cell in zip(cells_of(line), cells_of(row), strict=False):

@@ -1,4 +1,4 @@
-"""Whose step is this: calls that look alike and belong to different branches, generations or models."""
+"""Calls that look alike but belong to different branches, generations or models get separate sessions."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def no_grad():
 
 
 def alone(seed: int = 1, *, model: nn.Module | None = None, times: tuple[float, ...] = TIMES) -> list[Tensor]:
-    """What a generation of these latents gives by the plain reference, with the first prompt."""
+    """The outputs of a generation with these latents and the first prompt, by the plain reference."""
     cache = tiny.reference(model or build(), prompt(), latents(seed), times)
     assert any(record.reused for record in cache.records)
     return [record.output for record in cache.records]
 
 
-# Several calls at one step.
+# Several calls in one step.
 
 
 @by_both
-def test_windows_of_one_prompt_are_branches_of_their_own(cached: Cached):
+def test_windows_of_one_prompt_are_separate_branches(cached: Cached):
     module, text = cached(build()), prompt()
     for _ in range(2):
         outputs: dict[int, list[Tensor]] = {1: [], 2: [], 3: []}
@@ -55,11 +55,11 @@ def test_windows_of_one_prompt_are_branches_of_their_own(cached: Cached):
     assert [stats.cached_steps for stats in every_session(module)] == [EVERY_OTHER] * 6
 
 
-def test_a_further_call_for_some_steps_leaves_the_others_as_they_are():
+def test_an_additional_call_in_some_steps_does_not_affect_the_other_calls():
     module, text, outputs = compiled(build()), prompt(), {1: [], 2: []}
     for number, timestep in enumerate(TIMES):
         outputs[1].append(step(module, text, timestep, latents(1)))
-        if 2 <= number < 6:  # As guidance by skipped layers, from a start to a stop.
+        if 2 <= number < 6:  # As skip-layer guidance does between its start and its stop.
             outputs[2].append(step(module, text, timestep, latents(2)))
     plain = build()
     for number, timestep in enumerate(TIMES):
@@ -67,12 +67,12 @@ def test_a_further_call_for_some_steps_leaves_the_others_as_they_are():
             torch.testing.assert_close(outputs[1][number], step(plain, text, timestep, latents(1)), rtol=0, atol=0)
     assert {len(made) for made in outputs.values()} == {8, 4}
     assert [stats.num_steps for stats in every_session(module)] == [8, 4]
-    for number, made in enumerate(outputs[2]):  # A window's residual is never that of another.
+    for number, made in enumerate(outputs[2]):  # A window never gets the residual of another one.
         wrong = [step(plain, text, TIMES[2 + number], latents(seed)) for seed in (1, 2)]
         assert (made - wrong[1]).abs().max() < 0.5 * (wrong[0] - wrong[1]).abs().max()
 
 
-def test_shares_of_a_diff_are_those_of_the_same_call_of_a_step():
+def test_a_diff_is_shared_only_between_calls_of_the_same_ordinal():
     module = compiled(build(), cfg_diff_compute_separate=False, enable_separate_cfg=True)
     texts = {"cond": prompt(1), "uncond": prompt(2)}
     for timestep in TIMES:
@@ -88,7 +88,7 @@ def test_shares_of_a_diff_are_those_of_the_same_call_of_a_step():
 
 
 @by_both
-def test_models_that_share_their_first_block_share_no_state(cached: Cached):
+def test_models_that_share_their_first_block_do_not_share_state(cached: Cached):
     main, other = build(0), build(7)
     other.proj_in, other.proj_text, other.blocks[0] = main.proj_in, main.proj_text, main.blocks[0]
     expected = [alone(model=copy.deepcopy(model)) for model in (main, other)]
@@ -102,7 +102,7 @@ def test_models_that_share_their_first_block_share_no_state(cached: Cached):
 
 
 @by_both
-def test_models_whose_weights_are_buffers_share_no_state(cached: Cached):
+def test_models_whose_weights_are_buffers_do_not_share_state(cached: Cached):
     first, second = build(0), build(0)
     for block in second.blocks[1:]:
         for parameter in block.parameters():
@@ -115,12 +115,12 @@ def test_models_whose_weights_are_buffers_share_no_state(cached: Cached):
     modules, text = [cached(first), cached(second)], prompt()
     for timestep in TIMES[:4]:
         step(modules[0], text, timestep, latents())
-    output = step(modules[1], text, TIMES[4], latents())  # As Wan's second expert, below a boundary.
+    output = step(modules[1], text, TIMES[4], latents())  # Like the second expert of Wan, which runs below a boundary.
     torch.testing.assert_close(output, step(plain, text, TIMES[4], latents()), rtol=0, atol=0)
     assert [[stats.num_steps for stats in every_session(module)] for module in (first, second)] == [[4], [1]]
 
 
-# What is kept belongs to these modules and weights.
+# Cached values belong to these modules and weights.
 
 
 def replace_a_block(module: nn.Module) -> None:
@@ -144,18 +144,18 @@ def assign(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [replace_a_block, replace_a_layer, reorder, load, assign])
-def test_the_step_after_a_change_of_the_region_computes(change: Callable[[nn.Module], None]):
+def test_the_step_after_a_change_of_the_region_is_computed(change: Callable[[nn.Module], None]):
     module, text = enabled(build()), prompt()
     generate(module, text, latents(), TIMES[:3])
     change(module)
     assert ran_blocks(module, text, TIMES[3], latents()) == ALL
     assert [ran_blocks(module, text, t, latents()) for t in (0.69, 0.68)] == [FIRST, FIRST]
-    change(module)  # And once more, after calls that may have gone without Dynamo.
+    change(module)  # A second change, after calls that may have used fast dispatch.
     assert ran_blocks(module, text, 0.67, latents()) == ALL
 
 
 @pytest.mark.parametrize("change", [replace_a_block, reorder, load, assign])
-def test_the_bare_backend_sees_other_blocks_and_weights(change: Callable[[nn.Module], None]):
+def test_the_bare_backend_detects_replaced_blocks_and_weights(change: Callable[[nn.Module], None]):
     model, text = build(), prompt()
     module = compiled(model)
     generate(module, text, latents(), TIMES[:3])
@@ -164,7 +164,7 @@ def test_the_bare_backend_sees_other_blocks_and_weights(change: Callable[[nn.Mod
 
 
 @by_both
-def test_the_step_after_another_attention_processor_computes(cached: Cached):
+def test_the_step_after_a_change_of_the_attention_processor_is_computed(cached: Cached):
     class Processor:
         def __init__(self, scale: float) -> None:
             self.scale = scale
@@ -199,7 +199,7 @@ def test_the_step_after_another_attention_processor_computes(cached: Cached):
 
 
 @by_both
-def test_a_prompt_that_is_written_over_under_inference_mode_is_another(cached: Cached):
+def test_overwriting_a_prompt_in_inference_mode_starts_a_new_session(cached: Cached):
     with torch.inference_mode():
         module, text = cached(build()), prompt(1)
         generate(module, text, latents(), TIMES[:4])
@@ -208,19 +208,19 @@ def test_a_prompt_that_is_written_over_under_inference_mode_is_another(cached: C
     assert [stats.began for stats in every_session(module)] == ["new", "conditioning-changed"]
 
 
-class Keeps(tiny.Transformer):
-    """Stores its context on itself."""
+class StoresContext(tiny.Transformer):
+    """Stores its context as an attribute."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
         self.context = encoder_hidden_states
         return super().forward(hidden_states, encoder_hidden_states, timestep)
 
 
-def test_a_context_that_the_model_stores_and_the_loop_rebuilds_is_one_generation():
-    module = enabled(Keeps().eval().requires_grad_(False))
+def test_a_stored_context_that_the_loop_rebuilds_stays_in_one_generation():
+    module = enabled(StoresContext().eval().requires_grad_(False))
     for timestep in TIMES:
         step(module, prompt(1), timestep, latents())
-    # While it traced the first call Dynamo, too, held its context.
+    # Dynamo also held the context of the first call while it traced it.
     assert [stats.num_steps for stats in every_session(module)] in ([8], [1, 7])
 
 
@@ -245,7 +245,7 @@ def test_a_timestep_may_be_a_number(number: Callable[[float], Any]):
 
 
 class Embeds(nn.Module):
-    """Its loop lies behind a graph break, in a graph whose input `t` is the embedding of the time, [B, D]."""
+    """Its loop is after a graph break, in a graph whose input `t` is the time embedding, [B, D]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ class Embeds(nn.Module):
         return self.inner(hidden_states, encoder_hidden_states, t.mean(1) + 2)
 
 
-def test_an_embedding_called_like_a_timestep_is_no_timestep_input():
+def test_an_embedding_that_is_named_like_a_timestep_is_not_a_timestep_input():
     model, text = Embeds().eval().requires_grad_(False), prompt()
     fields = tiny.fields(inner_backend="eager", residual_diff_threshold=1.0)
     bare = torch.compile(model, backend=cachedit_fx.Backend(cachedit_fx.CacheConfig(**fields)))
@@ -275,18 +275,18 @@ def test_an_embedding_called_like_a_timestep_is_no_timestep_input():
 
 
 @by_both
-def test_an_empty_batch_is_as_without_the_cache(cached: Cached):
+def test_an_empty_batch_runs_as_without_the_cache(cached: Cached):
     module = cached(build())
     output = step(module, prompt(batch=0), 0.5, latents(batch=0))
     assert output.shape == (0, tiny.TOKENS, 4)
     assert ran_blocks(module, prompt(), 0.5, latents()) == ALL
 
 
-# Names of requests.
+# Named requests.
 
 
 def names(module: nn.Module) -> list[str]:
-    """Of the sessions' requests; the first word of a session without one."""
+    """The names of the sessions' requests, or the first word of the label of a session without one."""
     return [stats.session.split(",")[0].split()[0] for stats in every_session(module)]
 
 
@@ -296,7 +296,7 @@ def streaming(module: Any, key: str, text: Tensor, seed: int) -> Any:
             yield step(module, text, timestep, latents(seed))
 
 
-def test_generators_that_take_turns_keep_their_names():
+def test_interleaved_generators_keep_their_session_names():
     module, text = compiled(build()), prompt()
     running = [streaming(module, "a", text, 1), streaming(module, "b", text, 2)]
     outputs = [*zip(*running, strict=True)]
@@ -306,7 +306,7 @@ def test_generators_that_take_turns_keep_their_names():
     assert names(module) == ["a", "b", "conditioning"]
 
 
-def test_a_generator_keeps_its_name_in_any_context_and_when_it_is_left():
+def test_a_generator_keeps_its_session_name_in_any_context_until_it_is_closed():
     module, text = compiled(build()), prompt()
     running = streaming(module, "a", text, 1)
     made = [contextvars.copy_context().run(next, running) for _ in TIMES]  # As a server's thread pool drives it.

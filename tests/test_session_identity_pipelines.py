@@ -1,4 +1,4 @@
-"""Whose step is this, in real pipelines: a generation is one run of the pipeline's scheduler."""
+"""Session identity in real pipelines: a generation is one run of the pipeline's scheduler."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def last(pipe: DiffusionPipeline) -> list[CacheStats]:
 
 
 @pytest.mark.parametrize("cached", [enabled, compiled])
-def test_a_call_that_follows_a_failed_one_begins_anew(cached: Any):
-    """With the same prompt object, at a lower timestep: it could be the next step of the one that failed."""
+def test_a_call_after_a_failed_one_starts_a_new_session(cached: Any):
+    """The prompt object is the same and the timestep lower, as in the next step of the failed generation."""
     flux = PIPELINES["flux"]
     given = {name: value for name, value in flux.arguments(1).items() if name.endswith("prompt_embeds")}
     sigmas = np.linspace(0.4, 0.05, 8)
@@ -70,11 +70,11 @@ def test_timesteps_that_repeat_in_low_precision_are_steps_of_one_generation():
 
     pipe(num_inference_steps=8, **{name: halved(value) for name, value in flux.arguments(1).items()})
     [stats] = last(pipe)
-    assert stats.timesteps[0] == stats.timesteps[1]  # Else nothing was tried.
+    assert stats.timesteps[0] == stats.timesteps[1]  # The precondition of this test.
     assert (stats.num_steps, stats.cached_steps) == (8, REUSED)
 
 
-def test_a_solver_that_calls_twice_at_a_timestep_goes_on_with_its_session():
+def test_a_solver_with_two_calls_per_timestep_continues_its_session():
     wan = PIPELINES["wan"]
     pipe = enabled(wan, num_inference_steps=4)  # Heun's method makes seven calls of four steps.
     pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
@@ -84,17 +84,17 @@ def test_a_solver_that_calls_twice_at_a_timestep_goes_on_with_its_session():
         assert len({*stats.timesteps}) == 4
 
 
-def test_a_second_pipeline_of_the_same_transformer_has_generations_of_its_own():
+def test_a_second_pipeline_of_the_same_transformer_has_its_own_generations():
     wan = PIPELINES["wan"]
     one, other = enabled(wan), wan.build()
     other.transformer = one.transformer
     alone = [wan.run(pipe, seed, 8) for pipe, seed in ((one, 1), (other, 2))]
     found: list[Tensor] = []
 
-    def nested(_pipe: Any, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+    def nested(_pipe: Any, step: int, _time: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         if step == 3:  # The other pipeline runs in the middle of this one's loop.
             found.append(wan.run(other, 2, 8))
-        return kept
+        return callback_kwargs
 
     torch.testing.assert_close(wan.run(other, 2, 8), alone[1], rtol=0, atol=0)
     torch.testing.assert_close(wan.run(one, 1, 8, callback_on_step_end=nested), alone[0], rtol=0, atol=0)

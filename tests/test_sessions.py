@@ -1,4 +1,4 @@
-"""Which steps share a cache: those of one generation's one guidance branch, and no others."""
+"""Only steps of the same guidance branch of the same generation share a session."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ EVERY_OTHER = [1, 3, 5, 7]  # Steps that a generation at TIMES reuses.
 
 
 def alone(seed, *, model=0, times=TIMES, **fields):
-    """What the generation of this prompt and noise gives where there is no other, by the plain reference."""
+    """The outputs of a single generation with this prompt and noise, by the plain reference."""
     cache = tiny.reference(build(model), prompt(seed), latents(seed), times, **fields)
     assert any(record.reused for record in cache.records)
     return [record.output for record in cache.records]
 
 
 def streams():
-    """Real tensors of a stream's width that are alive. Of a model's run, only the state of its sessions is."""
-    for _ in range(3):  # What one round lets go of may be what holds the next.
+    """All live tensors with the width of a stream. After a run of a model, only the state of its sessions is live."""
+    for _ in range(3):  # Objects that one round frees may hold those of the next.
         gc.collect()
     return [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dim() == 3 and t.shape[-1] == tiny.WIDTH]
 
 
 @pytest.fixture
-def held_tensors():
-    """How many tensors of state were made in this test and are alive."""
-    gc.freeze()  # What was there before is neither collected nor listed.
+def live_tensors():
+    """A function that counts the live state tensors of this test."""
+    gc.freeze()  # Earlier objects are neither collected nor listed.
     yield lambda: len(streams())
     gc.unfreeze()
 
@@ -50,7 +50,7 @@ def held_tensors():
 # One generation after another.
 
 
-def test_a_second_generation_from_the_same_prompt_object_starts_afresh():
+def test_a_second_generation_from_the_same_prompt_object_starts_a_new_session():
     module, text = compiled(build()), prompt(1)
     tiny.assert_bitwise(generate(module, text, latents(1)), alone(1))
     second = tiny.reference(build(), text, latents(2))
@@ -58,22 +58,22 @@ def test_a_second_generation_from_the_same_prompt_object_starts_afresh():
     assert [stats.cached_steps for stats in every_session(module)] == [EVERY_OTHER, EVERY_OTHER]
 
 
-def test_generations_from_different_prompts_start_afresh():
+def test_generations_from_different_prompts_start_new_sessions():
     module = compiled(build())
-    kept = [prompt(seed) for seed in (1, 2, 3)]
-    for seed, text in zip((1, 2, 3), kept, strict=True):
+    prompts = [prompt(seed) for seed in (1, 2, 3)]
+    for seed, text in zip((1, 2, 3), prompts, strict=True):
         tiny.assert_bitwise(generate(module, text, latents(seed)), alone(seed))
     assert [stats.num_steps for stats in every_session(module)] == [8, 8, 8]
 
 
-def test_a_model_that_counts_upwards_has_its_generations_told_apart():
+def test_generations_with_increasing_timesteps_are_distinguished():
     module, text, times = compiled(build()), prompt(1), TIMES[::-1]
     for _ in range(2):
         tiny.assert_bitwise(generate(module, text, latents(1), times), alone(1, times=times))
     assert [stats.num_steps for stats in every_session(module)] == [8, 8]
 
 
-def test_a_second_call_at_a_timestep_is_a_branch_of_its_own():
+def test_a_second_call_at_a_timestep_is_a_separate_branch():
     module, text = compiled(build()), prompt(1)
     times = (TIMES[0], *itertools.chain.from_iterable((t, t) for t in TIMES[1:]))  # As Heun's method calls.
     for _ in range(2):
@@ -84,9 +84,9 @@ def test_a_second_call_at_a_timestep_is_a_branch_of_its_own():
     assert every_session(module)[1].session.endswith("call 2 of a step")
 
 
-def test_a_first_timestep_that_comes_again_is_another_generation():
+def test_a_repeated_first_timestep_starts_a_new_generation():
     module, text = compiled(build(), max_warmup_steps=0), prompt(1)
-    ran = [ran_blocks(module, text, 0.5, latents(seed)) for seed in (1, 1, 2, 3)]  # Generations of one step.
+    ran = [ran_blocks(module, text, 0.5, latents(seed)) for seed in (1, 1, 2, 3)]  # Generations with one step each.
     assert ran == [ALL] * 4
     assert [stats.decisions for stats in every_session(module)] == [["nothing-stored"]] * 4
 
@@ -94,7 +94,7 @@ def test_a_first_timestep_that_comes_again_is_another_generation():
 # Conditioning.
 
 
-def test_guidance_branches_are_told_apart_by_their_prompt_objects():
+def test_guidance_branches_are_distinguished_by_their_prompt_objects():
     module = compiled(build())
     texts = {1: prompt(1), 2: prompt(2)}
     for _generation in range(2):
@@ -107,7 +107,7 @@ def test_guidance_branches_are_told_apart_by_their_prompt_objects():
     assert len(every_session(module)) == 4
 
 
-def test_a_prompt_shaped_like_the_latents_tells_branches_apart():
+def test_a_prompt_with_the_shape_of_the_latents_distinguishes_branches():
     class SameShape(tiny.Transformer):
         def __init__(self):
             super().__init__()
@@ -120,49 +120,49 @@ def test_a_prompt_shaped_like_the_latents_tells_branches_apart():
     assert len(every_session(module)) == 2
 
 
-def test_live_prompts_of_equal_content_never_share():
+def test_live_prompts_of_equal_content_never_share_a_session():
     module, texts = compiled(build()), [prompt(1), prompt(1)]
     outputs = [[], []]
     for timestep in TIMES:
-        for text, kept, seed in zip(texts, outputs, (1, 2), strict=True):
-            kept.append(step(module, text, timestep, latents(seed)))
-    for kept, seed in zip(outputs, (1, 2), strict=True):
+        for text, results, seed in zip(texts, outputs, (1, 2), strict=True):
+            results.append(step(module, text, timestep, latents(seed)))
+    for results, seed in zip(outputs, (1, 2), strict=True):
         expected = tiny.reference(build(), prompt(1), latents(seed))
-        tiny.assert_bitwise(kept, [record.output for record in expected.records])
+        tiny.assert_bitwise(results, [record.output for record in expected.records])
 
 
-def test_a_prompt_rebuilt_at_every_call_continues_by_its_content():
+def test_a_prompt_that_is_rebuilt_at_every_call_is_recognized_by_its_content():
     module = compiled(build())
     outputs = {1: [], 2: []}
     for timestep in TIMES:
-        for guidance_branch, kept in outputs.items():
-            kept.append(step(module, prompt(guidance_branch), timestep, latents(guidance_branch)))
-    for guidance_branch, kept in outputs.items():
-        tiny.assert_bitwise(kept, alone(guidance_branch))
+        for guidance_branch, results in outputs.items():
+            results.append(step(module, prompt(guidance_branch), timestep, latents(guidance_branch)))
+    for guidance_branch, results in outputs.items():
+        tiny.assert_bitwise(results, alone(guidance_branch))
     assert [stats.num_steps for stats in every_session(module)] == [8, 8]
 
 
-def test_rebuilt_prompts_that_never_come_back_hold_bounded_memory(held_tensors):
+def test_rebuilt_prompts_that_never_recur_use_bounded_memory(live_tensors):
     module = compiled(build())
     for seed in range(20):
         step(module, prompt(seed), 1.0, latents(1))
     running = [stats for stats in every_session(module) if stats.state_bytes]
     assert 1 <= len(running) <= 8
-    assert held_tensors() == 3 * len(running)
+    assert live_tensors() == 3 * len(running)
 
 
-def test_a_prompt_written_over_in_place_starts_anew():
+def test_overwriting_a_prompt_in_place_starts_a_new_session():
     module, text = compiled(build()), prompt(1)
     first = generate(module, text, latents(1), TIMES[:3])
     tiny.assert_bitwise(first, alone(1, times=TIMES[:3]))
-    text.copy_(1.001 * text)  # So little that the diff would not tell; nor does the timestep, which goes on.
+    text.copy_(1.001 * text)  # Too small a change for the diff; and the timestep continues as before.
     second = generate(module, text, latents(1), TIMES[3:])
     expected = tiny.reference(build(), text, latents(1), TIMES[3:])
     tiny.assert_bitwise(second, [record.output for record in expected.records])
     assert [stats.num_steps for stats in every_session(module)] == [3, 5]
 
 
-def test_a_new_prompt_at_the_address_of_a_dead_one_starts_anew():
+def test_a_new_prompt_at_the_address_of_a_freed_one_starts_a_new_session():
     module = compiled(build())
     for seed in range(12):
         text = prompt(seed)
@@ -171,44 +171,44 @@ def test_a_new_prompt_at_the_address_of_a_dead_one_starts_anew():
         del text
 
 
-def test_state_goes_with_the_prompt(held_tensors):
+def test_the_state_is_freed_with_the_prompt(live_tensors):
     module, text = compiled(build()), prompt(1)
     generate(module, text, latents(1))
-    assert held_tensors() == 3
+    assert live_tensors() == 3
     assert every_session(module)[-1].state_bytes > 0
     del text
-    assert held_tensors() == 0
+    assert live_tensors() == 0
     (stats,) = every_session(module)
     assert (stats.state_bytes, stats.num_steps, stats.cached_steps) == (0, 8, EVERY_OTHER)
 
 
-def test_state_goes_with_the_module(held_tensors):
+def test_the_state_is_freed_with_the_module(live_tensors):
     model = build()
     module, text = compiled(model), prompt(1)
     generate(module, text, latents(1))
-    assert held_tensors() == 3
+    assert live_tensors() == 3
     del module, model
     torch._dynamo.reset()
-    assert held_tensors() == 0
+    assert live_tensors() == 0
 
 
 # Named requests, threads and tasks.
 
 
-def test_named_requests_that_share_a_prompt_object_are_apart():
+def test_named_requests_that_share_a_prompt_object_are_separate():
     module, text = compiled(build()), prompt(1)
     outputs = {1: [], 2: []}
     for timestep in TIMES:
-        for seed, kept in outputs.items():
+        for seed, results in outputs.items():
             with cachedit_fx.session(f"request {seed}"):
-                kept.append(step(module, text, timestep, latents(seed)))
-    for seed, kept in outputs.items():
+                results.append(step(module, text, timestep, latents(seed)))
+    for seed, results in outputs.items():
         expected = tiny.reference(build(), text, latents(seed))
-        tiny.assert_bitwise(kept, [record.output for record in expected.records])
+        tiny.assert_bitwise(results, [record.output for record in expected.records])
     assert [stats.session.split(",")[0] for stats in every_session(module)] == ["request 1", "request 2"]
 
 
-def test_a_name_holds_inside_its_block_alone():
+def test_a_session_name_applies_only_inside_its_with_block():
     module, text = compiled(build()), prompt(1)
     with cachedit_fx.session("outer"):
         with pytest.raises(KeyError), cachedit_fx.session("inner"):
@@ -220,12 +220,12 @@ def test_a_name_holds_inside_its_block_alone():
 
 
 @pytest.mark.parametrize("key", [None, [], {}])
-def test_a_key_that_names_nothing_is_refused(key):
+def test_an_invalid_session_key_is_refused(key):
     with pytest.raises(TypeError), cachedit_fx.session(key):
         pytest.fail("entered")
 
 
-def test_a_named_request_continues_from_any_thread():
+def test_a_named_request_can_continue_in_any_thread():
     module, text = compiled(build()), prompt(1)
 
     def call(timestep):
@@ -244,7 +244,7 @@ def test_a_named_request_continues_from_any_thread():
 
 def test_threads_that_share_a_prompt_object_never_mix():
     module, text = compiled(build()), prompt(1)
-    step(module, text, 1.0, latents(9))  # Compiled before the threads come.
+    step(module, text, 1.0, latents(9))  # Compiled before the threads start.
     turns = threading.Barrier(2, timeout=60)
 
     def run(seed):
@@ -257,9 +257,9 @@ def test_threads_that_share_a_prompt_object_never_mix():
 
     with ThreadPoolExecutor(2) as pool:
         outputs = list(pool.map(run, (1, 2)))
-    for kept, seed in zip(outputs, (1, 2), strict=True):
+    for results, seed in zip(outputs, (1, 2), strict=True):
         expected = tiny.reference(build(), text, latents(seed))
-        tiny.assert_bitwise(kept, [record.output for record in expected.records])
+        tiny.assert_bitwise(results, [record.output for record in expected.records])
 
 
 @pytest.mark.parametrize("is_named", [True, False])
@@ -280,12 +280,12 @@ def test_async_tasks_that_share_a_prompt_object_never_mix(is_named):
     async def both():
         return await asyncio.gather(*map(run_named if is_named else run, (1, 2)))
 
-    for kept, seed in zip(asyncio.run(both()), (1, 2), strict=True):
+    for results, seed in zip(asyncio.run(both()), (1, 2), strict=True):
         expected = tiny.reference(build(), text, latents(seed))
-        tiny.assert_bitwise(kept, [record.output for record in expected.records])
+        tiny.assert_bitwise(results, [record.output for record in expected.records])
 
 
-def test_a_prompt_may_die_while_another_thread_resets(monkeypatch):
+def test_a_prompt_can_be_freed_while_another_thread_resets(monkeypatch):
     instance, config, resetting = Instance(), tiny.config(), threading.Event()
     text = [prompt(1)]
     for _ in range(2):
@@ -294,7 +294,7 @@ def test_a_prompt_may_die_while_another_thread_resets(monkeypatch):
 
     def slow_clear():
         resetting.set()
-        time.sleep(0.3)  # Long enough for the prompt to die meanwhile.
+        time.sleep(0.3)  # Long enough for the prompt to be freed meanwhile.
         clear()
 
     def let_die():
@@ -313,7 +313,7 @@ def test_a_prompt_may_die_while_another_thread_resets(monkeypatch):
 # Modules.
 
 
-def test_two_instances_of_a_class_share_a_graph_and_no_session():
+def test_two_instances_of_a_class_share_a_graph_but_no_session():
     backend = cachedit_fx.Backend(tiny.config())
     modules = {seed: torch.compile(build(seed), backend=backend, fullgraph=True) for seed in (1, 2)}
     text = prompt(1)
@@ -343,10 +343,10 @@ def test_loading_weights_keeps_the_graph_and_the_sessions():
     assert [stats.num_steps for stats in every_session(module)] == [8, 8]
 
 
-# What a user asks.
+# Queries by the user.
 
 
-def test_is_cached_from_the_first_call_of_a_module_that_can_be():
+def test_is_cached_is_true_after_the_first_cached_call():
     model, plain = build(), build()
     assert not cachedit_fx.is_cached(model)
     module = compiled(model)
@@ -361,19 +361,19 @@ def test_is_cached_from_the_first_call_of_a_module_that_can_be():
 
 
 @pytest.mark.parametrize("everything", [True, False])
-def test_reset_ends_the_sessions_of_one_module_or_of_all(everything, held_tensors):
+def test_reset_ends_the_sessions_of_one_module_or_of_all(everything, live_tensors):
     modules, text = [compiled(build(seed)) for seed in (1, 2)], prompt(1)
     for module in modules:
         generate(module, text, latents(1), TIMES[:3])
     cachedit_fx.reset(*[] if everything else modules[:1])
     assert every_session(modules[0]) == []
-    assert held_tensors() == (0 if everything else 3)
+    assert live_tensors() == (0 if everything else 3)
     assert all(cachedit_fx.is_cached(module) for module in modules)
     ran = [ran_blocks(module, text, TIMES[3], latents(1)) for module in modules]
     assert ran == [ALL, ALL if everything else FIRST]
 
 
-def test_summary_tells_what_a_session_did_and_holds():
+def test_summary_reports_the_decisions_and_the_memory_of_a_session():
     module, text = compiled(build(), max_warmup_steps=2), prompt(1)
     generate(module, text, latents(1), TIMES[:5])
     (stats,) = every_session(module)
@@ -381,9 +381,9 @@ def test_summary_tells_what_a_session_did_and_holds():
     assert stats.region == "blocks[1:4]"
     assert stats.decisions == ["warmup", "warmup", "diff-below", "diff-above", "diff-below"]
     assert (stats.num_steps, stats.cached_steps) == (5, [2, 4])
-    # (1 + t) times a constant: the diff is |t - t'| / (1 + t'); float32 means round it.
+    # The probe is (1 + t) times a constant, so the diff is |t - t'| / (1 + t'), up to rounding in float32.
     assert stats.residual_diffs == pytest.approx({2: 0.1 / 1.9, 3: 0.2 / 1.9, 4: 0.1 / 1.7}, rel=1e-5)
-    # The residual of the first block, and what the region added to either stream.
+    # The residual of the first block, and the residual of the region for each stream.
     assert stats.state_bytes == stats.peak_state_bytes == 2 * tiny.STREAM_BYTES + tiny.TEXT_BYTES
     generate(module, text, latents(1), TIMES[:1])
     finished, running = every_session(module)
@@ -405,14 +405,14 @@ def test_summary_prints_the_table_of_cache_dit():
     assert str(every_session(module)[0]).splitlines()[0] == header
 
 
-def test_a_table_without_diffs_has_dashes():
+def test_a_table_without_diffs_shows_dashes():
     module = compiled(build())
     step(module, prompt(), 1.0, latents())
     row = str(every_session(module)).splitlines()[4]
     assert [cell.strip() for cell in row.strip("|").split("|")][:7] == ["0", *["-"] * 6]
 
 
-def test_the_number_of_sessions_is_bounded(held_tensors):
+def test_the_number_of_sessions_is_bounded(live_tensors):
     module, text = compiled(build()), prompt(1)
     count = MAX_SESSIONS + MAX_FINISHED + 5
     for number in range(count):
@@ -422,4 +422,4 @@ def test_the_number_of_sessions_is_bounded(held_tensors):
     running = [stats for stats in summary if stats.state_bytes]
     assert (len(running), len(summary)) == (MAX_SESSIONS, MAX_SESSIONS + MAX_FINISHED)
     assert [stats.session.split(",")[0] for stats in running] == [str(n) for n in range(count)[-MAX_SESSIONS:]]
-    assert held_tensors() == 3 * MAX_SESSIONS
+    assert live_tensors() == 3 * MAX_SESSIONS

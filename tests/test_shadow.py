@@ -1,6 +1,6 @@
-"""Shadow mode computes every step, and says how far off it would have been to reuse.
+"""Shadow mode computes every step, and reports the error that reuse would have had.
 
-The reference runs the model with the blocks of the region left out by hand.
+The reference runs the model and skips the blocks of the region by hand.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def shadowed(model: Any, calls: list[dict[str, Tensor]], **fields: Any) -> tuple
     return outputs, every_session(model)
 
 
-def test_every_step_is_bitwise_that_of_the_model_and_the_decisions_are_those_of_a_policy_that_is_followed():
+def test_every_step_matches_the_model_bitwise_and_the_decisions_equal_those_without_shadow():
     outputs, (stats,) = shadowed(tiny.build(), moving())
     plain = tiny.build()
     assert_bitwise(outputs, [plain(**call)[0] for call in moving()])
@@ -52,12 +52,12 @@ def test_every_step_is_bitwise_that_of_the_model_and_the_decisions_are_those_of_
     for call in moving():
         followed(**call)
     (expected,) = every_session(followed)
-    # The latents of this loop do not hang on what the model gave, so both saw the same.
+    # The latents of this loop do not depend on the outputs, so both models had the same inputs.
     assert (stats.decisions, stats.residual_diffs) == (expected.decisions, expected.residual_diffs)
     assert expected.errors == {}
 
 
-def test_the_errors_are_those_of_blocks_left_out_by_hand():
+def test_the_errors_equal_those_of_blocks_that_are_skipped_by_hand():
     _, (stats,) = shadowed(tiny.build(), moving())
     plain, model = tiny.build(), tiny.build()
     span = Span(model.blocks[1:], STREAMS, at_steps([]), since=model.blocks[0])
@@ -76,13 +76,13 @@ def test_the_errors_are_those_of_blocks_left_out_by_hand():
                 assert error.output == pytest.approx(relative_l2(reused, computed), rel=1e-4)
                 assert error.streams["hidden_states"] == pytest.approx(relative_l2(left[-1], left[-2]), rel=1e-4)
                 span.residuals, span.last_probe = before
-            if step not in stats.cached_steps:  # The policy computes: from here on that is what is kept.
+            if step not in stats.cached_steps:  # The policy computes this step, so its residual is cached from here on.
                 span.decide = at_steps(range(100))
                 model(**call)
-    assert set(stats.errors) == set(range(1, len(moving())))  # At the first nothing was kept.
+    assert set(stats.errors) == set(range(1, len(moving())))  # At the first step nothing was cached.
 
 
-def test_regions_are_left_out_as_each_was_decided_about():
+def test_regions_are_skipped_according_to_their_own_decisions():
     fields = dict(Fn_compute_blocks=0, residual_diff_threshold=0.05, max_warmup_steps=1, inner_backend="eager")
     model = tiny.build()
     cachedit_fx.enable_cache(model, DBPruneConfig(**fields, shadow=True))
@@ -92,11 +92,13 @@ def test_regions_are_left_out_as_each_was_decided_about():
     found = every_session(model)
     for step in range(1, 8):
         reused = [stats.errors[step].reused for stats in found if step in stats.errors]
-        assert reused and (all(reused) or not any(reused))  # If any was to be reused, only those are looked at.
+        assert reused and (
+            all(reused) or not any(reused)
+        )  # If the policy would reuse any region, only those regions are evaluated.
         assert len({stats.errors[step].output for stats in found if step in stats.errors}) == 1
 
 
-def test_lists_of_their_own_have_errors_of_their_own():
+def test_lists_with_separate_decisions_have_separate_errors():
     model = hybrid.build()
     modifiers = [ParamsModifier(max_cached_steps=0), ParamsModifier(residual_diff_threshold=1.0)]
     config = hybrid.config(shadow=True)
@@ -109,7 +111,7 @@ def test_lists_of_their_own_have_errors_of_their_own():
     assert set(second.errors[2].streams) == set(SINGLE)
 
 
-def test_a_pipeline_in_shadow_gives_what_it_gives_uncached():
+def test_a_pipeline_in_shadow_mode_gives_the_uncached_output():
     plain = PIPELINES["wan"]
     pipe = plain.build(4)
     expected = plain.run(pipe, num_steps=6)
@@ -140,6 +142,6 @@ def test_a_graph_that_writes_into_its_inputs_cannot_run_twice():
         model(**hybrid.calls()[0])
 
 
-def test_shadow_is_a_switch():
+def test_shadow_must_be_a_bool():
     with pytest.raises(ConfigError, match="shadow must be True or False, got 'on'"):
         CacheConfig(shadow="on")

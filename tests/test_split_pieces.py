@@ -1,4 +1,4 @@
-"""From regions to the cached graph, run by hand, and on to the pieces that are compiled."""
+"""The cached graph, which is run by hand, and the pieces that are compiled."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def flux_inputs(seed: int = 1, time: float = 0.9) -> dict[str, Any]:
 
 
 def cached_graph(model: nn.Module, inputs: dict[str, Any] | None = None, **fields: Any) -> Captured:
-    """The model's cached graph, with one Fn block unless `fields` say otherwise."""
+    """The cached graph of the model, with one Fn block unless `fields` says otherwise."""
     config = CacheConfig(**{"Fn_compute_blocks": 1, **fields})
 
     def rewrite(gm: fx.GraphModule) -> CachedGraph:
@@ -75,7 +75,7 @@ def assert_bitwise(output: Tensor, expected: Tensor) -> None:
 
 
 def symbolic(model: nn.Module, rewrite: Callable[[Plan], Any]) -> Any:
-    """What `rewrite` says to the plan of a graph whose sizes are symbols."""
+    """The result of `rewrite` for the plan of a graph whose sizes are symbols."""
     config = CacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=1)
 
     def analyse(gm: fx.GraphModule) -> Any:
@@ -127,7 +127,7 @@ def test_one_compiled_graph_serves_all_sizes():
 
 
 class Square(Transformer):
-    """Takes the square root of the number of tokens behind its loop, as DiT does to fold them into an image."""
+    """Takes the square root of the number of tokens after its loop, as DiT does to fold them into an image."""
 
     def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
         (out,) = super().forward(hidden_states, timestep)
@@ -135,7 +135,7 @@ class Square(Transformer):
         return (out[:, : side * side].unflatten(1, (side, side)),)
 
 
-def test_a_size_that_cannot_be_computed_from_symbols_alone_stays_where_it_is():
+def test_a_size_that_cannot_be_computed_from_symbols_alone_is_not_moved():
     model = Square().eval()
     config = CacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=1, inner_backend="eager", on_no_match="raise")
     module = torch.compile(model, backend=cachedit_fx.Backend(config), dynamic=True)
@@ -154,7 +154,7 @@ CASES = [
 ]
 
 
-def test_the_cached_graph_is_head_decision_conditional_and_tail():
+def test_the_cached_graph_consists_of_head_decision_conditional_and_tail():
     graph = cached_graph(DualStream(), Bn_compute_blocks=1).found.gm
     check = FileCheck().check("step.before(0)").check("self.head(").check("step.decide(0, ").check("step.cached(0)")
     check = (
@@ -172,7 +172,7 @@ def test_the_cached_graph_is_head_decision_conditional_and_tail():
         assert len([node for node in branch.graph.nodes if node.op == "placeholder"]) == len(operands)
 
 
-def test_compute_or_reuse_is_called_as_cond_is():
+def test_compute_or_reuse_has_the_signature_of_cond():
     ours, cond = (list(inspect.signature(function).parameters) for function in (compute_or_reuse, torch.cond))
     assert ours == ["pred", "compute", "reuse", "operands"]
     assert len(cond) == len(ours) and (cond[0], cond[3]) == (ours[0], ours[3])
@@ -181,14 +181,14 @@ def test_compute_or_reuse_is_called_as_cond_is():
     assert compute_or_reuse(False, lambda a, b: (add(a, b),), lambda a, b: (sub(a, b),), (5, 3)) == (2,)
 
 
-def test_the_reused_branch_has_no_work_of_a_block():
+def test_the_reuse_branch_contains_no_operation_of_a_block():
     graph = cached_graph(DualStream(), Bn_compute_blocks=1).found.gm
     targets = [node.target for node in graph.reuse_0.graph.nodes if node.op not in ("placeholder", "output")]
     assert targets == [torch.add, torch.add]
 
 
 @pytest.mark.parametrize(("model", "fields"), CASES)
-def test_a_computed_step_is_bitwise_the_original_graph(model, fields):
+def test_a_computed_step_matches_the_original_graph_bitwise(model, fields):
     captured = cached_graph(model(), **fields)
     step = HandStep(captured.found.regions)
     (output,) = captured.found.gm(step, *captured.arguments)
@@ -197,7 +197,7 @@ def test_a_computed_step_is_bitwise_the_original_graph(model, fields):
 
 
 @pytest.mark.parametrize(("model", "fields"), [case for case in CASES if case.id[0] in "0123"])
-def test_a_reused_step_is_bitwise_the_reference(model, fields):
+def test_a_reused_step_matches_the_reference_bitwise(model, fields):
     model = model().eval()
     inputs = [make_inputs(model, seed, time) for seed, time in ((1, 0.9), (2, 0.8))]
     captured = cached_graph(model, inputs[0], **fields)
@@ -219,7 +219,7 @@ def test_a_reused_step_is_bitwise_the_reference(model, fields):
     assert not torch.equal(output, model(**inputs[1])[0])
 
 
-def test_the_probe_is_the_relative_distance_of_the_residuals_and_the_timestep():
+def test_the_probe_vector_has_the_residual_diff_and_the_timestep():
     model = Transformer().eval()
     inputs = [make_inputs(model, seed, time) for seed, time in ((1, 0.9), (2, 0.8))]
     captured = cached_graph(model, inputs[0])
@@ -246,10 +246,10 @@ def test_every_region_of_flux_has_a_conditional(regions):
     assert sorted(segments_of(captured.found)) == sorted(names)
     step = HandStep(captured.found.regions)
     assert_bitwise(captured.found.gm(step, *captured.arguments)[0], captured.output[0])
-    assert [len(probe) for probe in step.probes] == [2, 1][: len(captured.found.regions)]  # The clock is read once.
+    assert [len(probe) for probe in step.probes] == [2, 1][: len(captured.found.regions)]  # The timestep is read once.
     again = HandStep(captured.found.regions, step.updates)
     (same,) = captured.found.gm(again, *captured.arguments)
-    # The same inputs: a residual is added to what it was taken against, so only rounding differs.
+    # The inputs are the same: a residual is added to the value it was computed from, so only rounding differs.
     assert [probe[0] for probe in again.probes] == pytest.approx([0.0] * len(again.probes), abs=1e-6)
     torch.testing.assert_close(same, captured.output[0], rtol=0, atol=1e-5)
 
@@ -258,7 +258,7 @@ def test_every_region_of_flux_has_a_conditional(regions):
 
 
 def split(model: nn.Module, inputs: dict[str, Any] | None = None, *, share: bool, free: bool = True, **fields: Any):
-    """Splits the cached graph and puts every piece wherever it is called, as compiling does."""
+    """Splits the cached graph, and puts every piece in all places where it is called, as compilation does."""
 
     def put(captured: Captured) -> list[Piece]:
         context = PassContext(CacheConfig(compile_blocks="once" if share else "inline"), exact=not free)
@@ -278,16 +278,16 @@ def blocks_in(pieces: list[Piece]) -> list[list[int]]:
     return sorted(piece.blocks for piece in pieces if piece.blocks)
 
 
-def test_flux_is_a_block_piece_per_list_and_the_two_halves_of_its_first_block():
-    """What that makes of the text is read in the region alone."""
+def test_flux_is_split_into_one_block_piece_per_list_and_the_two_halves_of_its_first_block():
+    """The text output of the first block is read only in the region."""
     pieces, output, captured = split(FLUX.build(), flux_inputs(), share=True)
     assert blocks_in(pieces) == [[0], [0], [1, 2], [3, 4, 5, 6]]
     assert [len(piece.calls) for piece in pieces if piece.blocks] == [1, 1, 2, 4]
-    # Copying a strided input changes the order of a sum in matrix products.
+    # Copying a strided input changes the order of summation in matrix products.
     torch.testing.assert_close(output, captured.output[0], rtol=0, atol=1e-5)
 
 
-def test_with_strides_as_they_are_sharing_is_bitwise_and_first_blocks_stand_alone():
+def test_with_unchanged_strides_sharing_is_bitwise_exact_and_first_blocks_are_not_shared():
     pieces, output, captured = split(FLUX.build(), flux_inputs(), share=True, free=False)
     assert {*chain.from_iterable(blocks_in(pieces))} == {*range(7)}
     assert 2 <= len(blocks_in(pieces)) <= 5
@@ -298,13 +298,13 @@ def test_with_strides_as_they_are_sharing_is_bitwise_and_first_blocks_stand_alon
 def test_blocks_of_equal_structure_share_a_piece_and_compute_the_same(model, fields):
     pieces, output, captured = split(model(), share=True, **fields)
     assert {*chain.from_iterable(blocks_in(pieces))} == {*range(DEPTH)}
-    # The last block may return fewer values, and the first be done in two halves.
+    # The last block may return fewer values, and the first one may be split into two halves.
     assert len(blocks_in(pieces)) <= 4
     assert_bitwise(output, captured.output[0])
 
 
 @pytest.mark.parametrize("regions", ["merged", "per_list"])
-def test_inline_is_one_piece_per_segment(regions):
+def test_without_sharing_every_segment_is_one_piece(regions):
     pieces, output, captured = split(FLUX.build(), flux_inputs(), share=False, free=False, regions=regions)
     segments = segments_of(captured.found)
     calls = [segment for piece in pieces for segment, _ in piece.calls]
@@ -325,7 +325,7 @@ class ScaledBlock(SelfBlock):
 
 @pytest.mark.parametrize("make", [lambda odd: ScaledBlock(0.5 + odd), lambda odd: ScaledBlock(1.5, 1e-5 + odd)],
                          ids=["factor", "eps"])  # fmt: skip
-def test_blocks_with_another_constant_are_not_shared(make):
+def test_blocks_with_different_constants_are_not_shared(make):
     odd = iter([0.0, 1.0, 0.0, 1.0])
     pieces, output, captured = split(Transformer(lambda: make(next(odd))), share=True)
     assert blocks_in(pieces) == [[0, 2], [1, 3]]
@@ -353,7 +353,7 @@ def test_blocks_share_a_piece_whether_their_weights_are_tied_or_not(tie):
     assert_bitwise(output, captured.output[0])
 
 
-def test_a_block_that_uses_one_weight_twice_stands_alone():
+def test_a_block_that_uses_one_weight_twice_is_not_shared():
     model = Transformer()
     model.blocks[1].attn.to_out.weight = model.blocks[1].attn.to_q.weight
     pieces, output, captured = split(model, share=True)
@@ -361,8 +361,8 @@ def test_a_block_that_uses_one_weight_twice_stands_alone():
     assert_bitwise(output, captured.output[0])
 
 
-def test_numbers_that_are_lifted_with_dynamic_sizes_are_no_hindrance():
-    """The `eps` of a norm, which an ahead-of-time compiler asks Dynamo to specialise. ConsisID's blocks get a slice."""
+def test_numbers_that_are_lifted_with_dynamic_sizes_do_not_prevent_caching():
+    """An ahead-of-time compiler asks Dynamo to specialise the `eps` of a norm. The blocks of ConsisID get a slice."""
     variant = VARIANTS["ConsisID"]
     module, plain = variant.build(), variant.build()
     cachedit_fx.enable_cache(module, inner_backend="aot_eager", on_no_match="raise", dynamic=True)

@@ -1,4 +1,4 @@
-"""Masks written down beforehand: cache-dit's policies, one's own bins, and what is told of a mistake."""
+"""Predefined masks: the policies of cache-dit, user-defined bins, and the errors for invalid arguments."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def digits(mask):
 
 
 @pytest.mark.parametrize("policy", RECORDED)
-def test_policies_are_those_of_cache_dit(policy):
+def test_policies_equal_those_of_cache_dit(policy):
     found = {str(steps): digits(steps_mask(mask_policy=policy, total_steps=steps)) for steps in STEPS}
     assert found == RECORDED[policy]
 
 
-def test_what_is_recorded_covers_all_policies_and_up_to_50_steps():
+def test_the_recorded_masks_cover_all_policies_and_up_to_50_steps():
     assert sorted(RECORDED) == ["fast", "medium", "slow", "ultra"]
     assert [4, 6, *range(8, 51)] == STEPS
 
@@ -38,7 +38,7 @@ def test_a_policy_has_a_mask_for_any_number_of_steps(policy, steps):
     assert mask[0] == mask[-1] == 1
 
 
-def test_a_bolder_policy_computes_no_more():
+def test_a_more_aggressive_policy_computes_no_more_steps():
     for steps in STEPS:
         computed = [
             sum(steps_mask(mask_policy=policy, total_steps=steps)) for policy in ("slow", "medium", "fast", "ultra")
@@ -46,7 +46,7 @@ def test_a_bolder_policy_computes_no_more():
         assert computed == sorted(computed, reverse=True)
 
 
-def test_the_policy_is_medium_unless_another_is_asked_for():
+def test_the_default_policy_is_medium():
     assert steps_mask(total_steps=28) == steps_mask(mask_policy="medium", total_steps=28)
 
 
@@ -59,21 +59,21 @@ def test_the_policy_is_medium_unless_another_is_asked_for():
         pytest.param([2, 1], [1, 3], None, "1101001", id="the-last-step-is-computed"),
         pytest.param([2], [1, 3], None, "110001", id="more-runs-of-reuse"),
         pytest.param([1, 2, 3], [1], None, "1011111", id="more-runs-of-compute"),
-        pytest.param([3, 1, 1], [2, 2], 9, "111001001", id="as-many-as-asked-for"),
+        pytest.param([3, 1, 1], [2, 2], 9, "111001001", id="the-requested-number"),
         pytest.param([3, 1, 1], [2, 2], 5, "11101", id="cut-short"),
         pytest.param([3, 1, 1], [2, 2], 1, "1", id="one-step"),
         pytest.param((2, 1), (2,), None, "11001", id="tuples"),
     ],
 )
-def test_bins_are_runs_in_turn(compute, cache, total, expected):
+def test_bins_are_alternating_runs_of_computed_and_reused_steps(compute, cache, total, expected):
     assert digits(steps_mask(compute_bins=compute, cache_bins=cache, total_steps=total)) == expected
 
 
-def test_bins_go_before_a_policy():
+def test_bins_take_precedence_over_a_policy():
     assert digits(steps_mask([1, 1], [1], mask_policy="no such policy")) == "101"
 
 
-def test_arguments_stay_as_they_are():
+def test_the_arguments_are_not_modified():
     compute, cache = [3, 1, 1], [2, 2]
     steps_mask(compute, cache, total_steps=4)
     for steps in (10, 20, 28, 40):
@@ -81,7 +81,7 @@ def test_arguments_stay_as_they_are():
     assert (compute, cache) == ([3, 1, 1], [2, 2])
 
 
-def test_a_mask_is_what_a_configuration_takes():
+def test_a_configuration_accepts_the_mask():
     mask = steps_mask(mask_policy="fast", total_steps=20)
     assert CacheConfig(steps_computation_mask=mask).steps_computation_mask == tuple(mask)
 
@@ -127,7 +127,7 @@ def test_a_mask_is_what_a_configuration_takes():
         ),
     ],
 )
-def test_a_mistake_is_told_with_its_argument(arguments, message):
+def test_an_invalid_argument_is_named_in_the_error(arguments, message):
     with pytest.raises(ConfigError) as caught:
         steps_mask(**arguments)
     assert str(caught.value).startswith(f"cachedit_fx: {message}")
@@ -145,6 +145,6 @@ def test_a_mistake_is_told_with_its_argument(arguments, message):
         pytest.param(dict(total_steps="28"), "total_steps", id="steps-in-a-string"),
     ],
 )
-def test_a_value_of_a_wrong_kind_is_told_with_its_argument(arguments, name):
+def test_an_argument_of_a_wrong_type_is_named_in_the_error(arguments, name):
     with pytest.raises(ConfigError, match=name):
         steps_mask(**arguments)

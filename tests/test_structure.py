@@ -1,4 +1,4 @@
-"""Imports go one way: no modules import each other, and no room imports one above it. One file knows Dynamo."""
+"""Imports go one way: no modules import each other, and no package imports one above it. One file uses Dynamo."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cachedit_fx"
 
-# From the bottom to the top. What stands in one line may not import its neighbours either.
-ROOMS = (
+# From the bottom to the top. Packages of the same level must not import each other either.
+PACKAGE_LEVELS = (
     ("_version", "errors"),
     ("forecasters", "figure"),
     ("config",),
@@ -26,18 +26,18 @@ ROOMS = (
     ("inspect",),
     ("testing", "__main__"),
 )
-LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+LEVELS = {package: level for level, packages in enumerate(PACKAGE_LEVELS) for package in packages}
 
 
 def modules() -> dict[str, Path]:
-    """Every module but the package's own, which exports from all rooms, by its name."""
+    """Every module by its name, except `cachedit_fx` itself, which exports from all packages."""
     files = [file for folder in (PACKAGE, *PACKAGE.iterdir()) if folder.is_dir() for file in folder.rglob("*.py")]
     names = {".".join(("cachedit_fx", *file.relative_to(PACKAGE).with_suffix("").parts)): file for file in files}
     return {name.removesuffix(".__init__"): file for name, file in names.items() if name != "cachedit_fx.__init__"}
 
 
 def imports(file: Path) -> Iterator[str]:
-    """What a module imports, inside of functions and for type checkers too."""
+    """The imports of a module, including those inside functions and for type checkers."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -59,24 +59,26 @@ def test_no_modules_import_each_other(graph: networkx.DiGraph):
     assert [sorted(found) for found in networkx.strongly_connected_components(graph) if len(found) > 1] == []
 
 
-def test_every_room_imports_only_what_is_below_it(graph: networkx.DiGraph):
-    rooms = [(one.split(".")[1], other.split(".")[1], one, other) for one, other in graph.edges]
-    upwards = [(one, other) for room, below, one, other in rooms if room != below and LEVELS[room] <= LEVELS[below]]
+def test_every_package_imports_only_from_packages_below_it(graph: networkx.DiGraph):
+    packages = [(one.split(".")[1], other.split(".")[1], one, other) for one, other in graph.edges]
+    upwards = [
+        (one, other) for package, below, one, other in packages if package != below and LEVELS[package] <= LEVELS[below]
+    ]
     assert upwards == []
 
 
-# Private to torch: Dynamo, Inductor, what the two are built on, and the names of `torch` that lead to them.
+# Private to torch: Dynamo, Inductor, the modules below them, and the names in `torch` that refer to them.
 PRIVATE = ("torch._dynamo", "torch._inductor", "torch._guards", "torch._C._dynamo", "torch._TorchCompile")
 MAY_USE_THEM = {
     "cachedit_fx.frontend.torch_internals": PRIVATE,
-    # `list_options` and `list_mode_options`, which the documentation of `torch.compile` names. Below `frontend`.
+    # These two are below `frontend`. The documentation of `torch.compile` names the functions that they use.
     "cachedit_fx.config.cache_config": ("torch._inductor.list_options",),
     "cachedit_fx.config.values": ("torch._inductor.list_mode_options",),
 }
 
 
 def names_used(file: Path) -> Iterator[str]:
-    """What a module imports, for types too, and every dotted name in it: `torch._dynamo.config`."""
+    """The imports of a module, including those for types, and every dotted name in it: `torch._dynamo.config`."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -87,13 +89,13 @@ def names_used(file: Path) -> Iterator[str]:
 
 
 def private_names(name: str, file: Path) -> set[str]:
-    """The private names that a module uses and may not use."""
+    """The private names that a module uses without permission."""
     allowed = MAY_USE_THEM.get(name, ())
     found = {used for used in names_used(file) if used.startswith(PRIVATE)}
     return {used for used in found if not used.startswith(allowed) and not any(one.startswith(used) for one in allowed)}
 
 
-def test_one_module_uses_the_private_names_of_dynamo_and_inductor():
+def test_only_one_module_uses_the_private_names_of_dynamo_and_inductor():
     found = {name: used for name, file in modules().items() if (used := private_names(name, file))}
     assert found == {}
 
@@ -118,21 +120,21 @@ def test_a_use_of_a_private_name_is_found(line: str, tmp_path: Path):
     assert not private_names("cachedit_fx.frontend.torch_internals", file)
 
 
-def test_what_is_allowed_to_use_private_names_uses_them():
+def test_every_exception_for_a_private_name_is_needed():
     config = [(name, part) for name, parts in MAY_USE_THEM.items() if parts is not PRIVATE for part in parts]
     for name, part in config:
         assert part in {*names_used(modules()[name])}, name
 
 
-def test_every_room_says_what_it_holds():
-    rooms = [folder for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()]
-    assert {folder.name for folder in rooms} <= LEVELS.keys()
-    for folder in rooms:
+def test_every_package_documents_its_content():
+    packages = [folder for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()]
+    assert {folder.name for folder in packages} <= LEVELS.keys()
+    for folder in packages:
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))), folder.name
 
 
-def test_the_package_tells_no_model_apart():
-    """What a model needs stands in its functor."""
+def test_no_model_is_special_cased_outside_its_functor():
+    """Code for a specific model belongs in its functor."""
     others = [file for name, file in modules().items() if not name.startswith("cachedit_fx.functors.")]
     assert [file for file in others if "HiDream" in file.read_text(encoding="utf-8")] == [
         PACKAGE / "cache_factory" / "patch_functors" / "__init__.py"

@@ -17,11 +17,11 @@ from tests import tiny
 from tests.fast_dispatches import enabled
 from tests.tiny import build, generate, latents, prompt
 
-TOKENS = (6, 8, 10)  # Of the latents.
+TOKENS = (6, 8, 10)  # Numbers of latent tokens.
 
 
 def generation(module: torch.nn.Module, seed: int, tokens: int) -> list[Tensor]:
-    torch.set_num_threads(1)  # Dynamo guards on it; a new thread has its own, as it has its own grad mode.
+    torch.set_num_threads(1)  # Dynamo guards on it; it is per thread, like the grad mode.
     with torch.no_grad():
         return generate(module, prompt(seed), latents(seed, tokens=tokens))
 
@@ -33,7 +33,7 @@ def alone(seed: int, tokens: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
-def test_eight_threads_of_several_sizes_each_give_what_they_give_alone(is_warm: bool):
+def test_eight_threads_of_several_sizes_give_the_same_outputs_as_alone(is_warm: bool):
     module = enabled(build())
     if is_warm:
         generation(module, 1, TOKENS[0])
@@ -48,7 +48,7 @@ def test_eight_threads_of_several_sizes_each_give_what_they_give_alone(is_warm: 
         outputs = [*pool.map(run, jobs)]
     for made, job in zip(outputs, jobs, strict=True):
         computed = [i for i, output in enumerate(alone(*job)) if torch.equal(output, made[i])]
-        assert len(computed) >= 7, (job, computed)  # A second graph of a session computes at the step where it begins.
+        assert len(computed) >= 7, (job, computed)  # The first step of a second graph in a session is computed.
     assert len(generation(module, 9, TOKENS[1])) == 8
 
 
@@ -71,8 +71,8 @@ def test_forecasters_are_traced_while_other_threads_are_traced_and_called():
 
 
 @pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
-def test_threads_compile_no_graph_more_than_calls_in_turn_do(is_warm: bool):
-    """Each counts against Dynamo's limit, past which calls run without the cache."""
+def test_threads_compile_no_more_graphs_than_sequential_calls(is_warm: bool):
+    """Every graph counts towards the recompile limit of Dynamo, past which calls run without the cache."""
     jobs = [(seed, TOKENS[1 + seed % 2]) for seed in range(8)]
     start = threading.Barrier(len(jobs), timeout=60)
 

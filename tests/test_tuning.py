@@ -1,4 +1,4 @@
-"""Tuning: what is recorded and replayed, what is found, and that nothing stays behind."""
+"""Tuning: recording and replay, the search for a schedule, and that the pipeline is not changed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def tuned(pipe: Pipe | None = None, **arguments: Any) -> TuneResult:
 
 @pytest.fixture(scope="module", autouse=True)
 def pace() -> Iterator[None]:
-    """All time goes into the model: on a busy machine a model this small would take none of it."""
+    """Assigns all time to the model: measured on a busy machine, the share of such a small model would be near 0."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generations, "Pace", lambda generation, step, num_steps: Pace(float(num_steps), 1.0, num_steps))
         yield
@@ -97,10 +97,10 @@ def result() -> TuneResult:
     return tuned()
 
 
-# What is found.
+# The search.
 
 
-def test_the_target_is_reached_by_few_steps_and_holds_for_other_calls(result):
+def test_the_target_is_reached_with_few_steps_and_for_other_calls(result):
     assert result.is_reached and result.verified.psnr >= result.predicted.psnr >= 45
     assert result.verified.share_computed <= 0.6 and result.verified.speedup > 1
     assert result.config.is_static and len(result.config.steps_computation_mask) == NUM_STEPS
@@ -113,17 +113,17 @@ def test_the_target_is_reached_by_few_steps_and_holds_for_other_calls(result):
     reference = new.run(pipe)
     with Simulation(pipe.transformer, schedule).simulating():
         error = (new.run(pipe) - reference).square().mean()
-    assert 10 * math.log10((reference.max() - reference.min()) ** 2 / error) > 40  # Other noise, another peak.
+    assert 10 * math.log10((reference.max() - reference.min()) ** 2 / error) > 40  # Other noise has another peak.
 
 
-def test_a_speedup_is_kept_and_its_best_schedule_is_taken():
+def test_a_speedup_target_is_met_by_the_schedule_of_the_best_quality():
     found = tuned(target={"speedup": 1.5}, budget={"runs": 10})
     assert found.is_reached and found.verified.speedup >= 1.5
     rivals = [p.quality for p in found.frontier if p.is_measured and p.quality.speedup >= 1.5]
     assert found.verified.psnr == max(rival.psnr for rival in rivals)
 
 
-def test_a_relative_error_is_a_target_too():
+def test_a_relative_error_can_be_the_target():
     found = tuned(target={"rel_l2": 0.01})
     assert found.is_reached and found.verified.rel_l2 <= found.predicted.rel_l2 <= 0.01
 
@@ -134,14 +134,14 @@ def test_the_frontier_has_every_number_of_steps(result):
     assert [p.quality.speedup for p in result.frontier] == sorted(p.quality.speedup for p in result.frontier)[::-1]
 
 
-def test_what_cannot_be_reached_is_told(caplog):
+def test_an_unreachable_target_warns(caplog):
     found = tuned(target="psnr=140", budget="runs=3")
     assert not found.is_reached
     (record,) = caplog.records
     assert "target psnr=140 was not reached" in record.getMessage()
 
 
-def test_the_pipeline_is_left_as_it_was():
+def test_the_pipeline_is_not_changed():
     pipe = Pipe()
     before = dict(pipe.transformer.__dict__)
     tuned(pipe, budget="runs=2")
@@ -150,33 +150,33 @@ def test_the_pipeline_is_left_as_it_was():
     }
 
 
-def test_a_search_goes_on_from_its_file(tmp_path):
+def test_a_search_resumes_from_its_file(tmp_path):
     pipe, again, file = Pipe(), Pipe(), tmp_path / "search.json"
     first = tuned(pipe, resume=file)
     known = json.loads(file.read_text())["measured"]
     second = tuned(again, resume=file)
-    assert second.verified.share_computed <= first.verified.share_computed  # With as many runs once more.
+    assert second.verified.share_computed <= first.verified.share_computed  # The same number of additional runs.
     assert json.loads(file.read_text())["measured"].items() >= known.items()
     meter = Meter(None, Field(), (), [call.run(Pipe()) for call in calls_of(calls())], 1.0, file)
     key, entry = next(iter(known.items()))
     assert meter.is_measured(key) and list(meter.measure(key, pytest.fail, pytest.fail).errors) == entry["errors"]
 
 
-# What it is made of.
+# The parts of the search.
 
 
 def test_a_replay_computes_and_forecasts_as_the_schedule_says():
     pipe, schedule = Pipe(), Schedule(LINEAR, (0, 1, 4), 6)
-    seen: list[Tensor] = []
+    computed: list[Tensor] = []
     simulation = Simulation(pipe.transformer, schedule)
     with simulation.simulating():
         run = pipe.transformer._compiled_call_impl
-        pipe.transformer._compiled_call_impl = lambda *a, **k: seen.append(run(*a, **k)[0]) or (seen[-1],)
+        pipe.transformer._compiled_call_impl = lambda *a, **k: computed.append(run(*a, **k)[0]) or (computed[-1],)
         calls_of(calls())[0].run(lambda **given: pipe(num_inference_steps=6, **given))
         pipe.transformer._compiled_call_impl = run
     assert (simulation.num_computed, simulation.num_calls, pipe.transformer.num_runs) == (6, 12, 6)
     for guidance_branch in (0, 1):
-        made = seen[guidance_branch::2]
+        made = computed[guidance_branch::2]
         at = [k / 6 for k in range(6)]
         for step, known in ((2, (1, 0)), (3, (1, 0)), (5, (4, 1))):
             factors = LINEAR.numbers(Times(tuple(at[k] for k in known), at[step]))
@@ -185,7 +185,7 @@ def test_a_replay_computes_and_forecasts_as_the_schedule_says():
             torch.testing.assert_close(made[step], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_all_steps_computed_changes_no_bit():
+def test_a_schedule_that_computes_all_steps_is_bitwise_exact():
     pipe, (call, _) = Pipe(), calls_of(calls())
     reference = call.run(pipe)
     with Simulation(pipe.transformer, Schedule(LINEAR, tuple(range(NUM_STEPS)), NUM_STEPS)).simulating():
@@ -193,7 +193,7 @@ def test_all_steps_computed_changes_no_bit():
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen_image", "zimage"])
-def test_branches_and_steps_of_real_pipelines(name):
+def test_branches_and_steps_of_real_pipelines_are_recorded(name):
     real = PIPELINES[name]
     pipe = real.build(num_blocks=2)
     recorder = Recorder(pipe.transformer, 1 << 30)
@@ -221,18 +221,18 @@ def test_a_solver_that_calls_twice_at_a_timestep_is_one_branch():
     steps = Steps(Field())
     pairs = [(1.0, prompt), (1.0, other), (0.8, other), (0.8, prompt)]
     assert [at(*pair) for pair in pairs] == [(0, 0), (1, 0), (1, 1), (0, 1)]
-    steps = Steps(Field())  # Prompts that are built anew at every call.
+    steps = Steps(Field())  # The prompts are rebuilt at every call.
     assert [at(t, torch.zeros(1, 6)) for t in (1.0, 1.0, 0.8, 0.8)] == [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 
-def test_an_exception_leaves_the_module_alone():
+def test_an_exception_does_not_change_the_module():
     module = Field()
     with pytest.raises(KeyError), handled(module, lambda step, run: {}["gone"]):
         module(torch.zeros(1, 6), torch.ones(1), torch.zeros(1, 6))
     assert "_compiled_call_impl" not in module.__dict__
 
 
-def test_a_measurement_says_what_its_errors_say():
+def test_a_measurement_derives_its_metrics_from_the_errors():
     measured = Measured((0.01, 0.0001), (1.0, 1.0), peak=1.0, share_computed=0.5, seconds=1.0)
     assert measured.psnr == pytest.approx(-10 * math.log10(0.00505))
     assert measured.rel_l2 == pytest.approx(math.sqrt(0.00505))
@@ -248,11 +248,11 @@ def test_a_measurement_says_what_its_errors_say():
         (" speedup = 2", Target("speedup", 2)),
     ],
 )
-def test_targets_are_read(given, expected):
+def test_targets_are_parsed(given, expected):
     assert Target.of(given) == expected
 
 
-def test_budgets_are_read():
+def test_budgets_are_parsed():
     assert [(b.kind, b.value) for b in map(Budget.of, (60, "runs=3", {"seconds": 1}))] == [
         ("seconds", 60), ("runs", 3), ("seconds", 1),
     ]  # fmt: skip
@@ -263,11 +263,11 @@ def test_budgets_are_read():
     [torch.zeros(2, 3), (torch.zeros(2, 3),), [torch.zeros(3), torch.zeros(3)], torch.zeros(2, 3).numpy()],
     ids=["tensor", "tuple", "list", "array"],
 )
-def test_what_a_call_returns_becomes_a_tensor(returned):
+def test_the_return_value_of_a_call_becomes_a_tensor(returned):
     assert as_tensor(returned).shape == (2, 3) and as_tensor(returned).dtype == torch.float32
 
 
-def test_pictures_are_between_0_and_1():
+def test_uint8_images_are_scaled_to_0_to_1():
     assert as_tensor(torch.full((1, 2), 255, dtype=torch.uint8)).eq(1).all()
 
 
@@ -275,19 +275,19 @@ def test_pictures_are_between_0_and_1():
 
 
 @pytest.mark.parametrize("name", ["tuned.yaml", "tuned.json"])
-def test_what_is_saved_is_loaded(result, tmp_path, name):
+def test_a_saved_result_can_be_loaded(result, tmp_path, name):
     config, signature = load_tuned(result.save(tmp_path / name))
     assert (config, signature) == (result.config, result.signature)
     assert signature["num_steps"] == NUM_STEPS and signature["latents"] == [6]
     assert isinstance(config, CacheConfig)
 
 
-def test_a_saved_file_is_one_for_load_configs(result, tmp_path):
+def test_load_configs_reads_a_saved_result(result, tmp_path):
     known = load_configs(result.save(tmp_path / "tuned.json"))
     assert known == {"cache_config": result.config, "tuned_on": result.signature}
 
 
-def test_a_forecaster_without_a_name_is_not_left_out_of_a_file():
+def test_saving_a_forecaster_without_a_name_raises():
     @dataclass(frozen=True, kw_only=True)
     class Mine(Forecaster):
         pass
@@ -297,7 +297,7 @@ def test_a_forecaster_without_a_name_is_not_left_out_of_a_file():
     assert config_to(CacheConfig(forecaster=None)) == {"forecaster": None}
 
 
-def test_enable_cache_warns_of_another_size_than_was_tuned_on_once(caplog):
+def test_enable_cache_warns_once_about_a_size_it_was_not_tuned_on(caplog):
     module = tiny.build()
     fields = tiny.fields(inner_backend="eager")
     signature = {"transformer": "Transformer", "latents": [tiny.TOKENS, 4]}
@@ -311,12 +311,12 @@ def test_enable_cache_warns_of_another_size_than_was_tuned_on_once(caplog):
     assert "latents: tuned on [6, 4], found [9, 4]" in record.getMessage()
 
 
-def test_enable_cache_warns_of_another_model_than_was_tuned_on(caplog):
+def test_enable_cache_warns_about_a_model_it_was_not_tuned_on(caplog):
     cachedit_fx.enable_cache(tiny.build(), inner_backend="eager", tuned_on={"transformer": "FluxTransformer2DModel"})
     assert "transformer: tuned on FluxTransformer2DModel, found Transformer" in caplog.text
 
 
-def test_another_pipeline_or_call_is_told(result, caplog):
+def test_a_different_pipeline_or_call_is_reported(result, caplog):
     pipe = Pipe()
     assert check_signature(pipe, result.signature) == [] and not caplog.records
     pipe.scheduler.config = {"shift": 3.0}
@@ -324,10 +324,12 @@ def test_another_pipeline_or_call_is_told(result, caplog):
     assert found == ["scheduler_config: tuned on {'shift': 1.0}, found {'shift': 3.0}"]
     assert "tuned on something else" in caplog.records[0].getMessage()
     numbers = tuned(budget="runs=1").signature
-    assert check_signature(Pipe(), numbers, dict(num_inference_steps=50)) == []  # Was not given, so is not known.
+    assert (
+        check_signature(Pipe(), numbers, dict(num_inference_steps=50)) == []
+    )  # It was not given, so it is not compared.
 
 
-def test_the_numbers_of_a_call_are_compared():
+def test_the_numeric_arguments_of_a_call_are_compared():
     pipe = Pipe()
     given = [call | dict(num_inference_steps=NUM_STEPS, scale=s) for call, s in zip(calls(), (1.5, 2.0), strict=True)]
     found = tune(pipe, given, target="psnr=30", budget="runs=1", thresholds=(), confirm=False)
@@ -344,7 +346,7 @@ def test_the_plot_shows_measured_predicted_and_chosen(result, tmp_path):
     assert (tmp_path / "frontier.png").stat().st_size > 1000
 
 
-def test_the_result_reads_well(result):
+def test_the_result_prints_target_prediction_and_verification(result):
     first, predicted, verified = str(result).splitlines()
     assert first == "psnr=45 reached" and predicted.startswith("  predicted: PSNR ") and "computed" in verified
 
@@ -370,7 +372,7 @@ class Cached:
         return (latents,)
 
 
-def test_the_cache_does_what_the_replay_says_and_is_taken_off_again():
+def test_the_cache_does_what_the_replay_predicts_and_is_disabled_afterwards():
     pipe, given = Cached(), [dict(seed=1), dict(seed=2)]
     found = tune(pipe, given, target="speedup=2", budget="runs=3", forecasters=[LINEAR], thresholds=())
     assert found.is_confirmed and "_compiled_call_impl" not in pipe.transformer.__dict__
@@ -378,12 +380,12 @@ def test_the_cache_does_what_the_replay_says_and_is_taken_off_again():
     meter = Meter(pipe, pipe.transformer, made, [call.run(pipe) for call in made], 1.0)
     replayed = meter.simulation(Schedule(LINEAR, tuple(i for i, m in enumerate(mask) if m), len(mask)))
     assert replayed.rel_l2 > 1e-4
-    assert found.verified.rel_l2 == pytest.approx(replayed.rel_l2, rel=1e-2)  # The graph rounds in another way.
+    assert found.verified.rel_l2 == pytest.approx(replayed.rel_l2, rel=1e-2)  # The graph rounds differently.
 
 
 def test_a_threshold_is_measured_with_the_cache():
     pipe, (call,) = Cached(), calls_of([{}])
     meter = Meter(pipe, pipe.transformer, (call,), [call.run(pipe)], 1.0)
     never, often = (measure_cached(meter, threshold_config(t, LINEAR), f"{t}") for t in (0.0, 0.5))
-    assert never.share_computed == 1.0 and never.rel_l2 < 1e-5  # The graph rounds in another way.
+    assert never.share_computed == 1.0 and never.rel_l2 < 1e-5  # The graph rounds differently.
     assert often.share_computed <= 1.0 and often.rel_l2 > never.rel_l2

@@ -1,4 +1,4 @@
-"""The dynamic programme: it finds what trying every schedule finds, and its costs are the errors that it says."""
+"""The dynamic programme: it agrees with an exhaustive search, and its costs are the errors of the schedules."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def every_schedule(count: int) -> Sequence[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("forecaster", FORECASTERS, ids=lambda f: f"{type(f).__name__}-{f.depth}")
-def test_it_finds_what_trying_all_finds(forecaster: LinearForecaster):
+def test_the_search_finds_the_same_schedule_as_exhaustive_search(forecaster: LinearForecaster):
     problems = [problem(0), problem(1)]
     table = best_schedules(problems, forecaster)
     assert sorted(table) == list(range(NUM_FIRST, NUM_STEPS))
     for count, schedule in table.items():
         costs = {computed: cost_of(problems, forecaster, computed) for computed in every_schedule(count)}
         assert len(schedule.computed) == count == sum(schedule.mask)
-        # The two add in another order.
+        # The two sum in different orders.
         assert schedule.cost == pytest.approx(min(costs.values()), rel=1e-9, abs=1e-15)
         assert costs[schedule.computed] == pytest.approx(schedule.cost, rel=1e-9, abs=1e-15)
 
 
-def test_the_cost_of_a_gap_is_the_error_of_what_it_adds_up_to():
+def test_the_cost_of_a_gap_is_the_error_of_its_accumulated_outputs():
     values, one = outputs(), problem(gains=False)
     forecaster, computed = PolynomialCalibratorConfig(order=1, by="timestep"), (0, 1, 4, 7)
     total = 0.0
@@ -79,11 +79,11 @@ def test_outputs_on_a_parabola_cost_nothing_with_the_right_order():
     values = np.stack([at**power for power in range(3)], axis=1) @ np.random.default_rng(0).normal(size=(3, 12))
     one = Problem(values @ values.T, np.ones(NUM_STEPS), tuple(at))
     table = best_schedules([one], PolynomialCalibratorConfig(order=2, by="timestep"))
-    assert max(table[count].cost for count in range(5, NUM_STEPS)) < 1e-12  # Rounding of the Gram matrix.
+    assert max(table[count].cost for count in range(5, NUM_STEPS)) < 1e-12  # The Gram matrix is rounded.
     assert table[1].cost > 1e-3
 
 
-def test_a_long_generation_takes_a_moment():
+def test_the_search_is_fast_for_a_long_generation():
     t = np.linspace(0, 3, 60)[:, None]
     values = np.sin(t * np.arange(1, 9))
     one = Problem(values @ values.T, np.ones(60), tuple(map(float, range(60))))
@@ -101,17 +101,17 @@ class Scheduler:
     ("scheduler", "timesteps", "expected"),
     [
         pytest.param(Scheduler([1, 0.6, 0.3, 0]), [1000, 600, 300], [-0.4, -0.3, -0.3], id="sigmas"),
-        pytest.param(Scheduler([1, 0.8, 0.6, 0.3, 0]), [600, 300], [-0.3, -0.3], id="begun-in-the-middle"),
+        pytest.param(Scheduler([1, 0.8, 0.6, 0.3, 0]), [600, 300], [-0.3, -0.3], id="starts-in-the-middle"),
         pytest.param(Scheduler([np.inf, 0.6, 0.3, 0]), [900, 600, 300], [-300, -300, -300], id="no-finite-sigmas"),
         pytest.param(None, [900, 500, 300], [-400, -200, -300], id="timesteps"),
         pytest.param(None, None, [1, 1, 1], id="nothing"),
     ],
 )
-def test_weights_are_how_far_the_scheduler_goes(scheduler, timesteps, expected):
+def test_weights_are_the_step_sizes_of_the_scheduler(scheduler, timesteps, expected):
     np.testing.assert_allclose(weights_of(scheduler, timesteps, len(expected)), expected, rtol=1e-12)
 
 
-def test_generations_with_the_same_timesteps_are_one_problem_and_count_the_same():
+def test_generations_with_the_same_timesteps_are_one_problem_with_equal_weights():
     grams = [outputs(seed) @ outputs(seed).T * scale for seed, scale in ((0, 1.0), (1, 100.0))]
     moments, weights = tuple(np.linspace(1, 0.1, NUM_STEPS)), np.ones(NUM_STEPS)
     recorded = [RecordedRun(Trajectory(gram, moments), weights) for gram in grams]

@@ -1,4 +1,4 @@
-"""What cannot be cached runs as without the backend, and says why."""
+"""Calls that cannot be cached run as without the backend, and the reason is logged."""
 
 from __future__ import annotations
 
@@ -45,30 +45,30 @@ UNCACHED = [
 ]
 
 
-@pytest.mark.parametrize(("make", "fields", "said"), UNCACHED)
-def test_what_cannot_be_cached_runs_as_it_is_with_one_warning(make, fields, said, caplog):
+@pytest.mark.parametrize(("make", "fields", "expected_words"), UNCACHED)
+def test_a_model_that_cannot_be_cached_runs_uncached_with_one_warning(make, fields, expected_words, caplog):
     model, text, noise = make(), prompt(), latents()
     module = compiled(model, dynamic=False, **fields)
     with caplog.at_level(logging.WARNING, logger="cachedit_fx"):
         outputs = generate(module, text, noise)
-        step(module, text, 1.0, latents(1, tokens=9))  # Another graph, the same reason.
+        step(module, text, 1.0, latents(1, tokens=9))  # Another graph with the same reason.
     tiny.assert_bitwise(outputs, generate(model, text, noise))
     assert not cachedit_fx.is_cached(module)
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and "cachedit" in r.name]
-    for words in ["runs without caching", *said, 'options={"on_no_match": "raise"}']:
+    for words in ["runs without caching", *expected_words, 'options={"on_no_match": "raise"}']:
         assert words in flat(warning)
 
 
-@pytest.mark.parametrize(("make", "fields", "said"), UNCACHED)
-def test_what_cannot_be_cached_raises_if_asked_to(make, fields, said):
+@pytest.mark.parametrize(("make", "fields", "expected_words"), UNCACHED)
+def test_a_model_that_cannot_be_cached_raises_with_on_no_match_raise(make, fields, expected_words):
     module = compiled(make(), on_no_match="raise", **fields)
     with pytest.raises(BackendCompilerFailed) as caught:
         step(module, prompt(), 1.0, latents())
     assert isinstance(caught.value.inner_exception, cachedit_fx.NoMatchError)
-    assert all(words in flat(str(caught.value)) for words in said)
+    assert all(words in flat(str(caught.value)) for words in expected_words)
 
 
-def test_gradients_flow_where_they_are_needed_and_the_cache_waits():
+def test_a_call_that_needs_gradients_runs_uncached_and_the_session_continues():
     model, text, noise = build().requires_grad_(True), prompt(), latents()
     module = compiled(model)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_gradients_flow_where_they_are_needed_and_the_cache_waits():
 
 def test_training_mode_after_compilation_stops_the_cache():
     class Dropping(tiny.Transformer):
-        """Reads the mode, as all models do in which it makes a difference."""
+        """A model with a dropout, whose graph depends on the training mode."""
 
         def __init__(self):
             super().__init__()
@@ -101,14 +101,14 @@ def test_training_mode_after_compilation_stops_the_cache():
     assert ran_blocks(module, text, TIMES[1], noise) == FIRST
 
 
-def test_what_is_left_of_a_chain_after_a_graph_break_runs_as_it_is():
+def test_the_rest_of_a_chain_after_a_graph_break_runs_uncached():
     model, text, noise = frozen(tiny.TwoLists(broken=True)), prompt(), latents()
     module = torch.compile(model, backend=cachedit_fx.Backend(tiny.config()))
     tiny.assert_bitwise(generate(module, text, noise), generate(model, text, noise))
     assert not cachedit_fx.is_cached(module)
 
 
-def test_a_graph_whose_parts_do_not_compile_runs_whole(caplog, monkeypatch):
+def test_a_graph_whose_pieces_do_not_compile_runs_as_a_whole(caplog, monkeypatch):
     def fail(self, piece):
         raise RuntimeError("expected [u24, u23] to have been codegen-ed")
 

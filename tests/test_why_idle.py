@@ -1,4 +1,4 @@
-"""A summary says why nothing was reused."""
+"""A summary states why no step was reused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny import TIMES, latents, prompt, step
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def logged_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return lambda: warnings_in(caplog)
 
 
@@ -69,13 +69,13 @@ def test_a_summary_says_why_nothing_was_reused(fields, how, line):
     assert note in str(found) and cachedit_fx.report(model).to_dict()["notes"] == [note]
 
 
-def test_windows_that_cannot_be_told_apart_are_named():
+def test_windows_that_cannot_be_distinguished_are_named():
     entry = CacheStats("blocks[1:]", "cond", 3, decisions=["warmup", "nan", "nan"])
     assert "windows or tiles share a prompt" in why_none_reused("", [entry])
     assert why_none_reused("transformer", [entry]) == ""
 
 
-def test_a_summary_of_a_run_that_reused_says_nothing_of_the_kind():
+def test_a_summary_of_a_run_with_reused_steps_has_no_such_note():
     model = enabled()
     run(model)
     assert cachedit_fx.summary(model, logging=False).notes == []

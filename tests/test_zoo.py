@@ -1,8 +1,9 @@
 """All transformers of the zoo through `enable_cache`, end to end, in bfloat16 and inference mode, until it is disabled.
 
-Each is captured once, and every way to cut the chain is compiled from that capture. Those whose blocks are no other's
-are captured for all sizes (`dynamic=True`), the others with fixed ones, as a user has them by default. What Dynamo does
-by itself when a second size comes, float32 and the bare backend are tested on a few in `tests/test_zoo_sizes.py`.
+Each is captured once, and all its cuts are compiled from that capture. Transformers with blocks of their own kind are
+captured for all sizes (`dynamic=True`), the others with fixed sizes, which is the default for users. The default
+behaviour of Dynamo at a second size, float32 and the bare backend are tested on a few models in
+`tests/test_zoo_sizes.py`.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ LIKE = {
     "ZImageControlNet": "ZImage",
     "StableAudio3": "StableAudio",
 }
-"""Variants whose blocks are much like those of another."""
+"""Variants whose blocks are similar to those of another variant."""
 
-# Parts are captured anew for another length in any case; HiDream's sizes are in tests/test_functors_shipped.py.
+# Parts are recaptured for another length in any case; sizes of HiDream are tested in tests/test_functors_shipped.py.
 FIXED = {*LIKE, "HunyuanVideo15", "Lumina2", "OmniGen", "HiDream"}
-# With these Dynamo captures another image size anew, though it is asked for one graph for all: they meet another text.
-# The latter two take lengths as plain numbers, and meet one size alone.
+# Dynamo recaptures these for another image size although it is asked for one graph for all sizes, so they are run with
+# another text length instead. QwenImage and NucleusMoE take lengths as plain numbers, and are run with one size only.
 ANOTHER_TEXT = {"WanAnimate", "HunyuanVideo", "HunyuanDiT", "Latte", "Mochi", "Allegro", "CogVideoX", "CogView4", "SD3"}
 ANOTHER_TEXT |= {"PixArt", "Sana", "JoyImageEdit", "ErnieImage", "StableAudio"}
 ONE_SIZE = {*FIXED, "QwenImage", "NucleusMoE"}
 
 
 @every_variant
-def test_steps_are_those_of_the_model_or_of_blocks_skipped_by_hand(variant: Variant, subtests: pytest.Subtests):
+def test_steps_match_the_model_or_the_blocks_skipped_by_hand(variant: Variant, subtests: pytest.Subtests):
     is_fixed, shapes = variant.name in FIXED, [(0, 0)]
     if variant.name not in ONE_SIZE:
         shapes.append((0, 1) if variant.name in ANOTHER_TEXT else (1, 1))
@@ -66,5 +67,5 @@ def test_steps_are_those_of_the_model_or_of_blocks_skipped_by_hand(variant: Vari
     with subtests.test("docs/models.md is as found; if it is stale, run `make models`"):
         if is_fixed:
             assert cached.row in ROWS
-        else:  # With sizes for all, fewer blocks are equal (their strides are symbols), and Dynamo may stop elsewhere.
+        else:  # With dynamic sizes fewer blocks are equal (their strides are symbols), and graph breaks may differ.
             assert without_counts(cached.row) in map(without_counts, ROWS)

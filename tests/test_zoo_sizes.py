@@ -1,7 +1,7 @@
-"""New sizes as Dynamo meets them by itself: a graph for the first one, one for all, one for another text length.
+"""New sizes with the default of Dynamo: one graph for the first size, one for all, one for another text length.
 
-The sessions of a model then run through several graphs. The models are three where Dynamo makes these three graphs, and
-one where it makes fewer.
+The sessions of a model then use several graphs. Dynamo makes these three graphs for three of the models, and fewer for
+the fourth.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ NUM_GRAPHS = {
     "QwenImage": 3,
     "Wan": 3,
     "CogVideoX": 2,
-}  # Of the uncached model.
+}  # The numbers for the uncached model.
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NUM_GRAPHS)
-def test_every_size_is_cached_in_at_most_one_graph_more_than_the_model_makes(name: str, subtests: pytest.Subtests):
+def test_every_size_is_cached_with_at_most_one_graph_more_than_the_uncached_model(name: str, subtests: pytest.Subtests):
     with one_collection(), torch.no_grad():
         compiled = Compiled(VARIANTS[name], (1, 0))
     for shape, generation in compiled.found.items():
@@ -36,12 +36,12 @@ def test_every_size_is_cached_in_at_most_one_graph_more_than_the_model_makes(nam
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["CogVideoX", "Wan"])
-def test_so_many_graphs_the_uncached_model_makes(name: str):
+def test_the_uncached_model_makes_the_expected_number_of_graphs(name: str):
     assert num_graphs_uncached(VARIANTS[name], SHAPES) == NUM_GRAPHS[name]
 
 
 def num_graphs_uncached(variant: Variant, shapes: Sequence[Shape]) -> int:
-    """Graphs that Dynamo makes of the model for generations of these shapes."""
+    """The number of graphs that Dynamo makes of the uncached model for generations of these shapes."""
     torch._dynamo.reset()
     model, num_graphs = variant.build(), 0
     call_before(variant, model)

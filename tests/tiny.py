@@ -1,7 +1,7 @@
-"""A transformer small enough to compile in a moment, whose decisions can be foretold.
+"""A transformer that compiles fast and whose decisions are known in advance.
 
-With latents that stay the same, the residual over the first block is (1 + t) times a constant, so the diff between two
-steps is |t - t'| / (1 + t'), t' the timestep of the last computed one.
+If the latents stay the same, the residual over the first block is (1 + t) times a constant, so the diff between two
+steps is |t - t'| / (1 + t'), where t' is the timestep of the last computed one.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Watch:
-    """Counts the blocks that run, and makes one of them raise.
+    """Counts the blocks that run, and can make one of them raise.
 
     Attributes:
-        ran: Blocks that ran since it was last set to 0.
-        error: What the `error_at`-th block from now raises; None for nothing.
+        ran: Number of blocks that ran since it was last set to 0.
+        error: The error that the `error_at`-th following block raises; None for no error.
     """
 
     ran = 0
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Two streams; both are needed after the blocks."""
+    """Two streams; both are used after the blocks."""
 
     def __init__(self, num_blocks: int = NUM_BLOCKS) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Transformer(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Reads the prompt and hands on the hidden stream alone."""
+    """Reads the prompt and returns only the hidden stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class TextBlock(nn.Module):
 
 
 class TwoLists(nn.Module):
-    """The second list's blocks see the timestep through the stream alone."""
+    """The blocks of the second list depend on the timestep only through the stream."""
 
     def __init__(self, *, broken: bool = False) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class TwoLists(nn.Module):
 
 
 class Bare(nn.Module):
-    """The latents are the stream, and the streams are what it returns."""
+    """The latents are the stream, and the streams are the outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Bare(nn.Module):
 
 
 class Plain(nn.Module):
-    """No list of blocks."""
+    """A model without a list of blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,19 +145,19 @@ class Plain(nn.Module):
 
 
 def frozen(model: Model) -> Model:
-    """`model`, ready for inference."""
+    """`model` in eval mode, without gradients."""
     return model.eval().requires_grad_(False)
 
 
 def build(seed: int = 0, *, num_blocks: int = NUM_BLOCKS) -> Transformer:
-    """A transformer that is ready for inference, the same for the same seed."""
+    """A transformer in eval mode, with the same weights for the same seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return frozen(Transformer(num_blocks))
 
 
 def prompt(seed: int = 1, *, batch: int = BATCH, length: int = TEXT) -> Tensor:
-    """A new tensor at every call, equal for equal arguments."""
+    """Returns a new tensor at every call, with equal values for equal arguments."""
     return torch.randn(batch, length, 3, generator=torch.Generator().manual_seed(100 + seed))
 
 
@@ -166,7 +166,7 @@ def latents(seed: int = 1, *, batch: int = BATCH, tokens: int = TOKENS) -> Tenso
 
 
 def fields(**others: Any) -> dict[str, Any]:
-    """At the times in `TIMES`, with latents that stay, every other step is reused, with the last residual."""
+    """Fields with which every other step at `TIMES` adds the last residual, if the latents stay the same."""
     return dict(Fn_compute_blocks=1, residual_diff_threshold=0.08, max_warmup_steps=1, forecaster=None) | others
 
 
@@ -186,14 +186,14 @@ def step(module: Any, prompt: Tensor, timestep: float, latents: Tensor) -> Tenso
 
 
 def generate(module: Any, prompt: Tensor, latents: Tensor, times: Iterable[float] = TIMES) -> list[Tensor]:
-    """The outputs at all timesteps; the latents stay as they are."""
+    """The outputs at all timesteps; the latents stay the same."""
     return [step(module, prompt, timestep, latents) for timestep in times]
 
 
 def reference(
     module: Transformer, prompt: Tensor, latents: Tensor, times: Sequence[float] = TIMES, **others: Any
 ) -> ReferenceCache:
-    """The same generation by the plain-Python reference, which knows of no other."""
+    """The same generation by the plain-Python reference, independent of all others."""
     blocks = [(block, ("hidden_states", "encoder_hidden_states")) for block in module.blocks]
     with ReferenceCache(module, blocks, **fields(**others)) as cache:
         for timestep in times:
@@ -207,7 +207,7 @@ def reference(
 
 
 def ran_blocks(module: Any, prompt: Tensor, timestep: float, latents: Tensor) -> int:
-    """How many blocks a step ran: all of them, or Fn + Bn."""
+    """The number of blocks that a step ran: all of them, or Fn + Bn."""
     Watch.ran = 0
     step(module, prompt, timestep, latents)
     return Watch.ran

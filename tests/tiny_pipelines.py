@@ -4,9 +4,9 @@
     pipe = tiny.build()
     latents = tiny.run(pipe, seed=1, num_steps=8)
 
-The pipelines are what diffusers ships: their loops, guidance, schedulers and calls of `cache_context`. They get
-neither VAE nor text encoder: prompts are given as embeddings, and latents are what they return. Latents are 8x8, the
-transformers at most 32 wide, the batch is 1.
+The pipelines are those of diffusers, with their loops, guidance, schedulers and calls of `cache_context`. They have
+neither a VAE nor a text encoder: prompts are given as embeddings, and the outputs are latents. The latents are 8x8, the
+transformers at most 32 wide, and the batch size is 1.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-NUM_BLOCKS = 4  # In every list of blocks.
-TEXT = 7  # Tokens of a prompt; no pipeline here has as many image tokens.
-NEGATIVE_TEXT = 5  # Tokens of a negative prompt, where it need not be as long as the prompt.
+NUM_BLOCKS = 4  # In every block list.
+TEXT = 7  # Tokens of a prompt; no pipeline here has the same number of image tokens.
+NEGATIVE_TEXT = 5  # Tokens of a negative prompt, if its length may differ from that of the prompt.
 TEXT_WIDTH = 16
-SIDE = 8  # Of the latents.
-FRAMES = 2  # Of the latents of a video.
+SIDE = 8  # Height and width of the latents.
+FRAMES = 2  # Frames of the latents of a video.
 GUIDANCE = 3.0
 LLAMA_LAYERS = 4  # Hidden states of Llama that HiDream's blocks choose from.
 
@@ -55,19 +55,19 @@ _SMALL = dict(
 
 @dataclass(frozen=True)
 class TinyPipeline:
-    """One pipeline, with all that a test needs to run it.
+    """A pipeline, with everything that a test needs to run it.
 
     Attributes:
         name: Key in `PIPELINES`.
         kind: The pipeline's class.
         transformer_kind: The class of its transformers.
-        config: Their configuration, besides `_SMALL` and the numbers of blocks.
-        inputs: seed -> arguments of a call, in new tensors; see `arguments` for what all have in common.
+        config: Their configuration, in addition to `_SMALL` and the numbers of blocks.
+        inputs: seed -> arguments of a call, in new tensors; `arguments` adds those that all pipelines have in common.
         guidance_branches: Labels that the pipeline gives to `cache_context` in each step of a call with `arguments`, in
             order. Empty for a pipeline that gives none.
-        scheduler: Makes its scheduler.
+        scheduler: Creates the scheduler.
         transformers: Components that hold a diffusion transformer.
-        others: Makes what it has besides; whatever else its class asks for is None.
+        others: Creates the other components; everything else that the class requires is None.
     """
 
     name: str
@@ -95,12 +95,12 @@ class TinyPipeline:
     def _transformer(self, num_blocks: int) -> nn.Module:
         accepted = inspect.signature(self.transformer_kind).parameters
         shared = _SMALL | dict.fromkeys(_BLOCK_COUNTS, num_blocks)
-        # HiDream alone has this, with a layer for every block.
+        # Only HiDream has this option, with one layer for every block.
         shared["llama_layers"] = [i % LLAMA_LAYERS for i in range(2 * num_blocks)]
         config = {name: value for name, value in shared.items() if name in accepted} | self.config
         model = self.transformer_kind(**config).eval().requires_grad_(False)
         for parameter in model.parameters():
-            # Gates and output projections start at zero, and blocks would do nothing.
+            # Gates and output projections are initialized to zero, and blocks would have no effect.
             if parameter.numel() > 1 and not parameter.any():
                 parameter.normal_(0, 0.02)
         return model
@@ -130,7 +130,7 @@ def _image(seed: int, channels: int = 4, side: int = SIDE) -> Tensor:
 
 
 def _packed(seed: int, channels: int) -> Tensor:
-    """Latents of an image as tokens of 2x2, [1, tokens, channels]."""
+    """Latents of an image as tokens of 2x2 latent pixels, [1, tokens, channels]."""
     return _noise(seed, 1, SIDE**2 // 4, channels)
 
 
@@ -150,19 +150,19 @@ def _padding_mask(padding: int, tokens: int = TEXT) -> Tensor:
 
 
 def _both(seed: int, prompt: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-    """The prompt of `seed` and, with "negative_" before its names, that of a seed below zero."""
+    """The prompt of `seed` and, with the prefix "negative_", that of a negative seed."""
     return prompt(seed) | {f"negative_{name}": value for name, value in prompt(-1 - seed).items()}
 
 
 def _prompts(seed: int) -> dict[str, Any]:
-    """A prompt and a negative one of the same length, and the guidance that uses both."""
+    """A prompt and a negative prompt of the same length, and the guidance that uses both."""
     prompts = _both(seed, lambda seed: dict(prompt_embeds=_embeddings(seed)))
-    # Where the default of `negative_prompt` is "", embeddings beside it are refused.
+    # If the default of `negative_prompt` is "", the pipeline refuses embeddings in addition.
     return prompts | dict(negative_prompt=None, guidance_scale=GUIDANCE)
 
 
 def _masked_prompts(seed: int, dtype: torch.dtype = torch.long) -> dict[str, Any]:
-    """As `_prompts`, with masks of `dtype` that leave fewer tokens to the negative prompt."""
+    """As `_prompts`, with masks of `dtype` that give the negative prompt fewer tokens."""
     masks = dict(
         prompt_attention_mask=_padding_mask(1).to(dtype), negative_prompt_attention_mask=_padding_mask(3).to(dtype)
     )
@@ -205,13 +205,13 @@ def _hidream_prompt(seed: int) -> dict[str, Any]:
 def _hunyuan_image_prompt(seed: int) -> dict[str, Any]:
     return dict(
         prompt_embeds=_embeddings(seed),
-        prompt_embeds_mask=_padding_mask(1 if seed >= 0 else 3),  # Seeds below zero are negative prompts'.
-        prompt_embeds_2=_noise(seed, 1, 3, 12),  # Of the text that is to be written in the image.
+        prompt_embeds_mask=_padding_mask(1 if seed >= 0 else 3),  # Negative seeds belong to negative prompts.
+        prompt_embeds_2=_noise(seed, 1, 3, 12),  # The text to be rendered in the image.
         prompt_embeds_mask_2=_padding_mask(0, 3),
     )
 
 
-# PixArt and Allegro as published predict the noise; when a random transformer does, the latents grow a hundredfold.
+# The published PixArt and Allegro predict the noise; with a random transformer the latents would grow a hundredfold.
 _V_PREDICTION = dict(prediction_type="v_prediction", timestep_spacing="trailing")
 _FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 _FLOW_UNIPC = partial(diffusers.UniPCMultistepScheduler, **_FLOW)
@@ -228,7 +228,7 @@ _TABLE = (
         guidance_branches=("cond",),
     ),
     TinyPipeline(
-        "flux_img2img",  # Runs only `strength` of the steps; takes an image of 16 channels for an encoded one.
+        "flux_img2img",  # Runs the fraction `strength` of the steps; an image of 16 channels counts as encoded.
         diffusers.FluxImg2ImgPipeline,
         diffusers.FluxTransformer2DModel,
         _FLUX,
@@ -322,7 +322,7 @@ _TABLE = (
             approximator_hidden_dim=16,
             approximator_layers=1,
         ),
-        # The pipeline's own masks are floats too, and so are added to the attention's scores.
+        # The masks of the pipeline are also floats, and are therefore added to the attention scores.
         lambda seed: _masked_prompts(seed, torch.float) | dict(latents=_packed(seed, 16)),
     ),
     TinyPipeline(
@@ -411,7 +411,7 @@ _TABLE = (
         dict(patch_size=(2, 2), text_embed_2_dim=12, rope_axes_dim=(8, 8)),
         lambda seed: _both(seed, _hunyuan_image_prompt) | dict(latents=_image(seed), height=32 * SIDE, width=32 * SIDE),
         guidance_branches=("pred_cond", "pred_uncond"),
-        # Has the scale of guidance; `ocr_guider` takes its place for prompts with text to write.
+        # Has the guidance scale; `ocr_guider` replaces it for prompts with text to render.
         others=lambda: dict(
             guider=diffusers.AdaptiveProjectedMixGuidance(), ocr_guider=diffusers.AdaptiveProjectedMixGuidance()
         ),

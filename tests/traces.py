@@ -1,4 +1,4 @@
-"""All that can be seen of modules, to tell that nothing was left on them."""
+"""The observable state of modules, to check that the cache leaves no traces on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Same:
-    """Equal to itself alone: holds a value that is compared by identity."""
+    """Holds a value that is compared by identity."""
 
     def __init__(self, value: object) -> None:
         self.value = value
@@ -21,7 +21,7 @@ class Same:
 
 
 def traces_of(components: Mapping[str, Any]) -> dict[str, object]:
-    """Of those that are modules: classes, attributes, weights' names, hooks."""
+    """The classes, attributes, names of weights and hooks of all components that are modules."""
     parts = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
     found: dict[str, object] = {f"{name} state_dict": [*part.state_dict()] for name, part in parts.items()}
     for name, part in parts.items():

@@ -1,4 +1,4 @@
-"""Synthetic transformers that differ in their loop only, and what the passes say to a model."""
+"""Synthetic transformers that differ only in their loop, and functions that run the passes on a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def refused(model: nn.Module, **fields: Any) -> Mismatch:
 
 
 class Variant(Transformer):
-    """Overrides `loop`."""
+    """A transformer whose subclasses override `loop`."""
 
     def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
         temb = self.embed_time(timestep)

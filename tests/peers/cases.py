@@ -1,7 +1,7 @@
-"""The work that cache-dit and this project are both given, to hold the decisions of one against the other.
+"""The cases that run under both cache-dit and this package, to compare their decisions.
 
-`record.py` runs the cases under cache-dit and writes `recorded/*.json`. A test runs them here: `subject`
-and `generate` are the same for both.
+`record.py` runs the cases under cache-dit and writes `recorded/*.json`. `tests/test_peers.py` runs them under this
+package. Both use `subject` and `generate`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Case:
     Attributes:
         name: Unique within the family.
         family: Key in `FAMILIES`.
-        fields: Of cache-dit's `DBCacheConfig`, or of its `DBPruneConfig` where `prune` is set.
-        num_steps: Steps of a generation.
-        quirk: What cache-dit does here that is not to be copied; empty where both must agree.
-        regions: "merged" for one decision over all block lists, "per_list" for one each.
-        modifiers: Fields that differ per block list, in execution order; with "per_list" only.
-        prune: Decides per block (DBPrune) instead of once per step.
-        taylorseer_order: Order of the forecast of what a reused step adds; 0 for the last residual as it is.
-        in_pipeline: In the family's real pipeline, or in the plain loop around the transformer alone.
-        generations: How often, from `seed`, `seed + 1`, ...
-        dtype: Of the weights, the prompts and the latents.
+        fields: Fields of cache-dit's `DBCacheConfig`, or of its `DBPruneConfig` if `prune` is set.
+        num_steps: Number of steps of a generation.
+        quirk: Behaviour of cache-dit that should not be copied; empty if both must agree.
+        regions: "merged" for one decision over all block lists, "per_list" for one decision per list.
+        modifiers: Fields that differ per block list, in execution order; only with "per_list".
+        prune: Whether there is a decision per block (DBPrune) instead of one per step.
+        taylorseer_order: Order of the forecast of the residual of a reused step; 0 adds the last residual.
+        in_pipeline: Whether the family's real pipeline is run, or the plain loop around the transformer.
+        generations: Number of generations, with the seeds `seed`, `seed + 1`, ...
+        dtype: The dtype of the weights, the prompts and the latents.
     """
 
     name: str
@@ -60,21 +60,23 @@ class Case:
         return f"{self.family}-{self.name}"
 
     def as_json(self) -> dict[str, Any]:
-        """The case as `recorded/` keeps it beside its results: whatever is not a default."""
+        """The case as `recorded/` stores it with its results: every field that differs from its default."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         changed = {name: value for name, value in values.items() if value != getattr(type(self), name, None)}
-        return json.loads(json.dumps(changed))  # Tuples become lists, as they do in the file.
+        return json.loads(json.dumps(changed))  # Tuples become lists, as in the file.
 
 
 def recorded(case: Case) -> dict[str, Any]:
-    """What cache-dit made of `case`.
+    """The recorded results of cache-dit for `case`.
 
-    `branches[branch][region]` has `cached_steps`, the reused steps in order, and `residual_diffs`, by step as a
-    string, of the steps where one was looked at. A region is "merged", or with `regions="per_list"` the list's
-    name. With `prune`, `cached_steps` are those with a pruned block, `pruned_blocks` tells by step which, and a
-    step's diffs are by block. A step is the number of the branch's call, counted over all generations.
+    `branches[branch][region]` has `cached_steps`, the reused steps in order, and `residual_diffs`, a mapping from the
+    step as a string to its diff, for the steps that were probed. A region is "merged", or with `regions="per_list"`
+    the name of the list. With `prune`, `cached_steps` are the steps with a pruned block, `pruned_blocks` maps a step
+    to its pruned blocks, and the diffs of a step are by block. A step is the number of the branch's call, counted over
+    all generations.
 
-    `latents` are those at the end of the last generation: `shape`, the `first` elements, and `mean_abs` of all.
+    `latents` describes the latents at the end of the last generation: their `shape`, the `first` elements, and the
+    mean absolute value `mean_abs`.
 
     Raises:
         ValueError: The case is not the one that was recorded.
@@ -86,17 +88,17 @@ def recorded(case: Case) -> dict[str, Any]:
 
 
 def build(case: Case) -> nn.Module:
-    """The case's transformer, always with the same weights."""
+    """The transformer of the case, always with the same weights."""
     return FAMILIES[case.family].build().to(getattr(torch, case.dtype))
 
 
 def subject(case: Case, transformer: nn.Module) -> DiffusionPipeline | nn.Module:
-    """What is called to generate: the pipeline around `transformer`, or `transformer` itself."""
+    """The object that generates: the pipeline around `transformer`, or `transformer` itself."""
     return FAMILIES[case.family].pipeline(transformer) if case.in_pipeline else transformer
 
 
 def generate(case: Case, subject: DiffusionPipeline | nn.Module) -> Tensor:
-    """The latents at the end of the case's last generation."""
+    """The latents at the end of the last generation of the case."""
     family, dtype = FAMILIES[case.family], getattr(torch, case.dtype)
     for seed in range(case.seed, case.seed + case.generations):
         prompt = _in_dtype(family.prompt(seed), dtype)
@@ -123,7 +125,7 @@ def _in_dtype(prompt: Prompt, dtype: torch.dtype) -> Prompt:
     return Prompt(cast(prompt.cond), None if prompt.uncond is None else cast(prompt.uncond))
 
 
-# The cases. Every family has a threshold at which about half of the steps after warm-up are reused.
+# The cases. The threshold of every family is one at which about half of the steps after warm-up are reused.
 
 _NEVER_REOPENS = "the accumulated diff counts computed steps too and is never reset, so the cap never re-opens"
 _N_PLUS_1 = "without a pipeline a generation ends one call late, which with two calls per step swaps the branches"
@@ -143,7 +145,7 @@ def _mask(digits: str) -> list[int]:
 def _case(
     family: Family, name: str, *, quirk: str = "", fields: Mapping[str, Any] | None = None, **others: Any
 ) -> Case:
-    """A case with F1B0, three steps of warm-up and the family's threshold, but for what is given."""
+    """A case with F1B0, three warm-up steps and the threshold of the family, updated by the given fields."""
     settings = {name: others.pop(name) for name in list(others) if name not in Case.__dataclass_fields__}
     base = dict(Fn_compute_blocks=1, residual_diff_threshold=family.threshold, max_warmup_steps=3)
     return Case(name, family.name, {**base, **settings}, quirk=quirk, **others)
@@ -261,7 +263,7 @@ CASES = (
         residual_diff_threshold=0.1,
         max_cached_steps=5,
     ),
-    # A fresh start within a generation, and its end.
+    # A refresh within a generation, and the end of a generation.
     _flux("refresh-once", force_refresh_step_hint=7),
     _flux("refresh-repeat", force_refresh_step_hint=5, force_refresh_step_policy="repeat", max_warmup_steps=2),
     _flux("refresh-once-limits", force_refresh_step_hint=8, max_cached_steps=2, max_warmup_steps=2),
@@ -289,7 +291,7 @@ CASES = (
     ),
     _flux("pipeline-twice", generations=2, num_inference_steps=14, residual_diff_threshold=0.15),
     _wan("pipeline-twice", generations=2),
-    # Two block lists, each with its own decision.
+    # Two block lists with separate decisions.
     _flux("lists", regions="per_list"),
     _flux("lists-other-seed", regions="per_list", seed=2, num_steps=20),
     _flux("lists-b1", regions="per_list", Bn_compute_blocks=1),
@@ -343,7 +345,7 @@ CASES = (
         max_accumulated_residual_diff_threshold=0.1,
         quirk=_NOT_SUMMED,
     ),
-    # What a reused step adds.
+    # Forecasts of the residual.
     _flux("taylorseer-1", taylorseer_order=1, max_warmup_steps=4),
     _wan("taylorseer-2", taylorseer_order=2, max_warmup_steps=5),
     _wan("taylorseer-early", taylorseer_order=1, max_warmup_steps=2, quirk=_LATE_TAYLOR),

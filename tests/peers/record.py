@@ -1,7 +1,7 @@
-"""Records what cache-dit decides and computes on the cases of `cases.py`: `python -m tests.peers.record`.
+"""Records the decisions and outputs of cache-dit for the cases of `cases.py`: `python -m tests.peers.record`.
 
-Needs the extra "peers". cache-dit patches the pipelines' classes, so every case runs in a process of its
-own, forked from one that has run none.
+Needs the extra "peers". cache-dit patches the classes of the pipelines, so every case runs in a separate process that
+is forked from one that has run no case.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _PREFIX = re.compile(r"(?P<list>\w+?)(?:_(?P<block>\d+)_Fn_original|_Fn_residual
 
 
 class Observer:
-    """Keeps the decisions of cache-dit's context manager, by guidance branch, region and step.
+    """Records the decisions of cache-dit's context manager, by guidance branch, region and step.
 
-    A branch is told by the order of the calls, as the loop makes them, and a step is the number of the
-    branch's call. So both mean the same before and after cache-dit has started over.
+    A branch is identified by the order of the calls in the loop, and a step is the number of the branch's call.
+    Therefore both have the same meaning before and after cache-dit has started over.
     """
 
     def __init__(self, case: Case, transformer: nn.Module) -> None:
@@ -51,7 +51,7 @@ class Observer:
         self.num_calls += 1
 
     def add_residual_diff(self, diff: float) -> None:
-        self._diff = diff if diff >= 0 else None  # -1 and -2 are marks: always similar, shapes differ.
+        self._diff = diff if diff >= 0 else None  # -1 and -2 are markers: always similar, and different shapes.
         self._add_residual_diff(diff)
 
     def can_cache(self, states: torch.Tensor, *, prefix: str, **others: Any) -> bool:
@@ -78,15 +78,15 @@ class Observer:
         return reuse
 
     def check(self) -> None:
-        """That cache-dit's own statistics say the same, as far as it has not started over."""
+        """Asserts that the statistics of cache-dit agree, for the steps since it last started over."""
         for context in self.manager._cached_context_manager.values():
             if context.transformer_executed_steps != self.num_calls:
                 continue
             name = re.sub(r"_\d+$", "", context.name) if self.case.regions == "per_list" else "merged"
-            for guidance_branch, told in zip(
+            for guidance_branch, reused in zip(
                 self.names, (context.cached_steps, context.cfg_cached_steps), strict=False
             ):
-                assert self.guidance_branches[guidance_branch][name]["cached_steps"] == told, (
+                assert self.guidance_branches[guidance_branch][name]["cached_steps"] == reused, (
                     str(self.case),
                     guidance_branch,
                     name,
@@ -94,13 +94,13 @@ class Observer:
 
 
 def record(case: Case) -> dict[str, Any]:
-    """What is recorded of `case`. Leaves the process patched."""
+    """The record of `case`. The process stays patched."""
     torch.set_num_threads(1)
     ENV.CACHE_DIT_FLUX_ENABLE_DUMMY_BLOCKS = case.regions == "merged"
     config = cache_dit.DBPruneConfig if case.prune else cache_dit.DBCacheConfig
     settings: dict[str, Any] = {"cache_config": config(**case.fields)}
     if case.modifiers:
-        # A reset configuration changes the fields that it is given and no other.
+        # A reset configuration changes only the fields that it is given.
         settings["params_modifiers"] = [
             cache_dit.ParamsModifier(cache_config=config().reset(**fields)) for fields in case.modifiers
         ]
@@ -124,12 +124,12 @@ def record(case: Case) -> dict[str, Any]:
 
 
 def rounded(value: float) -> float:
-    """To 9 significant digits, which keep a float32 as it is."""
+    """Rounds to 9 significant digits, which represent a float32 exactly."""
     return float(f"{value:.9g}")
 
 
 def _masks() -> dict[str, dict[str, str]]:
-    """Every predefined mask, as digits."""
+    """Every predefined mask, as a string of digits."""
 
     def digits(policy: str, steps: int) -> str:
         return "".join(map(str, cache_dit.steps_mask(mask_policy=policy, total_steps=steps)))

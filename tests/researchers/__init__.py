@@ -1,1 +1,1 @@
-"""Transformers as researchers write them, with variations on how people hold and call their blocks."""
+"""Transformers in the style of research code, which hold and call their blocks in many different ways."""

@@ -38,7 +38,7 @@ class DenseExperts(nn.Module):
 
 
 class TopKDense(DenseExperts):
-    """The best experts' weights are kept, the others' set to nothing; sizes do not depend on the data."""
+    """The weights of all but the best experts are set to 0; sizes do not depend on the data."""
 
     def forward(self, x: Tensor) -> Tensor:
         scores, chosen = self.router(x).softmax(dim=-1).topk(2, dim=-1)
@@ -47,7 +47,7 @@ class TopKDense(DenseExperts):
 
 
 class TopKIndexAdd(DenseExperts):
-    """Mixtral's way: each expert takes its tokens out and adds them back."""
+    """As in Mixtral: each expert gathers its tokens and adds its results back."""
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, DIM)
@@ -61,7 +61,7 @@ class TopKIndexAdd(DenseExperts):
 
 
 class TopKMask(DenseExperts):
-    """Boolean masks."""
+    """Each expert selects its tokens with a boolean mask."""
 
     def forward(self, x: Tensor) -> Tensor:
         best = self.router(x).argmax(dim=-1)
@@ -141,7 +141,7 @@ class MaskAudio(Audio):
 
 
 class WrittenBackAudio(Audio):
-    """Some tokens of the stream are written over between the blocks, as for an infill of what is known."""
+    """Some tokens of the stream are overwritten between the blocks, as for infilling around known tokens."""
 
     def forward(self, mel: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
         x = self.stem(mel).permute(2, 0, 1) + self.position[: mel.shape[-1]]

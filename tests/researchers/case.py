@@ -1,4 +1,4 @@
-"""What a case is: a model nobody prepared for, how it is called, and what becomes of it."""
+"""A case: a model without special support, how it is called, and the expected outcome."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Any]  # The model, latents,
 
 @dataclass(frozen=True)
 class Cached:
-    """The chain is found.
+    """Outcome: the chain is found, and the model is cached.
 
     Attributes:
-        f1b0, f2b1: Name of the region with one Fn block, and with two and a Bn block.
-        pattern: What every list of the chain matches, as the label begins.
+        f1b0, f2b1: Name of the region with one Fn block, and with two Fn blocks and one Bn block.
+        pattern: The pattern that every list of the chain matches: the beginning of its label.
     """
 
     f1b0: str
@@ -38,38 +38,39 @@ class Cached:
 
 @dataclass(frozen=True)
 class Refused:
-    """The model runs as it is.
+    """Outcome: the model runs uncached.
 
     Attributes:
-        cause: Why; None where only the end of a call tells, from all its graphs.
-        said: What the message says of it: a regular expression that leads the model's author to the cure.
+        cause: The cause; None if it is only determined at the end of a call, from all its graphs.
+        message: A regular expression for the part of the message that tells the author of the model what to do.
     """
 
     cause: Cause | None
-    said: str
+    message: str
 
     def __str__(self) -> str:
-        return f"not cached{f', {self.cause.value}' if self.cause else ''}: {self.said}"
+        return f"not cached{f', {self.cause.value}' if self.cause else ''}: {self.message}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its outcome.
+    """A model and its expected outcome.
 
     Attributes:
-        model: Makes it.
-        outcome: What becomes of it.
-        latents: Their shape.
-        prompt: Makes what stays the same object throughout a generation.
-        call: How the model is called.
-        timestep: From the time, 1 to 0, to the timestep that is passed.
-        port: Where its blocks have their streams.
-        dynamo: What of Dynamo's configuration the model's users have to set.
-        ran: With which counts how many calls a reused step runs in front and at the end, where these are not as many as
-            the counts say: a block of the chain may be several calls, and what follows the last block is not skipped.
+        model: Creates the model.
+        outcome: The expected outcome.
+        latents: Shape of the latents.
+        prompt: Creates the prompt, which stays the same object throughout a generation.
+        call: Calls the model.
+        timestep: Maps the time, 1 to 0, to the timestep that is passed.
+        port: Where the streams are in the arguments and results of the blocks.
+        dynamo: Options of Dynamo that users of the model have to set.
+        ran: Name of the counts -> the numbers of block calls that a reused step runs at the front and at the end, if
+            they differ from the counts: a block of the chain may be several calls, and calls after the last block of
+            the chain are not skipped.
         decisions: Reasons of the three decisions.
-        bare: What becomes of it with the bare backend, where that is something else.
-        tolerance: Of a reused step against the one by hand; 0 is bitwise.
+        bare: The outcome with the bare backend, if it differs.
+        tolerance: Absolute tolerance for a reused step against the one by hand; 0 is bitwise.
     """
 
     model: Callable[[], nn.Module]
@@ -96,7 +97,7 @@ class Case:
     def _call_at(self, time: float, prompt: Tensor) -> Callable[[nn.Module], Any]:
         generator = torch.Generator().manual_seed(round(100 * time))
         latents, timestep = torch.randn(self.latents, generator=generator), self.timestep(time)
-        # A model may write into what it is given.
+        # A model may write into its inputs.
         return lambda model: self.call(model, latents.clone(), timestep, prompt)
 
 

@@ -1,4 +1,4 @@
-"""Every case with its outcome: `str(CASES[name].outcome)`."""
+"""Every case with its expected outcome: `str(CASES[name].outcome)`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tests.researchers.port_reference import BRANCH, PAIR, Port
 
 
 def found(path: str, depth: int, pattern: str) -> Cached:
-    """All blocks of one list."""
+    """The outcome in which all blocks are in one list."""
     return Cached(f"{path}[1:{depth}]", f"{path}[2:{depth - 1}]", pattern)
 
 
 def keyed(*, like: bool) -> Port:
-    """Both streams in the first argument and in the result, by name; `like` if there is more in these."""
+    """Both streams are entries of the first argument and of the result; `like` if these have other entries."""
     return Port(((0, "img"), (0, "txt")), (("img",), ("txt",)), like=(0,) if like else None)
 
 
 FOUR = found("blocks", dit.DEPTH, "3")
-# Where Dynamo breaks a model up no graph holds the loop. The bare backend sees one graph after the other, so that it
-# can't say where; `enable_cache` sees the whole call.
+# With a graph break, no graph contains the whole loop. The bare backend gets one graph after the other and cannot say
+# where the break is; `enable_cache` observes the whole call.
 BROKEN = Refused(Cause.NO_CHAIN, r"TORCH_LOGS=graph_breaks shows where, and fullgraph=True makes it an error")
 
 
@@ -35,11 +35,11 @@ def stops_at(where: str) -> Refused:
     return Refused(None, rf"{found}.*write a patch functor")
 
 
-# Sizes that depend on the data. `enable_cache` sets it itself.
+# Sizes that depend on the data. `enable_cache` sets this option itself.
 CAPTURE_SIZES = (("capture_dynamic_output_shape_ops", True),)
 
 dit_case = partial(Case, outcome=FOUR)
-# What a dict or a list holds has no order that a return statement tells.
+# The return statement does not define an order for the entries of a dict or a list.
 UNORDERED = found("double_blocks", mmdit.DEPTH, "0 or 1")
 mmdit_case = partial(
     Case,
@@ -90,7 +90,7 @@ BLOCKS = {
     "dit-recording-hooks": Case(
         dit_blocks.RecordingDiT,
         found("blocks", 4, "4 or 5"),
-        # What a hook saw of the last block follows from the stream that a reused step makes.
+        # A reused step does not compute the last block's output, which a hook recorded.
         call=lambda model, x, t, y: (model(x, t, y), *[*model.features.values()][:-1]),
     ),
     "dit-autocast-in-blocks": dit_case(dit_blocks.AutocastDiT),
@@ -120,7 +120,7 @@ CALLS = {
     "dit-batch-dict": dit_case(dit_calls.BatchDiT, call=lambda model, x, t, y: model(dict(x=x, t=t, y=y))),
     "dit-guidance-inside": dit_case(dit_calls.GuidedDiT),
     "dit-scalar-time": dit_case(dit_calls.ScalarTimeDiT, timestep=torch.tensor),
-    # Dynamo takes a number for a constant at first: only the second graph has it as an input.
+    # Dynamo treats a number as a constant at first: only the second graph has it as an input.
     "dit-number-time": dit_case(
         dit_calls.NumberTimeDiT, timestep=float, decisions=("warmup", "timestep-still", "threshold-one")
     ),
@@ -130,11 +130,11 @@ CALLS = {
     "dit-keyword-only-blocks": dit_case(dit_calls.KeywordBlocksDiT, port=Port((("x",),))),
 }
 LOOPS = {
-    # One value enters the first block and two leave it; then they are two all along.
+    # The first block has one input stream and two outputs; all later blocks have two streams.
     "dit-branch-and-residual": Case(
         dit_loops.FusedNormDiT, Refused(Cause.STREAM_COUNT, r"from block 0 to block 1 of blocks; found: no output")
     ),
-    # Of the loss only the blocks that ran now are new; nobody asks for it where gradients are off.
+    # In a reused step the loss is new only for the blocks that ran; it is not used without gradients.
     "dit-loss-summed": dit_case(
         dit_loops.SummedLossDiT, port=Port(((0,),), ((0,),)), call=lambda model, x, t, y: model(x, t, y)[0]
     ),
@@ -172,7 +172,7 @@ OTHERS = {
     "uvit": uvit_case(uvit.UViT, Cached("in_blocks[1:2]+out_blocks", "out_blocks[0:1]", "3"), ran={"f2b1": (3, 1)}),
     "uvit-one-list": uvit_case(uvit.OneListUViT, found("blocks", 5, "3")),
     "uvit-sequential-called": uvit_case(uvit.PlainViT, FOUR),
-    # Pattern 2 would be blocks that all look at the text.
+    # Pattern 2 would require that all blocks attend to the text.
     "video": video_case(video.Video, found("blocks", video.DEPTH, "3")),
     "video-two-lists-in-turns": video_case(
         video.TwoListVideo,
@@ -186,7 +186,7 @@ OTHERS = {
         tolerance=1e-6,
         ran={"f1b0": (2, 0), "f2b1": (4, 2)},
     ),
-    # One list whose blocks see the stream folded in two ways by turns: no two neighbours see it in one shape.
+    # One list whose blocks alternate between two shapes of the stream: no two neighbours have the same shape.
     "video-folded": video_case(
         video.FoldedVideo,
         Refused(Cause.STREAM_COUNT, r"no output of block 0 has the same shape as any of its inputs"),
@@ -202,7 +202,7 @@ OTHERS = {
     "maps-channels-last": maps_case(feature_maps.ChannelsLastMaps),
     "maps-hourglass": maps_case(feature_maps.HourglassMaps, outcome=found("stages", feature_maps.DEPTH + 2, "3")),
 }
-# With these it makes no difference what called the model, and little how many blocks run.
+# The outcome of these does not depend on the surface, and hardly on the number of blocks that run.
 TAKE_TURNS = {
     *BLOCKS,
     *CONTAINERS,
@@ -211,7 +211,7 @@ TAKE_TURNS = {
     *("dit-controls", "dit-bfloat16", "dit-tokens-left-out"),
     *("audio-dense-experts", "audio-top-k-dense", "audio-top-k-mask-captured", "maps-channels-last"),
 }
-# Through `enable_cache` the first step is a generation of its own: its graph has the timestep as a constant, so only
-# the call tells, and that knows class labels for no conditioning. It costs a step.
+# With `enable_cache` the first step is a separate generation: its graph has the timestep as a constant, so the
+# arguments of the call identify the generation, and class labels do not count as a conditioning. This costs one step.
 BARE_ONLY = {"dit-number-time"}
 CASES: dict[str, Case] = {**HOLDERS, **BLOCKS, **CALLS, **LOOPS, **CONTAINERS, **OTHERS}

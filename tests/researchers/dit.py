@@ -1,6 +1,6 @@
-"""A class-conditional DiT as papers publish it: adaLN-zero, attention by einsum, a label for a text.
+"""A class-conditional DiT as published: adaLN-zero, attention by einsum, a label instead of a text.
 
-Every class below `DiT` differs from it in how it holds its blocks, how it calls them, or what it returns.
+Every subclass of `DiT` differs in how it holds its blocks, how it calls them, or what it returns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TOKENS = (SIDE // PATCH) ** 2
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, N, D] moved by shift and scale [B, D]."""
+    """x [B, N, D] modulated by shift and scale [B, D]."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -141,11 +141,11 @@ class DiT(nn.Module):
         return self.unpatchify(x)
 
     def block_calls(self) -> list[nn.Module]:
-        """The block of every call, in order: what a test skips by hand."""
+        """The block of every call, in order; a test skips some of them by hand."""
         return list(self.blocks)
 
 
-# How the blocks are held.
+# Containers of the blocks.
 
 
 class SetattrDiT(DiT):
@@ -168,7 +168,7 @@ class SetattrDiT(DiT):
 
 
 class GetattrDiT(DiT):
-    """Layers with numbers in their names, as torchvision's."""
+    """Layers with numbers in their names, as in torchvision."""
 
     def make_blocks(self) -> None:
         for i in range(1, DEPTH + 1):
@@ -214,7 +214,7 @@ class Trunk(nn.Module):
 
 
 class TrunkDiT(DiT):
-    """The blocks and their loop are in a module of their own."""
+    """The blocks and their loop are in a separate module."""
 
     def make_blocks(self) -> None:
         self.trunk = Trunk()
@@ -247,11 +247,11 @@ class EDMPrecond(nn.Module):
         return self.model.block_calls()
 
 
-# The same block several times.
+# Repeated blocks.
 
 
 class AlbertDiT(DiT):
-    """One block called at every depth, with an embedding of the depth."""
+    """One block that is called at every depth, with an embedding of the depth."""
 
     def make_blocks(self) -> None:
         self.shared_block = DiTBlock()
@@ -267,7 +267,7 @@ class AlbertDiT(DiT):
 
 
 class RepeatedDiT(DiT):
-    """Neighbours in the list are the same object."""
+    """Neighbouring entries of the list are the same object."""
 
     def make_blocks(self) -> None:
         first, second = DiTBlock(), DiTBlock()
@@ -288,7 +288,7 @@ class TwiceDiT(DiT):
 
 
 class SharedModulationDiT(DiT):
-    """All blocks hold one adaLN linear."""
+    """All blocks share one adaLN linear layer."""
 
     def make_blocks(self) -> None:
         super().make_blocks()

@@ -1,4 +1,4 @@
-"""DiTs whose blocks, or what is around each of them, are written as people write them in practice."""
+"""DiTs with the blocks, and the code around each block, that are common in practice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.researchers.dit import DEPTH, DIM, HEADS, TOKENS, Attention, DiT, DiTBlock, modulate
 
-# Residuals in place.
+# In-place residuals.
 
 
 class AugmentedBlock(DiTBlock):
@@ -40,7 +40,7 @@ class InPlaceDiT(DiT):
 
 
 class HalfInPlaceBlock(DiTBlock):
-    """The first addition makes a new tensor, the second writes into that."""
+    """The first addition creates a new tensor, the second writes into it."""
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
@@ -54,7 +54,7 @@ class HalfInPlaceDiT(DiT):
 
 
 class LoopAddsDiT(DiT):
-    """The blocks give the branch alone; the loop adds it, in place."""
+    """The blocks return only the branch; the loop adds it in place."""
 
     class block(DiTBlock):
         def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class LoopAddsAnewDiT(LoopAddsDiT):
 
 
 class CheckpointedDiT(DiT):
-    """Gradient checkpoints as training code has them, whatever the mode."""
+    """Gradient checkpoints as in training code, in any mode."""
 
     use_reentrant = False
 
@@ -92,7 +92,7 @@ class ReentrantDiT(CheckpointedDiT):
 
 
 class ClosureCheckpointedDiT(DiT):
-    """The checkpoint of the published DiT: of a closure over the block."""
+    """The checkpoint of the published DiT, which wraps a closure over the block."""
 
     def ckpt_wrapper(self, module: nn.Module) -> Any:
         def ckpt_forward(*inputs: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class TrainingCheckpointedDiT(CheckpointedDiT):
 
 
 class CheckpointWrapper(nn.Module):
-    """As FSDP's: the block is in it."""
+    """A wrapper module like that of FSDP, which contains the block."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class WrappedDiT(DiT):
 
 
 class SegmentedDiT(DiT):
-    """Two blocks per checkpoint, as `checkpoint_sequential` has them."""
+    """Two blocks per checkpoint, as in `checkpoint_sequential`."""
 
     def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
         for i in range(0, DEPTH, 2):
@@ -145,7 +145,7 @@ class SegmentedDiT(DiT):
 
 
 class ScaledByHooksDiT(DiT):
-    """A forward hook that changes what every block returns."""
+    """A forward hook changes the output of every block."""
 
     def make_blocks(self) -> None:
         super().make_blocks()
@@ -154,7 +154,7 @@ class ScaledByHooksDiT(DiT):
 
 
 class PreHooksDiT(DiT):
-    """A pre-hook that changes what every block is given, and one with keywords."""
+    """A pre-hook changes the inputs of every block, and another one its keyword arguments."""
 
     def make_blocks(self) -> None:
         super().make_blocks()
@@ -164,7 +164,7 @@ class PreHooksDiT(DiT):
 
 
 class RecordingDiT(DiT):
-    """Hooks that note what every block returned, for a look at the features afterwards."""
+    """Hooks record the output of every block as features."""
 
     def make_blocks(self) -> None:
         super().make_blocks()
@@ -179,7 +179,7 @@ class RecordingDiT(DiT):
         return hook
 
 
-# What is in a block.
+# The content of a block.
 
 
 class AutocastBlock(DiTBlock):
@@ -207,7 +207,7 @@ class AutocastAroundDiT(DiT):
 
 
 class GatedActivation(torch.autograd.Function):
-    """A hand-written backward, as kernels for training have."""
+    """A custom backward, as in training kernels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class CustomOpDiT(DiT):
 
 
 class WeightNormDiT(DiT):
-    """Weights that are computed whenever they are read."""
+    """Weights that are computed on every access."""
 
     def make_blocks(self) -> None:
         super().make_blocks()
@@ -278,7 +278,7 @@ class SpecialEndsDiT(DiT):
 
 
 class WindowAttention(Attention):
-    """Attention within rows of tokens, and scaled_dot_product_attention for it."""
+    """Attention within rows of tokens, with scaled_dot_product_attention."""
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
@@ -296,14 +296,14 @@ class LocalBlock(DiTBlock):
 
 
 class LocalGlobalDiT(DiT):
-    """Local and global attention by turns, as different classes."""
+    """Alternating local and global attention, as different classes."""
 
     def make_blocks(self) -> None:
         self.blocks = nn.ModuleList(DiTBlock() if i % 2 else LocalBlock() for i in range(DEPTH))
 
 
 class RegisterDiT(DiT):
-    """Learned registers before the tokens; gone behind the blocks."""
+    """Learned register tokens before the other tokens, which are removed after the blocks."""
 
     def make_blocks(self) -> None:
         super().make_blocks()
@@ -316,7 +316,7 @@ class RegisterDiT(DiT):
 
 
 class CompiledBlocksDiT(DiT):
-    """The user compiled every block before."""
+    """Every block is already compiled by the user."""
 
     def make_blocks(self) -> None:
         super().make_blocks()
@@ -340,7 +340,7 @@ class DisabledDiT(DiT):
 
 
 class PrintingDiT(DiT):
-    """Looks at a number in the middle of its loop."""
+    """Reads a number from a tensor in the middle of its loop."""
 
     def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
         for block in self.blocks:

@@ -1,4 +1,4 @@
-"""DiTs that are called, or return, in other ways than with tensors by position and one tensor back."""
+"""DiTs that do not take positional tensors or do not return a single tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.researchers.dit import DiT, DiTBlock
 
 class TupleDiT(DiT):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The prediction and a variance, as with learned sigmas."""
+        """Returns the prediction and a variance, as with learned sigmas."""
         out = super().forward(x, t, y)
         return out, out.square().mean(dim=1)
 
@@ -49,7 +49,7 @@ class ModelOutputDiT(DiT):
 
 
 class FeaturesDiT(DiT):
-    """Also returns what each block made, as for a representation loss."""
+    """Also returns the output of each block, as for a representation loss."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed
@@ -62,7 +62,7 @@ class FeaturesDiT(DiT):
 
 
 def in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator of a model's forward: casts what it is given."""
+    """A decorator of a model's forward that casts its arguments."""
 
     @functools.wraps(forward)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +85,7 @@ class InferenceModeDiT(DiT):
 
 
 class KeywordsDiT(DiT):
-    """Keywords only, and a bag of those that the model does not know."""
+    """Takes only keyword arguments, including `**kwargs` that the model does not know."""
 
     def forward(self, *, sample: Tensor, sigma: Tensor, class_labels: Tensor, **kwargs: Any) -> Tensor:
         return super().forward(sample, sigma, class_labels)
@@ -97,14 +97,14 @@ class VariadicDiT(DiT):
 
 
 class BatchDiT(DiT):
-    """All it is given is in one dict."""
+    """All inputs are in one dict."""
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         return super().forward(batch["x"], batch["t"], batch["y"])
 
 
 class GuidedDiT(DiT):
-    """Guidance inside the model, as DiT's `forward_with_cfg`: both branches are one batch."""
+    """Guidance inside the model, as in DiT's `forward_with_cfg`: both branches are one batch."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float = 4.0) -> Tensor:
         both = torch.cat([x, x], dim=0)
@@ -115,7 +115,7 @@ class GuidedDiT(DiT):
 
 
 class ScalarTimeDiT(DiT):
-    """t is a tensor without dimensions, for all of the batch."""
+    """t is a 0-dimensional tensor for the whole batch."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return super().forward(x, t.expand(x.shape[0]), y)
@@ -129,7 +129,7 @@ class NumberTimeDiT(DiT):
 
 
 class AveragedDiT(nn.Module):
-    """Calls a model with other weights than its own: their moving average."""
+    """Calls a second model, whose weights are a moving average of those of the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class AveragedDiT(nn.Module):
 
 
 class UnconditionalDiT(DiT):
-    """No label, no text: latents and time are all there is."""
+    """The only inputs are the latents and the time: no label, no text."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return super().forward(x, t, torch.zeros(x.shape[0], dtype=torch.long))

@@ -1,4 +1,4 @@
-"""DiTs whose loops do more than hand one tensor from block to block."""
+"""DiTs whose loops do more than pass one tensor from block to block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.researchers.dit import DEPTH, DIM, TOKENS, DiT, DiTBlock, modulate
 
 
 class FusedNormBlock(DiTBlock):
-    """As state-space models with a fused norm: the branch and the residual so far go side by side, [B, N, D] both."""
+    """As in state-space models with a fused norm: passes the branch and the accumulated residual, both [B, N, D]."""
 
     def forward(self, x: Tensor, residual: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
         residual = x if residual is None else x + residual
@@ -31,7 +31,7 @@ class FusedNormDiT(DiT):
 
 
 class BalancedBlock(DiTBlock):
-    """Also gives a loss that balances something, [], as mixtures of experts do."""
+    """Also returns a balancing loss, [], as mixtures of experts do."""
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         x = super().forward(x, c)
@@ -63,7 +63,7 @@ class DroppedLossDiT(DiT):
 
 
 class ZippedDiT(DiT):
-    """A second list makes every block's conditioning."""
+    """A second list computes the conditioning of every block."""
 
     def make_blocks(self) -> None:
         super().make_blocks()
@@ -76,7 +76,7 @@ class ZippedDiT(DiT):
 
 
 class RefinedConditionDiT(ZippedDiT):
-    """The conditioning itself goes from block to block."""
+    """The conditioning itself is passed from block to block."""
 
     def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
         for block, mod in zip(self.blocks, self.mods, strict=True):
@@ -97,7 +97,7 @@ class Stage(nn.Module):
 
 
 class StagesDiT(DiT):
-    """Stages of two blocks; a stage is what the outer list holds."""
+    """The outer list contains stages of two blocks each."""
 
     def make_blocks(self) -> None:
         self.stages = nn.ModuleList(Stage() for _ in range(DEPTH))
@@ -112,7 +112,7 @@ class StagesDiT(DiT):
 
 
 class FirstInputDiT(DiT):
-    """What entered the first block is added again behind every block."""
+    """The input of the first block is added again after every block."""
 
     def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
         first = x
@@ -122,7 +122,7 @@ class FirstInputDiT(DiT):
 
 
 class ShiftedDiT(DiT):
-    """The tokens are rolled before every second block, and back behind it."""
+    """The tokens are rolled before every second block, and rolled back after it."""
 
     def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
         for i, block in enumerate(self.blocks):
@@ -132,14 +132,14 @@ class ShiftedDiT(DiT):
 
 
 class BranchBlock(DiTBlock):
-    """Without its residual."""
+    """Returns the branch without the residual."""
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         return super().forward(x, c) - x
 
 
 class HyperDiT(DiT):
-    """Several copies of the stream, [B, S, N, D], mixed before every block and written to behind it."""
+    """Several copies of the stream, [B, S, N, D], are mixed before every block and updated after it."""
 
     block = BranchBlock
     width = 2
@@ -159,7 +159,7 @@ class HyperDiT(DiT):
 
 
 class NormsBesideDiT(DiT):
-    """Norms in a list of their own; the loop adds what the blocks make of the normed stream."""
+    """The norms are in a separate list; the loop adds the output of each block for the normed stream."""
 
     block = BranchBlock
 
@@ -174,7 +174,7 @@ class NormsBesideDiT(DiT):
 
 
 class ControlledDiT(DiT):
-    """A list of tensors is added behind the blocks, one each."""
+    """One tensor of a list is added after each block."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, controls: list[Tensor] | None = None) -> Tensor:
         self.controls = controls or []
@@ -187,7 +187,7 @@ class ControlledDiT(DiT):
 
 
 class HalfPrecisionDiT(DiT):
-    """The blocks in bfloat16, all else in float32."""
+    """The blocks are in bfloat16, everything else in float32."""
 
     def make_blocks(self) -> None:
         super().make_blocks()
@@ -199,7 +199,7 @@ class HalfPrecisionDiT(DiT):
 
 
 class SlicedDiT(DiT):
-    """Slices of the list in two loops, something done between them."""
+    """Two loops over slices of the list, with other operations between them."""
 
     def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
         half = DEPTH // 2
@@ -212,12 +212,12 @@ class SlicedDiT(DiT):
 
 
 class EarlyTokensDiT(DiT):
-    """Half of the tokens are left out of the middle blocks and put back in front of the last one."""
+    """The middle blocks skip half of the tokens, which are put back before the last block."""
 
     def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
-        kept = TOKENS // 2
+        num_first = TOKENS // 2
         x = self.blocks[0](x, c)
-        x, rest = x[:, :kept], x[:, kept:]
+        x, rest = x[:, :num_first], x[:, num_first:]
         for block in self.blocks[1:-1]:
             x = block(x, c)
         return self.blocks[-1](torch.cat([x, rest], dim=1), c)

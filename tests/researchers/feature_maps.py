@@ -1,4 +1,4 @@
-"""A hybrid of convolution and attention on feature maps [B, C, H, W], as models of pixels are built."""
+"""A hybrid of convolution and attention on feature maps [B, C, H, W], as in pixel-space models."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ChannelsLastMaps(Maps):
 
 
 class HourglassMaps(Maps):
-    """Down, the middle at half the resolution, and up again with a skip: the middle's blocks are the ones to cache."""
+    """Downsampling, a middle at half the resolution, and upsampling with a skip: the middle blocks are cached."""
 
     def make_blocks(self) -> None:
         self.enter, self.leave = MapBlock(), MapBlock()

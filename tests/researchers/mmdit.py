@@ -1,4 +1,4 @@
-"""A joint text-image MMDiT with rotary attention of its own. Text and image go from block to block in many forms."""
+"""A joint text-image MMDiT with custom rotary attention. Text and image are passed between blocks in many forms."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
 
 
 class Stream(nn.Module):
-    """What each of the two modalities has of its own in a block."""
+    """The layers of one modality in a block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class MMDiT(nn.Module):
         return list(self.double_blocks)
 
 
-# The streams in one container.
+# Both streams in one container.
 
 
 class DictBlock(MMBlock):
@@ -128,7 +128,7 @@ class DictMMDiT(MMDiT):
 
 
 class BatchBlock(MMBlock):
-    """Everything is in one dict, which is written into."""
+    """Everything is in one dict, which the block modifies."""
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch["img"], batch["txt"] = self.mix(batch["img"], batch["txt"], batch["vec"], batch["pe"])
@@ -190,7 +190,7 @@ class NamedTupleMMDiT(MMDiT):
 
 
 class ListBlock(MMBlock):
-    """A list of as many modalities as there are."""
+    """A list with any number of modalities."""
 
     def forward(self, tokens: list[Tensor], vec: Tensor, pe: Tensor) -> list[Tensor]:
         return list(self.mix(*tokens, vec, pe))
@@ -207,7 +207,7 @@ class ListMMDiT(MMDiT):
 
 
 class BothLeaveMMDiT(MMDiT):
-    """Both streams are needed behind the blocks, and nothing but the model's own names tells which is which."""
+    """Both streams are used after the blocks, and only the variable names of the model distinguish them."""
 
     def run_blocks(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
         for block in self.double_blocks:
@@ -215,7 +215,7 @@ class BothLeaveMMDiT(MMDiT):
         return img + txt.mean(dim=1, keepdim=True)
 
 
-# One stream of both.
+# One joined stream.
 
 
 class JointBlock(nn.Module):
@@ -232,7 +232,7 @@ class JointBlock(nn.Module):
 
 
 class JointMMDiT(MMDiT):
-    """Text and image are joined once before the blocks and taken apart behind them."""
+    """Text and image are joined once before the blocks and separated after them."""
 
     block = JointBlock
 
@@ -244,7 +244,7 @@ class JointMMDiT(MMDiT):
 
 
 class BatchSecondBlock(MMBlock):
-    """img [N, B, D], txt [T, B, D]: the batch in the second dimension."""
+    """img [N, B, D], txt [T, B, D]: the batch is the second dimension."""
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
         img, txt = self.mix(img.transpose(0, 1), txt.transpose(0, 1), vec, pe)
@@ -262,7 +262,7 @@ class BatchSecondMMDiT(MMDiT):
 
 
 class PipelineOfKwargsMMDiT(MMDiT):
-    """What the blocks take goes through as keywords that every block unpacks."""
+    """The inputs of the blocks are passed on as keyword arguments that every block unpacks."""
 
     class block(MMBlock):
         def forward(self, img: Tensor, txt: Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -276,4 +276,4 @@ class PipelineOfKwargsMMDiT(MMDiT):
         return state["img"]
 
 
-assert TEXT != TOKENS  # Or text and image could be taken for each other.
+assert TEXT != TOKENS  # Otherwise text and image could be confused.

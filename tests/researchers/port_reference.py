@@ -1,7 +1,7 @@
-"""A plain-Python reference of skipped blocks for models whose streams are in containers, which a `Port` describes.
+"""A plain-Python reference of skipped blocks for models whose streams are in containers, as a `Port` describes them.
 
-It shares no code with `cachedit_fx` and knows no graph: it runs the model eagerly and replaces the calls of its blocks,
-whatever holds the blocks and whatever they return.
+It shares no code with `cachedit_fx` and uses no graph: it runs the model eagerly and replaces the calls of its blocks,
+for any container of the blocks and any return value.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ Path = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Port:
-    """Where a block's streams are, in what it is given and in what it returns.
+    """Where the streams of a block are in its arguments and in its result.
 
     Attributes:
-        given: Place of each stream in the arguments: a path of indices, keys and attribute names, whose first is the
-            argument's position or keyword.
+        given: Place of each stream in the arguments: a path of indices, keys and attribute names that starts with the
+            position or keyword of the argument.
         returned: Place of each stream in the result, in the same order; an empty path is the result itself. There are
-            fewer where callers make what the block does not return.
-        like: Where among the arguments the container stands that the result is, but for the streams; None if the result
-            holds nothing else.
-        unfold: Number of the call and a stream as its block sees it -> the stream as all see it; `fold` goes back.
+            fewer places if callers compute a stream that the block does not return.
+        like: Place of the container among the arguments that the result equals, except for the streams; None if the
+            result holds nothing else.
+        unfold: (Number of the call, stream in the shape that its block uses) -> stream in the common shape; `fold` is
+            the inverse.
     """
 
     given: tuple[Path, ...] = ((0,),)
@@ -40,29 +41,31 @@ class Port:
     unfold: Callable[[int, Tensor], Tensor] = lambda _, stream: stream
     fold: Callable[[int, Tensor], Tensor] = lambda _, stream: stream
 
-    def read(self, number: int, held: Any, paths: tuple[Path, ...]) -> list[Tensor]:
-        return [self.unfold(number, _get(held, path)) for path in paths]
+    def read(self, number: int, container: Any, paths: tuple[Path, ...]) -> list[Tensor]:
+        return [self.unfold(number, _get(container, path)) for path in paths]
 
-    def written(self, number: int, held: Any, paths: tuple[Path, ...], streams: Sequence[Tensor]) -> Any:
+    def written(self, number: int, container: Any, paths: tuple[Path, ...], streams: Sequence[Tensor]) -> Any:
         folded = [self.fold(number, stream) for stream in streams]
-        return functools.reduce(lambda held, new: _put(held, *new), zip(paths, folded, strict=True), held)
+        return functools.reduce(
+            lambda container, new: _put(container, *new), zip(paths, folded, strict=True), container
+        )
 
 
-HIDDEN = Port()  # The first argument is the stream, and so is the result.
+HIDDEN = Port()  # The first argument and the result are the stream.
 PAIR = Port(((0,), (1,)), ((0,), (1,)))
-BRANCH = Port((), ())  # The blocks give what their callers add to the stream: that it is what it was is all there is.
+BRANCH = Port((), ())  # The blocks return the branch, which their callers add to the stream.
 
 
 @dataclass
 class PortReference:
     """Runs `model` with some calls of its blocks skipped.
 
-    A reused step runs the first `fn` calls and the last `bn`. What stands between them is not run: each block there
-    gives what it gave at the last computed step, except that the streams leave the last of them as they enter the
-    first one now, with what was added to them at the last computed step.
+    A reused step runs the first `fn` and the last `bn` calls. The calls between them are skipped: each returns its
+    result of the last computed step, except that the last of them returns the current input streams of the first one
+    plus the residuals of the last computed step.
 
     Args:
-        blocks: The module of every block call, in the order of the calls; one may be there several times.
+        blocks: The module of every block call, in the order of the calls; a module may occur several times.
     """
 
     model: nn.Module
@@ -70,17 +73,17 @@ class PortReference:
     port: Port
     fn: int
     bn: int
-    results: dict[int, Any] = field(default_factory=dict)  # Of every skipped call at the last computed step,
-    added: list[Tensor] = field(default_factory=list)  # and what they added to each stream.
-    is_handed_on: bool = False  # What the last of them returned went to the next block as it was.
+    results: dict[int, Any] = field(default_factory=dict)  # The results of the skipped calls at the last computed step,
+    added: list[Tensor] = field(default_factory=list)  # and the residual of each stream over them.
+    is_handed_on: bool = False  # Whether the result of the last one was passed to the next block unchanged.
 
     def step(self, call: Callable[[nn.Module], Any], *, reuse: bool) -> Any:
-        """What `call(model)` returns."""
+        """The result of `call(model)`."""
         self.number, self.reuse = 0, reuse
-        self.left: list[Tensor] = []  # What the last of the skipped calls returned.
+        self.left: list[Tensor] = []  # The result of the last skipped call.
         with _called_as(self.blocks, self._call):
             output = call(self.model)
-        assert self.number == len(self.blocks)  # Or the reference does not reach what it is to skip.
+        assert self.number == len(self.blocks)  # Otherwise the reference misses a block call.
         return output
 
     def _call(self, block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +119,7 @@ class PortReference:
         return _cloned(result) if port.like is None else result
 
     def _enter(self, number: int, given: dict[Any, Any]) -> dict[Any, Any]:
-        """Behind the skipped calls. What stands between the last of them and this one is skipped with them."""
+        """The arguments of the call after the skipped ones. Operations between the two are skipped as well."""
         now = self.port.read(number, given, self.port.given)
         if not self.reuse:
             self.is_handed_on = [*map(id, now)] == [*map(id, self.left)]
@@ -127,14 +130,14 @@ class PortReference:
 
 
 def _with(call: Callable[..., Any], given: dict[Any, Any]) -> Any:
-    """`call` with arguments under their positions and keywords."""
+    """Calls `call` with arguments that are given by position and keyword."""
     by_position = [value for key, value in given.items() if isinstance(key, int)]
     return call(*by_position, **{key: value for key, value in given.items() if isinstance(key, str)})
 
 
 @contextmanager
 def _called_as(blocks: Sequence[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
-    """Lets every call of one of `blocks`, its hooks included, be `call(block, what it would have been, ...)`."""
+    """Replaces every call of one of `blocks`, including its hooks, by `call(block, original call, ...)`."""
     before = {block: block.__dict__.get("_compiled_call_impl") for block in blocks}
     try:
         for block in before:
@@ -143,35 +146,37 @@ def _called_as(blocks: Sequence[nn.Module], call: Callable[..., Any]) -> Iterato
     finally:
         for block, impl in before.items():
             if impl is None:
-                block.__dict__.pop("_compiled_call_impl", None)  # The class's own None shows again.
+                block.__dict__.pop("_compiled_call_impl", None)  # The None of the class is visible again.
             else:
                 block._compiled_call_impl = impl
 
 
-def _get(held: Any, path: Path) -> Any:
+def _get(container: Any, path: Path) -> Any:
     for key in path:
-        held = getattr(held, key) if isinstance(key, str) and not isinstance(held, dict) else held[key]
-    return held
+        container = (
+            getattr(container, key) if isinstance(key, str) and not isinstance(container, dict) else container[key]
+        )
+    return container
 
 
-def _put(held: Any, path: Path, value: Any) -> Any:
-    """A shallow copy of `held` with `value` at `path`."""
+def _put(container: Any, path: Path, value: Any) -> Any:
+    """A shallow copy of `container` with `value` at `path`."""
     if not path:
         return value
-    key, inner = path[0], _put(_get(held, path[:1]), path[1:], value)
-    if isinstance(held, tuple) and hasattr(held, "_replace"):
-        return held._replace(**{key if isinstance(key, str) else held._fields[key]: inner})
-    if dataclasses.is_dataclass(held):
-        return dataclasses.replace(held, **{key: inner})
-    if isinstance(held, tuple):
-        return (*held[:key], inner, *held[key + 1 :])
-    changed = copy.copy(held)
+    key, inner = path[0], _put(_get(container, path[:1]), path[1:], value)
+    if isinstance(container, tuple) and hasattr(container, "_replace"):
+        return container._replace(**{key if isinstance(key, str) else container._fields[key]: inner})
+    if dataclasses.is_dataclass(container):
+        return dataclasses.replace(container, **{key: inner})
+    if isinstance(container, tuple):
+        return (*container[:key], inner, *container[key + 1 :])
+    changed = copy.copy(container)
     changed[key] = inner
     return changed
 
 
 def _cloned(value: Any) -> Any:
-    """A copy that no in-place operation reaches."""
+    """A copy that is not affected by in-place operations."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -187,7 +192,7 @@ def _cloned(value: Any) -> Any:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors in what a model returned: a tensor, or any of the containers that people return."""
+    """The tensors in the output of a model: a tensor, or one of the common containers."""
     if isinstance(output, Tensor):
         return [output]
     if dataclasses.is_dataclass(output):
@@ -198,7 +203,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def build(model: Callable[[], nn.Module]) -> nn.Module:
-    """A new model in eval mode, always with the same weights; none of its gates is closed."""
+    """A new model in eval mode, always with the same weights, and with gates that are not 0."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         made = model().eval().requires_grad_(False)

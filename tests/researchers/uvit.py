@@ -1,4 +1,4 @@
-"""A U-ViT: time and label are tokens, the later half of the blocks takes what the earlier half put by."""
+"""A U-ViT: time and label are tokens, and the second half of the blocks has skips from the first half."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.researchers.dit import CHANNELS, CLASSES, DIM, HEADS, PATCH, TOKENS
 
-EXTRAS = 2  # Tokens beside those of the image: time and label.
+EXTRAS = 2  # Tokens besides those of the image: time and label.
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000) -> Tensor:
@@ -96,7 +96,7 @@ class UViT(nn.Module):
 
 
 class OneListUViT(UViT):
-    """All blocks are in one list; the skips are a stack of it."""
+    """All blocks are in one list; the skips are on a stack."""
 
     def make_blocks(self, half: int) -> None:
         self.blocks = nn.ModuleList(Block(skip=i > half) for i in range(2 * half + 1))

@@ -1,4 +1,4 @@
-"""A latent video model: spatial and temporal attention by turns, a cross-attention to the text now and then."""
+"""A latent video model: alternating spatial and temporal attention, and some cross-attention to the text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Attend(nn.Module):
 
 
 class Inner(nn.Module):
-    """What the blocks have in common."""
+    """The common part of the blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Inner(nn.Module):
 
 
 class SpatialBlock(Inner):
-    """x [B, F, S, D]; within each frame."""
+    """x [B, F, S, D]; attention within each frame."""
 
     def forward(self, x: Tensor, emb: Tensor, text: Tensor) -> Tensor:
         b, f, s, d = x.shape
@@ -55,7 +55,7 @@ class SpatialBlock(Inner):
 
 
 class TemporalBlock(Inner):
-    """x [B, F, S, D]; over time, at each place."""
+    """x [B, F, S, D]; attention over time, at each position."""
 
     def forward(self, x: Tensor, emb: Tensor, text: Tensor) -> Tensor:
         b, f, s, d = x.shape
@@ -65,7 +65,7 @@ class TemporalBlock(Inner):
 
 
 class CrossBlock(Inner):
-    """x [B, F, S, D]; looks at the text [B, T, D]."""
+    """x [B, F, S, D]; attention to the text [B, T, D]."""
 
     def forward(self, x: Tensor, emb: Tensor, text: Tensor) -> Tensor:
         b, f, s, d = x.shape
@@ -74,7 +74,7 @@ class CrossBlock(Inner):
 
 
 class Video(nn.Module):
-    """z [B, C, F, H, W], t [B], text [B, T, E] -> [B, C, F, H, W]. Every third block looks at the text."""
+    """z [B, C, F, H, W], t [B], text [B, T, E] -> [B, C, F, H, W]. Every third block attends to the text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Video(nn.Module):
 
 
 class TwoListVideo(Video):
-    """Latte's way: a list of spatial and one of temporal blocks, in turns."""
+    """As in Latte: a list of spatial and a list of temporal blocks, which alternate."""
 
     pairs = 4
 
@@ -127,7 +127,7 @@ class TwoListVideo(Video):
 
 
 class SpatialAttention(Inner):
-    """The branch alone, without its residual."""
+    """Returns the branch without the residual."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         b, f, s, d = x.shape
@@ -145,7 +145,7 @@ class FeedForward(nn.Module):
 
 
 class PairedVideo(Video):
-    """A list of lists whose members give a branch each; the loop adds them."""
+    """A list of lists whose members each return a branch; the loop adds the branches."""
 
     pairs = 4
 
@@ -166,7 +166,7 @@ class PairedVideo(Video):
 
 
 class FoldedVideo(Video):
-    """Spatial and temporal blocks reshape the stream between them: [B F, S, D] and [B S, F, D] by turns."""
+    """The stream alternates between the shapes [B F, S, D] and [B S, F, D] of spatial and temporal blocks."""
 
     class Folded(Inner):
         """x [B', N, D], emb [B', D]."""
@@ -193,12 +193,12 @@ class FoldedVideo(Video):
 
 
 def unfold(number: int, x: Tensor) -> Tensor:
-    """The stream of `FoldedVideo` as block `number` sees it -> [B, F, S, D]."""
+    """The stream of `FoldedVideo` in the shape of block `number` -> [B, F, S, D]."""
     n, d = x.shape[1:]
     return x.reshape(-1, FRAMES, n, d) if number % 2 == 0 else x.reshape(-1, SPATIAL, n, d).transpose(1, 2)
 
 
 def fold(number: int, x: Tensor) -> Tensor:
-    """The way back."""
+    """The inverse of `unfold`."""
     x = x if number % 2 == 0 else x.transpose(1, 2)
     return x.flatten(0, 1)

@@ -1,11 +1,11 @@
-"""Tiny diffusers transformers, one variant for every way in which their block loops differ.
+"""Tiny diffusers transformers, with one variant for every kind of block loop.
 
     variant = VARIANTS["Flux"]
     model = variant.build()
     outputs = [model(**call) for call in variant.generation()]
 
-They are at most 64 wide and have four blocks in each list, HunyuanDiT eight: its later half takes what the earlier half
-put by.
+They are at most 64 wide and have four blocks in each list. HunyuanDiT has eight: its second half has skips from the
+first half.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CogVideoX, CogView and those like them: image and text tokens in one list, the image returned first."""
+"""CogVideoX, CogView and similar ones: image and text tokens in one list, with the image returned first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LISTS = {"transformer_blocks": IMAGE_FIRST}
 
 
 def _video(setting: Setting) -> Inputs:
-    """The text's length is part of the model: its places are learnt."""
+    """The length of the text is part of the model, because its position embeddings are learned."""
     side = 2 * setting.side
     return dict(
         hidden_states=setting.noise(BATCH, FRAMES, 4, side, side),

@@ -34,7 +34,7 @@ def _lumina_next(setting: Setting) -> Inputs:
 
 
 def _omnigen(setting: Setting) -> Inputs:
-    """A prompt of ids, the timestep and the image in one sequence."""
+    """A prompt of token ids, the timestep and the image in one sequence."""
     side, text = 2 * setting.side, setting.length + 17
     tokens = text + 1 + setting.side**2
     return dict(
@@ -49,7 +49,7 @@ def _omnigen(setting: Setting) -> Inputs:
 
 
 def _prior(setting: Setting) -> Inputs:
-    """Sizes are the model's: one embedding of an image, one of a text and the text's tokens."""
+    """The model fixes the sizes: one embedding of an image, one of a text, and the tokens of the text."""
     return dict(
         hidden_states=setting.noise(BATCH, 8),
         timestep=torch.tensor(int(setting.timestep)),

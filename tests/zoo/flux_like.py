@@ -1,4 +1,4 @@
-"""FLUX and those like it: packed image tokens and text tokens, in two lists or one."""
+"""FLUX and similar ones: packed image tokens and text tokens, in one or two lists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.zoo.variant import BATCH, DUAL, NUM_BLOCKS, SINGLE, Inputs, Setting, 
 
 TWO_LISTS = {"transformer_blocks": DUAL, "single_transformer_blocks": DUAL}
 JOINED = {"transformer_blocks": DUAL, "single_transformer_blocks": SINGLE}
-NUM_CONTROLS = 2  # What a ControlNet adds between blocks; each is for half of them.
+NUM_CONTROLS = 2  # Number of residuals that a ControlNet adds between blocks; each is used for half of the blocks.
 WIDTH = 32
 
 

@@ -167,5 +167,5 @@ def variants() -> Iterator[Variant]:
         ),
         lists={"blocks": SINGLE},
         call=_dit,
-        cuts=((1, 2),),  # What block 1 puts by crosses from the blocks that may be skipped to those that always run.
+        cuts=((1, 2),),  # The skip of block 1 leads from the blocks that can be skipped to those that always run.
     )

@@ -26,7 +26,7 @@ def _hidream(setting: Setting) -> Inputs:
 
 
 def _z_image_sizes(setting: Setting) -> tuple[int, int]:
-    """Side of the latents, text tokens: so that different ones differ when they are padded, too."""
+    """Side of the latents and number of text tokens, such that different sizes also differ after padding."""
     return (8, 12, 24)[setting.size], (7, 40)[setting.text]
 
 
@@ -43,7 +43,7 @@ def _z_image_controlnet(setting: Setting) -> Inputs:
     side, text = _z_image_sizes(setting)
     tokens = sum(-(-length // PADDED) * PADDED for length in ((side // 2) ** 2, text))
     samples = setting.noises(2, BATCH, tokens, 32)
-    # Added after these blocks.
+    # Residuals are added after these blocks.
     return _z_image(setting) | dict(controlnet_block_samples=dict(zip((0, 2), samples, strict=True)))
 
 
@@ -76,7 +76,7 @@ def _ernie(setting: Setting) -> Inputs:
 
 
 def variants() -> Iterator[Variant]:
-    # The experts are chosen in training's way, or by NumPy as the released models do.
+    # The experts are chosen as in training, or with NumPy as in the released models.
     for name, experts, is_forced in (("HiDream", 2, True), ("HiDreamInfer", 4, False)):
         yield Variant(
             name=name,

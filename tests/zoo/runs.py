@@ -1,4 +1,4 @@
-"""Generations of a variant with the cache and without, for `tests/test_zoo*.py` to compare."""
+"""Generations of a variant with and without the cache, which `tests/test_zoo*.py` compare."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REUSED = 1  # Number of the reused step.
 Shape = tuple[int, int]  # Image size, text length
 
 CUTS: tuple[Cut, ...] = ((1, 0), (2, 1), (4, 0))
-SHAPES: tuple[Shape, ...] = ((0, 0), (1, 0), (2, 0), (0, 1))  # Of the calls, in turn.
+SHAPES: tuple[Shape, ...] = ((0, 0), (1, 0), (2, 0), (0, 1))  # The shapes of the calls, in order.
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Generation:
     """Three steps: the first is computed, the second reused, the third computed.
 
     Attributes:
-        decisions: Those of every session that ran.
-        outputs: The tensors of every step as the cached model gives them;
-        plain: as the model alone does;
-        by_hand: with blocks skipped by hand.
-        atol: How far they may be apart: a functor that makes the model compute something in another way rounds
-            otherwise, on some processors.
+        decisions: The decisions of every session that ran.
+        outputs: The output tensors of every step of the cached model.
+        plain: The same for the uncached model.
+        by_hand: The same with blocks skipped by hand.
+        atol: The absolute tolerance of the comparison: a functor that changes the computation of the model changes the
+            rounding on some processors.
     """
 
     decisions: list[list[str]]
@@ -58,7 +58,7 @@ class Generation:
     atol: float = 0.0
 
     def check(self) -> None:
-        """Computed steps are bitwise those of the model, and the reused one is that with blocks skipped by hand."""
+        """Asserts that computed steps match the model, and the reused step the one with blocks skipped by hand."""
         torch.testing.assert_close(self.by_hand[::2], self.plain[::2], rtol=0, atol=0)
         assert self.decisions == [DECISIONS], self.decisions
         torch.testing.assert_close(self.outputs[::2], self.plain[::2], rtol=0, atol=self.atol)
@@ -72,7 +72,7 @@ def atol_of(variant: Variant) -> float:
 
 @contextlib.contextmanager
 def one_collection() -> Iterator[None]:
-    """Collects garbage once, at the end, and not that of before: it would take a quarter of the time to compile."""
+    """Collects garbage only once, at the end; otherwise it would take a quarter of the compilation time."""
     gc.freeze()
     gc.disable()
     try:
@@ -86,7 +86,7 @@ def one_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def capturing(variant: Variant) -> Iterator[None]:
-    """Lets Dynamo capture sizes that depend on data, if the variant has any."""
+    """Makes Dynamo capture sizes that depend on data, if the variant has any."""
     flags = dict(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
     with torch._dynamo.config.patch(flags) if variant.needs_capture else contextlib.nullcontext():
         yield
@@ -94,23 +94,23 @@ def capturing(variant: Variant) -> Iterator[None]:
 
 @contextlib.contextmanager
 def named(variant: Variant, *, has_timestep: bool) -> Iterator[None]:
-    """Names the request, where nothing else tells that two steps belong to one generation."""
+    """Names the request if nothing else identifies the steps of one generation."""
     with contextlib.nullcontext() if has_timestep else cachedit_fx.session(variant.name):
         yield
 
 
 class Cached:
-    """A variant with `enable_cache`, captured once in bfloat16 and inference mode, until it is disabled.
+    """A variant with `enable_cache`, captured once in bfloat16 and inference mode, and disabled at the end.
 
-    What is captured is compiled once per cut.
+    The captured graph is compiled once per cut.
 
     Args:
-        dynamic: Whether it is captured for all sizes (else for the one of a single shape), as in `torch.compile`.
+        dynamic: Whether it is captured for all sizes, as in `torch.compile`; otherwise there is a single shape.
 
     Attributes:
         found: A generation for every cut and shape.
-        num_graphs: Graphs that Dynamo made of it.
-        row: Its line of docs/models.md.
+        num_graphs: The number of graphs that Dynamo made of it.
+        row: Its row in docs/models.md.
     """
 
     def __init__(self, variant: Variant, cuts: Sequence[Cut], shapes: Sequence[Shape], *, dynamic: bool) -> None:
@@ -151,7 +151,7 @@ class Compiled:
 
     Attributes:
         found: A generation for every shape.
-        num_graphs: How many graphs Dynamo made.
+        num_graphs: The number of graphs that Dynamo made.
     """
 
     def __init__(self, variant: Variant, cut: Cut, shapes: Sequence[Shape] = SHAPES) -> None:
@@ -181,7 +181,7 @@ def config_of(cut: Cut) -> CacheConfig:
 
 
 def enable(variant: Variant, model: nn.Module, config: CacheConfig, *, dynamic: bool) -> Any:
-    """Enables the cache, with the functor that the variant needs. Returns what it was enabled for."""
+    """Enables the cache, with the functor that the variant needs. Returns the object for which it was enabled."""
     functor = variant.functor() if variant.functor is not None else None
     target = model if functor is None else BlockAdapter(transformer=model, patch_functor=functor)
     return cachedit_fx.enable_cache(target, config, dynamic=dynamic or None)
@@ -194,18 +194,18 @@ def call_before(variant: Variant, model: nn.Module, dtype: torch.dtype = torch.f
 
 
 def steps_by_hand(variant: Variant, model: nn.Module, calls: Sequence[Inputs], cut: Cut) -> list[list[Tensor]]:
-    """The tensors of every step of a generation whose second is reused."""
+    """The output tensors of every step of a generation whose second step is reused."""
     reference = VariantReference(variant, model, *cut)
     return [reference(skip=step == REUSED, **call) for step, call in enumerate(calls)]
 
 
 def decisions_in(model: nn.Module) -> list[list[str]]:
-    """Those of every session of `model`."""
+    """The decisions of every session of `model`."""
     return [stats.decisions for stats in every_session(model)]
 
 
 def cuts_of(variant: Variant) -> list[Cut]:
-    """Those for which there are enough blocks, and its own; one far in where there is a second list to reach."""
+    """The cuts for which the variant has enough blocks, its own cuts, and one that reaches into a second list."""
     cuts = CUTS if len(variant.lists) > 1 else CUTS[:2]
     fitting = [cut for cut in cuts if sum(cut) < variant.num_blocks and cut not in variant.refused]
     return [*fitting, *variant.cuts]

@@ -10,7 +10,7 @@ import torch
 
 from tests.zoo.variant import BATCH, DUAL, NUM_BLOCKS, SINGLE, Inputs, Setting, Variant
 
-NUM_CONTROLS = 2  # What a ControlNet adds between blocks.
+NUM_CONTROLS = 2  # Number of residuals that a ControlNet adds between blocks.
 LISTS = {"transformer_blocks": SINGLE}
 
 

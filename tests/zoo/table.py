@@ -1,4 +1,4 @@
-"""Writes docs/models.md: how every transformer of the zoo is cached.
+"""Writes docs/models.md, which shows how every transformer of the zoo is cached.
 
 python -m tests.zoo.table            # or: make models
 """
@@ -39,18 +39,18 @@ COLUMNS = (
 
 @dataclass
 class Observed:
-    """What the backend was handed during one call.
+    """The graphs that the backend received during one call.
 
     Attributes:
-        num_graphs: Graphs that Dynamo handed over.
-        cells: Those of the table, for each that is cached.
+        num_graphs: The number of graphs from Dynamo.
+        cells: The cells of the table for each cached graph.
     """
 
     num_graphs: int = 0
     cells: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     def row(self, variant: Variant) -> str:
-        """The variant's line of the table."""
+        """The row of the variant in the table."""
         (cells,) = self.cells
         first = f"{variant.name} (`{variant.kind.__name__}`)"
         return f"| {' | '.join([first, *cells, str(self.num_graphs), _needs(variant)])} |"
@@ -58,7 +58,7 @@ class Observed:
 
 @contextmanager
 def watched() -> Iterator[Observed]:
-    """Notes what the passes make of every graph, with blocks shared as for Inductor whatever compiles them."""
+    """Records the result of the passes for every graph, with blocks shared as for Inductor with any inner backend."""
     observed, call = Observed(), backends.Backend.__call__
 
     def noted(self: backends.Backend, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -74,10 +74,10 @@ def watched() -> Iterator[Observed]:
 
 
 def row(name: str) -> str:
-    """The variant's line of the table, from one call with the cache enabled.
+    """The row of the variant in the table, from one call with the cache enabled.
 
     Raises:
-        NoMatchError: It does not match.
+        NoMatchError: The model does not match.
     """
     variant = VARIANTS[name]
     torch._dynamo.reset()
@@ -96,7 +96,7 @@ def row(name: str) -> str:
 
 
 def without_counts(row: str) -> list[str]:
-    """The cells of a line but for the numbers of structures and of graphs."""
+    """The cells of a row, except for the numbers of structures and of graphs."""
     cells = row.split(" | ")
     return [cell for name, cell in itertools.zip_longest(COLUMNS, cells) if name not in ("structures", "graphs")]
 
@@ -113,7 +113,7 @@ def _cells(found: Rewritten) -> tuple[str, str, str, str]:
         for pair in region.live_outs
     ]
     shared = [piece.blocks for piece in found.pieces if piece.blocks]
-    num_blocks = len({block for blocks in shared for block in blocks})  # One of two halves is counted once.
+    num_blocks = len({block for blocks in shared for block in blocks})  # A block in two halves is counted once.
     regions = ", ".join(f"`{region.name}`" for region in found.plan.regions)
     return "<br>".join(lists), regions, ", ".join(cached), f"{len(shared)} for {num_blocks}"
 

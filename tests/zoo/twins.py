@@ -1,4 +1,4 @@
-"""Captured graphs compiled once more with other cuts, to run these in the place of the first: Dynamo captures once."""
+"""Compiles captured graphs again with other cuts, and runs these instead of the first: Dynamo captures only once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.zoo.variant import Cut
 
 
 class Twins:
-    """The cached graphs of a module, each with others that were made of the same capture.
+    """The cached graphs of a module, each with others that were compiled from the same capture.
 
     Args:
-        configs: What the others are built by.
+        configs: The configurations of the others.
     """
 
     def __init__(self, configs: Mapping[Cut, CacheConfig]) -> None:
@@ -28,7 +28,7 @@ class Twins:
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
-        """Compiles the others of every graph that is captured inside and matches."""
+        """Compiles the others for every matching graph that is captured inside the context."""
         compile_graph = Backend.__call__
 
         def compile_all(backend: Backend, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ class Twins:
 
     @contextmanager
     def instead(self, cut: Cut) -> Iterator[None]:
-        """Runs the graphs that are cut so, with the inputs that Dynamo finds for the first."""
+        """Runs the graphs with the given cut, with the inputs that Dynamo passes to the first one."""
         call, twins = CachedCall.__call__, self._twins
 
         def call_twin(first: CachedCall, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a test needs to know of one transformer to run it."""
+"""The description of a transformer from which a test runs it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 
 from cachedit_fx.functors import PatchFunctor
 
-NUM_BLOCKS = 4  # In every list.
+NUM_BLOCKS = 4  # In every block list.
 BATCH = 2
 SIDES = (4, 6, 8)  # Image tokens per side, by `size`.
-LENGTHS = (7, 9)  # Text tokens, by `text`; no number of image tokens is one of them.
-TIMES = (900.0, 800.0, 700.0)  # Of a generation, on the scale of 0 to 1000.
+LENGTHS = (7, 9)  # Text tokens, by `text`; all differ from the numbers of image tokens.
+TIMES = (900.0, 800.0, 700.0)  # The timesteps of a generation, on a scale from 0 to 1000.
 
 DUAL = ("encoder_hidden_states", "hidden_states")
 IMAGE_FIRST = ("hidden_states", "encoder_hidden_states")
@@ -31,12 +31,12 @@ Block = tuple[tuple[nn.Module, ...], tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a call is like.
+    """The setting of a call.
 
     Attributes:
-        timestep: On the scale of 0 to 1000.
-        size, text: Numbers of an image size and of a text length.
-        dtype: That of the floating inputs, but for those that pipelines keep in float32.
+        timestep: The timestep on a scale from 0 to 1000.
+        size, text: Indices of an image size and of a text length.
+        dtype: The dtype of the floating-point inputs, except for those that pipelines leave in float32.
     """
 
     timestep: float = 500.0
@@ -46,12 +46,12 @@ class Setting:
 
     @property
     def side(self) -> int:
-        """Image tokens per side."""
+        """Number of image tokens per side."""
         return SIDES[self.size]
 
     @property
     def length(self) -> int:
-        """Text tokens."""
+        """Number of text tokens."""
         return LENGTHS[self.text]
 
     def noise(self, *shape: int, seed: int = 0) -> Tensor:
@@ -77,20 +77,20 @@ class Variant:
         name: Key in `VARIANTS`.
         kind: The transformer's class.
         config: Its configuration.
-        lists: Path of every block list of the chain in execution order, with what its blocks return, in order; each is
-            also the name of a parameter of theirs.
-        call: The arguments of a call, in new tensors; `return_dict` is added.
-        latents: Names of the arguments that change from step to step, besides
-        times: those that hold the timestep.
-        timestep_input: Where the timestep of a graph with the block loop is found: in the graph's inputs; in the
-            model's only (Dynamo broke it up, and the loop's part has none); nowhere.
-        functor: What makes the model one graph.
+        lists: Path of every block list of the chain in execution order -> the outputs of its blocks, in order; each
+            output is also the name of a parameter of the blocks.
+        call: Creates the arguments of a call, in new tensors; `return_dict` is added.
+        latents: Names of the arguments that change from step to step, besides `times`.
+        times: Names of the arguments that hold the timestep.
+        timestep_input: Where the timestep is found for the graph with the block loop: in the inputs of the graph; only
+            in those of the model, because of a graph break before the loop; or nowhere.
+        functor: The patch functor with which the model is captured as one graph.
         needs_capture: Whether the loop is captured only with Dynamo's flags for sizes that depend on data.
-        needs_call: Whether it is called once before it is compiled: it then makes tables, at which Dynamo stops.
-        alternates: Whether the lists take turns: a block is one of each.
-        cuts: Fn and Bn to be tried beside those that are for all variants.
-        refused: Those at which it is not cut: a number that is read of a stream would be needed on both sides.
-        image_last: Where two streams become one, whether the text comes first in it.
+        needs_call: Whether it must be called once before it is compiled, to create tables that cause a graph break.
+        alternates: Whether the lists alternate: a block of the chain consists of one block of each list.
+        cuts: Values of Fn and Bn that are tested in addition to those for all variants.
+        refused: Cuts that are refused, because a number that is read from a stream would be needed on both sides.
+        image_last: If two streams are joined, whether the text comes first.
     """
 
     name: str
@@ -110,18 +110,18 @@ class Variant:
     image_last: bool = True
 
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A new transformer, always with the same weights; none of its blocks does nothing."""
+        """A new transformer, always with the same weights, in which every block has an effect."""
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             model = self.kind(**self.config).eval()
             for name, parameter in model.named_parameters():
-                # Gates and output projections start at zero, LuminaNext's padding as the memory that it got.
+                # Gates and output projections are initialized to 0, and LuminaNext's padding is uninitialized memory.
                 if parameter.numel() > 1 and (name == "pad_token" or not parameter.any()):
                     parameter.normal_(0, 0.02)
         return cast(model, dtype)
 
     def chain(self, model: nn.Module) -> list[Block]:
-        """The blocks of `model` in execution order, each with the modules that it consists of and what it returns."""
+        """The blocks of `model` in execution order: the modules of each, and the names of its outputs."""
         lists = [(model.get_submodule(path), returns) for path, returns in self.lists.items()]
         if self.alternates:
             return [(modules, lists[0][1]) for modules in zip(*(blocks for blocks, _ in lists), strict=True)]
@@ -129,7 +129,7 @@ class Variant:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the chain."""
+        """Number of blocks of the chain."""
         counts = [self._count(path) for path in self.lists]
         return counts[0] if self.alternates else sum(counts)
 
@@ -147,14 +147,16 @@ class Variant:
     def generation(
         self, times: Sequence[float] = TIMES, *, size: int = 0, text: int = 0, dtype: torch.dtype = torch.float32
     ) -> list[Inputs]:
-        """The calls of a generation: new latents and another timestep at each; all else are the same objects."""
+        """The calls of a generation: new latents and another timestep in each, the same objects for all else."""
         settings = dict(size=size, text=text, dtype=dtype)
         common = self.inputs(times[0], **settings)
         calls = []
         for number, time in enumerate(times):
-            own = self.inputs(time, **settings)
-            latents = {name: pytree.tree_map(lambda x, n=number: another(x, n), own[name]) for name in self.latents}
-            calls.append(common | {name: own[name] for name in self.times} | latents)
+            step_inputs = self.inputs(time, **settings)
+            latents = {
+                name: pytree.tree_map(lambda x, n=number: another(x, n), step_inputs[name]) for name in self.latents
+            }
+            calls.append(common | {name: step_inputs[name] for name in self.times} | latents)
         return calls
 
 
@@ -164,17 +166,17 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def another(latents: Tensor, seed: int) -> Tensor:
-    """Latents of the same shape and dtype; tokens below 16 for tokens."""
+    """Other latents of the same shape and dtype; integer latents are token ids below 16."""
     if latents.is_floating_point():
         return noise(*latents.shape, seed=seed).to(latents.dtype)
     return torch.randint(16, latents.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`model` with its weights in `dtype`, but for those that diffusers keeps in float32 when it loads it."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    """`model` with its weights in `dtype`, except for those that diffusers loads in float32."""
+    float32_modules = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         persists = name in model.state_dict()
-        if tensor.is_floating_point() and persists and not kept & set(name.split(".")):
+        if tensor.is_floating_point() and persists and not float32_modules & set(name.split(".")):
             tensor.data = tensor.data.to(dtype)
     return model

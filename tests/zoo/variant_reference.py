@@ -1,7 +1,7 @@
-"""A plain-Python reference of skipped blocks for the zoo, whose streams change their layout between two block lists.
+"""A plain-Python reference of skipped blocks for the zoo, where the layout of streams changes between block lists.
 
-It shares no code with `cachedit_fx`: the model runs eagerly, with the forwards of its blocks replaced. What it knows of
-a model is its `Variant`. Where all blocks take and return the same streams, `tests.regions` is enough.
+It shares no code with `cachedit_fx`: the model runs eagerly, with the forwards of its blocks replaced. A model is
+described by its `Variant`. If all blocks take and return the same streams, `tests.regions` is enough.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ Streams = dict[str, Tensor]
 
 
 class VariantReference:
-    """Skips the blocks from number `fn` up to the last `bn` ones, and adds what they added when they last ran.
+    """Skips the blocks from number `fn` up to the last `bn` ones, and adds the residuals of their last run.
 
-        blocks[:fn] run | streams enter | blocks[fn : n - bn] hand on what they get | streams leave | the rest runs
+        blocks[:fn] run | streams enter | blocks[fn : n - bn] return their inputs | streams leave | the rest runs
 
-    What leaves is then what enters now, plus what left less what entered at the last computed step. Work between two
-    blocks belongs to the one before.
+    A stream then leaves with the value that enters now plus its residual of the last computed step. Operations between
+    two blocks belong to the first one.
 
-    The layout may change on the way, and what enters is then wanted in that of the end. The model's own code brings it
-    there: one block hands it over to the next. But where the chain ends with text and image in one stream, only the
-    image's rows are needed.
+    If the layout changes on the way, the entering streams are needed in the final layout. The code of the model between
+    the two blocks converts them. But if the chain ends with text and image in one stream, only the rows of the image
+    are needed.
 
     Args:
-        variant: What is known of the model.
-        model: Its blocks get their own forwards back after every call.
-        fn, bn: Blocks at the front and at the end that always run.
+        variant: The description of the model.
+        model: The forwards of its blocks are restored after every call.
+        fn, bn: Numbers of blocks at the front and at the end that always run.
     """
 
     def __init__(self, variant: Variant, model: nn.Module, fn: int, bn: int) -> None:
@@ -43,12 +43,12 @@ class VariantReference:
         self.chain = variant.chain(model)
         self.fn, self.stop = fn, len(self.chain) - bn
         self.giver, self.taker = self._change_of_layout()
-        self.mode = "compute"  # Or "reuse", or "probe": what are the streams that enter in the layout at the end?
+        self.mode = "compute"  # Or "reuse", or "probe", which finds the entering streams in the final layout.
         self.entered: Streams = {}  # The streams before block `fn` at this step,
-        self.brought: Streams = {}  # the same in the layout at the end, if it is another,
-        self.added: Streams = {}  # and what was added to them at the last computed step.
-        self.made: list[Tensor] = []  # What the skippable blocks returned then,
-        self.skips: Streams = {}  # and what of it a later block took beside its streams.
+        self.brought: Streams = {}  # the same in the final layout, if it differs,
+        self.added: Streams = {}  # and their residuals of the last computed step.
+        self.made: list[Tensor] = []  # The outputs of the skippable blocks at that step,
+        self.skips: Streams = {}  # and those that a later block reads besides its streams.
 
     def __call__(self, *, skip: bool, **inputs: Any) -> list[Tensor]:
         """The tensors that the model returns."""
@@ -59,7 +59,7 @@ class VariantReference:
         return tensors_of(self._run("reuse" if skip else "compute", inputs))
 
     def _change_of_layout(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """The modules between which it happens; none if both ends of what is skipped have one layout."""
+        """The modules between which the layout changes; None if both ends of the skipped blocks have the same one."""
         numbers, is_end = range(self.fn + 1, self.stop + 1), self.stop == len(self.chain)
         if self.variant.alternates and is_end:
             first, *_, last = self.chain[-1][0]
@@ -84,7 +84,7 @@ class VariantReference:
             yield
         finally:
             for _, module in modules:
-                module.__dict__.pop("forward", None)  # The class's own shows again.
+                module.__dict__.pop("forward", None)  # The forward of the class is visible again.
 
     def _stand_in(self, number: int, module: nn.Module) -> Callable[..., Any]:
         modules, returns = self.chain[number]
@@ -116,7 +116,7 @@ class VariantReference:
         return forward
 
     def _leave(self, streams: Streams) -> Streams:
-        """The streams behind the last block that may be skipped: noted as they are, or where it was, put right."""
+        """The streams after the last skippable block: in a computed step recorded, in a reused step corrected."""
         starts = self.brought if self.taker is not None else self.entered
         if self.mode == "compute":
             left = {name: stream for name, stream in streams.items() if stream is not None}
@@ -130,7 +130,7 @@ class VariantReference:
         return streams
 
     def _rows(self, stream: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Of a joint stream the rows of the image, and those of the text; of another stream all, and none."""
+        """The rows of the image and those of the text in a joined stream; all rows and no text for another stream."""
         if stream.shape == image.shape:
             return stream, []
         if self.variant.image_last:
@@ -140,7 +140,7 @@ class VariantReference:
         return rows, [text]
 
     def _skips(self, number: int, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What a block takes of the skippable ones beside its streams: what they made at the last computed step."""
+        """The inputs of a block besides its streams that skippable blocks computed, from the last computed step."""
         beside = {name: value for name, value in arguments.items() if name not in self.chain[number][1]}
         for name, value in beside.items() if self.mode == "compute" else ():
             if any(value is made for made in self.made):

@@ -59,7 +59,7 @@ def _mochi(setting: Setting) -> Inputs:
 
 
 def _allegro(setting: Setting) -> Inputs:
-    """Rotary tables and places as AllegroPipeline makes them."""
+    """Rotary tables and positions as AllegroPipeline computes them."""
     side, grid = 2 * setting.side, (setting.side, setting.side)
     *tables, time, height, width = get_3d_rotary_pos_embed_allegro(
         embed_dim=12,
@@ -92,7 +92,7 @@ def _cosmos(setting: Setting) -> Inputs:
 
 
 def _cosmos3(setting: Setting) -> Inputs:
-    """One image after a text in one sequence; there is no batch, and every noisy token has a time."""
+    """One image after a text in one sequence; there is no batch, and every noisy token has its own timestep."""
     side, text = setting.side, setting.length
     image = torch.arange(text, text + side**2)
     return dict(

@@ -1,4 +1,4 @@
-"""Wan and those like it: video tokens that look at the text by cross-attention."""
+"""Wan and similar ones: video tokens with cross-attention to the text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _image_to_video(setting: Setting) -> Inputs:
 
 
 def _time_per_token(setting: Setting) -> Inputs:
-    """Wan 2.2 tells every token its time, [B, N], in float32."""
+    """Wan 2.2 passes one timestep per token, [B, N], in float32."""
     return _wan(setting) | dict(timestep=torch.full((BATCH, FRAMES * setting.side**2), setting.timestep))
 
 
