@@ -323,7 +323,7 @@ def test_the_fields_that_determine_the_graph_are_declared():
 def test_the_fields_that_cannot_differ_between_block_lists_are_declared():
     for name, declared in OPTIONS.items():
         if declared.whole_model:
-            with pytest.raises(ConfigError, match=f"{name} holds for a whole model"):
+            with pytest.raises(ConfigError, match=f"{name} applies to a whole model"):
                 ParamsModifier(**{name: declared.default})
         else:
             assert ParamsModifier(**{name: declared.default}).cache_config.given == {name}

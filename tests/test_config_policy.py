@@ -196,7 +196,7 @@ def test_a_block_list_may_have_a_separate_policy():
 
 
 def test_a_policy_that_sets_the_probe_applies_to_the_whole_model():
-    with pytest.raises(ConfigError, match="probe holds for a whole model"):
+    with pytest.raises(ConfigError, match="probe applies to a whole model"):
         ParamsModifier(policy=Magnitude(RATIOS))
     ratios = ParamsModifier(magnitude_ratios=(1.0, 0.5)).cache_config
     assert CacheConfig(policy=Magnitude(RATIOS)).override(ratios).policy == Magnitude((1.0, 0.5), 0.12)

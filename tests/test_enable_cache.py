@@ -125,7 +125,7 @@ def test_a_pipeline_that_needs_a_functor_runs_uncached_and_warns(tiny, caplog):
     assert not cachedit_fx.is_cached(pipe.transformer)
     assert cachedit_fx.summary(pipe, logging=False) == []
     (warning,) = warnings_in(caplog)
-    mended = f"{UNCACHED[tiny.name]} which makes it one graph: enable_cache(BlockAdapter(..., patch_functor="
+    mended = f"{UNCACHED[tiny.name]}, which makes it one graph: enable_cache(BlockAdapter(..., patch_functor="
     for words in (
         "runs without caching",
         "Dynamo captured",

@@ -168,7 +168,7 @@ def hostile(explanation: Explanation) -> Explanation:
     blocks = (report.blocks[0], block, *report.blocks[2:])
     report = dataclasses.replace(report, cls=HOSTILE, blocks=blocks, lists=lists, verdicts=(verdict,), timestep=HOSTILE)
     modules = [dataclasses.replace(explanation.modules[0], cls=HOSTILE, why=HOSTILE, config={"mode": HOSTILE})]
-    return Explanation(HOSTILE, modules, [RecordedGraph(report, explanation._graphs[0])], [HOSTILE])
+    return Explanation(HOSTILE, modules, [RecordedGraph(report, explanation.graph_modules[0])], [HOSTILE])
 
 
 def test_text_never_becomes_markup(chromium: Any, flux: tuple[Explanation, Path], tmp_path: Path) -> None:
