@@ -211,7 +211,7 @@ def test_a_configuration_without_a_prunable_block_is_refused_with_a_reason():
     fields = dict(Fn_compute_blocks=1, non_prune_block_ids=[1, 2, 3], on_no_match="raise", inner_backend="eager")
     cachedit_fx.enable_cache(model, DBPruneConfig(**fields))
     with pytest.raises(
-        NoMatchError, match="expected: a block of blocks that may be pruned\n  found:    all among non_prune"
+        NoMatchError, match="expected: a block of blocks that may be pruned\n  found:    every block is in non_prune"
     ):
         model(**drifting()[0])
 
