@@ -139,3 +139,8 @@ def test_no_model_is_special_cased_outside_its_functor():
     assert [file for file in others if "HiDream" in file.read_text(encoding="utf-8")] == [
         PACKAGE / "cache_factory" / "patch_functors" / "__init__.py"
     ]
+
+
+def test_no_two_files_have_one_name():
+    names = [file.name for file in modules().values() if file.name != "__init__.py"]
+    assert sorted({name for name in names if names.count(name) > 1}) == []

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cachedit_fx.errors import ConfigError, cut, shown
 from cachedit_fx.forecasters.forecaster import Forecaster, Times
-from cachedit_fx.forecasters.trace import trace
+from cachedit_fx.forecasters.trace_function import trace
 from cachedit_fx.forecasters.verdict import choose, judge, terms
 
 Compile = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cachedit_fx.forecasters.fields import check_choice, check_int, check_number
 from cachedit_fx.forecasters.forecaster import Forecaster, Times, widened
+from cachedit_fx.forecasters.forecaster_fields import check_choice, check_int, check_number
 from cachedit_fx.forecasters.modes import LEAST, dmd_factors
 
 _EVEN = 1e-3  # Relative tolerance for equal gaps, because timesteps are rounded.

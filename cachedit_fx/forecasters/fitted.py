@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachedit_fx.errors import ConfigError, shown
-from cachedit_fx.forecasters.fields import check_int
 from cachedit_fx.forecasters.forecaster import LinearForecaster, Times
+from cachedit_fx.forecasters.forecaster_fields import check_int
 from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
 
 _LINE = PolynomialCalibratorConfig(order=1)

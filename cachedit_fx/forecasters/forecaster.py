@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 
 from cachedit_fx.errors import ConfigError, shown
-from cachedit_fx.forecasters.fields import check_choice, check_names, check_switch
+from cachedit_fx.forecasters.forecaster_fields import check_choice, check_names, check_switch
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cachedit_fx.forecasters.fields import check_int
 from cachedit_fx.forecasters.forecaster import LinearForecaster, Times, distinct
+from cachedit_fx.forecasters.forecaster_fields import check_int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cachedit_fx.forecasters.fields import check_int
 from cachedit_fx.forecasters.forecaster import LinearForecaster, Times, distinct
+from cachedit_fx.forecasters.forecaster_fields import check_int
 
 
 @dataclass(frozen=True, kw_only=True)

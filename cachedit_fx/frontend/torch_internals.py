@@ -12,8 +12,8 @@ Older versions are not supported. The consequences of a missing name:
 | other names | stated where they are used |
 
 Exceptions: `config`, which must not import this file, lists the options and modes of Inductor with documented
-functions. Fake tensors, symbolic shapes, `torch.fx` and its tracers (`forecasters/trace.py`) are not part of Dynamo or
-Inductor; the modules that need them import them.
+functions. Fake tensors, symbolic shapes, `torch.fx` and its tracers (`forecasters/trace_function.py`) are not part of
+Dynamo or Inductor; the modules that need them import them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from cachedit_fx.inspect.explanation.aten import aten_view
 from cachedit_fx.inspect.explanation.data import Captured
 from cachedit_fx.inspect.explanation.diff import unified_diff
 from cachedit_fx.inspect.explanation.dynamo_recorder import RecordedGraph
-from cachedit_fx.inspect.explanation.explained import Explained
+from cachedit_fx.inspect.explanation.explanation_data import Explained
 from cachedit_fx.inspect.explanation.text import page
 
 GRAPHS = ("before", "after", "head", "compute", "reuse", "tail")

@@ -16,7 +16,7 @@ from cachedit_fx.inspect.explanation.data import (
     Value,
     Verdict,
 )
-from cachedit_fx.inspect.explanation.explained import Explained
+from cachedit_fx.inspect.explanation.explanation_data import Explained
 from cachedit_fx.inspect.explanation.units import flops, size
 
 _SHOWN_VERDICTS = 3

@@ -19,7 +19,7 @@ from cachedit_fx.inspect.pages.side_by_side import Chunk, chunks_of
 
 if TYPE_CHECKING:
     from cachedit_fx.inspect.explanation.data import Captured
-    from cachedit_fx.inspect.explanation.explained import Explained
+    from cachedit_fx.inspect.explanation.explanation_data import Explained
 
 _PARTS = {
     "Fn": "Fn: always runs; the probe is usually the residual over these blocks",
