@@ -65,9 +65,11 @@ OTHERS: dict[str, Callable[[Model], object]] = {
 }
 
 
-@pytest.fixture(params=[True, False], ids=["by versions", "without versions"])
+@pytest.fixture(params=["by guards", "by versions", "without versions"])
 def _versions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not request.param:
+    if request.param == "by guards":
+        monkeypatch.setattr(dict_versions, "CALLS_BEFORE_GUARDS", 1)
+    if request.param == "without versions":
         monkeypatch.setattr(dict_versions, "dict_version", None)
     yield
 
@@ -102,6 +104,36 @@ def test_torch_provides_versions_of_dictionaries():
     assert versions.are_same()
     written["a"] = 2
     assert not versions.are_same()
+
+
+def test_guards_take_the_place_of_versions_after_some_calls(monkeypatch: pytest.MonkeyPatch):
+    """They are one call of compiled code instead of one per dictionary. A model that writes at every call has none."""
+    made: list[int] = []
+    guard_on = dict_versions.guard_on_dict_versions
+    monkeypatch.setattr(dict_versions, "guard_on_dict_versions", lambda dicts: made.append(1) or guard_on(dicts))
+    monkeypatch.setattr(dict_versions, "CALLS_BEFORE_GUARDS", 3)
+    written: dict[str, int] = {"a": 1}
+    versions = DictVersions([written, {}])
+    assert versions.are_same() and versions.are_same() and not made
+    assert versions.are_same() and made
+    monkeypatch.setattr(dict_versions, "dict_version", None)  # From here on only the guards can tell.
+    assert versions.are_same()
+    written["a"] = 2
+    assert not versions.are_same() and not versions.are_same()
+
+
+def test_a_write_while_the_guards_are_made_is_detected(monkeypatch: pytest.MonkeyPatch):
+    written: dict[str, int] = {"a": 1}
+    guard_on = dict_versions.guard_on_dict_versions
+
+    def write_first(dicts: list[dict[str, int]]) -> object:
+        written["a"] = 2
+        return guard_on(dicts)
+
+    monkeypatch.setattr(dict_versions, "guard_on_dict_versions", write_first)
+    monkeypatch.setattr(dict_versions, "CALLS_BEFORE_GUARDS", 1)
+    versions = DictVersions([written])
+    assert not versions.are_same() and not versions.are_same()
 
 
 def test_a_replaced_block_of_an_alternating_list_is_detected():
