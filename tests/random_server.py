@@ -373,8 +373,8 @@ class Server:
         if loop.is_disturbed:
             return
         if self.plan.in_threads and loop.reused != alone.reused:
-            # If two graphs accept a call, Dynamo may run either while other threads make calls, and a session computes
-            # the step at which the graph changes.
+            # If two graphs accept a call, Dynamo runs the one that served a call last, perhaps of another thread, and a
+            # session computes the step at which its graph changes.
             assert sum(loop.reused) >= sum(alone.reused) // 2, f"request {loop.number}: {loop.reused}"
             return
         for number, (found, expected) in enumerate(zip(loop.outputs, alone.outputs, strict=False)):
