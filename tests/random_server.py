@@ -119,6 +119,7 @@ class Loop:
 
     Attributes:
         given: A copy of `common`, which other requests may overwrite.
+        num_known_steps: The number of steps that the cache knows of.
         outputs: The output tensors of every call.
         reused: For every call whether the blocks were skipped.
         is_ended: Whether it failed or its prompt was overwritten.
@@ -130,7 +131,7 @@ class Loop:
         self.pair, self.request, self.number, self.common = pair, request, number, common
         self.given = {name: copy.deepcopy(value) for name, value in common.items()}
         self.scheduler = SimpleNamespace(timesteps=torch.tensor(request.times), _step_index=None)
-        self.step = 0
+        self.step = self.num_known_steps = 0
         self.outputs: list[list[Tensor]] = []
         self.reused: list[bool] = []
         self.is_ended = self.is_disturbed = False
@@ -145,9 +146,15 @@ class Loop:
     def is_over(self) -> bool:
         return self.is_ended or self.step >= self.request.num_steps
 
-    def forget(self) -> None:
-        """Requires that nothing that was computed so far is reused."""
+    def forget(self, *, all_steps: bool) -> None:
+        """Requires that nothing that was computed so far is reused.
+
+        Args:
+            all_steps: Whether the cache also forgets that the steps were made.
+        """
         self._references.clear()
+        if all_steps:
+            self.num_known_steps = 0
 
     def run_step(self, *, check: bool = True) -> None:
         """Makes all calls of the next step in the way of its kind of loop."""
@@ -169,6 +176,7 @@ class Loop:
                 if check:
                     self.reused.append(self._is_reused(window, call, output))
         self.step += 1
+        self.num_known_steps += 1
 
     def check_outputs(self) -> None:
         """Checks the outputs of a loop that ran without checks, because other threads used the models."""
@@ -275,13 +283,14 @@ def inputs_of(variant: Variant, request: Request, number: int) -> Inputs:
 def _is_distinguishable(users: list[Loop], request: Request) -> bool:
     """Whether a request can be distinguished from others with its prompt object: in a bare loop by a rising timestep.
 
-    It cannot if the other request was abandoned at a higher timestep or after its first step.
+    It cannot if the other request was abandoned at a higher timestep, or after its first step or the first step since
+    all sessions were ended.
     """
     if request.kind != "bare" or not users:
         return True
     last, *_ = users
     times = last.request.times
-    return last.request.kind == "bare" and last.step >= 2 and request.times[0] > times[last.step - 1]
+    return last.request.kind == "bare" and last.num_known_steps >= 2 and request.times[0] > times[last.step - 1]
 
 
 @dataclass
@@ -318,7 +327,7 @@ class Server:
         for number, event in self._turns():
             self.pair.change(event)
             for known in started.values() if event != "nothing" else ():
-                known.forget()
+                known.forget(all_steps=event in ("reset", "refresh"))
             if number not in started:
                 request = self.plan.requests[number]
                 started[number] = Loop(self.pair, request, number, prompts.of(request, number))
