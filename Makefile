@@ -42,6 +42,10 @@ browser: ## Debian's chromium, which the tests of the pages use; without it they
 test: venv browser ## every test, slow ones too, on all cores; ARGS="-k name" goes to pytest
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
+.PHONY: matrix
+matrix: venv ## the fast tests on Python 3.11 to 3.13 and torch 2.11 to 2.13, where to be had; ARGS="--torch 2.12.1 -k lora"
+	$(PY) -m tests.version_matrix $(ARGS)
+
 lint: venv ## ruff check, ruff format, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -77,5 +81,5 @@ wheel: venv ## sdist, wheel from the sdist, then the wheel tried outside the tre
 	$(PY) .ci/check_wheel.py dist/*.whl
 
 clean: ## removes everything that these targets made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
+	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

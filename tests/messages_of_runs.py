@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import runpy
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 import cachedit_fx
 import cachedit_fx.testing.pattern_check
 from cachedit_fx import BlockAdapter, BlockTemplate, ForwardPattern, ParamsModifier, figure
-from cachedit_fx.frontend import fast_dispatch
+from cachedit_fx.frontend import fast_dispatch, torch_internals
 from cachedit_fx.functors import PatchFunctor
 from cachedit_fx.inspect import Explanation
 from cachedit_fx.inspect.pages import render
@@ -73,6 +74,17 @@ def run_where_dynamo_has_no_guards() -> None:
         patch.object(fast_dispatch, "find_guards", side_effect=AttributeError("no guards")),
     ):
         hybrid_step(cachedit_fx.enable_cache(model, hybrid.config()))
+
+
+def import_without_a_private_name() -> None:
+    with patch.object(torch._dynamo.convert_frame, "compile_lock"):
+        del torch._dynamo.convert_frame.compile_lock
+        runpy.run_path(str(torch_internals.__file__))
+
+
+def trace_without_a_private_name() -> None:
+    with patch.object(torch_internals, "_translator", object):
+        torch_internals.traced_locals()
 
 
 def run_two_that_do_not_fit() -> None:
@@ -212,6 +224,8 @@ RUNS = [
     Row("bug-raised", lambda _: run_with_a_bug(on_no_match="raise"), "KeyError", "options={\"debug_dir\": "),
     Row("taken-folder", dump_into_a_file, "taken'", "debug_dir must be a folder that can be written to"),
     Row("unknown-torch", lambda _: run_where_dynamo_has_no_guards(), "no guards", "What to do: use torch 2.13.x"),
+    Row("missing-name", lambda _: import_without_a_private_name(), "'compile_lock'", "install a supported version"),
+    Row("missing-attribute", lambda _: trace_without_a_private_name(), "'f_locals'", "the tests run on 2.13.x"),
     Row("state-dropped", lambda _: run_two_that_do_not_fit(), "max_state_bytes=0", "What to do: raise max_state_bytes"),
     Row("saved-uncached", run_saved_uncached, "stream-count", "See every verdict: the script without --run"),
 ]  # fmt: skip

@@ -157,6 +157,11 @@ class Enabled:
                 # Not left to `_learn`, since calls that are served without Dynamo do not reach it.
                 self._watch = RegionWatch(module, changed.paths)
 
+    def forget_weights(self) -> None:
+        """Makes the values unusable that were cached from the present weights, which are about to change or did."""
+        with self._watch_lock:
+            self.instance.weights_version += 1
+
     def _call_dynamo(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             return self.compiled(*args, **kwargs)

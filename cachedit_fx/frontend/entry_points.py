@@ -24,20 +24,22 @@ class WatchedMethod:
 
     Args:
         on_call: Called with the module, the name of the method, and the call to make. Returns what the call returns.
+        takes_tensors: Whether `on_call` is called only if there is a tensor among the arguments.
     """
 
-    def __init__(self, module: nn.Module, name: str, on_call: OnCall) -> None:
+    def __init__(self, module: nn.Module, name: str, on_call: OnCall, takes_tensors: bool = True) -> None:
         functools.update_wrapper(self, getattr(type(module), name))
-        self._module, self._name, self._on_call = module, name, on_call
+        self._module, self._name, self._on_call, self._takes_tensors = module, name, on_call, takes_tensors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(getattr(type(self._module), self._name), self._module, *args, **kwargs)
-        if torch.compiler.is_compiling() or not has_tensor((args, kwargs)):
+        if torch.compiler.is_compiling() or (self._takes_tensors and not has_tensor((args, kwargs))):
             return call()
         return self._on_call(self._module, self._name, call)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WatchedMethod, (self._module, self._name, self._on_call)  # A copy of the module is watched too.
+        # A copy of the module is watched too.
+        return WatchedMethod, (self._module, self._name, self._on_call, self._takes_tensors)
 
 
 def watch_methods(module: nn.Module, on_call: OnCall) -> None:
@@ -47,7 +49,7 @@ def watch_methods(module: nn.Module, on_call: OnCall) -> None:
 
 
 def unwatch_methods(module: nn.Module) -> None:
-    """Undoes `watch_methods`."""
+    """Removes every `WatchedMethod` from a module."""
     for name in [name for name, value in vars(module).items() if isinstance(value, WatchedMethod)]:
         del module.__dict__[name]
 

@@ -6,8 +6,9 @@ Older versions are not supported. The consequences of a missing name:
 
 | names | without them |
 |---|---|
-| the imports at the top of this file | `import cachedit_fx` raises an ImportError |
-| the sections "Guards" and "The trace" | Dynamo makes every call; one warning per process states the costs |
+| those in the `try` at the top of this file | `import cachedit_fx` raises an ImportError that names the missing name |
+| `f_locals`, `f_code` of a trace | the first compilation raises the same error |
+| the section "Guards", other names of "The trace" | Dynamo makes every call; one warning per process states the costs |
 | `dict_version` | the contents of dictionaries are compared at every call, which is slower |
 | `guard_on_dict_versions` | versions of dictionaries are read one by one, which is slower |
 | other names | stated where they are used |
@@ -27,22 +28,54 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo import config as _config
-from torch._dynamo import eval_frame as _eval_frame
-from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.convert_frame import compile_lock
-from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import (
-    BackendCompilerFailed,
-    FailOnRecompileLimitHit,
-    RestartAnalysis,
-    TorchDynamoException,
-)
-from torch._dynamo.pgo import get_code_state
-from torch._dynamo.utils import counters, numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
-from torch._logging._internal import trace_structured_artifact
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils import _pytree as pytree
+
+TESTED_VERSIONS = ("2.13.",)
+SUPPORTED_VERSIONS = "2.11 to 2.14"
+
+
+def is_tested_version() -> bool:
+    """Whether the tests ran on this version of torch."""
+    return str(torch.__version__).startswith(TESTED_VERSIONS)
+
+
+def tested_versions() -> str:
+    """`2.13.x`: `TESTED_VERSIONS` as a message shows them."""
+    return ", ".join(f"{version}x" for version in TESTED_VERSIONS)
+
+
+def _missing(error: Exception) -> str:
+    """The message for a private name that this version of torch lacks. `error` is Python's, which states the name."""
+    return (
+        "cachedit_fx: this version of torch lacks a private name that cachedit_fx uses.\n"
+        f"  expected: torch {SUPPORTED_VERSIONS}; the tests run on {tested_versions()}\n"
+        f"  found:    torch {torch.__version__}: {str(error).partition(' (')[0]}\n"
+        f'What to do: install a supported version, for example by pip install "torch=={TESTED_VERSIONS[0]}*".'
+    )
+
+
+try:
+    from torch._dynamo import config as _config
+    from torch._dynamo import eval_frame as _eval_frame
+    from torch._dynamo.backends.registry import lookup_backend
+    from torch._dynamo.convert_frame import compile_lock
+    from torch._dynamo.eval_frame import OptimizedModule
+    from torch._dynamo.exc import (
+        BackendCompilerFailed,
+        FailOnRecompileLimitHit,
+        RestartAnalysis,
+        TorchDynamoException,
+    )
+    from torch._dynamo.pgo import get_code_state
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.utils import counters, numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
+    from torch._logging._internal import trace_structured_artifact
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    from torch.utils import _pytree as pytree
+
+    # Read here so that a version that lacks one is reported at the import, not at a later call.
+    _ = (InstructionTranslator.current_tx, torch._TorchCompileInductorWrapper, _config.patch, _config.recompile_limit)
+except (ImportError, AttributeError) as error:
+    raise ImportError(_missing(error)) from error
 
 __all__ = [
     "BackendCompilerFailed",  # An exception in a backend; `inner_exception` is that exception.
@@ -58,19 +91,7 @@ __all__ = [
     "trace_structured_artifact",  # Writes to torch's structured trace (TORCH_TRACE, read by tlparse).
 ]
 
-TESTED_VERSIONS = ("2.13.",)
-
 Locals = dict[str, Any]  # The local variables of a frame.
-
-
-def is_tested_version() -> bool:
-    """Whether the tests ran on this version of torch."""
-    return str(torch.__version__).startswith(TESTED_VERSIONS)
-
-
-def tested_versions() -> str:
-    """`2.13.x`: `TESTED_VERSIONS` as a message shows them."""
-    return ", ".join(f"{version}x" for version in TESTED_VERSIONS)
 
 
 # Guards
@@ -176,14 +197,24 @@ def guard_on_dict_versions(dicts: list[dict[Any, Any]]) -> Callable[[list[dict[A
 def _translator() -> Any:
     """Dynamo's state of the trace that this thread is in; None outside of one.
 
-    Uses `InstructionTranslator.current_tx`. None on a version that lacks it, where nothing is known of the caller.
+    Uses `InstructionTranslator.current_tx`.
     """
     try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
         return InstructionTranslator.current_tx()
-    except (ImportError, AttributeError):  # `current_tx` raises an AttributeError outside of a trace.
+    except AttributeError:  # Raised outside of a trace.
         return None
+
+
+def _read(translator: Any, name: str) -> Any:
+    """An attribute of Dynamo's state.
+
+    Raises:
+        ImportError: This version of torch lacks it. As at the import, the message states the name and the versions.
+    """
+    try:
+        return getattr(translator, name)
+    except AttributeError as error:
+        raise ImportError(_missing(error)) from error
 
 
 def is_traced_by_dynamo() -> bool:
@@ -197,7 +228,7 @@ def traced_locals() -> Locals:
     Uses `InstructionTranslator.f_locals`.
     """
     translator = _translator()
-    return dict(translator.f_locals) if translator is not None else {}
+    return dict(_read(translator, "f_locals")) if translator is not None else {}
 
 
 def is_resumed() -> bool:
@@ -207,7 +238,9 @@ def is_resumed() -> bool:
     such code is taken for a whole forward, and the bare backend may warn about it separately.
     """
     translator = _translator()
-    return translator is not None and str(translator.f_code.co_name).startswith("torch_dynamo_resume_in")
+    if translator is None:
+        return False
+    return str(_read(translator, "f_code").co_name).startswith("torch_dynamo_resume_in")
 
 
 def effect_of_call() -> str:

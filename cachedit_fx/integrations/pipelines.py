@@ -15,6 +15,7 @@ from cachedit_fx.frontend.enabled import MISSING, Enabled, Settings, enabled_of,
 from cachedit_fx.frontend.entry_points import unwatch_methods, watch_methods
 from cachedit_fx.frontend.torch_internals import OptimizedModule
 from cachedit_fx.integrations.adapter_registry import adapter_for, modules_of
+from cachedit_fx.integrations.adapter_watch import watch_adapters
 from cachedit_fx.integrations.block_adapter import BlockAdapter, Nested, transformers_of, with_calibrator
 from cachedit_fx.integrations.session_hook import register_hook, remove_hook
 from cachedit_fx.integrations.signature import check_signature
@@ -185,6 +186,7 @@ def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
     module.__dict__[KEY] = module.__dict__[enabled.place] = enabled
     if settings.method is None:
         watch_methods(module, uncounted_call)
+    watch_adapters(module)
 
 
 def _require_plain(name: str, module: nn.Module) -> None:

@@ -163,14 +163,21 @@ def _weights_of_blocks(plan: Plan, placeholders: Sequence[fx.Node]) -> tuple[int
 
 
 def _first_weight(plan: Plan, nodes: Sequence[fx.Node]) -> fx.Node | torch.Tensor | None:
+    """The first parameter that `nodes` read. Otherwise the first other tensor that the model holds.
+
+    A module can also hold tensors in other objects, where nothing finds them that starts from the module.
+    """
+    other: fx.Node | torch.Tensor | None = None
     for arg in (arg for node in nodes for arg in node.all_input_nodes):
         # The numbers that a module holds are tensors without dimensions, which are created at every call.
         if arg.op == "placeholder" and is_tensor(arg) and is_weight(arg) and value_of(arg).dim():
-            return arg
+            if isinstance(arg.meta.get("cachedit_example"), torch.nn.Parameter):
+                return arg
+            other = arg if other is None else other
         held = getattr(plan.gm, str(arg.target), None) if arg.op == "get_attr" else None
         if isinstance(held, torch.Tensor):
-            return held
-    return None
+            other = held if other is None else other
+    return other
 
 
 def _paths_of_regions(plan: Plan) -> list[str]:

@@ -8,20 +8,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from cachedit_fx.passes.analysis.dataflow import Program
+from cachedit_fx.passes.analysis.dataflow import Program, is_weight
 from cachedit_fx.passes.analysis.op_tables import IN_PLACE_METHOD, IN_PLACE_OPERATORS, NOT_IN_PLACE_NAMES
 from cachedit_fx.patterns.nodes import value_of
 
 
 def written_outside(program: Program, nodes: list[fx.Node]) -> fx.Node | None:
-    """The first of `nodes` that writes into storage that a node outside of `nodes` holds; None if there is none."""
+    """The first of `nodes` that writes into storage that a node outside of `nodes` holds; None if there is none.
+
+    A write that does the same at every step (`rebinds_weight`) does not count.
+    """
     if not any(map(is_in_place, nodes)):
         return None
     inside = set(nodes)
     mine = {storage_of(n) for n in nodes} - {None}
     others = {storage_of(n) for n in program.nodes if n not in inside and n.op != "output"}
     for node in nodes:
-        if is_in_place(node):
+        if is_in_place(node) and not rebinds_weight(node):
             storage = storage_of(target_of(node))
             # An alias of a value from outside shares its storage. A storage that is unknown counts as outside.
             if storage is None or storage in others or storage not in mine:
@@ -54,6 +57,17 @@ def is_in_place(node: fx.Node) -> bool:
     by_name = _says_in_place(name) and name not in NOT_IN_PLACE_NAMES
     by_argument = node.kwargs.get("out") is not None or _has_inplace_argument(node)
     return target in IN_PLACE_OPERATORS or by_name or by_argument
+
+
+def rebinds_weight(node: fx.Node) -> bool:
+    """Whether the node makes a weight share the storage of another weight, without reading or writing any element.
+
+    This is how Dynamo writes `self.weight.data = self.state.CB`, which bitsandbytes runs in every forward. A computed
+    step has done so before the first reused step.
+    """
+    if getattr(node.target, "__name__", node.target) != "set_" or len(node.args) != 2 or node.kwargs:
+        return False
+    return all(isinstance(arg, fx.Node) and arg.op == "placeholder" and is_weight(arg) for arg in node.args)
 
 
 def _says_in_place(name: str) -> bool:
