@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from diffusers.hooks import apply_group_offloading
 from torch import Tensor, fx
 
 import cachedit_fx
@@ -45,6 +46,14 @@ BOTH = (HIDDEN, ENCODER)
 def run(model: Any, **fields: Any) -> None:
     with torch.no_grad():
         tiny.step(tiny.compiled(model, **fields), tiny.prompt(), 1.0, tiny.latents())
+
+
+def run_offloaded_by_layer() -> None:
+    model, cpu = tiny.build(), torch.device("cpu")
+    apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    cachedit_fx.enable_cache(model, tiny.config())
+    with torch.no_grad():
+        tiny.step(model, tiny.prompt(), 1.0, tiny.latents())
 
 
 def run_with_a_bug(**fields: Any) -> None:
@@ -227,6 +236,7 @@ RUNS = [
     Row("missing-name", lambda _: import_without_a_private_name(), "'compile_lock'", "install a supported version"),
     Row("missing-attribute", lambda _: trace_without_a_private_name(), "'f_locals'", "the tests run on 2.13.x"),
     Row("state-dropped", lambda _: run_two_that_do_not_fit(), "max_state_bytes=0", "What to do: raise max_state_bytes"),
+    Row("offloaded-by-layer", lambda _: run_offloaded_by_layer(), "Transformer", "What to do: nothing if it fits"),
     Row("saved-uncached", run_saved_uncached, "stream-count", "See every verdict: the script without --run"),
 ]  # fmt: skip
 

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
-from diffusers.hooks import apply_layerwise_casting
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 
@@ -23,8 +21,6 @@ from tests.idle import ALL_REUSED, CALLS, counts, enabled, run, warnings_in
 from tests.sessions import every_session
 from tests.tiny import TIMES, build, config, frozen, generate, latents, prompt, step
 from tests.tiny_pipelines import PIPELINES
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -178,58 +174,6 @@ def test_a_disabled_dynamo_warns(logged_warnings):
     (warning,) = logged_warnings()
     assert "Dynamo ran no graph of it" in warning and "torch.compiler.set_stance" in warning
     assert counts(model).uncached == CALLS and not cachedit_fx.is_cached(model)
-
-
-# Hooks of accelerate and diffusers.
-
-
-def offload(model: nn.Module) -> None:
-    accelerate.cpu_offload(model, execution_device=CPU)
-
-
-def dispatch(model: nn.Module) -> None:
-    places = {name: "cpu" for name, _ in model.named_children()}
-    accelerate.dispatch_model(model, device_map=places, main_device="cpu", force_hooks=True)
-
-
-def cast(model: nn.Module) -> None:
-    apply_layerwise_casting(model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-
-
-HOOKS = pytest.mark.parametrize(
-    ("add_hooks", "hook"),
-    [(offload, "AlignDevicesHook"), (dispatch, "AlignDevicesHook"), (cast, "layerwise_casting")],
-    ids=["cpu_offload", "dispatch_model", "casting"],
-)
-
-
-@HOOKS
-@pytest.mark.parametrize("when", ["before", "after a run"])
-def test_hooks_that_disable_dynamo_are_named(add_hooks, hook, when, logged_warnings):
-    model = build()
-    if when == "before":
-        add_hooks(model)
-    enabled(model)
-    if when == "after a run":
-        run(model)
-        assert cachedit_fx.is_cached(model)
-        cachedit_fx.reset(model)
-        add_hooks(model)
-    for _ in range(2):
-        run(model)
-    (warning,) = logged_warnings()
-    assert "Transformer runs without caching" in warning and f"{hook} on its layers" in warning
-    assert not cachedit_fx.is_cached(model)
-    assert counts(model).uncached == 2 * CALLS
-    assert all(hook in reason for reason in counts(model).reasons)
-
-
-@HOOKS
-def test_hooks_that_disable_dynamo_raise_with_on_no_match_raise(add_hooks, hook):
-    model = enabled(on_no_match="raise")
-    add_hooks(model)
-    with pytest.raises(NoMatchError, match=hook):
-        run(model)
 
 
 # A cache of diffusers.

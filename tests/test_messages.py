@@ -18,6 +18,7 @@ from cachedit_fx.frontend.uncached import (
     why_another_cache,
     why_call_uncached,
     why_not_counted,
+    why_not_without_hooks,
     why_of,
     why_past_limit,
 )
@@ -45,6 +46,11 @@ PARTS = {
     # The reason why every call of a module goes through Dynamo, which is logged as information and part of a warning.
     ("cachedit_fx/frontend/input_fetcher.py", "path_of", "ValueError"),
     ("cachedit_fx/frontend/input_fetcher.py", "Binder.__init__", "ValueError"),
+    # Why a model runs with the hooks that move its weights: see `test_the_reason_for_an_uncached_call_...`.
+    ("cachedit_fx/frontend/backend.py", "Backend._uncached", "RefusedError"),
+    ("cachedit_fx/frontend/backend.py", "_check_offloaded", "RefusedError"),
+    ("cachedit_fx/frontend/offloading.py", "HookFreeForwards.without_hooks", "RefusedError"),
+    ("cachedit_fx/frontend/capture_strategies.py", "CaptureStrategies._run_within", "FailOnRecompileLimitHit"),
     ("cachedit_fx/frontend/fast_dispatch.py", "FastDispatcher.learn", "NotServed"),
     ("cachedit_fx/frontend/fast_dispatch.py", "fast_call_for", "NotServed"),
     ("cachedit_fx/frontend/fast_dispatch.py", "fast_call_for", "RuntimeError"),
@@ -133,11 +139,12 @@ def test_the_message_for_a_model_with_graph_breaks_says_where_they_are():
             "found:    Dynamo ran no graph of it\nWhat to do: make sure",
         ),
         (lambda model: why_call_uncached(hooked(model), [], ""), "hooks:    AlignDevicesHook on its layers\n"),
+        (lambda model: why_not_without_hooks(hooked(model), "x"), "found:    x\n  hooks:    AlignDevicesHook on its"),
         (why_another_cache, "found:    a cache of diffusers is also enabled for it\n"),
         (lambda model: why_past_limit(model, 10), "expected: at most 10 graphs for one function"),
         (lambda model: why_not_counted(model, "decode"), 'enable_cache(model, method="decode") to cache this method'),
     ],
-    ids=["no-graph", "hooks", "another-cache", "limit", "method"],
+    ids=["no-graph", "hooks", "hooks-of-weights", "another-cache", "limit", "method"],
 )
 def test_the_reason_for_an_uncached_call_is_reported_with_its_cure(text: Callable[[nn.Module], WhyUncached], says: str):
     why = text(hybrid.build())

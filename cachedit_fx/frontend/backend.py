@@ -15,7 +15,14 @@ from cachedit_fx.errors import PassError, PatternError, cut
 from cachedit_fx.frontend.capture import captured_module, copy_graph, forget_examples, sources_of
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
 from cachedit_fx.frontend.torch_internals import RestartAnalysis, trace_structured_artifact
-from cachedit_fx.frontend.uncached import BUG, UncachedGraph, WhyUncached, report_bare, why_of
+from cachedit_fx.frontend.uncached import (
+    BUG,
+    UncachedGraph,
+    WhyUncached,
+    report_bare,
+    why_not_without_hooks,
+    why_of,
+)
 from cachedit_fx.passes.manager import Rewritten, rewrite
 from cachedit_fx.passes.observer import observer_for
 from cachedit_fx.patterns.cause import Cause
@@ -24,10 +31,19 @@ from cachedit_fx.patterns.mismatch import Mismatch
 from cachedit_fx.runtime.cached_call import CachedCall
 from cachedit_fx.runtime.instances import instance_of_weights
 from cachedit_fx.runtime.model_call import current_call
+from cachedit_fx.runtime.placement import OnloadingPiece
 from cachedit_fx.runtime.sources import Sources
 
 log = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
+
+
+class RefusedError(Exception):
+    """A graph of an offloaded model cannot be cached, so the model has to run with its hooks."""
+
+    def __init__(self, why: WhyUncached) -> None:
+        super().__init__(why.reason)
+        self.why = why
 
 
 class Backend:
@@ -43,6 +59,7 @@ class Backend:
 
     Attributes:
         captures_data: Whether graphs are captured with `capture_scalar_outputs` and `capture_dynamic_output_shape_ops`.
+        is_offloaded: Whether the pieces bring the weights that they read to the device.
 
     Raises:
         ConfigError: An option is unknown.
@@ -63,13 +80,19 @@ class Backend:
         for override in self.declared.overrides:
             check_together(self.config.override(override))
         self.policy_per_call = policy_per_call
-        self.captures_data = False
+        self.captures_data = self.is_offloaded = False
         self.__name__ = "cachedit"
 
     def capturing(self, *, data: bool) -> Backend:
         """A copy of the backend for graphs that are captured with or without data, which share no graphs."""
         other = copy.copy(self)
         other.captures_data = data
+        return other
+
+    def offloaded(self) -> Backend:
+        """A copy of the backend for a model that is captured without the hooks that move its weights."""
+        other = copy.copy(self)
+        other.is_offloaded = True
         return other
 
     @property
@@ -81,11 +104,11 @@ class Backend:
         return isinstance(other, Backend) and self._identity == other._identity
 
     def __hash__(self) -> int:
-        return hash((self.owner, self.captures_data, tuple(sorted(self.inner_options))))
+        return hash((self.owner, self.captures_data, self.is_offloaded, tuple(sorted(self.inner_options))))
 
     @property
     def _identity(self) -> tuple[object, ...]:
-        return (self.owner, self.captures_data, self.inner_options)
+        return (self.owner, self.captures_data, self.is_offloaded, self.inner_options)
 
     def __call__(
         self,
@@ -95,7 +118,11 @@ class Backend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Compiled:
-        """Compiles a graph. If it cannot be cached, logs the reason and compiles it with the inner backend alone."""
+        """Compiles a graph. If it cannot be cached, logs the reason and compiles it with the inner backend alone.
+
+        Raises:
+            RefusedError: It cannot be cached, and the model is offloaded.
+        """
         config, given = split_options(options or {}, self.config)
         compiler = InnerCompiler(config, mode or self.mode, {**self.inner_options, **given})
         copied = copy_graph(gm, example_inputs)
@@ -114,20 +141,51 @@ class Backend:
             observer.fail()
             cause = error.__cause__ if isinstance(error, PassError) else None
             why = _report_bug(cause or error, config, "the passes failed" if cause is None else str(error))
-            return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)
+            return self._uncached(gm, example_inputs, compiler, why)
         _trace_artifacts(planned)
         if isinstance(planned, Rewritten):
             owner = self.owner if self.policy_per_call else (config, self.declared)
             try:
-                per_call = self.policy_per_call
-                return compile_cached_graph(planned, config, compiler, owner, sources_of(gm), policy_per_call=per_call)
-            except RestartAnalysis:
+                if self.is_offloaded:
+                    _check_offloaded(compiler, module)
+                return compile_cached_graph(
+                    planned,
+                    config,
+                    compiler,
+                    owner,
+                    sources_of(gm),
+                    policy_per_call=self.policy_per_call,
+                    is_offloaded=self.is_offloaded,
+                )
+            except (RestartAnalysis, RefusedError):
                 raise  # Dynamo captures the graph again, for example because a number has to be specialized.
             except Exception as error:  # The inner backend may be able to compile the whole graph.
                 why = _report_bug(error, config, "the inner backend failed on a part of the graph")
-                return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)
+                return self._uncached(gm, example_inputs, compiler, why)
         forget_examples(copied)
-        return _compile_uncached(gm, example_inputs, planned, config, compiler)
+        if current_call() is None:
+            report_bare(planned, config)
+            return compiler(gm, list(example_inputs))
+        # If Dynamo breaks the model into several graphs, another one may match. This is known at the end of the call.
+        return self._uncached(gm, example_inputs, compiler, why_of(planned, captured_module()))
+
+    def _uncached(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: InnerCompiler, why: WhyUncached
+    ) -> Compiled:
+        if self.is_offloaded:
+            raise RefusedError(why)
+        return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)
+
+
+def _check_offloaded(compiler: InnerCompiler, module: torch.nn.Module | None) -> None:
+    """Refuses what cannot be done with weights that move.
+
+    Raises:
+        RefusedError: The inner backend needs weights at fixed addresses.
+    """
+    if compiler.owns_buffers:
+        found = "an inner backend that uses CUDA graphs, for which weights must not move"
+        raise RefusedError(why_not_without_hooks(module, found))
 
 
 def cachedit(
@@ -167,6 +225,7 @@ def compile_cached_graph(
     sources: Sources | None = None,
     *,
     policy_per_call: bool,
+    is_offloaded: bool = False,
 ) -> Compiled:
     """Compiles the pieces of a cached graph. Returns what Dynamo calls instead of the graph that it captured.
 
@@ -174,10 +233,13 @@ def compile_cached_graph(
         owner: Identifies the sessions that the graph may use.
         sources: How Dynamo calls the graph.
         policy_per_call: Whether every call passes its policy.
+        is_offloaded: Whether the pieces bring the weights that they read to the device.
     """
     plan, runtime_plan, pieces = rewritten.plan, rewritten.runtime_plan, rewritten.pieces
     for piece in pieces:
         compiler.compile_piece(piece)
+        for segment, name in piece.calls if is_offloaded else ():
+            segment.__dict__[name] = OnloadingPiece(segment.__dict__[name])
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
     _mark_cached(runtime_plan.weights, placeholders, policy_per_call=policy_per_call)
     forget_examples(plan.gm, rewritten.gm, *(piece.gm for piece in pieces))
@@ -204,21 +266,6 @@ def _mark_cached(weights: Sequence[int | torch.Tensor], placeholders: list[fx.No
         return
     examples = [w if isinstance(w, torch.Tensor) else placeholders[w].meta["cachedit_example"] for w in weights]
     instance_of_weights(examples).has_cached_graph = True
-
-
-def _compile_uncached(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    reasons: tuple[Mismatch, ...],
-    config: CacheConfig,
-    compiler: InnerCompiler,
-) -> Compiled:
-    if current_call() is None:
-        report_bare(reasons, config)
-        return compiler(gm, list(example_inputs))
-    # If Dynamo breaks the model into several graphs, another one may match. This is known at the end of the call.
-    why = why_of(reasons, captured_module())
-    return UncachedGraph(compiler(gm, list(example_inputs)), len(gm.graph.nodes), why)
 
 
 def _report_bug(error: BaseException, config: CacheConfig, what: str) -> WhyUncached:

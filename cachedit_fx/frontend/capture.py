@@ -20,6 +20,7 @@ from cachedit_fx.frontend.torch_internals import (
     traced_locals,
 )
 from cachedit_fx.passes.extract import graph_module
+from cachedit_fx.runtime.model_call import current_call
 from cachedit_fx.runtime.sources import Sources
 
 # Words in one of Dynamo's expressions that are not names from the code of the model.
@@ -45,18 +46,22 @@ def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
     """A copy of Dynamo's graph for the passes, with labelled inputs. Dynamo reads its own after the backend returns.
 
     A placeholder keeps the fake tensor that Dynamo traced with. Its `meta["cachedit_example"]` is what Dynamo passes to
-    the backend, with which pieces have to be compiled.
+    the backend, with which pieces have to be compiled. `meta["cachedit_offloaded"]` marks the weights of an offloaded
+    model, which only pieces may read.
     """
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
     graph.output(output)
     copy = graph_module(gm, graph, "Captured")
-    names = _argument_names()
+    names, call = _argument_names(), current_call()
+    placement = call.placement if call is not None else None
     before = [node for node in gm.graph.nodes if node.op == "placeholder"]
     after = [node for node in graph.nodes if node.op == "placeholder"]
     for old, new, example in zip(before, after, example_inputs, strict=True):
         new.meta["cachedit_input"] = _graph_input(old, example, names)
         new.meta["cachedit_example"] = example
+        if placement is not None and placement.is_stand_in(example):
+            new.meta["cachedit_offloaded"] = True
         new.meta.setdefault("example_value", example)
     return copy
 

@@ -27,6 +27,7 @@ from cachedit_fx.frontend.torch_internals import (
     patched_config,
     recompile_limit,
 )
+from cachedit_fx.frontend.uncached import IN_HOOK, forward_hooks_of
 from cachedit_fx.runtime.cached_call import CachedCall
 from cachedit_fx.runtime.model_call import current_call
 
@@ -68,6 +69,7 @@ class CaptureStrategies:
         before_each: Called with every strategy before it is tried.
         strategies: The strategies, in the order in which they are tried.
         call: A method of the module that is compiled instead of the module's own call.
+        may_break: Whether calls that need more graphs than the recompile limit run uncompiled.
 
     Attributes:
         plain: The function that is compiled.
@@ -84,8 +86,11 @@ class CaptureStrategies:
         before_each: Callable[[CaptureStrategy], None] | None = None,
         strategies: Sequence[CaptureStrategy] = CAPTURE_STRATEGIES,
         call: Callable[..., Any] | None = None,
+        *,
+        may_break: bool = True,
     ) -> None:
         self.plain = call or module._call_impl
+        self._may_break = may_break
         self._before_each = before_each
         self._backend = backend
         self._kwargs = dict(compile_kwargs)
@@ -103,13 +108,14 @@ class CaptureStrategies:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the module. A strategy that fails has run nothing of the module.
 
-        There is one exception: if calls of other modules brought the class past the recompile limit, Dynamo reports it
-        after it has run the first call as plain code. The call is made again.
+        If the module may break up, there is one exception: if calls of other modules brought the class past the
+        recompile limit, Dynamo reports it after it has run the first call as plain code. The call is made again.
 
         Raises:
             TorchDynamoException: All strategies failed. The error is that of the first one.
+            FailOnRecompileLimitHit: The recompile limit is reached, and the module may not run uncompiled.
         """
-        signature = _signature(args, kwargs)
+        signature = signature_of(args, kwargs)
         if self._has_worked and (signature in self._signatures or self.limit_reached):
             strategy, *_ = self._strategies
             if self._before_each is not None:
@@ -142,7 +148,7 @@ class CaptureStrategies:
                 first = first or error
                 continue
             if first is not None:  # Since another strategy worked, the caller is not to blame for the error.
-                self.why_in_parts = self.why_in_parts or ("" if strategy.whole else self._describe(first))
+                self.why_in_parts = self.why_in_parts or ("" if strategy.whole else self.describe(first))
                 del self._strategies[:number]
             self._has_worked = True
             return result
@@ -201,10 +207,14 @@ class CaptureStrategies:
             try:
                 return self._compiled_for(strategy)(*args, **kwargs)
             except FailOnRecompileLimitHit:
+                if not self._may_break:
+                    raise
                 self.limit_reached = limit
             except RuntimeError as error:  # Other calls of the class reached the limit before, which marked its code.
                 if NOT_ATTEMPTED not in str(error):
                     raise
+                if not self._may_break:
+                    raise FailOnRecompileLimitHit(str(error)) from error
                 self.limit_reached = limit
         # Without `fullgraph`, the limit is not an error: Dynamo marks the function, uses its graphs, and compiles no
         # more.
@@ -226,15 +236,23 @@ class CaptureStrategies:
             )
         return self._compiled[strategy]
 
-    def _describe(self, error: Exception) -> str:
-        """`model.py:12, "Data-dependent branching"`. The error itself would keep the tensors of the call alive."""
+    def describe(self, error: Exception) -> str:
+        """`model.py:12, "Data-dependent branching"`. The error itself would keep the tensors of the call alive.
+
+        If the error is from a forward hook, its name follows the place: `model.py:12, in the hook "moved", "..."`.
+        """
         stack = list(getattr(error, "real_stack", None) or ())
         mine = [frame for frame in stack if frame.filename == self._file]
         place = "".join(f"{Path(frame.filename).name}:{frame.lineno}, " for frame in (mine or stack)[-1:])
+        model = getattr(self.plain, "__self__", None)
+        found = forward_hooks_of(model) if isinstance(model, nn.Module) else {}
+        hooks = {(code.co_filename, code.co_name): name for name, code in found.items()}
+        hook = next((hooks[key] for f in reversed(stack) if (key := (f.filename, f.name)) in hooks), "")
+        place += f'{IN_HOOK}"{hook}", ' if hook else ""
         return f'{place}"{shorten(str(error).strip().splitlines()[0], 120)}"'
 
 
-def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """Equal for calls that can use the same graph, as far as the arguments show."""
     return (*map(_kind, args), *((name, _kind(value)) for name, value in kwargs.items()))
 

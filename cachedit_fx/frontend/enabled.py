@@ -22,6 +22,7 @@ from cachedit_fx.frontend.backend import Backend
 from cachedit_fx.frontend.capture_strategies import CaptureStrategies, CaptureStrategy
 from cachedit_fx.frontend.entry_points import has_tensor
 from cachedit_fx.frontend.fast_dispatch import NOT_SERVED, FastDispatcher
+from cachedit_fx.frontend.offloading import Casts, OffloadedCalls, Refusal
 from cachedit_fx.frontend.region_watch import RegionWatch
 from cachedit_fx.frontend.torch_internals import BackendCompilerFailed
 from cachedit_fx.frontend.uncached import (
@@ -30,8 +31,10 @@ from cachedit_fx.frontend.uncached import (
     why_another_cache,
     why_call_uncached,
     why_not_counted,
+    why_not_without_hooks,
     why_past_limit,
 )
+from cachedit_fx.frontend.weight_hooks import find_weight_hooks
 from cachedit_fx.functors.functor import PatchFunctor
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.names import conditioning_names, timestep_name
@@ -113,7 +116,10 @@ class Enabled:
         self.fast_dispatch = FastDispatcher(module, is_on=settings.config.fast_dispatch and settings.method is None)
         method = called if settings.method else None
         self.compiled = CaptureStrategies(module, backend, settings.dynamo_arguments, call=method)
+        self._offloaded = OffloadedCalls(module, backend, settings.dynamo_arguments)
+        self.casts = Casts()
         self._cached_strategy: CaptureStrategy | None = None  # The last strategy with a cached graph.
+        self._has_been_cached = False  # Whether any call ran a cached graph, with or without hooks.
         self._may_have_diffusers_cache = hasattr(type(module), "is_cache_enabled")
 
     @property
@@ -122,27 +128,35 @@ class Enabled:
         return self.settings.method or CALL
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._offloaded.turn():
+            return self._serve(args, kwargs)
+
+    def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, call = self.module(), self._call(args, kwargs)
         if self._may_have_diffusers_cache and module is not None and module.is_cache_enabled:
             return self._uncached(call, why_another_cache(module), self.compiled.plain(*args, **kwargs))
         watch = self._watch
         if module is not None and watch is not None and watch.has_changed():
             self._invalidate(module, watch)
+        refused: Refusal | None = None
         with within_call(call):
             result = self.fast_dispatch(args, kwargs)
             if result is NOT_SERVED:
-                result = self._call_dynamo(args, kwargs)
+                result, refused = self._call_without_hooks(call, args, kwargs)
         if call.ran and module is not None:
-            self._learn(module, call, (args, kwargs), result)
+            with self._offloaded.turn():
+                self._learn(module, call, (args, kwargs), result)
         if call.num_served or module is None:
             self.instance.calls.count_served(is_reused=call.has_reused)
             return result
+        if refused is not None and refused.why is not None:
+            return self._uncached(call, refused.why, result)
         if self.compiled.limit_reached:
             return self._uncached(call, why_past_limit(module, self.compiled.limit_reached), result)
-        why = why_call_uncached(module, call.uncached_graphs, self.compiled.why_in_parts)
+        why = why_call_uncached(module, call.uncached_graphs, self.compiled.why_in_parts, is_off=refused is not None)
         has_another_strategy = self.compiled.strategy != self._cached_strategy and self.compiled.drop_strategy()
         if has_another_strategy and self.settings.config.on_no_match == "raise":
-            return self(*args, **kwargs)  # Tries the next strategy before it raises an error.
+            return self._serve(args, kwargs)  # Tries the next strategy before it raises an error.
         return self._uncached(call, why, result, is_certain=not has_another_strategy)
 
     def _invalidate(self, module: nn.Module, changed: RegionWatch) -> None:
@@ -162,6 +176,29 @@ class Enabled:
         with self._watch_lock:
             self.instance.weights_version += 1
 
+    def _call_without_hooks(
+        self, call: ModelCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Refusal | None]:
+        """The output. Hooks that only move or cast weights are left out of the graph, unless the graph is refused."""
+        module = self.module()
+        hooks = find_weight_hooks(module) if module is not None else None
+        if hooks is None or module is None:
+            return self._call_dynamo(args, kwargs), None
+        self.casts.replace(hooks)
+        if not hooks.hooked:
+            return self._call_dynamo(args, kwargs), None
+        obstacle = hooks.obstacle
+        if self.settings.method is not None:
+            obstacle = f"method={self.settings.method!r}, for which hooks are not left out"
+        if obstacle:
+            return self._call_dynamo(args, kwargs), Refusal(why_not_without_hooks(module, obstacle))
+        self.fast_dispatch.refuse("hooks move its weights")
+        with self._offloaded.turn(begin=True):
+            result = self._offloaded(module, hooks, call, args, kwargs)
+            if isinstance(result, Refusal):
+                return self._call_dynamo(args, kwargs), result
+        return result, None
+
     def _call_dynamo(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             return self.compiled(*args, **kwargs)
@@ -172,8 +209,10 @@ class Enabled:
 
     def _learn(self, module: nn.Module, call: ModelCall, given: tuple[Any, Any], result: Any) -> None:
         """Uses what is known after a call that Dynamo served with the cache."""
-        self._cached_strategy = self.compiled.strategy
-        self.fast_dispatch.learn(module, given, call.ran, result)
+        self._has_been_cached = True
+        if not call.is_offloaded:
+            self._cached_strategy = self.compiled.strategy
+            self.fast_dispatch.learn(module, given, call.ran, result)
         paths = call.ran[0][0].region_paths
         if self._watch is None or self._watch.paths != paths:
             self._watch = RegionWatch(module, paths)
@@ -184,7 +223,7 @@ class Enabled:
         Args:
             is_certain: Whether no other capture strategy is left for the next call to try.
         """
-        if self._cached_strategy is not None or self.compiled.limit_reached:
+        if self._has_been_cached or self.compiled.limit_reached:
             self.instance.record_uncached(call.conditioning, call.timestep)
         self.instance.has_cached_graph = False
         self.instance.calls.count_not_served(why.reason)

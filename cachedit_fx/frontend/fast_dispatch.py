@@ -137,6 +137,10 @@ class FastDispatcher:
             self._tried.discard(fast_call.cached_call)
         self._reason = reason
 
+    def refuse(self, reason: str) -> None:
+        """Records why Dynamo makes a call that is not passed to `learn`."""
+        self._set_reason(reason)
+
     def _set_reason(self, reason: str) -> None:
         if reason != self._reason:
             log.info("cachedit_fx: Dynamo makes every call of %s, because %s", self._name, reason)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -24,6 +26,7 @@ from cachedit_fx.runtime.model_call import current_call
 log = logging.getLogger(__name__)
 
 BUG = "bug"  # The kind of a reason that has already been reported.
+IN_HOOK = "in the hook "  # Is part of Dynamo's reason if a forward hook of the user ends the graph.
 _SEE = "See every verdict: cachedit_fx.explain(model, *inputs)"
 
 
@@ -161,17 +164,20 @@ def why_of(reasons: Sequence[Mismatch], model: nn.Module | None) -> WhyUncached:
     return WhyUncached(nearest.cause.value, nearest.reason, text)
 
 
-def why_call_uncached(module: nn.Module, graphs: Sequence[UncachedGraph], why_in_parts: str) -> WhyUncached:
+def why_call_uncached(
+    module: nn.Module, graphs: Sequence[UncachedGraph], why_in_parts: str, *, is_off: bool = False
+) -> WhyUncached:
     """Why a call of an enabled module ran none of its graphs with the cache.
 
     Args:
         graphs: The graphs that ran. One of them may have run several times.
         why_in_parts: The place and the reason of the first graph break; empty if Dynamo captured the module as one
             graph.
+        is_off: Whether Dynamo is known to be turned off.
     """
     if graphs and not why_in_parts:
-        return max(graphs, key=lambda graph: graph.num_nodes).why
-    name, hooks = type(module).__name__, hooks_of(module)
+        return _with_forward_hooks(max(graphs, key=lambda graph: graph.num_nodes).why, module)
+    name, hooks = type(module).__name__, [] if is_off else hooks_of(module)
     stops = f" (the first graph ends at {why_in_parts})" if why_in_parts else ""
     if graphs:
         found = f"Dynamo captured {len({*graphs})} graphs instead of one{stops}"
@@ -192,12 +198,36 @@ def why_call_uncached(module: nn.Module, graphs: Sequence[UncachedGraph], why_in
     return WhyUncached("in-parts" if graphs else "no-graph", f"{reason}{around}", text)
 
 
+def why_not_without_hooks(module: nn.Module | None, found: str) -> WhyUncached:
+    """Why a model whose hooks move its weights has to run with these hooks, and therefore without the cache.
+
+    Args:
+        found: What stands in the way.
+    """
+    name, hooks = type(module).__name__, hooks_of(module) if module is not None else []
+    names = ", ".join(hooks)
+    text = "\n".join(
+        (
+            f"cachedit_fx: {name} runs without caching.",
+            "  expected: a forward that can be one graph if the hooks that move its weights are left out",
+            f"  found:    {found}",
+            f"  hooks:    {names} on its layers",
+            "What to do: remove this obstacle, or use enable_model_cpu_offload(), which moves the model as a whole and "
+            "keeps the cache.",
+            _SEE,
+        )
+    )
+    return WhyUncached("hooks", f"the hooks on its layers ({names}) cannot be left out of the graph: {found}", text)
+
+
 def _cure(cls: str, hooks: Sequence[str], why_in_parts: str) -> str:
     if hooks:
         return (
-            "remove the hooks from the layers, because Dynamo cannot capture layers with hooks; to offload the model, "
-            "use enable_model_cpu_offload(), which moves it as a whole and keeps the cache"
+            "remove the hooks from the layers, because Dynamo cannot capture layers with these hooks; to offload the "
+            "model, use a mode whose hooks are known (docs/offloading.md)"
         )
+    if IN_HOOK in why_in_parts:
+        return "remove this hook, or write it so that Dynamo can capture it"
     if why_in_parts:
         return cure_of_parts(cls)
     return (
@@ -213,6 +243,31 @@ def cure_of_parts(cls: str) -> str:
         return "write a patch functor that replaces the code at this place (docs/functors.md)"
     name = functor.__name__
     return f"use {name}, which makes it one graph: enable_cache(BlockAdapter(..., patch_functor={name}()))"
+
+
+def _with_forward_hooks(why: WhyUncached, module: nn.Module) -> WhyUncached:
+    """The reason for a graph, with the forward hooks that are a part of it."""
+    names = ", ".join(forward_hooks_of(module))
+    if not names:
+        return why
+    *lines, see = why.text.splitlines()
+    text = "\n".join((*lines, f"Note: the graph includes forward hooks of its layers: {names}.", see))
+    return replace(why, reason=f"{why.reason}; the graph includes forward hooks of its layers: {names}", text=text)
+
+
+def forward_hooks_of(module: nn.Module) -> dict[str, types.CodeType]:
+    """The forward hooks that were registered on a module and its layers: their code by their names."""
+    hooks = (
+        hook for one in module.modules() for hook in (*one._forward_pre_hooks.values(), *one._forward_hooks.values())
+    )
+    found = {}
+    for hook in hooks:
+        function = inspect.unwrap(getattr(hook, "__func__", hook))
+        if not isinstance(function, types.FunctionType):
+            function = type(function).__call__  # An object that can be called.
+        if isinstance(function, types.FunctionType):
+            found[cut(function.__qualname__)] = function.__code__
+    return found
 
 
 def hooks_of(module: nn.Module) -> list[str]:
@@ -263,7 +318,7 @@ def why_past_limit(module: nn.Module, limit: int) -> WhyUncached:
     if hooks:
         cure = (
             "remove the hooks from the layers, or keep the same ones registered from step to step; to offload the "
-            "model, use enable_model_cpu_offload(), which moves it as a whole and keeps the cache"
+            "model, use a mode whose hooks are known (docs/offloading.md)"
         )
     text = "\n".join(
         (

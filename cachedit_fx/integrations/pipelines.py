@@ -219,6 +219,7 @@ def _disable(module: nn.Module) -> None:
             del module.__dict__[enabled.place]
         else:
             module.__dict__[enabled.place] = enabled.before
+    enabled.casts.restore()
     if hasattr(module, "_diffusers_hook"):
         remove_hook(module, keep_registry=enabled.had_registry)
     if enabled.settings.functor is not None:

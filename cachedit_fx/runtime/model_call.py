@@ -28,6 +28,8 @@ class ModelCall:
         num_served: The number of cached graphs that ran during this call, with or without Dynamo.
         has_reused: Whether one of them reused cached values.
         instance: The sessions of the model; None if they are found by its weights.
+        placement: Where the weights of the model are while its graph runs without the hooks that move them.
+        is_offloaded: Whether the graph ran without these hooks.
     """
 
     __slots__ = (
@@ -35,7 +37,9 @@ class ModelCall:
         "conditioning",
         "has_reused",
         "instance",
+        "is_offloaded",
         "num_served",
+        "placement",
         "policy",
         "ran",
         "uncached_graphs",
@@ -55,6 +59,8 @@ class ModelCall:
         self.ran: list[tuple[Any, tuple[Any, ...], Any]] = []
         self.uncached_graphs: list[Any] = []
         self.num_served, self.has_reused = 0, False
+        self.placement: Any = None  # A `Placement`, whose module imports this one.
+        self.is_offloaded = False
 
     @property
     def timestep(self) -> float | None:

@@ -35,7 +35,8 @@ class SplitPieces(GraphPass):
 
     There is one piece per distinct block if `config.compile_blocks` is "once", otherwise one piece per segment. Unless
     `context.exact`, blocks whose inputs differ only in stride share a piece. Their inputs are copied to be contiguous,
-    which changes rounding if a kernel depends on strides.
+    which changes rounding if a kernel depends on strides. If the weights of the model are offloaded, everything that
+    reads a weight is in a piece, which brings it to the device, and blocks are not merged into one piece.
     """
 
     name = "split-pieces"
@@ -52,9 +53,12 @@ class SplitPieces(GraphPass):
         return PassResult(graph_module, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
+        replaced = {call for piece in self.context.pieces for call in piece.calls}
+        for segment in segments_of(graph_module):
+            for weight in filter(_is_offloaded, segment.graph.find_nodes(op="placeholder")):
+                assert all((segment, user.target) in replaced for user in weight.users), f"{weight} is read by no piece"
         for piece in self.context.pieces:
             piece.gm.graph.lint()
-        replaced = {call for piece in self.context.pieces for call in piece.calls}
         for segment in segments_of(graph_module):
             for node in segment.graph.find_nodes(op="call_module"):
                 is_piece = isinstance(segment.get_submodule(str(node.target)), fx.GraphModule)
@@ -68,7 +72,7 @@ def segments_of(cached_graph: fx.GraphModule) -> list[fx.GraphModule]:
 
 def _split(segments: Sequence[fx.GraphModule], *, share_blocks: bool, free_strides: bool) -> list[Piece]:
     runs = {segment: _runs(segment.graph, share_blocks) for segment in segments}
-    if share_blocks:
+    if share_blocks and not any(_is_offloaded(node) for segment in segments for node in segment.graph.nodes):
         runs = _merge_lonely(runs, strides=not free_strides)
     calls = []
     for segment in segments:
@@ -238,15 +242,26 @@ def _merge_lonely(
 
 
 def _computes(run: list[fx.Node]) -> bool:
-    """Whether a run is worth a piece. Sizes and views cost nothing."""
-    return any(not is_layout(node) and (is_tensor(node) or value_of(node) is None) for node in run)
+    """Whether a run has to be a piece. Sizes and views cost nothing, but an offloaded weight is only in a piece."""
+    return any(
+        _reads_offloaded(node) or (not is_layout(node) and (is_tensor(node) or value_of(node) is None)) for node in run
+    )
+
+
+def _is_offloaded(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "cachedit_offloaded" in node.meta
+
+
+def _reads_offloaded(node: fx.Node) -> bool:
+    return any(map(_is_offloaded, node.all_input_nodes))
 
 
 def _without_final_views(run: list[fx.Node]) -> list[fx.Node]:
     merged_runs = set(run)
     for node in reversed(run):
         is_view = node.target in VIEW_FUNCTIONS and is_tensor(node) and is_tensor(node.all_input_nodes[0])
-        if is_view and not any(user in merged_runs for user in node.users):
+        is_free = is_view and not _reads_offloaded(node)
+        if is_free and not any(user in merged_runs for user in node.users):
             merged_runs.remove(node)
     inside = [node for node in run if node in merged_runs]
     for node in reversed([node for node in run if node not in merged_runs]):

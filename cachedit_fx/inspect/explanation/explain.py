@@ -16,6 +16,7 @@ from cachedit_fx.errors import ConfigError
 from cachedit_fx.frontend.backend import Backend
 from cachedit_fx.frontend.capture_strategies import CAPTURE_STRATEGIES, CaptureStrategies, CaptureStrategy
 from cachedit_fx.frontend.enabled import Settings
+from cachedit_fx.frontend.offloading import captured_without_hooks, without_casting_hooks
 from cachedit_fx.frontend.torch_internals import BackendCompilerFailed, OptimizedModule
 from cachedit_fx.frontend.uncached import cure_of_parts
 from cachedit_fx.inspect.explanation.data import Captured
@@ -137,9 +138,12 @@ def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> t
     # Only enable_cache captures sizes that depend on data; torch.compile with this backend does not.
     allowed = [strategy for strategy in CAPTURE_STRATEGIES if not (is_compiled and strategy.captures_data)]
     strategies = CaptureStrategies(module, recorder, kwargs, before_each=recorder.begin, strategies=allowed)
-    with _prepared(module, settings), forgotten_sizes(), torch.no_grad():
+    with _prepared(module, settings), forgotten_sizes(), torch.no_grad(), without_casting_hooks(module):
         try:
-            strategies(*call.args, **call.kwargs)
+            whole = [strategy for strategy in allowed if strategy.whole]
+            hook_free = CaptureStrategies(module, recorder, kwargs, recorder.begin, whole, may_break=False)
+            if not captured_without_hooks(module, hook_free, call.args, call.kwargs):
+                strategies(*call.args, **call.kwargs)
             while not any(one.report.is_cached for one in recorder.recorded) and strategies.drop_strategy():
                 strategies(*call.args, **call.kwargs)
         except Stop:
