@@ -33,6 +33,7 @@ from cachedit_fx.errors import cut
 from cachedit_fx.frontend.input_fetcher import Binder, Fetch, Path, path_of
 from cachedit_fx.frontend.torch_internals import (
     Guards,
+    begin_cudagraph_generation,
     find_guards,
     is_tested_version,
     runs_compiled_forward,
@@ -196,6 +197,7 @@ class FastCall:
         if frame is None or not self._check_first(frame):  # The forward itself raises an error for wrong arguments.
             return NOT_SERVED
         inputs = dict(zip(self._early, self._fetch_early(frame), strict=True))
+        begin_cudagraph_generation()
         run = self.cached_call.begin(inputs)
         if run.step.has_decider and not self._check_all(frame):
             run.discard()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from cachedit_fx.config.cache_config import CacheConfig
-from cachedit_fx.frontend.torch_internals import compile_lock, inductor, named_backend
+from cachedit_fx.frontend.torch_internals import compile_lock, inductor, mark_static_inputs, named_backend
 from cachedit_fx.passes.extract import generate_code
 from cachedit_fx.passes.piece import Piece
 
@@ -50,7 +50,12 @@ class InnerCompiler:
     def compile_piece(self, piece: Piece) -> None:
         """Compiles a piece, and puts the result in the place of its calls."""
         generate_code(piece.gm)  # A backend may return its `forward`.
-        compiled = self(piece.gm, piece.example_inputs)
+        inputs = piece.example_inputs
+        # AOTAutograd merges inputs that are one tensor, and then needs a source for each of them. Blocks that share a
+        # piece call it with different weights: CUDA graphs record each of these calls.
+        if len({id(value) for value in inputs}) == len(inputs):
+            mark_static_inputs(piece.gm)
+        compiled = self(piece.gm, inputs)
         for segment, name in piece.calls:
             segment.delete_submodule(name)
             # A plain attribute is found faster than a module, at every call of every piece.

@@ -65,9 +65,11 @@ try:
         RestartAnalysis,
         TorchDynamoException,
     )
+    from torch._dynamo.mutation_guard import GenerationTracker
     from torch._dynamo.pgo import get_code_state
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.utils import counters, numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
+    from torch._inductor import config as inductor_config
     from torch._logging._internal import trace_structured_artifact
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
     from torch.utils import _pytree as pytree
@@ -339,16 +341,40 @@ def is_traced_here(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return get_proxy_mode() is not None or any(isinstance(x, fx.Proxy) for x in pytree.tree_leaves((args, kwargs)))
 
 
-# Inner backends
+# Inner backends and CUDA graphs
 
 
 def inductor(mode: str | None, options: Mapping[str, Any]) -> tuple[Callable[..., Any], bool]:
     """Inductor with a mode and options, as `torch.compile` calls it; and whether it uses CUDA graphs.
 
-    Uses `torch._TorchCompileInductorWrapper`.
+    Uses `torch._TorchCompileInductorWrapper` and `torch._inductor.config.triton.cudagraphs`, the value that applies if
+    neither the mode nor the options set it.
     """
     wrapper = torch._TorchCompileInductorWrapper(mode, dict(options), None)  # type: ignore[no-untyped-call]
-    return wrapper, bool(wrapper.config.get("triton.cudagraphs", False))
+    return wrapper, bool(wrapper.config.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
+
+def begin_cudagraph_generation() -> None:
+    """Begins what CUDA graphs take for a new call of the model, as Dynamo does at every call that it serves.
+
+    The buffers of an earlier generation may be written over. Uses `GenerationTracker.generation`.
+    """
+    GenerationTracker.generation += 1
+
+
+def mark_static_inputs(piece: fx.GraphModule) -> None:
+    """Shows AOTAutograd which inputs of a piece are weights, whose addresses stay the same from call to call.
+
+    CUDA graphs copy all other inputs at every call. A piece is not a graph of Dynamo, so it gets the attributes by
+    which AOTAutograd recognizes one: `meta["dynamo_compile_id"]`, `_param_name_to_source`, and `_dynamo_source` of the
+    placeholders. Dynamo's mark on a weight, `_dynamo_static_input_type`, is in the `tensor_dict` of its placeholder.
+    Without these names, no input is static.
+    """
+    piece.meta.setdefault("dynamo_compile_id", None)
+    piece._param_name_to_source = {}  # type: ignore[assignment]
+    for node in piece.graph.nodes:
+        if node.op == "placeholder":
+            node._dynamo_source = getattr(node.meta.get("grapharg"), "source", None)
 
 
 def named_backend(name: str, mode: str | None) -> Callable[[fx.GraphModule, Sequence[Any]], Any]:

@@ -107,7 +107,7 @@ class CachedCall:
         policy = self.policy(call.policy if call is not None else None)
         scheduler_run = find_scheduler_run()
         opened = instance.open(policy.owner, conditioning, scheduler_run)
-        stopwatch = Stopwatch(self.regions[0].device)
+        stopwatch = Stopwatch(self.regions[0].devices[-1])
         step = (ShadowedStep if policy.config.shadow else StepRun)(self, policy, instance, opened, scheduler_run, args)
         if timestep is not None:
             step.set_timestep(timestep)

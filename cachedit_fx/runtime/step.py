@@ -118,7 +118,7 @@ class StepRun:
         shape, strides = run.sizes[0] or ((), ())  # The size of a probe does not depend on data.
         if run.fits and run.state.probe is not None:
             return in_layout(run.state.probe, strides)
-        return torch.empty_strided(shape, strides, dtype=run.plan.dtypes[0], device=run.plan.device).zero_()
+        return torch.empty_strided(shape, strides, dtype=run.plan.dtypes[0], device=run.plan.devices[0]).zero_()
 
     def decide(self, region: int, probe_vector: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
         """Whether to compute. Reads the probe vector, which is the only synchronization with the device per region."""
@@ -359,6 +359,6 @@ def _fits(plan: RegionPlan, state: RegionState, sizes: PartialSizes) -> bool:
         tensor is not None
         and (size is None or tensor.shape == size[0])
         and tensor.dtype == dtype
-        and tensor.device == plan.device
-        for tensor, size, dtype in zip(tensors, sizes, plan.dtypes, strict=True)
+        and tensor.device == device
+        for tensor, size, dtype, device in zip(tensors, sizes, plan.dtypes, plan.devices, strict=True)
     )

@@ -71,8 +71,8 @@ class StepTimes(Sequence[float]):
 
 
 def _mark(device: torch.device) -> Any:
-    if device.type != "cuda":
+    if device.type == "cpu":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
+    event = torch.Event(device, enable_timing=True)
+    event.record()
     return event

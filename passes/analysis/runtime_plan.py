@@ -32,7 +32,7 @@ class RegionPlan:
 
     Attributes:
         overrides: The fields of the configuration that this region sets itself.
-        has_probe: Whether the conditional has a probe. It is then the first entry of `sizes` and `dtypes`.
+        has_probe: Whether the conditional has a probe. It is then the first entry of `sizes`, `dtypes` and `devices`.
         measured: For each of `dtypes`, whether its size depends on data. `sizes` leaves it out; a step measures it.
         roles: The roles of the live-outs, in order.
     """
@@ -42,7 +42,7 @@ class RegionPlan:
     has_probe: bool
     sizes: SizeRule
     dtypes: tuple[torch.dtype, ...]
-    device: torch.device
+    devices: tuple[torch.device, ...]
     measured: tuple[bool, ...] = ()
     roles: tuple[str, ...] = ()
 
@@ -127,7 +127,7 @@ def _region_plan(region: Region, placeholders: Sequence[fx.Node]) -> RegionPlan:
         sizes=SizeRule([t for t, is_measured in zip(examples, measured, strict=True) if not is_measured], placeholders),
         measured=measured,
         dtypes=tuple(tensor.dtype for tensor in examples),
-        device=examples[-1].device,
+        devices=tuple(tensor.device for tensor in examples),
         roles=tuple(pair.role for pair in region.live_outs),
     )
 
