@@ -84,6 +84,7 @@ setup(
             "torchao",
             "tqdm",
         ],
+        "serve": [*DIFFUSERS, "ray[serve]"],
         "peers": ["cache-dit==1.5.3"],
         "dev": ["ruff", "mypy", "build", "wheel", "setuptools>=77"],
     },

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 import cachedit_fx
 from cachedit_fx.inspect import CallCounts
 from tests import tiny
 from tests.idle import ALL_REUSED, Guided, called, counts, enabled, run, warnings_in
-from tests.tiny import build, config, frozen, latents, prompt
+from tests.tiny import build, compiled, config, frozen, latents, prompt
 from tests.tiny_pipelines import PIPELINES
 
 
@@ -26,7 +28,14 @@ def pickled(model: Any) -> Any:
     return pickle.loads(pickle.dumps(model))
 
 
-COPIES = pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled])
+def saved(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled, saved])
 
 
 @COPIES
@@ -70,6 +79,18 @@ def test_a_copy_of_a_cached_method_is_cached(make_copy):
     called(copied, "decode")
     assert counts(copied) == CallCounts(computed=4, reused=4)
     assert counts(model) == CallCounts()
+
+
+@COPIES
+def test_a_copy_of_a_model_that_was_compiled_with_the_backend_is_cached_and_shares_nothing(make_copy):
+    model = compiled(build())
+    run(model)
+    copied = make_copy(model)
+    assert cachedit_fx.summary(copied, logging=False) == []
+    expected = tiny.reference(build(), prompt(2), latents(2))
+    tiny.assert_bitwise(run(copied, seed=2), [record.output for record in expected.records])
+    (stats,) = cachedit_fx.summary(copied, logging=False)
+    assert stats.cached_steps == [1, 3, 5, 7]
 
 
 class Locked:

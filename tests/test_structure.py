@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "cachedit_fx"
 
 # From the bottom to the top. Packages of the same level must not import each other either.
 PACKAGE_LEVELS = (
-    ("_version", "errors"),
+    ("_version", "errors", "forking"),
     ("forecasters", "figure"),
     ("config",),
     ("patterns", "policies"),
@@ -139,6 +140,12 @@ def test_no_model_is_special_cased_outside_its_functor():
     assert [file for file in others if "HiDream" in file.read_text(encoding="utf-8")] == [
         PACKAGE / "cache_factory" / "patch_functors" / "__init__.py"
     ]
+
+
+def test_every_lock_is_released_in_a_forked_process():
+    code = "".join(file.read_text(encoding="utf-8") for file in modules().values())
+    locks = re.findall(r"(\w+\()?threading\.R?Lock\(\)", code)
+    assert len(locks) >= 8 and {*locks} == {"released_in_child("}
 
 
 def test_no_two_files_have_one_name():

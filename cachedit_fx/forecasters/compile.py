@@ -16,6 +16,7 @@ from cachedit_fx.errors import ConfigError, cut, shown
 from cachedit_fx.forecasters.forecaster import Forecaster, Times
 from cachedit_fx.forecasters.trace_function import trace
 from cachedit_fx.forecasters.verdict import choose, judge, terms
+from cachedit_fx.forking import released_in_child
 
 Compile = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 Tensors = tuple[Tensor, ...]
@@ -41,7 +42,7 @@ class CompiledForecaster:
         self.forecaster = forecaster
         self._compile = compile
         self._pieces: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._lock = threading.Lock()  # Held while a piece is compiled, so that none is compiled twice.
+        self._lock = released_in_child(threading.Lock())  # Held during compilation, so that no piece is compiled twice.
         self._has_update = type(forecaster).update is not Forecaster.update
 
     def predict(self, history: Tensors, numbers: Sequence[float], verdict: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cachedit_fx.forking import released_in_child
 from cachedit_fx.frontend.backend import Backend
 from cachedit_fx.frontend.torch_internals import (
     NOT_ATTEMPTED,
@@ -99,7 +100,7 @@ class CaptureStrategies:
         self._strategies = [strategy for strategy in strategies if strategy.whole or not is_whole]
         self._file = inspect.getsourcefile(type(module))
         self._compiled: dict[CaptureStrategy, Callable[..., Any]] = {}
-        self._lock = threading.RLock()
+        self._lock = released_in_child(threading.RLock())
         self._has_worked = False  # Whether the first of the strategies has worked.
         self._signatures: set[Hashable] = set()  # Of the calls that it has served.
         self.why_in_parts = ""
@@ -280,7 +281,7 @@ def _settings(strategy: CaptureStrategy, limit: int) -> Iterator[None]:
 
 
 _graphs: weakref.WeakKeyDictionary[type[nn.Module], weakref.WeakSet[CachedCall]] = weakref.WeakKeyDictionary()
-_graphs_lock = threading.Lock()
+_graphs_lock = released_in_child(threading.Lock())
 
 
 def _graphs_of(cls: type[nn.Module]) -> weakref.WeakSet[CachedCall]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import PassError, PatternError, cut
+from cachedit_fx.forking import released_in_child
 from cachedit_fx.frontend.backend import Backend
 from cachedit_fx.frontend.capture_strategies import CaptureStrategies, CaptureStrategy
 from cachedit_fx.frontend.entry_points import has_tensor
@@ -112,7 +113,7 @@ class Enabled:
         self.instance.is_enabled = True
         self.instance.has_cached_graph = False  # Graphs of an earlier configuration do not count.
         self._watch: RegionWatch | None = None
-        self._watch_lock = threading.Lock()
+        self._watch_lock = released_in_child(threading.Lock())
         self.fast_dispatch = FastDispatcher(module, is_on=settings.config.fast_dispatch and settings.method is None)
         method = called if settings.method else None
         self.compiled = CaptureStrategies(module, backend, settings.dynamo_arguments, call=method)

@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from cachedit_fx.errors import cut
+from cachedit_fx.forking import released_in_child
 from cachedit_fx.frontend.input_fetcher import Binder, Fetch, Path, path_of
 from cachedit_fx.frontend.torch_internals import (
     Guards,
@@ -65,7 +66,7 @@ class FastDispatcher:
         self.is_on = is_on
         self._name = type(module).__name__
         self._module = weakref.ref(module)
-        self._lock = threading.Lock()  # Held to change what follows. Calls only read `_fast_calls`.
+        self._lock = released_in_child(threading.Lock())  # Held to change what follows. Calls only read `_fast_calls`.
         self._fast_calls: tuple[FastCall, ...] = ()
         self._tried: weakref.WeakSet[CachedCall] = weakref.WeakSet()
         self._failed: weakref.WeakSet[CachedCall] = weakref.WeakSet()  # Guards of these failed after the head ran.

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cachedit_fx.errors import PassError, PatternError
+from cachedit_fx.forking import released_in_child
 from cachedit_fx.frontend.backend import Backend, RefusedError
 from cachedit_fx.frontend.capture_strategies import CaptureStrategies, signature_of
 from cachedit_fx.frontend.torch_internals import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
@@ -110,7 +111,7 @@ class OffloadedCalls:
     """Makes the calls of one model whose hooks move weights."""
 
     def __init__(self, module: nn.Module, backend: Backend, compile_kwargs: Mapping[str, Any]) -> None:
-        self._lock, self._has_begun = threading.RLock(), False
+        self._lock, self._has_begun = released_in_child(threading.RLock()), False
         self._forwards = HookFreeForwards()
         self._refused: dict[Hashable, WhyUncached] = {}
         self._compiled = CaptureStrategies(

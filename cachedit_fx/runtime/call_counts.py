@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cachedit_fx.forking import released_in_child
+
 MAX_REASONS = 16  # Per module. Calls with further reasons are counted with the last one.
 
 
@@ -57,7 +59,7 @@ class CallTally:
     """Counts the calls of one module, from several threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = released_in_child(threading.Lock())
         self.clear()
 
     def clear(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from cachedit_fx.forking import released_in_child
 from cachedit_fx.runtime.bounds import MAX_SESSIONS, OVER, Bounds
 from cachedit_fx.runtime.call_counts import CallTally
 from cachedit_fx.runtime.conditioning import ConditioningTable
@@ -40,7 +41,7 @@ class Instance:
     """
 
     def __init__(self, module: torch.nn.Module | None = None) -> None:
-        self._lock = threading.RLock()
+        self._lock = released_in_child(threading.RLock())
         self._epoch = 0  # The number of times that all sessions were ended.
         self._module = weakref.ref(module) if module is not None else None
         self.conditioning = ConditioningTable(self._conditioning_ended, self._lock, self._is_held_by_module_only)

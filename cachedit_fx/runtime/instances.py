@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from cachedit_fx.forking import released_in_child
 from cachedit_fx.runtime.call_counts import CallCounts
 from cachedit_fx.runtime.instance import Instance
 from cachedit_fx.runtime.session import Record
@@ -39,7 +41,7 @@ class _Holder:
 KEY = "_cachedit_fx"  # The attribute of a module that holds its `Enabled` object, and that is copied with it.
 _instances: Any = WeakIdKeyDictionary()  # Module -> instance, of modules for which the cache is enabled.
 _holders: Any = WeakIdKeyDictionary()  # First weight -> holders, of modules compiled with `backend="cachedit"`.
-_instances_lock = threading.Lock()
+_instances_lock = released_in_child(threading.Lock())
 
 
 def instance_of(module: torch.nn.Module) -> Instance:
@@ -116,6 +118,10 @@ def reset(module: torch.nn.Module | None = None) -> None:
     everyone = [*_instances.values(), *(h.instance for holders in list(_holders.values()) for h in holders)]
     for instance in everyone if module is None else instances_in(module):
         instance.clear()
+
+
+if hasattr(os, "register_at_fork"):  # Not on Windows, which has no fork.
+    os.register_at_fork(after_in_child=reset)  # The sessions belong to requests of the parent process.
 
 
 def end_generation(module: torch.nn.Module, *, everyone: bool = False) -> None:
