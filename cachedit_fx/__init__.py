@@ -3,8 +3,8 @@
 The terms that the code and the documentation use are defined in docs/glossary.md.
 
 This module exports the names of everyday use. The others are exported by the modules of their topic:
-`cachedit_fx.config`, `errors`, `forecasters`, `functors`, `inspect`, `integrations`, `patterns`, `policies`, `testing`
-and `tuning`.
+`cachedit_fx.config`, `errors`, `exporting`, `forecasters`, `functors`, `inspect`, `integrations`, `patterns`,
+`policies`, `testing` and `tuning`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cachedit_fx._version import __version__ as __version__
 from cachedit_fx.config.cache_config import CacheConfig, DBCacheConfig, DBPruneConfig
 from cachedit_fx.config.steps_mask import steps_mask
 from cachedit_fx.errors import NoMatchError
+from cachedit_fx.exporting import export
 from cachedit_fx.frontend.backend import Backend
 from cachedit_fx.inspect import dumps as _dumps  # noqa: F401 - It registers itself.
 from cachedit_fx.inspect.explanation.explain import explain
@@ -43,6 +44,7 @@ __all__ = [
     "disable_cache",
     "enable_cache",
     "explain",
+    "export",
     "is_cached",
     "load_configs",
     "refresh_context",

@@ -31,6 +31,7 @@ from cachedit_fx.testing import check_pattern
 from cachedit_fx.testing.template_reference import TemplateReference
 from examples.custom_pattern import TwoScaleTransformer
 from tests import hybrid, tiny
+from tests.messages_export import ROWS as EXPORT
 from tests.messages_forecasters import ROWS as FORECASTERS
 from tests.messages_policies import ROWS as POLICIES
 from tests.messages_table import CHEAP, P3, Row
@@ -338,4 +339,4 @@ def pipe_of_compiled() -> Any:
     return hybrid.pipe_of(transformer=torch.compile(hybrid.build(), backend="eager"))
 
 
-ROWS = [*CHEAP, *RUNS, *PIPELINES, *CHECKS, *FORECASTERS, *POLICIES, *TUNING]
+ROWS = [*CHEAP, *RUNS, *PIPELINES, *CHECKS, *EXPORT, *FORECASTERS, *POLICIES, *TUNING]

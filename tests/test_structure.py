@@ -25,7 +25,7 @@ PACKAGE_LEVELS = (
     ("integrations",),
     ("tuning",),
     ("inspect",),
-    ("testing", "__main__"),
+    ("exporting", "testing", "__main__"),
 )
 LEVELS = {package: level for level, packages in enumerate(PACKAGE_LEVELS) for package in packages}
 

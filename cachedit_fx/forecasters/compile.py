@@ -112,7 +112,7 @@ class CompiledForecaster:
         with torch.inference_mode(False), torch.no_grad():
             fakes: list[Tensor] = [mode.from_tensor(_like(x)) for x in inputs]
             try:
-                graph = trace(_FUNCTIONS[name](self.forecaster), fakes)
+                graph = trace(FUNCTIONS[name](self.forecaster), fakes)
             except ConfigError:
                 raise
             except Exception as error:
@@ -138,7 +138,7 @@ class EagerForecaster(CompiledForecaster):
 
     def _run(self, name: str, tensors: Tensors, numbers: Sequence[float]) -> Sequence[Tensor]:
         with torch.no_grad():
-            return _FUNCTIONS[name](self.forecaster)(*tensors, _on_device(numbers, tensors[0].device))
+            return FUNCTIONS[name](self.forecaster)(*tensors, _on_device(numbers, tensors[0].device))
 
 
 def _predict(forecaster: Forecaster) -> Callable[..., Tensors]:
@@ -190,7 +190,8 @@ def _update(forecaster: Forecaster) -> Callable[..., Tensors]:
     return update
 
 
-_FUNCTIONS = {"predict": _predict, "choose": _choose, "judge": _judge, "update": _update}
+# By name: given a forecaster, a function of tensors that returns a tuple. The last argument contains the numbers.
+FUNCTIONS = {"predict": _predict, "choose": _choose, "judge": _judge, "update": _update}
 
 
 def _checked(forecaster: Forecaster, history: Tensors, numbers: Tensor) -> Tensor:

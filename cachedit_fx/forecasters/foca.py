@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cachedit_fx.forecasters.forecaster import LinearForecaster, Times, distinct
 
 # More than this many steps after the last computed one, a forecast is blended with the last computed value.
-_FAR = 3
+FAR = 3
 
 # A position, and the factors of the computed values whose sum is the value at this position.
 _Point = tuple[float, NDArray[np.float64]]
@@ -66,11 +66,11 @@ def _walk(anchor: _Point, anchor_before: _Point, before: _Point, positions: Sequ
     start, value = anchor
     anchored = _slope(anchor, anchor_before)
     last, now = before, anchor
-    for position in positions[:_FAR]:
+    for position in positions[:FAR]:
         local = _slope(now, last) if now[0] > last[0] else anchored
         last, now = now, (position, value + (position - start) / 2 * (anchored + local))
-    if len(positions) > _FAR:
-        now = positions[-1], value + _FAR / len(positions) * (now[1] - value)
+    if len(positions) > FAR:
+        now = positions[-1], value + FAR / len(positions) * (now[1] - value)
     return now
 
 

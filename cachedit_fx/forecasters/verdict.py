@@ -12,10 +12,10 @@ from cachedit_fx.forecasters.forecaster import Times, widened
 
 # A forecast has lost if its squared error is this many times that of the last value. The factor is greater than 1
 # because the errors of the last value add up from step to step, while those of forecasts point in varying directions.
-_LOST = 1.5
-_NEVER = 1e30  # For steps that were chosen beforehand together with the forecaster: only a jump counts there.
-# A change is a jump if it is this many times the largest of the last `_RECENT` changes.
-_JUMP, _RECENT = 3.0, 3
+LOST = 1.5
+NEVER = 1e30  # For steps that were chosen beforehand together with the forecaster: only a jump counts there.
+# A change is a jump if it is this many times the largest of the last `RECENT` changes.
+JUMP, RECENT = 3.0, 3
 _EXPLAINED = 0.8  # A forecast that leaves more than this part of a jump's square did not predict the jump.
 
 
@@ -56,7 +56,7 @@ def judge(
     has_lost = ~(missed <= terms[1] * moved)  # Also True if `missed` is NaN.
     if len(history) > 1:
         before = _squares(history[1], history[0])
-        has_jumped = moved > (_JUMP * terms[0]) ** 2 * before
+        has_jumped = moved > (JUMP * terms[0]) ** 2 * before
         has_lost |= has_jumped & (missed > _EXPLAINED * moved)
     # A forecast that equals the last value gives no evidence, as at a timestep for which the model is called twice.
     return torch.where(missed == moved, verdict, ~has_lost)
@@ -75,7 +75,7 @@ def terms(times: Times, *, is_static: bool) -> tuple[float, float]:
     """
     ages = times.ages
     gap = ages[1] - ages[0] if len(ages) > 1 else 0.0
-    return max(1.0, ages[0] / gap) if gap > 0 else 1.0, _NEVER if is_static else _LOST
+    return max(1.0, ages[0] / gap) if gap > 0 else 1.0, NEVER if is_static else LOST
 
 
 def _squares(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -91,12 +91,12 @@ def choose(last: torch.Tensor, forecast: torch.Tensor, verdict: torch.Tensor) ->
 
 def is_jump(change: float, before: Sequence[float]) -> bool:
     """Returns whether a change is much larger than the last changes before it; False with fewer than two of them."""
-    finite = [c for c in before[-_RECENT:] if math.isfinite(c)]
-    return len(finite) > 1 and change > _JUMP * max(finite) > 0
+    finite = [c for c in before[-RECENT:] if math.isfinite(c)]
+    return len(finite) > 1 and change > JUMP * max(finite) > 0
 
 
 def is_gap(timesteps: Sequence[float | None]) -> bool:
     """Returns whether steps were skipped before the newest of these timesteps, such as steps without guidance."""
-    known = [t for t in timesteps[-_RECENT - 2 :] if t is not None]
+    known = [t for t in timesteps[-RECENT - 2 :] if t is not None]
     moves = [abs(b - a) for a, b in itertools.pairwise(known)]
     return bool(moves) and is_jump(moves[-1], moves[:-1])

@@ -82,7 +82,7 @@ def _by_rule(config: CacheConfig, threshold: float, history: History, diff: floa
 def _forbidden(config: CacheConfig, history: History, threshold: float) -> str | None:
     """The reason why this step must be computed, whatever its residual diff is; None if it may be reused."""
     step, mask = history.num_steps, config.steps_computation_mask
-    if step < _num_warmup_steps(config) and step % config.warmup_interval == 0:
+    if step < num_warmup_steps(config) and step % config.warmup_interval == 0:
         return "warmup"
     if mask is not None and step < len(mask) and mask[step]:
         return "mask"
@@ -98,7 +98,8 @@ def _forbidden(config: CacheConfig, history: History, threshold: float) -> str |
     return "threshold-zero" if threshold <= 0 else None
 
 
-def _num_warmup_steps(config: CacheConfig) -> int:
+def num_warmup_steps(config: CacheConfig) -> int:
+    """The number of steps that are warm-up. With a mask, no more than the 1s that it begins with."""
     mask = config.steps_computation_mask
     leading = config.max_warmup_steps if mask is None else (*mask, 0).index(0)
     return min(config.max_warmup_steps, leading)
