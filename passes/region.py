@@ -44,6 +44,14 @@ class LiveOut:
 
 
 @dataclass(frozen=True, slots=True)
+class RankGroup:
+    """A process group: its name in `torch.distributed`, and the ranks of its members."""
+
+    name: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """The blocks between two cuts, and what its conditional needs.
 
@@ -63,6 +71,7 @@ class Region:
         reaches_output: Whether the region extends to the end of the graph. Its live-outs are then the outputs.
         sample_dim: The dimension of the probe that is the batch. Every sample has a residual diff of its own, and the
             largest one counts. None: one residual diff for the whole batch.
+        groups: The process groups over which the regions of the graph communicate. Their ranks decide alike.
     """
 
     name: str
@@ -77,6 +86,7 @@ class Region:
     deferred: tuple[fx.Node, ...] = ()
     reaches_output: bool = False
     sample_dim: int | None = None
+    groups: tuple[RankGroup, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

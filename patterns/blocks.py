@@ -18,7 +18,8 @@ class Block:
     Attributes:
         path: Path of the module from the model, for example `transformer_blocks.3`.
         cls: Class of the block; None if Dynamo did not record it.
-        start, end: Position of its first node in program order, and one past the position of its last node.
+        start, end: Position of its first node in program order, and one past the position of its last node. Layout
+            operations at the beginning of the first block, which cut its inputs, may be left out.
         span_end: Start of the next block, or `end` for the last block. Nodes between two blocks belong to the first.
     """
 

@@ -21,6 +21,7 @@ from cachedit_fx.frontend.uncached import (
     why_not_without_hooks,
     why_of,
     why_past_limit,
+    why_sharded,
 )
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.cause import Cause
@@ -55,6 +56,8 @@ PARTS = {
     ("cachedit_fx/frontend/fast_dispatch.py", "fast_call_for", "NotServed"),
     ("cachedit_fx/frontend/fast_dispatch.py", "fast_call_for", "RuntimeError"),
     ("cachedit_fx/frontend/fast_dispatch.py", "_rebuilder", "NotServed"),
+    # It needs two processes: see tests/test_ranks.py.
+    ("cachedit_fx/runtime/ranks.py", "vote", "RuntimeError"),
 }
 BANNED = re.compile(
     r"\b(invalid|unexpected|illegal|failed to|something went wrong)\b|Traceback \(|\bFile \"|\bself\.|\bfx\.|"
@@ -140,11 +143,12 @@ def test_the_message_for_a_model_with_graph_breaks_says_where_they_are():
         ),
         (lambda model: why_call_uncached(hooked(model), [], ""), "hooks:    AlignDevicesHook on its layers\n"),
         (lambda model: why_not_without_hooks(hooked(model), "x"), "found:    x\n  hooks:    AlignDevicesHook on its"),
+        (why_sharded, "found:    fully_shard was applied to its layers"),
         (why_another_cache, "found:    a cache of diffusers is also enabled for it\n"),
         (lambda model: why_past_limit(model, 10), "expected: at most 10 graphs for one function"),
         (lambda model: why_not_counted(model, "decode"), 'enable_cache(model, method="decode") to cache this method'),
     ],
-    ids=["no-graph", "hooks", "hooks-of-weights", "another-cache", "limit", "method"],
+    ids=["no-graph", "hooks", "hooks-of-weights", "sharded", "another-cache", "limit", "method"],
 )
 def test_the_reason_for_an_uncached_call_is_reported_with_its_cure(text: Callable[[nn.Module], WhyUncached], says: str):
     why = text(hybrid.build())

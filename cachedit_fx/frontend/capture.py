@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cachedit_fx.frontend.process_groups import process_groups
 from cachedit_fx.frontend.torch_internals import (
     effect_of_call,
     input_expression,
@@ -47,7 +48,8 @@ def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
 
     A placeholder keeps the fake tensor that Dynamo traced with. Its `meta["cachedit_example"]` is what Dynamo passes to
     the backend, with which pieces have to be compiled. `meta["cachedit_offloaded"]` marks the weights of an offloaded
-    model, which only pieces may read.
+    model, which only pieces may read. A node that communicates with other processes has the groups in its
+    `meta["cachedit_groups"]`.
     """
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
@@ -63,6 +65,11 @@ def copy_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
         if placement is not None and placement.is_stand_in(example):
             new.meta["cachedit_offloaded"] = True
         new.meta.setdefault("example_value", example)
+    for inner in copy.modules():
+        for node in inner.graph.nodes if isinstance(inner, fx.GraphModule) else ():
+            groups = process_groups(node)
+            if groups:
+                node.meta["cachedit_groups"] = groups
     return copy
 
 

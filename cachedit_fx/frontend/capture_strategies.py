@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -17,7 +18,9 @@ from torch import nn
 
 from cachedit_fx.forking import released_in_child
 from cachedit_fx.frontend.backend import Backend
+from cachedit_fx.frontend.layer_hooks import initialize_hooks
 from cachedit_fx.frontend.torch_internals import (
+    LOGS,
     NOT_ATTEMPTED,
     TRACED_BY_FX,
     BackendCompilerFailed,
@@ -27,10 +30,13 @@ from cachedit_fx.frontend.torch_internals import (
     num_limits_reached,
     patched_config,
     recompile_limit,
+    without_log_calls,
 )
 from cachedit_fx.frontend.uncached import IN_HOOK, forward_hooks_of
 from cachedit_fx.runtime.cached_call import CachedCall
 from cachedit_fx.runtime.model_call import current_call
+
+log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 64  # The largest recompile limit for one class of modules, however often the graphs are used.
 MAX_SIGNATURES = 1024
@@ -43,7 +49,8 @@ class CaptureStrategy:
 
     Attributes:
         whole: Raise an error if the module is not one graph (`fullgraph=True`). Nothing of it has run then.
-        captures_data: Numbers that are read from tensors, and shapes that depend on values, are part of the graph.
+        captures_data: Numbers that are read from tensors, and shapes that depend on values, are part of the graph. If
+            the module is one graph, its log calls are left out, which would break it.
     """
 
     whole: bool
@@ -92,6 +99,7 @@ class CaptureStrategies:
     ) -> None:
         self.plain = call or module._call_impl
         self._may_break = may_break
+        self._module = weakref.ref(module)
         self._before_each = before_each
         self._backend = backend
         self._kwargs = dict(compile_kwargs)
@@ -138,6 +146,7 @@ class CaptureStrategies:
 
     def _find_strategy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first: Exception | None = None
+        initialize_hooks(self._module())
         for number, strategy in enumerate([*self._strategies]):
             if self._before_each is not None:
                 self._before_each(strategy)
@@ -150,6 +159,8 @@ class CaptureStrategies:
                 continue
             if first is not None:  # Since another strategy worked, the caller is not to blame for the error.
                 self.why_in_parts = self.why_in_parts or ("" if strategy.whole else self.describe(first))
+                if strategy.whole and str(first).startswith(LOGS):
+                    log.info("cachedit_fx: log calls are left out of the compiled forward (%s)", self.describe(first))
                 del self._strategies[:number]
             self._has_worked = True
             return result
@@ -274,6 +285,8 @@ def _settings(strategy: CaptureStrategy, limit: int) -> Iterator[None]:
     changed: dict[str, Any] = {}
     if strategy.captures_data:
         changed |= dict(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+    if strategy.captures_data and strategy.whole:
+        changed |= without_log_calls()
     if limit != recompile_limit():
         changed |= dict(recompile_limit=limit)
     with patched_config(changed) if changed else contextlib.nullcontext():

@@ -102,7 +102,8 @@ class Enabled:
         self.settings = settings
         self.policy = settings.config.runtime_fields
         self.tuned_size: tuple[int, ...] = ()
-        self.before = module.__dict__.get(self.place, MISSING)
+        before = module.__dict__.get(self.place, MISSING)
+        self.before: Any = before.enabled.before if isinstance(before, Bystander) else before
         self.had_registry = hasattr(module, "_diffusers_hook") if had_registry is None else had_registry
         called = getattr(module, settings.method or "forward")
         self.names = list(inspect.signature(called).parameters)
@@ -110,7 +111,7 @@ class Enabled:
         self.conditioning = conditioning_names(self.names)
         self.module = weakref.ref(module)
         self.instance = instance_of(module)
-        self.instance.is_enabled = True
+        self.instance.is_enabled = self.instance.keeps_sessions = True
         self.instance.has_cached_graph = False  # Graphs of an earlier configuration do not count.
         self._watch: RegionWatch | None = None
         self._watch_lock = released_in_child(threading.Lock())
@@ -159,6 +160,11 @@ class Enabled:
         if has_another_strategy and self.settings.config.on_no_match == "raise":
             return self._serve(args, kwargs)  # Tries the next strategy before it raises an error.
         return self._uncached(call, why, result, is_certain=not has_another_strategy)
+
+    def call_computing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Makes a call after the cache was disabled."""
+        with within_call(self._call(args, kwargs)):
+            return self._call_dynamo(args, kwargs)
 
     def _invalidate(self, module: nn.Module, changed: RegionWatch) -> None:
         """Makes the values unusable that were cached from other modules or weights.
@@ -296,6 +302,21 @@ class Enabled:
                 why,
             )
         return settings, self.place, self.had_registry, self.tuned_size
+
+
+class Bystander:
+    """Replaces the compiled forward after `disable_cache`, if other ranks run the blocks together with this one.
+
+    They may still cache, and would wait for this rank where they decide. Therefore the same graphs run. Every step
+    computes, on all ranks, and nothing is cached on this one.
+    """
+
+    def __init__(self, enabled: Enabled) -> None:
+        self.enabled = enabled
+        enabled.instance.keeps_sessions = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.enabled.call_computing(args, kwargs)
 
 
 def _copied(

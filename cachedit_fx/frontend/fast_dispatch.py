@@ -10,7 +10,8 @@ following calls of the same kind:
     4. If it computes, all of Dynamo's guards are checked. Then the compute branch and the tail run.
 
 If the guards fail in 1 or 4, the call goes to Dynamo, and nothing has changed: the head of a graph that is served here
-has no effects. After a failure in 4, all guards of that graph are checked before its head runs.
+has no effects. After a failure in 4, all guards of that graph are checked before its head runs. The same applies to a
+graph whose regions communicate with other ranks.
 
 A reused step needs no guards on the blocks of the region, because it runs none of them.
 """
@@ -113,7 +114,9 @@ class FastDispatcher:
             return
         with self._lock:
             self._tried.add(cached_call)
-        check_all_first = cached_call in self._failed
+        # Ranks that communicate run the same collectives, so a head whose collectives have run must not run again.
+        has_groups = any(region.groups for region in cached_call.regions)
+        check_all_first = has_groups or cached_call in self._failed
         try:
             if len(ran) > 1:
                 raise NotServed(f"Dynamo breaks the forward up into {len(ran)} cached graphs")

@@ -21,6 +21,7 @@ Dynamo or Inductor; the modules that need them import them.
 from __future__ import annotations
 
 import inspect
+import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -325,6 +326,21 @@ def patched_config(changes: Mapping[str, Any]) -> AbstractContextManager[None]:
     """
     patch: AbstractContextManager[None] = _config.patch(**changes)
     return patch
+
+
+LOGS = "logging.Logger method not supported"  # The beginning of Dynamo's error for a log call in a forward.
+
+
+def without_log_calls() -> dict[str, Any]:
+    """The setting with which Dynamo leaves out the calls of loggers, such as `logger.warning`.
+
+    Uses `ignore_logging_functions`, which was called `ignore_logger_methods` before. A method that returns a value,
+    such as `isEnabledFor`, is not left out. Libraries add methods of their own to `Logger` (`warning_once`).
+    """
+    name = "ignore_logging_functions" if hasattr(_config, "ignore_logging_functions") else "ignore_logger_methods"
+    levels = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
+    methods = {value for key, value in vars(logging.Logger).items() if key.startswith(levels) and callable(value)}
+    return {name: {*getattr(_config, name), *methods}}
 
 
 def num_limits_reached() -> int:

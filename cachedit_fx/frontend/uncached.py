@@ -17,8 +17,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import NoMatchError, cut
 from cachedit_fx.frontend.capture import captured_module
+from cachedit_fx.frontend.layer_hooks import has_sharded_layers, hooks_of
 from cachedit_fx.frontend.torch_internals import OptimizedModule, is_resumed
 from cachedit_fx.functors.shipped import functor_for
+from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.mismatch import Mismatch
 from cachedit_fx.runtime.instances import instances_in
 from cachedit_fx.runtime.model_call import current_call
@@ -149,6 +151,8 @@ def why_of(reasons: Sequence[Mismatch], model: nn.Module | None) -> WhyUncached:
         model: The model that the graph belongs to, if it is known.
     """
     nearest = reasons[0]
+    if nearest.cause is Cause.NO_CHAIN and model is not None and has_sharded_layers(model):
+        return why_sharded(model)
     fitted = f", {nearest.progress} of {nearest.total} blocks fit" if nearest.total else ""
     verdict = f"Nearest miss: {nearest.template}{fitted};" if nearest.template else "Reason:"
     what = f"this graph of {type(model).__name__}" if model is not None else "this graph"
@@ -177,6 +181,8 @@ def why_call_uncached(
     """
     if graphs and not why_in_parts:
         return _with_forward_hooks(max(graphs, key=lambda graph: graph.num_nodes).why, module)
+    if has_sharded_layers(module):
+        return why_sharded(module)
     name, hooks = type(module).__name__, [] if is_off else hooks_of(module)
     stops = f" (the first graph ends at {why_in_parts})" if why_in_parts else ""
     if graphs:
@@ -270,19 +276,19 @@ def forward_hooks_of(module: nn.Module) -> dict[str, types.CodeType]:
     return found
 
 
-def hooks_of(module: nn.Module) -> list[str]:
-    """The names of the hooks of accelerate and diffusers on the module and its layers, without duplicates.
-
-    For example `AlignDevicesHook` and `layerwise_casting`.
-    """
-    found: dict[str, None] = {}
-    for inner in module.modules():
-        held = vars(inner)
-        if "_hf_hook" in held:
-            found[type(held["_hf_hook"]).__name__] = None
-        names = getattr(held.get("_diffusers_hook"), "hooks", {})
-        found |= dict.fromkeys(cut(name) for name in names if name != "cachedit_fx")
-    return [*found]
+def why_sharded(module: nn.Module) -> WhyUncached:
+    """Why a module whose layers are sharded by FSDP2 runs without the cache."""
+    reason = "fully_shard was applied to its layers, whose hooks torch runs outside of Dynamo's graphs"
+    text = "\n".join(
+        (
+            f"cachedit_fx: {type(module).__name__} runs without caching.",
+            "  expected: one graph that contains the whole loop over the blocks",
+            f"  found:    {reason}",
+            "What to do: apply fully_shard to the model as a whole only, or use context or tensor parallelism "
+            "(docs/distributed.md).",
+        )
+    )
+    return WhyUncached("sharded", reason, text)
 
 
 def why_another_cache(module: nn.Module) -> WhyUncached:

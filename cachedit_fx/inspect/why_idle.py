@@ -27,6 +27,10 @@ _WHY = {
         "their number changes from step to step. Call the model for each window inside cachedit_fx.session(key)"
     ),
     "decider-compute": "the decider decided to compute all of them",
+    "ranks-differ": (
+        "another rank that runs the same blocks had to compute, or was in another state, for example because the cache "
+        "is not enabled in the same way on all ranks"
+    ),
     "ratios-end": "they are beyond the end of magnitude_ratios",
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 from cachedit_fx.config.cache_config import OPTION_NAMES, CacheConfig, unknown_option
 from cachedit_fx.errors import ConfigError, did_you_mean, shown
 from cachedit_fx.frontend.backend import Backend
-from cachedit_fx.frontend.enabled import MISSING, Enabled, Settings, enabled_of, uncounted_call
+from cachedit_fx.frontend.enabled import MISSING, Bystander, Enabled, Settings, enabled_of, uncounted_call
 from cachedit_fx.frontend.entry_points import unwatch_methods, watch_methods
 from cachedit_fx.frontend.torch_internals import OptimizedModule
 from cachedit_fx.integrations.adapter_registry import adapter_for, modules_of
@@ -76,7 +76,8 @@ def enable_cache(
 def disable_cache(pipe_or_adapter: Any) -> None:
     """Restores a pipeline, a transformer, or the transformers of an adapter to the state before `enable_cache`.
 
-    Statistics remain available. Nothing happens if no cache was enabled.
+    Statistics remain available. Nothing happens if no cache was enabled. If a transformer runs its blocks together with
+    other ranks, it remains compiled, because they may still cache: every step computes from now on.
     """
     for module in modules_of(pipe_or_adapter).values():
         _disable(module)
@@ -215,7 +216,9 @@ def _disable(module: nn.Module) -> None:
     enabled.instance.is_enabled = enabled.instance.has_cached_graph = False
     is_in_place = module.__dict__.get(enabled.place) is enabled  # The attribute may have been replaced since.
     if is_in_place:
-        if enabled.before is MISSING:
+        if enabled.instance.shares_decisions:
+            module.__dict__[enabled.place] = Bystander(enabled)
+        elif enabled.before is MISSING:
             del module.__dict__[enabled.place]
         else:
             module.__dict__[enabled.place] = enabled.before

@@ -63,6 +63,23 @@ def decide(
     return _by_rule(config, threshold, history, diff)
 
 
+def decision_terms(
+    config: CacheConfig, history: History, *, is_cached: bool, earlier: Sequence[float] = ()
+) -> tuple[object, ...] | None:
+    """What `decide` depends on besides the residual diff and the timestep: numbers, strings and tuples of these.
+
+    None if the step is computed whatever they are. With a decider, the terms do not determine the answer.
+    """
+    threshold = relaxed_threshold(config, earlier)
+    has_decider = config.decider is not None
+    if not is_cached or (not has_decider and _forbidden(config, history, threshold) is not None):
+        return None
+    rule = (config.decision_rule, config.probe == "timestep", config.is_static, has_decider, threshold)
+    position = (history.number, history.num_continuous) if config.magnitude_ratios else ()
+    factors = (config.rescale_coefficients, config.magnitude_ratios)
+    return (*rule, *position, tuple(map(tuple, (factor or () for factor in factors))), history.accumulated_diff)
+
+
 def _by_decider(decision: Decision, config: CacheConfig, history: History, diff: float) -> Decision:
     """The decision of a decider, with the residual diff that it was shown if that was measured."""
     if diff != diff:

@@ -99,7 +99,8 @@ class CachedCall:
             instance = call.instance
         else:
             instance = instance_of_weights([args[w] if isinstance(w, int) else w for w in self.weights])
-        instance.has_cached_graph = True
+        instance.has_cached_graph = instance.keeps_sessions
+        instance.shares_decisions |= bool(self.regions[0].groups)
         timestep = None
         if call is not None and not self.has_timestep:
             # The graph is a part of the forward, and does not receive the arguments of the model.

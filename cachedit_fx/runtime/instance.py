@@ -36,6 +36,8 @@ class Instance:
         weights_version: The number of detected changes of modules or weights.
         has_cached_graph: Whether the module has a cached graph. If the cache is enabled, whether the last call ran one.
         is_enabled: Whether `enable_cache` was called for the module, and not `disable_cache` since.
+        keeps_sessions: Whether steps are committed. Without, every step computes.
+        shares_decisions: Whether a cached graph of the module decides together with other ranks.
         calls: How the calls of an enabled module were served.
         reported: The kinds of reasons for running without the cache that were reported to the user.
     """
@@ -51,6 +53,7 @@ class Instance:
         self.bounds = Bounds()
         self.weights_version = 0
         self.has_cached_graph = self.is_enabled = False
+        self.keeps_sessions, self.shares_decisions = True, False
         self.calls = CallTally()
         self.reported: set[str] = set()
 
@@ -128,7 +131,7 @@ class Instance:
             max_bytes: The bound on the cached values of all sessions; None for no bound.
         """
         with self._lock:
-            if session.epoch != self._epoch:
+            if session.epoch != self._epoch or not self.keeps_sessions:
                 return  # All sessions were ended while the step ran.
             if is_new_generation:
                 self._end_generation_of(session)

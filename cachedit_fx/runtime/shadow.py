@@ -26,7 +26,7 @@ class _Observed:
 
     Attributes:
         state: The state of the region before the step.
-        fits: Whether its cached values have the shapes of the step.
+        fits: Whether its cached values have the shapes of the step, on all ranks that run the region.
         reuses: The decision of the policy.
         outputs: The live-outs of the region.
     """
@@ -47,7 +47,7 @@ class ShadowedStep(StepRun):
         run = self._runs[region]
         if region == 0:
             self._observed: list[_Observed] = []
-        self._observed.append(_Observed(run.state, run.fits, not computes))
+        self._observed.append(_Observed(run.state, run.fits and run.is_agreed, not computes))
         return True
 
     def cached(self, region: int) -> tuple[torch.Tensor | None, ...]:
@@ -88,6 +88,9 @@ class _Reusing:
 
     def before(self, region: int) -> torch.Tensor:
         return self._first.before(region)
+
+    def fingerprint(self, region: int) -> torch.Tensor:
+        return self._first.fingerprint(region)  # The second run decides nothing, but its head has the exchange, too.
 
     def decide(self, region: int, probe_vector: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
         return not self._reused[region]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -14,10 +15,11 @@ from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.forecasters.verdict import is_gap, is_jump
 from cachedit_fx.passes.analysis.runtime_plan import PartialSizes, RegionPlan
-from cachedit_fx.policies import Decision, History, decide, needs_refresh
+from cachedit_fx.policies import Decision, History, decide, decision_terms, needs_refresh
 from cachedit_fx.runtime.cached_values import CachedValue, Forecast
 from cachedit_fx.runtime.guidance_branch import LoopPosition
 from cachedit_fx.runtime.instance import Instance
+from cachedit_fx.runtime.ranks import RANKS_DIFFER, fingerprint_of, vote
 from cachedit_fx.runtime.scheduler_run import SchedulerRun
 from cachedit_fx.runtime.session import Session
 from cachedit_fx.runtime.snapshot import RegionState, Snapshot
@@ -53,6 +55,7 @@ class RegionRun:
     Attributes:
         fits: Whether the cached values have the shapes of this call. The size may change within a session.
         is_outdated: Whether there is a gap or a jump between the cached values and this step, so nothing is forecast.
+        is_agreed: Whether the other ranks that run the region are in the same state, so that they decide alike.
     """
 
     plan: RegionPlan
@@ -63,6 +66,7 @@ class RegionRun:
     forecast: Forecast | None = None
     is_outdated: bool = False
     decision: Decision | None = None
+    is_agreed: bool = True
     history: History = field(default_factory=History)
     diff: float = math.nan
 
@@ -120,6 +124,26 @@ class StepRun:
             return in_layout(run.state.probe, strides)
         return torch.empty_strided(shape, strides, dtype=run.plan.dtypes[0], device=run.plan.devices[0]).zero_()
 
+    def fingerprint(self, region: int) -> torch.Tensor:
+        """What the decision depends on besides the probe vector (see `Step.fingerprint`)."""
+        run = self._run(region)
+        is_cached = run.fits and not self._is_new
+        terms = decision_terms(run.config, run.state.history, is_cached=is_cached, earlier=self._earlier(region))
+        if terms is not None:
+            terms = (*terms, self._place, self._partner_diff(run))
+        num_checksums = self._call.num_checksums if region == 0 else 0
+        checksums = self._snapshot.checksum[::-1] or (0.0,) * num_checksums  # They were read from the end.
+        asks = run.config.decider is not None or any(run.plan.measured)
+        numbers = [float(asks), *fingerprint_of(terms), *checksums[:num_checksums]]
+        return torch.tensor(numbers, dtype=torch.float32, device=run.plan.devices[-1])
+
+    @property
+    def _place(self) -> tuple[object, ...]:
+        """Where this step is in its session and its loop, as far as `set_timestep` depends on it."""
+        session, snapshot, position, run = self._session, self._snapshot, self._loop_position, self._scheduler_run
+        in_loop = (position.timestep, position.calls, position.is_next_step(run), position.continues_in(run))
+        return (session.key.ordinal, session.is_named, snapshot.timestep, snapshot.direction, *in_loop)
+
     def decide(self, region: int, probe_vector: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
         """Whether to compute. Reads the probe vector, which is the only synchronization with the device per region."""
         run = self._run(region)
@@ -135,7 +159,9 @@ class StepRun:
                 run = self._run(region)
         if self._is_new:  # The cached values are those of the last generation.
             run.state, run.fits = RegionState(), False
-        diff = values[0] if run.plan.has_probe and self._was_predicted else math.nan
+        is_equal, asks = values[run.plan.has_probe :] if run.plan.groups else (1.0, 0.0)
+        run.is_agreed = not run.plan.groups or (is_equal == 1.0 and self._was_predicted)
+        diff = values[0] if run.plan.has_probe and self._was_predicted and run.is_agreed else math.nan
         shared = self._shared_diff(run)
         run.diff = diff if shared is None else shared
         if run.forecast is not None:
@@ -143,17 +169,25 @@ class StepRun:
         run.history, has_moved = run.state.history, self._snapshot.direction != 0
         if run.history.has_moved != has_moved:
             run.history = run.history._replace(has_moved=has_moved)
-        earlier = [r.diff for r in self._runs[:region] if r.decision is not None and r.decision.probed]
-        run.decision = decide(
+        own = partial(self._decide, run, region)
+        run.decision = vote(own, run.plan.groups, run.plan.devices[-1]) if asks else own()
+        return run.decision.compute
+
+    def _decide(self, run: RegionRun, region: int) -> Decision:
+        decision = decide(
             run.config,
             run.history,
             run.diff,
             is_cached=run.fits,
-            earlier=earlier,
+            earlier=self._earlier(region),
             timestep=self._snapshot.timestep,
             region=run.plan.name,
         )
-        return run.decision.compute
+        return decision if run.is_agreed or (decision.compute and not decision.probed) else RANKS_DIFFER
+
+    def _earlier(self, region: int) -> list[float]:
+        """The residual diffs of the previous regions at this step."""
+        return [run.diff for run in self._runs[:region] if run.decision is not None and run.decision.probed]
 
     def cached(self, region: int) -> tuple[torch.Tensor | None, ...]:
         run = self._runs[region]
@@ -336,15 +370,21 @@ class StepRun:
 
     def _shared_diff(self, run: RegionRun) -> float | None:
         """The residual diff of the other guidance branch at this step, if this branch uses it; otherwise None."""
+        found = self._partner_diff(run)
+        return found[1] if found is not None and found[0] == self._snapshot.timestep else None
+
+    def _partner_diff(self, run: RegionRun) -> tuple[float | None, float] | None:
+        """The timestep and the residual diff of the other guidance branch, if it is one step ahead and this one uses
+        them."""
         config = self._policy.config
         if config.cfg_diff_compute_separate or config.enable_separate_cfg is False or config.cfg_compute_first:
             return None
         partner = self._instance.partner(self._session)
         other = partner.snapshot.regions.get(run.plan.name) if partner is not None else None
-        if partner is None or other is None or partner.snapshot.timestep != self._snapshot.timestep:
+        if partner is None or other is None or not other.decisions:
             return None
-        is_same_step = len(other.decisions) == len(run.state.decisions) + 1
-        return other.diffs[-1] if is_same_step and other.decisions[-1].probed else None
+        is_ahead = len(other.decisions) == len(run.state.decisions) + 1
+        return (partner.snapshot.timestep, other.diffs[-1]) if is_ahead and other.decisions[-1].probed else None
 
 
 def _covered(run: RegionRun) -> tuple[bool, ...]:

@@ -12,6 +12,7 @@ import bisect
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import fx
 
@@ -36,7 +37,7 @@ def locate_blocks(program: Program) -> tuple[BlockList, ...]:
         inner = calls[0].path
         if len(calls) < 2 or path in taken or any(inner[:i] in known for i in range(len(inner))):
             continue
-        blocks = _trace_turns(program, path, lists) or _trace_list(program, path, _spans(program, calls), calls)
+        blocks = _trace_turns(program, path, lists) or _trace_calls(program, path, calls)
         if blocks.has_stream:
             known.update(call.path for call in calls)
             taken.update(tuple(other.split(".")) for other in blocks.alternates)
@@ -61,6 +62,27 @@ def _trace_list(
         labels=labels,
         alternates=(alternates,) if alternates else (),
     )
+
+
+def _trace_calls(program: Program, path: Path, calls: list[Call]) -> BlockList:
+    """The list at `path`. Its first block begins after its first layout operations if more streams continue then.
+
+    A hook may cut the streams before the first block runs, so that every rank works on its part of a sequence.
+    """
+    blocks = _spans(program, calls)
+    found = _trace_list(program, path, blocks, calls)
+    first, start = blocks[0], _behind_layout(program, blocks[0])
+    if start == first.start:
+        return found
+    cut = _trace_list(program, path, (replace(first, start=start), *blocks[1:]), calls)
+    is_better = cut.has_stream and (not found.has_stream or len(cut.boundaries[0]) > len(found.boundaries[0]))
+    return cut if is_better else found
+
+
+def _behind_layout(program: Program, block: Block) -> int:
+    """The position of the first node of a block that is no layout operation."""
+    positions = range(block.start, block.end)
+    return next((i for i in positions if not is_layout(program.nodes[i])), block.start)
 
 
 def _trace_turns(program: Program, path: Path, lists: Mapping[Path, list[Call]]) -> BlockList | None:

@@ -17,6 +17,7 @@ from cachedit_fx.passes.analysis.defer_work import defer_work
 from cachedit_fx.passes.analysis.join_lists import LEAST_SHARE, continues, flops_on_latents, join_lists
 from cachedit_fx.passes.analysis.locate_blocks import locate_blocks
 from cachedit_fx.passes.analysis.model_inputs import find_conditioning, find_timestep
+from cachedit_fx.passes.analysis.rank_groups import find_rank_groups
 from cachedit_fx.passes.observer import Observer
 from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.region import Group
@@ -41,7 +42,7 @@ def make_plan(gm: fx.GraphModule, config: CacheConfig, declared: Declaration, ob
     chain = tuple(match.blocks for match in matches)
     timestep = find_timestep(program, chain)
     regions = cut_regions(program, group_lists(program, matches, config, declared), timestep)
-    regions = defer_work(program, regions)
+    regions = find_rank_groups(defer_work(program, regions))
     conditioning = find_conditioning(program, chain, timestep)
     _tag_blocks(program, chain)
     return Plan(gm, program, matches, regions, timestep, conditioning)

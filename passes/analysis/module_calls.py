@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _TOKEN = re.compile(r"\['([^']+)'\]|\.?([A-Za-z_]\w*|\d+)|\[(\d+)\]")
 _ROOT = re.compile(r"^[LG]\['(?:args'\]\[\d+\]|\w+'\](?!\[))")  # A local variable, but not an element of a list.
+# The way to the module behind a hook that has replaced its `forward`.
+_HOOKED = re.compile(r"\.forward\b.*?\.__self__\b")
 _NOT_NAMES = {"L", "self", "__dict__", "_modules", "getattr"}
 Path = tuple[str, ...]
 
@@ -125,7 +127,7 @@ def module_path(raw: str) -> Path:
 
     For example ("blocks", "0", "attn") for `L['self'].__dict__['_modules']['blocks'].0.attn`.
     """
-    raw = _ROOT.sub("", raw)
+    raw = _HOOKED.sub("", _ROOT.sub("", raw))
     tokens = [next(filter(None, groups)) for groups in _TOKEN.findall(raw)]
     for root in ("__self__", "__dict__"):  # `__self__`: a hook calls the forward of the module that it holds.
         if root in tokens:

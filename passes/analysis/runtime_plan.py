@@ -13,6 +13,7 @@ from cachedit_fx.config.cache_config import CacheConfig, Changes
 from cachedit_fx.passes.analysis.cached_examples import cached_examples
 from cachedit_fx.passes.analysis.dataflow import is_weight
 from cachedit_fx.passes.analysis.effects import effect_of
+from cachedit_fx.passes.analysis.module_calls import module_path_of
 from cachedit_fx.passes.analysis.size_rule import Size, SizeRule, UnknownSizeError
 from cachedit_fx.passes.analysis.writes import written_outside
 from cachedit_fx.passes.plan import Plan
@@ -35,6 +36,7 @@ class RegionPlan:
         has_probe: Whether the conditional has a probe. It is then the first entry of `sizes`, `dtypes` and `devices`.
         measured: For each of `dtypes`, whether its size depends on data. `sizes` leaves it out; a step measures it.
         roles: The roles of the live-outs, in order.
+        groups: The names of the process groups whose ranks must decide alike (see `Region`).
     """
 
     name: str
@@ -45,6 +47,7 @@ class RegionPlan:
     devices: tuple[torch.device, ...]
     measured: tuple[bool, ...] = ()
     roles: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
 
     def sizes_at(self, args: Sequence[Any] | Mapping[int, Any], streams: Sequence[torch.Tensor] = ()) -> PartialSizes:
         """Shapes and strides of everything that is cached at a call; None for what has not been measured yet."""
@@ -129,6 +132,7 @@ def _region_plan(region: Region, placeholders: Sequence[fx.Node]) -> RegionPlan:
         dtypes=tuple(tensor.dtype for tensor in examples),
         devices=tuple(tensor.device for tensor in examples),
         roles=tuple(pair.role for pair in region.live_outs),
+        groups=tuple(group.name for group in region.groups),
     )
 
 
@@ -184,6 +188,10 @@ def _paths_of_regions(plan: Plan) -> list[str]:
     """Paths of the blocks of which no part runs before their region."""
     blocks = [(match.blocks, block) for match in plan.chain for block in match.blocks.blocks]
     hoisted = {node.meta.get("cachedit_block") for region in plan.regions for node in region.hoisted}
+    # Layout operations at the beginning of the first block of a list may run before it.
+    firsts = [(i, block) for i, (of, block) in enumerate(blocks) if block is of.blocks[0] and block.start]
+    before = {i: plan.program.nodes[block.start - 1] for i, block in firsts}
+    hoisted |= {i for i, node in before.items() if ".".join(module_path_of(node)) == blocks[i][1].path}
     numbers = [i for region in plan.regions for i in range(region.first, region.last) if i not in hoisted]
     found = []
     for of, block in (blocks[i] for i in numbers):

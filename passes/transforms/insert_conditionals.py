@@ -27,7 +27,13 @@ from cachedit_fx.passes.extract import Extract, extract, free_sizes, graph_modul
 from cachedit_fx.passes.graph_pass import GraphPass
 from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.region import LiveOut, Region
-from cachedit_fx.passes.transforms.append_probe import append_checksums, append_diff, append_timestep
+from cachedit_fx.passes.transforms.append_probe import (
+    append_checksums,
+    append_diff,
+    append_distance,
+    append_exchange,
+    append_timestep,
+)
 from cachedit_fx.patterns.nodes import size_key, value_of
 
 
@@ -37,13 +43,20 @@ class Step(Protocol):
     def before(self, region: int) -> torch.Tensor:
         """The probe of the last computed step; any tensor of that shape if there is none."""
 
+    def fingerprint(self, region: int) -> torch.Tensor:
+        """What the decision depends on besides the probe vector, as float32 numbers (see `exchange`).
+
+        Only called if the region has process groups.
+        """
+
     def decide(self, region: int, probe_vector: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
         """Whether to compute.
 
         Args:
-            probe_vector: [residual diff, timestep, checksums], float32. The host reads it once per call. A region
-                without a probe has no residual diff, and only the first region has the timestep and the checksums.
-                None if nothing is left.
+            probe_vector: [residual diff, is_equal, asks, timestep, checksums], float32. The host reads it once per
+                call. A region without a probe has no residual diff, a region without process groups has no `is_equal`
+                and `asks` (see `exchange`), and only the first region has the timestep and the checksums. None if
+                nothing is left.
             streams: The streams at the cut whose sizes depend on data. The cached values must have their shapes.
         """
 
@@ -142,21 +155,11 @@ class _Builder:
     def _head(self, nodes: list[fx.Node], number: int, region: Region) -> tuple[fx.Node | None, fx.Node | None]:
         """Adds the segment before the region, with the probe. Returns the probe vector and the probe."""
         head = extract(nodes, self.sizes)
-        timestep = self.timestep if number == 0 else None
-        parts, extra, probe = [], [], None
-        if region.probed_at is not None:
-            before = self.graph.call_method("before", (self.step, number))
-            diff, probe, before_in = append_diff(head, region)
-            head.inputs.append(before_in)
-            self.values[before_in] = before
-            parts.append(diff)
-            extra.append(probe)
-        if timestep is not None:
-            parts.append(append_timestep(head, timestep, value_of(region.live_outs[0].after).device))
-        if self.checksummed is not None and number == 0:
-            parts.extend(append_checksums(head, self.checksummed, value_of(region.live_outs[0].after).device))
+        parts, probe = self._parts(head, number, region)
+        extra = [probe] if probe is not None else []
         if parts:
-            probe_vector = head.graph.call_function(torch.stack, (parts,))
+            join = torch.cat if region.groups else torch.stack
+            probe_vector = head.graph.call_function(join, (parts,))
             probe_vector.meta["cachedit_probe"] = True
             extra.insert(0, probe_vector)
         name = "head" if number == 0 else f"between_{number - 1}"
@@ -164,6 +167,32 @@ class _Builder:
             return None, None
         called = self._call(head, outputs_of(nodes), name, extra)
         return called[0] if parts else None, called[-1] if probe is not None else None
+
+    def _parts(self, head: Extract, number: int, region: Region) -> tuple[list[fx.Node], fx.Node | None]:
+        """Appends the parts of the probe vector to a head. Returns them and the probe."""
+        device = value_of(region.live_outs[0].after).device
+        parts, probe = list[fx.Node](), None
+        distance_and_size: tuple[fx.Node, ...] = ()
+        if region.probed_at is not None:
+            distance_and_size, probe, before_in = append_distance(head, region)
+            self._supply(head, before_in, "before", number)
+            if not region.groups:
+                parts.append(append_diff(head, region, *distance_and_size))
+        is_first = number == 0
+        timestep = [append_timestep(head, self.timestep, device)] if is_first and self.timestep is not None else []
+        source = self.checksummed if is_first else None
+        checksums = append_checksums(head, source, device) if source is not None else []
+        parts += [*timestep, *checksums]
+        if region.groups:
+            exchanged, fingerprint_in = append_exchange(head, region, device, distance_and_size, timestep, checksums)
+            self._supply(head, fingerprint_in, "fingerprint", number)
+            parts = [exchanged, *(head.graph.call_method("reshape", (part, 1)) for part in parts)]
+        return parts, probe
+
+    def _supply(self, head: Extract, placeholder: fx.Node, method: str, number: int) -> None:
+        """Makes `step.method(number)` the value of a placeholder that was added to a head."""
+        head.inputs.append(placeholder)
+        self.values[placeholder] = self.graph.call_method(method, (self.step, number))
 
     def _conditional(self, number: int, region: Region, probe_vector: fx.Node | None, probe: fx.Node | None) -> None:
         compute, reuse, operands = _branches(self.source, region, self.sizes, self.same_strides)

@@ -26,6 +26,7 @@ REASONS = {
     "ratios-end": "The step is beyond the end of magnitude_ratios.",
     "decider-compute": "The decider decided to compute.",
     "decider-reuse": "The decider decided to reuse.",
+    "ranks-differ": "Another rank that runs the same blocks has to compute, or is in another state.",
 }
 
 BEGINNINGS = {
