@@ -24,6 +24,7 @@ from cachedit_fx.functors import PatchFunctor
 from cachedit_fx.inspect import Explanation
 from cachedit_fx.inspect.pages import render
 from cachedit_fx.inspect.reproduce import run_saved
+from cachedit_fx.integrations import comfyui
 from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
@@ -276,6 +277,12 @@ PIPELINES = [
         lambda _: cachedit_fx.enable_cache(pipe_of_compiled()),
         "transformer is compiled already",
         "pass the module that torch.compile was given",
+    ),
+    Row(
+        "not-of-comfyui",
+        lambda _: comfyui.enable_cache(hybrid.build()),
+        "got Hybrid(",
+        "for a transformer or a pipeline, call cachedit_fx.enable_cache",
     ),
     Row("not-copied-settings", lambda _: copied_with_a_lock(), "_thread.lock", "What to do: call enable_cache for the"),
     Row(

@@ -30,7 +30,7 @@ from cachedit_fx.inspect.graph_json import from_json
 from cachedit_fx.integrations import BlockAdapterRegistry
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
-from tests import hybrid
+from tests import hybrid, original_wan
 from tests.hybrid import pipe_of
 
 P1, P3 = ForwardPattern.Pattern_1, ForwardPattern.Pattern_3
@@ -81,6 +81,18 @@ def of_sizes(name: str, value: str, says: str, sizes: tuple[Any, ...], *, is_rea
         if is_read:
             graph.call_function(torch.neg, (node,))
         split_stream(node, sizes, 1, (ENCODER, HIDDEN))
+
+    return Row(name, provoke, value, says)
+
+
+def of_function(name: str, value: str, says: str, *places: str) -> Row:
+    def provoke(_: Path) -> None:
+        functor, model = PatchFunctor(), hybrid.build(original_wan.Wan)
+        try:
+            for place in places:
+                functor.replace_function(model, place, lambda *args: args)
+        finally:
+            functor.restore(model)
 
     return Row(name, provoke, value, says)
 
@@ -264,6 +276,15 @@ FUNCTORS = [
         lambda _: PatchFunctor().replace_method(hybrid.build(), "foward", lambda self: None),
         "no method 'foward'",
         "Did you mean 'forward'?",
+    ),
+    of_function("no-function", "rope_aply", "Did you mean 'rope_apply'?", "tests.original_wan:rope_aply"),
+    of_function("no-python-module", "no.such.module", "as 'package.module:function'", "no.such.module:f"),
+    of_function(
+        "another-function",
+        "tests.original_wan:rope_apply",
+        "use the same function for all models",
+        "rope_apply",
+        "rope_apply",
     ),
     of_sizes("not-read", "`joint`", "pass the node that a block reads", (2, None), is_read=False),
     of_sizes("kind-of-size", "got 2.0", "must be numbers or nodes (the last one may be None)", (2.0, None)),

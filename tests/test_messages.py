@@ -20,7 +20,6 @@ from cachedit_fx.frontend.uncached import (
     why_not_counted,
     why_not_without_hooks,
     why_of,
-    why_past_limit,
     why_sharded,
 )
 from cachedit_fx.patterns import BUILT_IN
@@ -145,7 +144,7 @@ def test_the_message_for_a_model_with_graph_breaks_says_where_they_are():
         (lambda model: why_not_without_hooks(hooked(model), "x"), "found:    x\n  hooks:    AlignDevicesHook on its"),
         (why_sharded, "found:    fully_shard was applied to its layers"),
         (why_another_cache, "found:    a cache of diffusers is also enabled for it\n"),
-        (lambda model: why_past_limit(model, 10), "expected: at most 10 graphs for one function"),
+        (lambda model: why_call_uncached(model, [], "", 10), "expected: at most 10 graphs for one function"),
         (lambda model: why_not_counted(model, "decode"), 'enable_cache(model, method="decode") to cache this method'),
     ],
     ids=["no-graph", "hooks", "hooks-of-weights", "sharded", "another-cache", "limit", "method"],

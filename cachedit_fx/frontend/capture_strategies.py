@@ -21,6 +21,7 @@ from cachedit_fx.frontend.backend import Backend
 from cachedit_fx.frontend.layer_hooks import initialize_hooks
 from cachedit_fx.frontend.torch_internals import (
     LOGS,
+    NO_FRAMES,
     NOT_ATTEMPTED,
     TRACED_BY_FX,
     BackendCompilerFailed,
@@ -111,14 +112,16 @@ class CaptureStrategies:
         self._lock = released_in_child(threading.RLock())
         self._has_worked = False  # Whether the first of the strategies has worked.
         self._signatures: set[Hashable] = set()  # Of the calls that it has served.
+        self._has_no_frames = False  # Whether Dynamo captures nothing of the module.
         self.why_in_parts = ""
         self.limit_reached = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the module. A strategy that fails has run nothing of the module.
 
-        If the module may break up, there is one exception: if calls of other modules brought the class past the
-        recompile limit, Dynamo reports it after it has run the first call as plain code. The call is made again.
+        If the module may break up, there are two exceptions, which Dynamo reports after it has run the first call as
+        plain code: calls of other modules brought the class past the recompile limit, or nothing of the module can be
+        captured. The call is made again.
 
         Raises:
             TorchDynamoException: All strategies failed. The error is that of the first one.
@@ -215,7 +218,7 @@ class CaptureStrategies:
         return max(dynamo_limit, min(MAX_GRAPHS, dynamo_limit + num_used))
 
     def _run_within(self, limit: int, strategy: CaptureStrategy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if strategy.whole and not self.limit_reached:
+        if strategy.whole and not self.limit_reached and not self._has_no_frames:
             try:
                 return self._compiled_for(strategy)(*args, **kwargs)
             except FailOnRecompileLimitHit:
@@ -223,11 +226,15 @@ class CaptureStrategies:
                     raise
                 self.limit_reached = limit
             except RuntimeError as error:  # Other calls of the class reached the limit before, which marked its code.
-                if NOT_ATTEMPTED not in str(error):
+                is_past_limit = NOT_ATTEMPTED in str(error) and bool(num_limits_reached())
+                if not is_past_limit and NO_FRAMES not in str(error):
                     raise
                 if not self._may_break:
                     raise FailOnRecompileLimitHit(str(error)) from error
-                self.limit_reached = limit
+                if is_past_limit:
+                    self.limit_reached = limit
+                else:
+                    self._has_no_frames = True
         # Without `fullgraph`, the limit is not an error: Dynamo marks the function, uses its graphs, and compiles no
         # more.
         num_before = num_limits_reached()

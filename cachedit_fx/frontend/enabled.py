@@ -10,7 +10,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import PassError, PatternError, cut
 from cachedit_fx.forking import released_in_child
 from cachedit_fx.frontend.backend import Backend
+from cachedit_fx.frontend.block_holder import block_holder, can_be_divided
 from cachedit_fx.frontend.capture_strategies import CaptureStrategies, CaptureStrategy
 from cachedit_fx.frontend.entry_points import has_tensor
 from cachedit_fx.frontend.fast_dispatch import NOT_SERVED, FastDispatcher
@@ -33,13 +34,12 @@ from cachedit_fx.frontend.uncached import (
     why_call_uncached,
     why_not_counted,
     why_not_without_hooks,
-    why_past_limit,
 )
 from cachedit_fx.frontend.weight_hooks import find_weight_hooks
 from cachedit_fx.functors.functor import PatchFunctor
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.names import conditioning_names, timestep_name
-from cachedit_fx.runtime.instances import installed_in, instance_of
+from cachedit_fx.runtime.instances import KEY, installed_in, instance_of
 from cachedit_fx.runtime.model_call import ModelCall, current_call, within_call
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,8 @@ class Enabled:
         had_registry: Whether the module had hooks of diffusers before; by default, the module is examined.
 
     Attributes:
+        part: The `Enabled` object of the submodule that is cached instead, if the module as a whole has no chain. The
+            rest of the module then runs as it is.
         settings: The last arguments. Fields that only decide when to reuse can change without a recompilation.
         before: The attribute that it replaced.
         tuned_size: The shape, without the batch, of the first tensor that the configuration was tuned for; empty for
@@ -99,6 +101,9 @@ class Enabled:
     def __init__(
         self, module: nn.Module, settings: Settings, backend: Backend, *, had_registry: bool | None = None
     ) -> None:
+        self.part: Enabled | None = None
+        self._is_part = self._has_tried_part = False
+        self._last_why: WhyUncached | None = None
         self.settings = settings
         self.policy = settings.config.runtime_fields
         self.tuned_size: tuple[int, ...] = ()
@@ -114,7 +119,7 @@ class Enabled:
         self.instance.is_enabled = self.instance.keeps_sessions = True
         self.instance.has_cached_graph = False  # Graphs of an earlier configuration do not count.
         self._watch: RegionWatch | None = None
-        self._watch_lock = released_in_child(threading.Lock())
+        self._lock = released_in_child(threading.Lock())
         self.fast_dispatch = FastDispatcher(module, is_on=settings.config.fast_dispatch and settings.method is None)
         method = called if settings.method else None
         self.compiled = CaptureStrategies(module, backend, settings.dynamo_arguments, call=method)
@@ -141,8 +146,9 @@ class Enabled:
         if module is not None and watch is not None and watch.has_changed():
             self._invalidate(module, watch)
         refused: Refusal | None = None
+        around, part = current_call(), self.part
         with within_call(call):
-            result = self.fast_dispatch(args, kwargs)
+            result = self.fast_dispatch(args, kwargs) if part is None else self.compiled.plain(*args, **kwargs)
             if result is NOT_SERVED:
                 result, refused = self._call_without_hooks(call, args, kwargs)
         if call.ran and module is not None:
@@ -150,13 +156,24 @@ class Enabled:
                 self._learn(module, call, (args, kwargs), result)
         if call.num_served or module is None:
             self.instance.calls.count_served(is_reused=call.has_reused)
+            if around is not None and self._is_part:
+                around.num_served += 1
+                around.has_reused |= call.has_reused
             return result
+        if part is not None:
+            return self._part_uncached(part, call, result)
         if refused is not None and refused.why is not None:
             return self._uncached(call, refused.why, result)
-        if self.compiled.limit_reached:
-            return self._uncached(call, why_past_limit(module, self.compiled.limit_reached), result)
-        why = why_call_uncached(module, call.uncached_graphs, self.compiled.why_in_parts, is_off=refused is not None)
+        # If no graph was cached before, the limit is not the reason.
+        is_limit = self._cached_strategy is not None or not call.uncached_graphs
+        limit = self.compiled.limit_reached if is_limit else 0
+        why = why_call_uncached(
+            module, call.uncached_graphs, self.compiled.why_in_parts, limit, is_off=refused is not None
+        )
+        if limit:
+            return self._uncached(call, why, result)
         has_another_strategy = self.compiled.strategy != self._cached_strategy and self.compiled.drop_strategy()
+        has_another_strategy = has_another_strategy or self._enable_part(module, why)
         if has_another_strategy and self.settings.config.on_no_match == "raise":
             return self._serve(args, kwargs)  # Tries the next strategy before it raises an error.
         return self._uncached(call, why, result, is_certain=not has_another_strategy)
@@ -166,13 +183,54 @@ class Enabled:
         with within_call(self._call(args, kwargs)):
             return self._call_dynamo(args, kwargs)
 
+    def _enable_part(self, module: nn.Module, why: WhyUncached) -> bool:
+        """Enables the cache for the submodule that holds the blocks, if there is one. Returns whether there is.
+
+        Args:
+            why: Why the module as a whole, which was captured as one graph, is not cached.
+        """
+        is_declared = self.settings.declared != Declaration() or self.settings.method is not None
+        with self._lock:
+            if self.part is not None:  # Another thread has enabled it.
+                return True
+            is_refused = self._has_tried_part or is_declared or not can_be_divided(why.kind)
+            found = None if is_refused else block_holder(module)
+            self._has_tried_part = True
+            if found is None:
+                return False
+            settings, (_, inner) = replace(self.settings, functor=None), found
+            part = installed_in(inner) or Enabled(inner, settings, settings.backend())
+            if part.settings != settings:  # The user has enabled it.
+                return False
+            part._is_part, self._last_why, self.part = True, why, part
+            inner.__dict__[KEY] = inner.__dict__[CALL] = part
+            return True
+
+    def remove_part(self) -> None:
+        """Restores the submodule that is cached instead, if there is one."""
+        module = self.part.module() if self.part is not None else None
+        if module is not None and installed_in(module) is self.part:
+            del module.__dict__[KEY], module.__dict__[CALL]
+            self.part.instance.is_enabled = self.part.instance.has_cached_graph = False
+        self.part = None
+
+    def _part_uncached(self, part: Enabled, call: ModelCall, result: Any) -> Any:
+        """Reports a call in which the submodule that is cached instead was not served by the cache."""
+        assert self._last_why is not None
+        if part._cached_strategy is not None:
+            return self._uncached(call, part._last_why or self._last_why, result)
+        is_certain = part._last_why is not None or not part.instance.calls.counts.total
+        if is_certain:
+            self.remove_part()
+        return self._uncached(call, self._last_why, result, is_certain=is_certain)
+
     def _invalidate(self, module: nn.Module, changed: RegionWatch) -> None:
         """Makes the values unusable that were cached from other modules or weights.
 
         Several threads may notice the same change, and only the first one counts it. Otherwise a late thread would
         invalidate what the others have computed since.
         """
-        with self._watch_lock:
+        with self._lock:
             if self._watch is changed:
                 self.instance.weights_version += 1
                 # Not left to `_learn`, since calls that are served without Dynamo do not reach it.
@@ -180,7 +238,7 @@ class Enabled:
 
     def forget_weights(self) -> None:
         """Makes the values unusable that were cached from the present weights, which are about to change or did."""
-        with self._watch_lock:
+        with self._lock:
             self.instance.weights_version += 1
 
     def _call_without_hooks(
@@ -234,7 +292,9 @@ class Enabled:
             self.instance.record_uncached(call.conditioning, call.timestep)
         self.instance.has_cached_graph = False
         self.instance.calls.count_not_served(why.reason)
-        if is_certain:
+        if self._is_part:  # The model that it is a part of reports it.
+            self._last_why = why if is_certain else None
+        elif is_certain:
             report_uncached(why, self.settings.config, self.instance.reported)
         return result
 

@@ -306,6 +306,10 @@ def is_held_by_module(placeholder: fx.Node) -> bool:
 # the code past the recompile limit. Since torch 2.13; before, such a call runs without the cache and is reported so.
 NOT_ATTEMPTED = "Compilation was not attempted"
 
+# The message of a `RuntimeError` that `fullgraph=True` raises after a call in which Dynamo captured nothing at all, for
+# example because the forward is marked by `torch.compiler.disable`.
+NO_FRAMES = "found no compiled frames"
+
 # The RuntimeError of a call that is made while `torch.fx` traces. One flag serves all threads, so it is also raised
 # while another thread compiles a piece or a forecaster. Without it the error reaches the caller.
 TRACED_BY_FX = "you are using FX to symbolically trace a dynamo-optimized function"

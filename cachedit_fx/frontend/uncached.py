@@ -40,11 +40,13 @@ class WhyUncached:
         kind: For example "no-chain" or "in-parts". Reasons of the same kind are reported once for each model.
         reason: One line, for statistics.
         text: The message: what happened, what was expected, what was found, and what to do.
+        cure: What to do, without a period; empty if only the message says so.
     """
 
     kind: str
     reason: str
     text: str
+    cure: str = ""
 
 
 class UncachedGraph:
@@ -165,11 +167,16 @@ def why_of(reasons: Sequence[Mismatch], model: nn.Module | None) -> WhyUncached:
             _SEE,
         )
     )
-    return WhyUncached(nearest.cause.value, nearest.reason, text)
+    return WhyUncached(nearest.cause.value, nearest.reason, text, nearest.cure)
 
 
 def why_call_uncached(
-    module: nn.Module, graphs: Sequence[UncachedGraph], why_in_parts: str, *, is_off: bool = False
+    module: nn.Module,
+    graphs: Sequence[UncachedGraph],
+    why_in_parts: str,
+    limit_reached: int = 0,
+    *,
+    is_off: bool = False,
 ) -> WhyUncached:
     """Why a call of an enabled module ran none of its graphs with the cache.
 
@@ -177,8 +184,11 @@ def why_call_uncached(
         graphs: The graphs that ran. One of them may have run several times.
         why_in_parts: The place and the reason of the first graph break; empty if Dynamo captured the module as one
             graph.
+        limit_reached: Dynamo's recompile limit, if the call needed one graph more; otherwise 0.
         is_off: Whether Dynamo is known to be turned off.
     """
+    if limit_reached:
+        return _why_past_limit(module, limit_reached)
     if graphs and not why_in_parts:
         return _with_forward_hooks(max(graphs, key=lambda graph: graph.num_nodes).why, module)
     if has_sharded_layers(module):
@@ -191,17 +201,18 @@ def why_call_uncached(
     else:
         found = reason = f"Dynamo ran no graph of it{stops}"
     around = f"; there are hooks on its layers: {', '.join(hooks)}" if hooks else ""
+    cure = _cure(name, hooks, why_in_parts)
     text = "\n".join(
         (
             f"cachedit_fx: {name} runs without caching.",
             "  expected: one graph that contains the whole loop over the blocks",
             f"  found:    {found}",
             *([f"  hooks:    {', '.join(hooks)} on its layers"] if hooks else []),
-            f"What to do: {_cure(name, hooks, why_in_parts)}.",
+            f"What to do: {cure}.",
             _SEE,
         )
     )
-    return WhyUncached("in-parts" if graphs else "no-graph", f"{reason}{around}", text)
+    return WhyUncached("in-parts" if graphs else "no-graph", f"{reason}{around}", text, cure)
 
 
 def why_not_without_hooks(module: nn.Module | None, found: str) -> WhyUncached:
@@ -295,19 +306,22 @@ def why_another_cache(module: nn.Module) -> WhyUncached:
     """Why a module runs without this package's cache while a cache of diffusers is enabled for it."""
     name = type(module).__name__
     reason = "a cache of diffusers is also enabled for it"
+    cure = (
+        "call disable_cache() of the model to use the cache of cachedit_fx, or cachedit_fx.disable_cache(model) to use "
+        "the cache of diffusers"
+    )
     text = "\n".join(
         (
             f"cachedit_fx: {name} runs without the cache of cachedit_fx, and is not compiled.",
             "  expected: one cache at a time",
             f"  found:    {reason}",
-            "What to do: call disable_cache() of the model to use the cache of cachedit_fx, or "
-            "cachedit_fx.disable_cache(model) to use the cache of diffusers.",
+            f"What to do: {cure}.",
         )
     )
-    return WhyUncached("another-cache", reason, text)
+    return WhyUncached("another-cache", reason, text, cure)
 
 
-def why_past_limit(module: nn.Module, limit: int) -> WhyUncached:
+def _why_past_limit(module: nn.Module, limit: int) -> WhyUncached:
     """Why a call runs without the cache after Dynamo has reached its recompile limit.
 
     Args:
@@ -335,7 +349,7 @@ def why_past_limit(module: nn.Module, limit: int) -> WhyUncached:
             f"What to do: {cure}.",
         )
     )
-    return WhyUncached("limit", f"{reason}{around}", text)
+    return WhyUncached("limit", f"{reason}{around}", text, cure)
 
 
 def why_not_counted(module: nn.Module, method: str) -> WhyUncached:

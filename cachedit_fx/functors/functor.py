@@ -7,12 +7,13 @@ import operator
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import fx, nn
 
 from cachedit_fx.errors import ConfigError, shown
+from cachedit_fx.functors.module_functions import replace_module_function
 from cachedit_fx.passes.analysis.dataflow import Program
 from cachedit_fx.passes.analysis.module_calls import module_lists
 
@@ -24,11 +25,12 @@ class PatchFunctor:
 
     A subclass overrides `prepare` for a model that Dynamo cannot capture whole, or `apply` for a graph whose blocks
     pass streams in a way that no template describes. Both are optional. `disable_cache` undoes both: the rewritten
-    graph is removed together with the compiled code, and `restore` puts every replaced method back.
+    graph is removed together with the compiled code, and `restore` puts every replaced method and function back.
     """
 
     def __init__(self) -> None:
         self._replaced: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+        self._functions: WeakKeyDictionary[nn.Module, list[finalize[Any, nn.Module]]] = WeakKeyDictionary()
 
     def __eq__(self, other: object) -> bool:
         """Returns whether both functors have the same class and equal attributes, and hence do the same."""
@@ -38,10 +40,10 @@ class PatchFunctor:
         return hash(type(self))
 
     def _settings(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_replaced"}
+        return {name: value for name, value in vars(self).items() if name not in ("_replaced", "_functions")}
 
     def prepare(self, transformer: nn.Module) -> None:
-        """Replaces methods of `transformer`, by `replace_method` only, so that Dynamo can capture it.
+        """Replaces what Dynamo cannot capture, by `replace_method` and `replace_function` only.
 
         The outputs of the model must stay the same up to rounding.
         """
@@ -75,9 +77,30 @@ class PatchFunctor:
         replaced.setdefault(name, module.__dict__.get(name, _MISSING))
         module.__dict__[name] = types.MethodType(function, module)
 
+    def replace_function(self, transformer: nn.Module, place: str, function: Callable[..., Any]) -> None:
+        """Replaces a function of a Python module by `function`, in the code that Dynamo traces.
+
+        Code that is not traced calls the original, also if it belongs to another model.
+
+        Args:
+            transformer: The model for which it is replaced, until `restore` or until the model is deleted.
+            place: `"package.module:function"`: the Python module in which the code that calls the function finds it,
+                and its name there. Without a module, it is the module in which the class of `transformer` is defined.
+            function: Takes the same arguments. All models that replace a function must replace it by the same one.
+
+        Raises:
+            ConfigError: There is no such function, or another model has replaced it by another function.
+        """
+        self._functions.setdefault(transformer, []).append(replace_module_function(transformer, place, function))
+
     def restore(self, transformer: nn.Module) -> None:
-        """Restores all methods that `replace_method` replaced in `transformer` and in the modules inside it."""
+        """Restores what `replace_method` and `replace_function` replaced for `transformer` and the modules inside it.
+
+        A function that another model has replaced as well is restored after that model.
+        """
         for module in transformer.modules():
+            for release in self._functions.pop(module, ()):
+                release()
             for name, before in self._replaced.pop(module, {}).items():
                 if before is _MISSING:
                     module.__dict__.pop(name, None)

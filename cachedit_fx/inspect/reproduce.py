@@ -13,6 +13,7 @@ from torch import fx
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.frontend.backend import compile_cached_graph
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
+from cachedit_fx.frontend.uncached import WhyUncached, why_of
 from cachedit_fx.inspect.explanation.build import build_report
 from cachedit_fx.inspect.explanation.data import Captured
 from cachedit_fx.inspect.explanation.dynamo_recorder import RecordedGraph
@@ -37,9 +38,10 @@ def explain_saved(folder: str | Path) -> Explanation:
     data = _read(folder)
     gm, config, trace = from_json(data), _config(data), Trace()
     with torch.no_grad():
-        rewrite(gm, config, Declaration(), exact=True, observer=trace)
+        planned = rewrite(gm, config, Declaration(), exact=True, observer=trace)
         report = build_report(gm, trace, config, Declaration(), cls=data["cls"], number=0)
-    how = Captured("", data["cls"], "from a file", "", "", config.shown_changes)
+    why = why_of(planned, None) if isinstance(planned, tuple) else WhyUncached("", "", "")
+    how = Captured("", data["cls"], "from a file", "", config.shown_changes, why.reason, why.cure, why.text)
     return Explanation(data["cls"], [how], [RecordedGraph(report, trace.graphs())])
 
 

@@ -60,7 +60,7 @@ def enable_cache(
     found = {name: (module, replace(settings, method=method)) for name, (module, settings) in requested.items()}
     backends = [settings.backend() for _, settings in found.values()]  # This may fail, so it precedes every change.
     for name, (module, _) in found.items():
-        _require_plain(name, module)
+        require_plain(name, module)
         _require_method(module, method)
     for (module, settings), backend in zip(found.values(), backends, strict=True):
         _enable(module, settings, backend)
@@ -163,6 +163,7 @@ def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
     current = enabled_of(module)
     if (
         current is not None
+        and current.part is None
         and current.settings.backend() == backend
         and current.settings.has_compile_arguments_of(settings)
     ):
@@ -190,7 +191,12 @@ def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
     watch_adapters(module)
 
 
-def _require_plain(name: str, module: nn.Module) -> None:
+def require_plain(name: str, module: nn.Module) -> None:
+    """Checks that a module is neither compiled nor cached by something else.
+
+    Raises:
+        ConfigError: It is.
+    """
     if isinstance(module, OptimizedModule):
         raise ConfigError(f"cachedit_fx: {name} is compiled already; pass the module that torch.compile was given")
     if getattr(module, "is_cache_enabled", False):
@@ -214,6 +220,7 @@ def _disable(module: nn.Module) -> None:
         return
     end_generation(module, everyone=True)
     enabled.instance.is_enabled = enabled.instance.has_cached_graph = False
+    enabled.remove_part()
     is_in_place = module.__dict__.get(enabled.place) is enabled  # The attribute may have been replaced since.
     if is_in_place:
         if enabled.instance.shares_decisions:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 from typing import NamedTuple
 
 from cachedit_fx.runtime.scheduler_run import SchedulerRun
 
 _label: ContextVar[str | None] = ContextVar("cachedit_fx_label", default=None)
+_name: ContextVar[str | None] = ContextVar("cachedit_fx_branch_name", default=None)
 
 
 class GuidanceBranchKey(NamedTuple):
@@ -17,8 +19,8 @@ class GuidanceBranchKey(NamedTuple):
     Attributes:
         owner: Who compiled the graph. Two configurations share nothing.
         who: The name of the request, or the thread and async task.
-        label: The pipeline's name for this guidance branch.
-        token: The number of the conditioning.
+        label: The caller's name for this guidance branch.
+        token: The number of the conditioning; None if there is none, or if the name alone identifies the branch.
     """
 
     owner: Hashable
@@ -99,5 +101,23 @@ def set_label(label: str | None) -> None:
 
 
 def current_label() -> str | None:
-    """The label that `set_label` set in this thread and async task."""
-    return _label.get()
+    """The name of the innermost `within_guidance_branch`, or else the label that `set_label` set, in this context."""
+    return _name.get() or _label.get()
+
+
+@contextlib.contextmanager
+def within_guidance_branch(name: str) -> Iterator[None]:
+    """Names the guidance branch of the calls in the block. The name alone identifies it, not the conditioning tensor.
+
+    It is for callers that create the conditioning tensor again for every call.
+    """
+    token = _name.set(name)
+    try:
+        yield
+    finally:
+        _name.reset(token)
+
+
+def is_identified_by_name() -> bool:
+    """Whether the name of the guidance branch identifies it (see `within_guidance_branch`)."""
+    return _name.get() is not None

@@ -14,7 +14,14 @@ from cachedit_fx.forking import released_in_child
 from cachedit_fx.runtime.bounds import MAX_SESSIONS, OVER, Bounds
 from cachedit_fx.runtime.call_counts import CallTally
 from cachedit_fx.runtime.conditioning import ConditioningTable
-from cachedit_fx.runtime.guidance_branch import LOOP_START, GuidanceBranchKey, LoopPosition, SessionKey, current_label
+from cachedit_fx.runtime.guidance_branch import (
+    LOOP_START,
+    GuidanceBranchKey,
+    LoopPosition,
+    SessionKey,
+    current_label,
+    is_identified_by_name,
+)
 from cachedit_fx.runtime.request import current_owner, current_request
 from cachedit_fx.runtime.scheduler_run import SchedulerRun, find_scheduler_run
 from cachedit_fx.runtime.session import Record, Session
@@ -64,7 +71,7 @@ class Instance:
 
         The ordinal of the call is only certain when its timestep is known (see `at`).
         """
-        token = self.conditioning.token(conditioning) if conditioning is not None else None
+        token = self._token(conditioning)
         request = current_request()
         key = GuidanceBranchKey(owner, current_owner(request), current_label(), token)
         with self._lock:
@@ -84,7 +91,7 @@ class Instance:
 
     def record_uncached(self, conditioning: torch.Tensor | None, timestep: float | None) -> None:
         """Counts a call that no cached graph served in the loop position, which gives the next call its ordinal."""
-        token = self.conditioning.token(conditioning) if conditioning is not None else None
+        token = self._token(conditioning)
         scheduler_run = find_scheduler_run()
         mine = GuidanceBranchKey(None, current_owner(current_request()), current_label(), token)
         with self._lock:
@@ -96,6 +103,9 @@ class Instance:
                     ordinal, timestep, scheduler_run, is_first=loop_position is LOOP_START
                 )
             self._bound_loop_positions()
+
+    def _token(self, conditioning: torch.Tensor | None) -> int | None:
+        return None if conditioning is None or is_identified_by_name() else self.conditioning.token(conditioning)
 
     def undo_open(self, session: Session) -> None:
         """Undoes `open` for a call that is discarded and will be made again."""

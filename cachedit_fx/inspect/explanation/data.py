@@ -305,9 +305,12 @@ class Captured:
     Attributes:
         module: Its name in the pipeline; empty if the transformer itself was explained.
         cls: The name of its class.
-        how: "whole" or "in parts", which "with sizes that depend on data" may follow.
+        how: "whole" or "in parts", which "with sizes that depend on data" may follow; "not at all" if a cache of
+            diffusers is enabled.
         why: Why Dynamo could not capture it whole; empty if it could.
-        cure: How it can be captured whole; empty if one of its parts is cached.
+        reason: Why it is not cached, on one line, as `summary` shows it for a call; empty if it is cached.
+        cure: What to do so that it is cached; empty if it is cached.
+        message: What `enable_cache` logs when such a call runs without the cache; empty if it is cached.
         config: The fields of its `CacheConfig` that were given or differ from the defaults.
     """
 
@@ -315,5 +318,7 @@ class Captured:
     cls: str
     how: str
     why: str
-    cure: str
     config: dict[str, Any]
+    reason: str = ""
+    cure: str = ""
+    message: str = ""

@@ -19,6 +19,7 @@ from cachedit_fx.frontend.capture import captured_module, copy_graph, forget_exa
 from cachedit_fx.frontend.capture_strategies import CaptureStrategy
 from cachedit_fx.frontend.inner_compiler import runs_as_is
 from cachedit_fx.frontend.torch_internals import get_code_state
+from cachedit_fx.frontend.uncached import UncachedGraph, why_of
 from cachedit_fx.inspect.explanation.build import build_report
 from cachedit_fx.inspect.explanation.data import BreakReport, GraphReport
 from cachedit_fx.inspect.explanation.risks import risks_of
@@ -43,6 +44,7 @@ class DynamoRecorder(Backend):
 
     Attributes:
         recorded: The graphs that the last capture strategy captured.
+        uncached: Those of them that cannot be cached, with the reasons.
         strategy: The current capture strategy. If it captures the module as one graph, the module does not run: `Stop`
             is raised instead.
     """
@@ -51,16 +53,21 @@ class DynamoRecorder(Backend):
         self.__dict__.update(like.__dict__)
         self._arguments = arguments
         self.recorded: list[RecordedGraph] = []
+        self.uncached: list[UncachedGraph] = []
         self.strategy = CaptureStrategy(whole=True, captures_data=False)
 
-    # Equal backends share compiled graphs, and the graphs of this backend must not be shared.
-    __eq__ = object.__eq__
+    # Equal backends share compiled graphs, and the graphs of this backend must not be shared. `object.__eq__` would
+    # leave the comparison to `Backend.__eq__` of the other one.
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
     __hash__ = object.__hash__
 
     def begin(self, strategy: CaptureStrategy) -> None:
         """Begins a capture strategy, and discards what an earlier one captured."""
         self.strategy = strategy
         self.recorded.clear()
+        self.uncached.clear()
 
     def capturing(self, *, data: bool) -> DynamoRecorder:
         return self  # All capture strategies share one recorder.
@@ -75,10 +82,13 @@ class DynamoRecorder(Backend):
     ) -> Callable[..., Any]:
         config, _ = split_options(options or {}, self.config)
         copied, trace, module = copy_graph(gm, example_inputs), Trace(), captured_module()
-        rewrite(copied, config, self.declared, exact=runs_as_is(config.inner_backend), observer=trace)
+        planned = rewrite(copied, config, self.declared, exact=runs_as_is(config.inner_backend), observer=trace)
         reasons = refusal()
         if reasons:
             trace.refused(reasons)
+        mismatches = reasons or (planned if isinstance(planned, tuple) else ())
+        if mismatches:
+            self.uncached.append(UncachedGraph(gm.forward, len(gm.graph.nodes), why_of(mismatches, module)))
         report = build_report(
             copied,
             trace,

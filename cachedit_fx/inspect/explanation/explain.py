@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +15,12 @@ from torch import nn
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.frontend.backend import Backend
+from cachedit_fx.frontend.block_holder import block_holder, can_be_divided
 from cachedit_fx.frontend.capture_strategies import CAPTURE_STRATEGIES, CaptureStrategies, CaptureStrategy
 from cachedit_fx.frontend.enabled import Settings
 from cachedit_fx.frontend.offloading import captured_without_hooks, without_casting_hooks
 from cachedit_fx.frontend.torch_internals import BackendCompilerFailed, OptimizedModule
-from cachedit_fx.frontend.uncached import cure_of_parts
+from cachedit_fx.frontend.uncached import WhyUncached, why_another_cache, why_call_uncached
 from cachedit_fx.inspect.explanation.data import Captured
 from cachedit_fx.inspect.explanation.dynamo_recorder import (
     DynamoRecorder,
@@ -30,6 +32,7 @@ from cachedit_fx.inspect.explanation.dynamo_recorder import (
 from cachedit_fx.inspect.explanation.result import Explanation
 from cachedit_fx.integrations.block_adapter import BlockAdapter, title_of
 from cachedit_fx.integrations.pipelines import enabled_settings, settings_for
+from cachedit_fx.patterns.declaration import Declaration
 
 _HOW = {
     CaptureStrategy(True, False): "whole",
@@ -43,8 +46,8 @@ def explain(target: Any, *args: Any, cache_config: CacheConfig | None = None, **
     """Explains what the compiler does with a transformer or a pipeline for one call: what is cached, how, or why not.
 
     The transformer is captured, and the passes run. Nothing is compiled, and neither the model nor its compiled code
-    is changed. A transformer that Dynamo captures whole does not run at all; one that Dynamo breaks up runs eagerly. A
-    pipeline runs up to the first call of the last of its transformers.
+    is changed. A transformer that Dynamo captures whole does not run at all; one that Dynamo breaks up, or that has no
+    chain as a whole, runs eagerly. A pipeline runs up to the first call of the last of its transformers.
 
     Args:
         target: A transformer (compiled, cached or neither), a pipeline, or a `BlockAdapter` of either.
@@ -132,12 +135,19 @@ def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> t
     """Captures one transformer, and returns how it was captured and all of its graphs."""
     is_compiled = isinstance(module, OptimizedModule)
     module = getattr(module, "_orig_mod", module)
-    recorder = DynamoRecorder(settings.backend(), {*inspect.signature(module.forward).parameters, "args"})
+    if getattr(module, "is_cache_enabled", False):
+        return _captured(module, settings, name, "not at all", "", why_another_cache(module)), []
+    # The method of an enabled module has been replaced in the instance.
+    method = types.MethodType(getattr(type(module), settings.method), module) if settings.method else None
+    called = {*inspect.signature(method or module.forward).parameters, "args"}
+    recorder = DynamoRecorder(settings.backend(), called)
     kwargs = {k: v for k, v in settings.compile_kwargs.items() if k in ("fullgraph", "dynamic")}
     kwargs |= {"options": {"guard_filter_fn": recorder.add_risks}, **isolated()}
     # Only enable_cache captures sizes that depend on data; torch.compile with this backend does not.
     allowed = [strategy for strategy in CAPTURE_STRATEGIES if not (is_compiled and strategy.captures_data)]
-    strategies = CaptureStrategies(module, recorder, kwargs, before_each=recorder.begin, strategies=allowed)
+    strategies = CaptureStrategies(
+        module, recorder, kwargs, before_each=recorder.begin, strategies=allowed, call=method
+    )
     with _prepared(module, settings), forgotten_sizes(), torch.no_grad(), without_casting_hooks(module):
         try:
             whole = [strategy for strategy in allowed if strategy.whole]
@@ -153,17 +163,43 @@ def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> t
     recorded = recorder.recorded
     for one in recorded:
         one.report = replace(one.report, module=name, cls=type(module).__name__)
-    cls = type(module).__name__
-    is_lost = strategies.why_in_parts and not any(one.report.is_cached for one in recorded)
-    how = Captured(
-        module=name,
-        cls=cls,
-        how=_HOW[recorder.strategy],
-        why=strategies.why_in_parts,
-        cure=cure_of_parts(cls) if is_lost else "",
-        config=settings.config.shown_changes,
-    )
-    return how, recorded
+    why = None
+    if not any(one.report.is_cached for one in recorded):
+        limit = strategies.limit_reached if not recorder.uncached else 0
+        why = why_call_uncached(module, recorder.uncached, strategies.why_in_parts, limit)
+    if why is not None and recorder.strategy.whole and can_be_divided(why.kind):
+        part = _capture_part(module, settings, call, name)
+        if part is not None:
+            return part
+    return _captured(module, settings, name, _HOW[recorder.strategy], strategies.why_in_parts, why), recorded
+
+
+def _capture_part(
+    module: nn.Module, settings: Settings, call: _Call, name: str
+) -> tuple[Captured, list[RecordedGraph]] | None:
+    """Captures the submodule that `enable_cache` caches instead if a model as a whole has no chain.
+
+    The model runs eagerly up to the first call of the submodule. Returns None if there is none, or if it is not cached.
+    """
+    found = None if settings.declared != Declaration() or settings.method is not None else block_holder(module)
+    if found is None:
+        return None
+    path, part = found
+    plain: Callable[..., Any] = module._call_impl
+    with torch.no_grad():
+        calls = _first_calls(lambda: plain(*call.args, **call.kwargs), {path: part})
+    if path not in calls:
+        return None
+    captured, graphs = _capture(part, replace(settings, functor=None), calls[path], f"{name}.{path}".lstrip("."))
+    return (captured, graphs) if not captured.reason else None
+
+
+def _captured(
+    module: nn.Module, settings: Settings, name: str, how: str, why_in_parts: str, why: WhyUncached | None
+) -> Captured:
+    uncached = dict(reason=why.reason, cure=why.cure, message=why.text) if why is not None else {}
+    config = settings.config.shown_changes
+    return Captured(name, type(module).__name__, how, why_in_parts, config, **uncached)
 
 
 @contextlib.contextmanager
@@ -172,8 +208,8 @@ def _prepared(module: nn.Module, settings: Settings) -> Iterator[None]:
     if settings.functor is None:
         yield
         return
-    settings.functor.prepare(module)
     try:
+        settings.functor.prepare(module)
         yield
     finally:
         settings.functor.restore(module)

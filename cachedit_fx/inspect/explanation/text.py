@@ -48,7 +48,8 @@ def _module(captured: Captured, graphs: list[GraphReport]) -> Iterator[str]:
     yield f"{name}: captured {captured.how}, {count}, {cached or 'none'} cached"
     if captured.why:
         yield f"  why in parts: {captured.why}"
-    if captured.cure:
+    if captured.reason and (captured.why or not graphs):  # Otherwise the graph shows what does not fit.
+        yield f"  not cached:   {captured.reason}"
         yield f"  what to do:   {captured.cure}"
     changed = ", ".join(f"{field}={value!r}" for field, value in captured.config.items())
     yield f"  configuration: {changed or 'the defaults'}"

@@ -148,7 +148,7 @@ def verdict_line(explanation: Explained) -> str:
         count = f"{len(cached)} of {len(graphs)} graphs"
         return f"{how}: {count} have a conditional; the share of the FLOPs that a reused step skips is {named}."
     if not graphs:
-        return "Not cached: Dynamo captured no graph."
+        return f"Not cached: {'; '.join(captured.reason for captured in explanation.modules)}."
     reason = _why_not(graphs[explanation.index()])
     if len(graphs) > len(explanation.modules) and any(captured.why for captured in explanation.modules):
         return f"Not cached: Dynamo captures it only in {len(graphs)} graphs; for the largest, {reason}."
