@@ -99,7 +99,7 @@ class LatticeTransformer(nn.Module):
 
 
 def test_the_example_of_the_page_makes_its_transformer_cacheable_and_can_be_undone():
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     transformer = LatticeTransformer().eval().requires_grad_(False)
     inputs = dict(hidden_states=noise(2, 6, 8, seed=1), encoder_hidden_states=noise(2, 5, 8, seed=1))
     calls = [inputs | dict(timestep=torch.tensor([time])) for time in (0.9, 0.8, 0.7)]

@@ -15,7 +15,7 @@ from cachedit_fx.passes.analysis.find_probe import Probe, per_sample
 from cachedit_fx.passes.extract import extract
 from cachedit_fx.passes.plan import Plan
 from cachedit_fx.passes.region import Group, Region
-from cachedit_fx.passes.transforms.append_probe import append_diff
+from cachedit_fx.passes.transforms.append_probe import append_diff, append_distance
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.mismatch import Mismatch
 from tests.synthetic import PATTERNS, AdaNorm, DualStream, SelfBlock, Transformer, capture_plan, make_inputs, plan
@@ -158,7 +158,8 @@ def diff_of(now: Tensor, before: Tensor, sample_dim: int | None) -> Tensor:
     moved.meta["example_value"] = now
     head = extract([moved])
     region = Region("region", 0, 1, (), None, moved, None, (), (), sample_dim=sample_dim)
-    diff, _, _ = append_diff(head, region)
+    parts, _, _ = append_distance(head, region)
+    diff = append_diff(head, region, *parts)
     return head.finish(fx.GraphModule(nn.Module(), fx.Graph()), [diff], "Head")(now, before)[0]
 
 

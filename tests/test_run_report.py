@@ -20,6 +20,7 @@ from cachedit_fx.inspect.pages.charts import longest_shown
 from cachedit_fx.inspect.pages.ran import Times, duration, num_sessions, verdict_line
 from cachedit_fx.inspect.pages.words import BEGINNINGS, REASONS, why
 from cachedit_fx.policies import budget, magnitude, threshold
+from cachedit_fx.runtime.ranks import RANKS_DIFFER
 from cachedit_fx.runtime.stats import CacheStats, StepError, Summary
 from tests import tiny
 
@@ -67,7 +68,7 @@ def test_every_reason_of_the_policy_has_a_sentence() -> None:
     decide = importlib.import_module("cachedit_fx.policies.decide")
     source = "".join(map(inspect.getsource, (budget, decide, magnitude, threshold)))
     reasons = {*re.findall(r'Decision\((?:True|False), "([a-z-]+)"', source), "diff-below", "diff-above"}
-    reasons |= set(re.findall(r'return "([a-z-]+)"', source)) | {"threshold-zero"}
+    reasons |= set(re.findall(r'return "([a-z-]+)"', source)) | {"threshold-zero", RANKS_DIFFER.reason}
     assert reasons == set(REASONS)
     assert why("a policy's own") == "a policy's own"
 
