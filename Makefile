@@ -39,7 +39,14 @@ browser: ## Debian's chromium, which the tests of the pages use; without it they
 		|| echo "chromium could not be installed: the tests of the pages will be skipped"; \
 	else echo "no chromium here, and only root can install it by apt-get: the tests of the pages will be skipped"; fi
 
-test: venv browser ## every test, slow ones too, on all cores; ARGS="-k name" goes to pytest
+.PHONY: quantization
+quantization: $(VENV)/.quantization ## torchao and gguf, which the tests of quantized models use
+
+$(VENV)/.quantization: $(STAMP)
+	@$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[quantization]'
+	@touch $@
+
+test: venv browser quantization ## every test, slow ones too, on all cores; ARGS="-k name" goes to pytest
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 .PHONY: matrix

@@ -109,7 +109,7 @@ def environment(python: str, torch: str) -> Path:
     for step in (
         (base, "-m", "venv", folder),
         (*pip, "setuptools", "wheel", f"torch=={torch}"),
-        (*pip, "--no-build-isolation", "-e", ".[test]"),
+        (*pip, "--no-build-isolation", "-e", ".[test,quantization]"),
     ):
         if run(*step).returncode:
             raise LeftOut("the environment could not be built (see above)")
