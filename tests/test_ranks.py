@@ -25,6 +25,7 @@ CHECKS = (
     *("decider", "costs", "data_parallel", "tensor_parallel", "sharded", "two_groups", "pipelines", "end"),
 )
 REUSED = ("diff-below", "decider-reuse")
+pytestmark = pytest.mark.xdist_group("ranks")  # One worker, so that the processes are started once.
 Results = Callable[[str], list[Any]]
 
 
