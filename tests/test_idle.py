@@ -45,6 +45,17 @@ def test_computed_and_reused_calls_are_counted(is_fast):
     assert counts(model) == CallCounts()
 
 
+def test_calls_are_counted_since_the_cache_was_enabled():
+    model = enabled()
+    run(model)
+    cachedit_fx.refresh_context(model, residual_diff_threshold=1.0)
+    assert counts(model).total == CALLS
+    cachedit_fx.disable_cache(model)
+    assert counts(model).total == CALLS  # The statistics remain.
+    enabled(model)
+    assert counts(model) == CallCounts()
+
+
 def test_a_call_that_reuses_one_of_its_regions_is_counted_once():
     model = enabled(frozen(tiny.TwoLists()), regions="per_list")
     run(model)

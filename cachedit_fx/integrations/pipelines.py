@@ -185,6 +185,8 @@ def _enable(module: nn.Module, settings: Settings, backend: Backend) -> None:
         if settings.functor is not None:
             settings.functor.restore(module)
         raise
+    if current is None:
+        enabled.instance.calls.clear()  # The counts are those since the cache was enabled.
     module.__dict__[KEY] = module.__dict__[enabled.place] = enabled
     if settings.method is None:
         watch_methods(module, uncounted_call)
