@@ -19,8 +19,8 @@ from cachedit_fx.exporting.state_layout import layout_of
 from cachedit_fx.exporting.tensor_spec import TensorSpec
 from cachedit_fx.frontend.backend import refusal
 from cachedit_fx.frontend.capture import GraphInput, copy_graph
-from cachedit_fx.frontend.enabled import Settings
 from cachedit_fx.frontend.entry_points import has_tensor
+from cachedit_fx.frontend.settings import Settings
 from cachedit_fx.frontend.torch_internals import BackendCompilerFailed, TorchDynamoException, patched_config
 from cachedit_fx.frontend.uncached import cure_of_parts
 from cachedit_fx.inspect.explanation.dynamo_recorder import forgotten_sizes, isolated

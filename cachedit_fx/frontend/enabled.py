@@ -10,13 +10,12 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import PassError, PatternError, cut
 from cachedit_fx.forking import released_in_child
 from cachedit_fx.frontend.backend import Backend
@@ -26,6 +25,7 @@ from cachedit_fx.frontend.entry_points import has_tensor
 from cachedit_fx.frontend.fast_dispatch import NOT_SERVED, FastDispatcher
 from cachedit_fx.frontend.offloading import Casts, OffloadedCalls, Refusal
 from cachedit_fx.frontend.region_watch import RegionWatch
+from cachedit_fx.frontend.settings import Settings
 from cachedit_fx.frontend.torch_internals import BackendCompilerFailed
 from cachedit_fx.frontend.uncached import (
     WhyUncached,
@@ -36,7 +36,6 @@ from cachedit_fx.frontend.uncached import (
     why_not_without_hooks,
 )
 from cachedit_fx.frontend.weight_hooks import find_weight_hooks
-from cachedit_fx.functors.functor import PatchFunctor
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.names import conditioning_names, timestep_name
 from cachedit_fx.runtime.instances import KEY, installed_in, instance_of
@@ -46,38 +45,6 @@ log = logging.getLogger(__name__)
 
 CALL = "_compiled_call_impl"  # The attribute of a module that `nn.Module.__call__` calls; `Module.compile` sets it.
 MISSING = object()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of `enable_cache` for one transformer.
-
-    Attributes:
-        method: The name of the method that is cached instead of the module's own call; None for that call.
-    """
-
-    config: CacheConfig
-    declared: Declaration
-    functor: PatchFunctor | None
-    compile_kwargs: Mapping[str, Any]
-    method: str | None = None
-
-    def has_compile_arguments_of(self, other: Settings) -> bool:
-        """Whether the two call `torch.compile` in the same way, apart from the backend."""
-        mine = (self.functor, dict(self.compile_kwargs), self.method)
-        return mine == (other.functor, dict(other.compile_kwargs), other.method)
-
-    def backend(self) -> Backend:
-        mode, options = self.compile_kwargs.get("mode"), dict(self.compile_kwargs.get("options") or {})
-        options.pop("guard_filter_fn", None)
-        return Backend(self.config, mode=mode, options=options, declared=self.declared, policy_per_call=True)
-
-    @property
-    def dynamo_arguments(self) -> dict[str, Any]:
-        """The arguments of `torch.compile` that are not for the inner backend."""
-        found = {name: value for name, value in self.compile_kwargs.items() if name not in ("mode", "options")}
-        options = self.compile_kwargs.get("options") or {}
-        return found | {"options": {k: v for k, v in options.items() if k == "guard_filter_fn"}}
 
 
 class Enabled:

@@ -21,7 +21,8 @@ from torch import nn
 
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import ConfigError, shown
-from cachedit_fx.frontend.enabled import CALL, MISSING, Enabled, Settings
+from cachedit_fx.frontend.enabled import CALL, MISSING, Enabled
+from cachedit_fx.frontend.settings import Settings
 from cachedit_fx.integrations.pipelines import require_plain, settings_for
 from cachedit_fx.runtime.guidance_branch import within_guidance_branch
 from cachedit_fx.runtime.instances import KEY, end_generation

@@ -11,8 +11,9 @@ from torch import nn
 from cachedit_fx.config.cache_config import OPTION_NAMES, CacheConfig, unknown_option
 from cachedit_fx.errors import ConfigError, did_you_mean, shown
 from cachedit_fx.frontend.backend import Backend
-from cachedit_fx.frontend.enabled import MISSING, Bystander, Enabled, Settings, enabled_of, uncounted_call
+from cachedit_fx.frontend.enabled import MISSING, Bystander, Enabled, enabled_of, uncounted_call
 from cachedit_fx.frontend.entry_points import unwatch_methods, watch_methods
+from cachedit_fx.frontend.settings import Settings
 from cachedit_fx.frontend.torch_internals import OptimizedModule
 from cachedit_fx.integrations.adapter_registry import adapter_for, modules_of
 from cachedit_fx.integrations.adapter_watch import watch_adapters

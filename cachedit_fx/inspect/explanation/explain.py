@@ -17,8 +17,8 @@ from cachedit_fx.errors import ConfigError
 from cachedit_fx.frontend.backend import Backend
 from cachedit_fx.frontend.block_holder import block_holder, can_be_divided
 from cachedit_fx.frontend.capture_strategies import CAPTURE_STRATEGIES, CaptureStrategies, CaptureStrategy
-from cachedit_fx.frontend.enabled import Settings
 from cachedit_fx.frontend.offloading import captured_without_hooks, without_casting_hooks
+from cachedit_fx.frontend.settings import Settings
 from cachedit_fx.frontend.torch_internals import BackendCompilerFailed, OptimizedModule
 from cachedit_fx.frontend.uncached import WhyUncached, why_another_cache, why_call_uncached
 from cachedit_fx.inspect.explanation.data import Captured
