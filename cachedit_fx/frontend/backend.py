@@ -13,6 +13,7 @@ from torch import fx
 from cachedit_fx.config.cache_config import CacheConfig, check_together, split_options
 from cachedit_fx.errors import PassError, PatternError, cut
 from cachedit_fx.frontend.capture import captured_module, copy_graph, forget_examples, sources_of
+from cachedit_fx.frontend.compile_progress import compile_progress
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
 from cachedit_fx.frontend.torch_internals import RestartAnalysis, trace_structured_artifact
 from cachedit_fx.frontend.uncached import (
@@ -236,10 +237,13 @@ def compile_cached_graph(
         is_offloaded: Whether the pieces bring the weights that they read to the device.
     """
     plan, runtime_plan, pieces = rewritten.plan, rewritten.runtime_plan, rewritten.pieces
-    for piece in pieces:
-        compiler.compile_piece(piece)
-        for segment, name in piece.calls if is_offloaded else ():
-            segment.__dict__[name] = OnloadingPiece(segment.__dict__[name])
+    name = type(captured_module() or plan.gm).__name__
+    with compile_progress(name, len(pieces)) as show:
+        for number, piece in enumerate(pieces):
+            show(number)
+            compiler.compile_piece(piece)
+            for segment, call in piece.calls if is_offloaded else ():
+                segment.__dict__[call] = OnloadingPiece(segment.__dict__[call])
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
     _mark_cached(runtime_plan.weights, placeholders, policy_per_call=policy_per_call)
     forget_examples(plan.gm, rewritten.gm, *(piece.gm for piece in pieces))
