@@ -55,10 +55,11 @@ def _num_static(found: list[int], **compile_kwargs: Any) -> int:
 def test_the_weights_of_pieces_are_static_inputs(_static_inputs: list[int]):
     """CUDA graphs copy the other inputs at every call. Two pieces may both use a weight."""
     control = _num_static(_static_inputs, backend="aot_eager")
-    options = dict(FIELDS, inner_backend="aot_eager", Fn_compute_blocks=1)
+    options = dict(FIELDS, inner_backend="cudagraphs", Fn_compute_blocks=1)  # Records nothing on a CPU.
     cached = _num_static(_static_inputs, backend="cachedit", options=options)
     assert control > 0
     assert cached >= control, _static_inputs
+    assert _num_static(_static_inputs, backend="cachedit", options=options | dict(inner_backend="aot_eager")) == 0
 
 
 def test_every_call_begins_a_generation_of_cuda_graphs(monkeypatch: pytest.MonkeyPatch):

@@ -51,9 +51,10 @@ class InnerCompiler:
         """Compiles a piece, and puts the result in the place of its calls."""
         generate_code(piece.gm)  # A backend may return its `forward`.
         inputs = piece.example_inputs
-        # AOTAutograd merges inputs that are one tensor, and then needs a source for each of them. Blocks that share a
-        # piece call it with different weights: CUDA graphs record each of these calls.
-        if len({id(value) for value in inputs}) == len(inputs):
+        # Only CUDA graphs need to know. Inductor takes it that static inputs are aligned like the first ones, which is
+        # not known of blocks that share a piece. AOTAutograd merges inputs that are one tensor, and then needs a source
+        # for each of them.
+        if self.owns_buffers and len({id(value) for value in inputs}) == len(inputs):
             mark_static_inputs(piece.gm)
         compiled = self(piece.gm, inputs)
         for segment, name in piece.calls:
