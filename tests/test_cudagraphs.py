@@ -1,4 +1,4 @@
-"""What CUDA graphs need of the compiled pieces and of the calls, as far as it can be checked without a GPU."""
+"""What CUDA graphs and the timing of steps need, as far as it can be checked without a GPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.frontend.fast_dispatch import NOT_SERVED, FastDispatcher
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
 from cachedit_fx.passes.piece import Piece
+from cachedit_fx.runtime.stopwatch import Stopwatch
 from tests import tiny
 from tests.zoo import VARIANTS
 
@@ -90,3 +91,8 @@ def test_cuda_graphs_of_the_global_configuration_are_known():
     with inductor_config.patch({"triton.cudagraphs": True}):
         assert InnerCompiler(CacheConfig(), None, {}).owns_buffers
         assert not InnerCompiler(CacheConfig(), None, {"triton.cudagraphs": False}).owns_buffers
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_device_without_events_is_timed_by_the_host(device: str):
+    assert 0 <= Stopwatch(torch.device(device)).stop().seconds < 60

@@ -5,6 +5,7 @@ Taking a time does not synchronize with the device. Reading it does.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
@@ -70,8 +71,18 @@ class StepTimes(Sequence[float]):
     __hash__ = None  # type: ignore[assignment]
 
 
+@functools.cache
+def _has_events(device_type: str) -> bool:
+    """Whether events of this device measure time."""
+    try:
+        torch.Event(device_type, enable_timing=True).record()
+    except Exception:  # Which one depends on the device.
+        return False
+    return device_type != "cpu"
+
+
 def _mark(device: torch.device) -> Any:
-    if device.type == "cpu":
+    if not _has_events(device.type):
         return time.perf_counter()
     event = torch.Event(device, enable_timing=True)
     event.record()
