@@ -70,10 +70,10 @@ quality: venv ## what a cache costs in quality, into docs/quality.md; ARGS="--qu
 	-$(PIP) install --quiet -c constraints.txt cache-dit
 	$(PY) -m benchmarks.quality $(or $(ARGS),--tune tuned --json quality.json --write docs/quality.md)
 
-# With the Python of a machine that has a GPU, torch 2.11 or later and diffusers (cache-dit if there): PYTHON=...
+# In an existing environment with torch 2.11 or later and diffusers, without .venv: make bench-gpu PY=python
 .PHONY: bench-gpu
-bench-gpu: ## the same on a GPU, at the size of published models; a dry run: ARGS="--device cpu --tiny"
-	$(PYTHON) -m benchmarks.gpu $(ARGS)
+bench-gpu: ## checks and measurements on a GPU, in 11 minutes; PY=python, ARGS="--minutes 5", "--device cpu --tiny"
+	$(or $(shell command -v $(PY)),$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 peers: venv ## records anew what cache-dit decides on the cases of tests/peers
 	$(PIP) install --quiet -c constraints.txt cache-dit

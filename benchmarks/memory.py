@@ -58,7 +58,7 @@ def host_reads(run: Callable[[], None], device: str) -> dict[str, Any]:
     marks = [
         (event.start_ns() / 1e3, event.start_ns() / 1e3 + event.duration_ns() / 1e3, event.name()) for event in events
     ]
-    return gaps([mark for mark in marks if not _is_annotation(mark[2])])
+    return gaps([mark for mark in marks if not is_annotation(mark[2])])
 
 
 def gaps(intervals: Sequence[Interval]) -> dict[str, Any]:
@@ -83,7 +83,8 @@ def gaps(intervals: Sequence[Interval]) -> dict[str, Any]:
     }
 
 
-def _is_annotation(name: str) -> bool:
+def is_annotation(name: str) -> bool:
+    """Whether an event of a device is no activity but a name for a time span."""
     return name.startswith(
         ("gpu_user_annotation", "ProfilerStep", "## Call", "Torch-Compiled Region", "Activity Buffer")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch._inductor import config as inductor_config
 
 import cachedit_fx
 from cachedit_fx.config.cache_config import CacheConfig
+from cachedit_fx.forecasters import compile as compile_forecasters
 from cachedit_fx.frontend.fast_dispatch import NOT_SERVED, FastDispatcher
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
 from cachedit_fx.passes.piece import Piece
@@ -96,3 +98,17 @@ def test_cuda_graphs_of_the_global_configuration_are_known():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_device_without_events_is_timed_by_the_host(device: str):
     assert 0 <= Stopwatch(torch.device(device)).stop().seconds < 60
+
+
+def test_numbers_of_a_forecaster_are_pinned_on_the_cpu_whatever_the_default_device(monkeypatch: pytest.MonkeyPatch):
+    """Other memory cannot be pinned. Without `device`, they are made on the device of `torch.set_default_device`."""
+    create = torch.tensor
+
+    def unpinned(numbers: Any, *, device: str, pin_memory: bool, **options: Any) -> Any:
+        assert pin_memory
+        made = create(numbers, device=device, **options)
+        return SimpleNamespace(to=lambda _device, non_blocking: (made, non_blocking))
+
+    monkeypatch.setattr(torch, "tensor", unpinned)
+    numbers, is_asynchronous = compile_forecasters._on_device([1.0, 2.0], torch.device("cuda"))
+    assert (numbers.device.type, is_asynchronous) == ("cpu", True)

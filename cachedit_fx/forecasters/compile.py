@@ -213,7 +213,8 @@ def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
     """Returns the numbers as a float32 tensor. It is copied from pinned memory, so the host does not wait."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.float32, device=device)
-    return torch.tensor(numbers, dtype=torch.float32, pin_memory=True).to(device, non_blocking=True)
+    # Only memory of the CPU can be pinned, and the default device may be another one.
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu", pin_memory=True).to(device, non_blocking=True)
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Checks and measures cachedit_fx on one GPU: `python -m benchmarks.gpu` (see `__main__.py`)."""
