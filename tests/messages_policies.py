@@ -37,6 +37,7 @@ ROWS = [
         "forecaster=TaylorSeerCalibratorConfig(",
         "calibrator_config and forecaster set the same field, got both",
     ),
+    together("percent", "got 0.5", "start_percent must be below end_percent", start_percent=0.5, end_percent=0.5),
     together("no-probe", "got None and 'dynamic'", "probe='none' measures nothing", probe="none"),
     together("no-ratios", "magnitude_ratios=()", "need each other", probe="timestep"),
     together(

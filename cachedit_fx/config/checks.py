@@ -19,6 +19,11 @@ def check_together(config: Fields) -> None:
             f"{shown(config.rescale_coefficients)} with decision_rule={config.decision_rule!r}.\n"
             "What to do: give policy=Budget(coefficients=...) in place of both."
         )
+    if config.start_percent >= config.end_percent:
+        raise ConfigError(
+            f"cachedit_fx: start_percent must be below end_percent, which is {config.end_percent:g}, got "
+            f"{config.start_percent:g}: between the two, steps are reused."
+        )
     if config.reach == "output" and (config.Bn_compute_blocks or config.cache_type == "DBPrune"):
         raise ConfigError(
             "cachedit_fx: reach='output' leaves out everything up to the output, so Bn_compute_blocks must be 0 and "

@@ -65,6 +65,22 @@ class Fields:
         doc="A step is computed once the residual diffs of the steps reused since the last computed step add up to "
         "this. None or 0: no limit.",
     )
+    start_percent: float = option(
+        0.0,
+        minimum=0,
+        maximum=1,
+        doc="The steps of this first part of a generation are computed, from 0 to 1. The length of a generation is "
+        "that of the pipeline's scheduler, or else `num_inference_steps`; if neither is known, no step is reused.",
+    )
+    end_percent: float = option(
+        1.0,
+        minimum=0,
+        maximum=1,
+        doc="The steps after this part of a generation are computed, from 0 to 1.",
+    )
+    final_compute_steps: int = option(
+        0, minimum=0, doc="Steps at the end of a generation that are computed. Its length is known as above."
+    )
     num_inference_steps: int | None = option(
         None,
         minimum=1,
@@ -242,6 +258,13 @@ class Fields:
         whole_model=True,
         doc="A folder for the graph before and after every pass, the match report as JSON and a script that repeats "
         "the passes; one subfolder per graph.",
+    )
+    cache_device: str | None = option(
+        None,
+        choices=("cpu",),
+        doc='Where the cached residuals are between two steps: "cpu" in pinned host memory, which a computed step '
+        "copies them to and a reused step back from. The probe stays on the device. None: on the device that made "
+        "them.",
     )
     max_state_bytes: int | None = option(
         4 * 2**30,

@@ -27,6 +27,7 @@ class Option:
         doc: What the field means, in whole sentences.
         minimum: The smallest value allowed, or of a list the smallest entry.
         above: The same, where this value itself is not allowed.
+        maximum: The largest value allowed of a number with a `minimum`.
         choices: The values allowed, or the entries of a list; a function where they are only known at run time.
         not_empty: A list must have at least one entry.
         allowed: What is allowed, in words, where the attributes above do not say all of it.
@@ -46,6 +47,7 @@ class Option:
     doc: str
     minimum: int | None = None
     above: int | None = None
+    maximum: int | None = None
     choices: Sequence[object] | Callable[[], Sequence[object]] = ()
     not_empty: bool = False
     allowed: str = ""
@@ -77,6 +79,7 @@ class Option:
             said = f"one of {', '.join(map(repr, known))}"
         else:
             said = _in_words("an " if self._entry == "int" else "a ", self._entry, self.minimum, self.above)
+            said += f" and <= {self.maximum}" if self.maximum is not None else ""
         return f"{said}, or None" if self.is_optional else said
 
     @property
@@ -120,6 +123,7 @@ class Option:
         if isinstance(value, bool) or not isinstance(value, int if self._entry == "int" else int | float):
             return False
         is_within = self.minimum is None or value >= self.minimum
+        is_within &= self.maximum is None or value <= self.maximum
         return is_within and (self.above is None or value > self.above) and math.isfinite(value)
 
     @property

@@ -31,6 +31,13 @@ _WHY = {
         "another rank that runs the same blocks had to compute, or was in another state, for example because the cache "
         "is not enabled in the same way on all ranks"
     ),
+    "length-unknown": (
+        "the number of steps of the generation is not known outside of a pipeline, and start_percent, end_percent or "
+        "final_compute_steps needs it. Give num_inference_steps"
+    ),
+    "before-start": "all of them are before start_percent or after end_percent",
+    "after-end": "all of them are before start_percent or after end_percent",
+    "final": "all of them are among the last final_compute_steps",
     "ratios-end": "they are beyond the end of magnitude_ratios",
 }
 

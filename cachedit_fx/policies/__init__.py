@@ -4,6 +4,7 @@ from cachedit_fx.config.rules import Budget, Magnitude, Rule, Threshold
 from cachedit_fx.policies.decide import decide, decision_terms
 from cachedit_fx.policies.decider import Decider, StepView
 from cachedit_fx.policies.history import Decision, History, needs_refresh
+from cachedit_fx.policies.position import Progress
 
 __all__ = [
     "Budget",
@@ -11,6 +12,7 @@ __all__ = [
     "Decision",
     "History",
     "Magnitude",
+    "Progress",
     "Rule",
     "StepView",
     "Threshold",

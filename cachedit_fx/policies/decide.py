@@ -15,6 +15,7 @@ from cachedit_fx.policies.budget import by_budget, rescaled
 from cachedit_fx.policies.decider import StepView, ask
 from cachedit_fx.policies.history import Decision, History
 from cachedit_fx.policies.magnitude import by_magnitude
+from cachedit_fx.policies.position import Progress, must_compute
 from cachedit_fx.policies.threshold import by_threshold, relaxed_threshold
 
 
@@ -27,6 +28,7 @@ def decide(
     earlier: Sequence[float] = (),
     timestep: float | None = None,
     region: str = "",
+    progress: Progress | None = None,
 ) -> Decision:
     """The decision for one region at one step.
 
@@ -35,20 +37,22 @@ def decide(
         is_cached: Whether there are cached values with the shapes of this call.
         earlier: The residual diffs of the previous regions at the same step, for a dynamic prune threshold.
         timestep, region: What a decider is shown of the step.
+        progress: The place of the step in its generation; by default the number of the step in the session, of
+            `num_inference_steps`.
 
     Raises:
         ConfigError: The answer of a decider is not True, False or None.
     """
     threshold = relaxed_threshold(config, earlier)
+    progress = progress or Progress(history.number, config.num_inference_steps)
     answer = None
     if config.decider is not None:
         diff = diff if is_cached else math.nan
-        steps = config.num_inference_steps
-        view = StepView(region, history.number, steps, timestep, diff, threshold, is_cached, history)
+        view = StepView(region, history.number, progress.length, timestep, diff, threshold, is_cached, history)
         answer = ask(config.decider, view)
     if answer:
         return _by_decider(Decision(True, "decider-compute"), config, history, diff)
-    forbidden = _forbidden(config, history, threshold) if answer is None else None
+    forbidden = _forbidden(config, history, threshold, progress) if answer is None else None
     if forbidden is not None:
         return Decision(True, forbidden)
     if not is_cached:
@@ -64,7 +68,12 @@ def decide(
 
 
 def decision_terms(
-    config: CacheConfig, history: History, *, is_cached: bool, earlier: Sequence[float] = ()
+    config: CacheConfig,
+    history: History,
+    *,
+    is_cached: bool,
+    earlier: Sequence[float] = (),
+    progress: Progress | None = None,
 ) -> tuple[object, ...] | None:
     """What `decide` depends on besides the residual diff and the timestep: numbers, strings and tuples of these.
 
@@ -72,7 +81,8 @@ def decision_terms(
     """
     threshold = relaxed_threshold(config, earlier)
     has_decider = config.decider is not None
-    if not is_cached or (not has_decider and _forbidden(config, history, threshold) is not None):
+    progress = progress or Progress(history.number, config.num_inference_steps)
+    if not is_cached or (not has_decider and _forbidden(config, history, threshold, progress) is not None):
         return None
     rule = (config.decision_rule, config.probe == "timestep", config.is_static, has_decider, threshold)
     position = (history.number, history.num_continuous) if config.magnitude_ratios else ()
@@ -96,13 +106,16 @@ def _by_rule(config: CacheConfig, threshold: float, history: History, diff: floa
     return by_budget(config.rescale_coefficients, threshold, history, diff)
 
 
-def _forbidden(config: CacheConfig, history: History, threshold: float) -> str | None:
+def _forbidden(config: CacheConfig, history: History, threshold: float, progress: Progress) -> str | None:
     """The reason why this step must be computed, whatever its residual diff is; None if it may be reused."""
     step, mask = history.num_steps, config.steps_computation_mask
     if step < num_warmup_steps(config) and step % config.warmup_interval == 0:
         return "warmup"
     if mask is not None and step < len(mask) and mask[step]:
         return "mask"
+    place = must_compute(config, progress)
+    if place is not None:
+        return place
     if config.is_static:
         return None
     if history.num_cached >= config.max_cached_steps >= 0:

@@ -16,7 +16,8 @@ class StepView:
     Attributes:
         region: The blocks of the region, for example `transformer_blocks[1:]`.
         number: The number of the step in the session, from 0.
-        num_inference_steps: The number of steps of the generation; None if the configuration does not give it.
+        num_inference_steps: The number of steps of the generation; None if neither the scheduler of a pipeline nor the
+            configuration gives it.
         timestep: The timestep; None if the model has none.
         diff: The residual diff, dimensionless (with decision_rule "budget": the relative L1 change since the previous
             step). NaN if nothing is measured or nothing is cached.

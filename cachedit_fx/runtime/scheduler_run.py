@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cachedit_fx.policies.position import Progress
+
 
 class SchedulerRun(NamedTuple):
     """One run of a scheduler, and its present step.
@@ -23,15 +25,28 @@ class SchedulerRun(NamedTuple):
         timesteps: The tensor that the scheduler holds during one run of the pipeline.
         step_index: The number of steps that the scheduler has made; None if it does not count them, or before the
             first.
+        begin_index: The step index at which the run begins; not 0 if an image is changed instead of made.
+        num_timesteps: The number of timesteps that the scheduler holds, including those before `begin_index`.
     """
 
     timesteps: weakref.ref[torch.Tensor]
     step_index: int | None
+    begin_index: int = 0
+    num_timesteps: int = 0
 
     def is_same_run(self, other: SchedulerRun | None) -> bool:
         """Whether both belong to the same run of the same pipeline."""
         mine = self.timesteps()
         return other is not None and mine is not None and other.timesteps() is mine
+
+    def progress(self, num_steps: int) -> Progress:
+        """The place of the present step in the run.
+
+        Args:
+            num_steps: The number of steps that the session has made, for a scheduler that does not count them.
+        """
+        index = num_steps if self.step_index is None else self.step_index - self.begin_index
+        return Progress(index, self.num_timesteps - self.begin_index)
 
 
 _PACKAGE = __name__.partition(".")[0] + "."
@@ -63,5 +78,10 @@ def _scheduler_run_of(frame: FrameType) -> SchedulerRun | None:
     timesteps = getattr(scheduler, "timesteps", None)
     if not isinstance(timesteps, torch.Tensor):
         return None
-    index = getattr(scheduler, "_step_index", None)
-    return SchedulerRun(weakref.ref(timesteps), index if isinstance(index, int) else None)
+    index, begin = getattr(scheduler, "_step_index", None), getattr(scheduler, "_begin_index", None)
+    return SchedulerRun(
+        weakref.ref(timesteps),
+        index if isinstance(index, int) else None,
+        begin if isinstance(begin, int) else 0,
+        timesteps.numel(),
+    )

@@ -15,9 +15,10 @@ from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.forecasters.verdict import is_gap, is_jump
 from cachedit_fx.passes.analysis.runtime_plan import PartialSizes, RegionPlan
-from cachedit_fx.policies import Decision, History, decide, decision_terms, needs_refresh
+from cachedit_fx.policies import Decision, History, Progress, decide, decision_terms, needs_refresh
 from cachedit_fx.runtime.cached_values import CachedValue, Forecast
 from cachedit_fx.runtime.guidance_branch import LoopPosition
+from cachedit_fx.runtime.host_memory import HOST, is_moved, on_device, on_host
 from cachedit_fx.runtime.instance import Instance
 from cachedit_fx.runtime.ranks import RANKS_DIFFER, fingerprint_of, vote
 from cachedit_fx.runtime.scheduler_run import SchedulerRun
@@ -128,7 +129,14 @@ class StepRun:
         """What the decision depends on besides the probe vector (see `Step.fingerprint`)."""
         run = self._run(region)
         is_cached = run.fits and not self._is_new
-        terms = decision_terms(run.config, run.state.history, is_cached=is_cached, earlier=self._earlier(region))
+        history = run.state.history
+        terms = decision_terms(
+            run.config,
+            history,
+            is_cached=is_cached,
+            earlier=self._earlier(region),
+            progress=self._progress(history),
+        )
         if terms is not None:
             terms = (*terms, self._place, self._partner_diff(run))
         num_checksums = self._call.num_checksums if region == 0 else 0
@@ -149,7 +157,7 @@ class StepRun:
         run = self._run(region)
         if streams:
             run.sizes = run.plan.sizes_at(self._args, streams)
-            run.fits = self._is_of_this_graph and _fits(run.plan, run.state, run.sizes)
+            run.fits = self._is_of_this_graph and _fits(run.plan, run.config, run.state, run.sizes)
         values = probe_vector.tolist() if probe_vector is not None else []
         if region == 0 and not self._is_timestep_set:
             checksum = tuple(values.pop() for _ in range(self._call.num_checksums))
@@ -182,8 +190,13 @@ class StepRun:
             earlier=self._earlier(region),
             timestep=self._snapshot.timestep,
             region=run.plan.name,
+            progress=self._progress(run.history),
         )
         return decision if run.is_agreed or (decision.compute and not decision.probed) else RANKS_DIFFER
+
+    def _progress(self, history: History) -> Progress | None:
+        """The place of this step in the run of the scheduler; None outside of a pipeline."""
+        return None if self._scheduler_run is None else self._scheduler_run.progress(history.number)
 
     def _earlier(self, region: int) -> list[float]:
         """The residual diffs of the previous regions at this step."""
@@ -200,7 +213,7 @@ class StepRun:
         now, covered = self._position(run), _covered(run)
         values = [
             cached.at(now, state.reused, run.forecast if is_covered else None, is_outdated=run.is_outdated)
-            for cached, is_covered in zip(state.cached, covered, strict=True)
+            for cached, is_covered in zip(_on_device(run, state.cached), covered, strict=True)
         ]
         sizes = run.sizes[run.plan.has_probe :]
         return tuple(in_layout(t, s[1]) if t is not None and s else t for t, s in zip(values, sizes, strict=True))
@@ -262,8 +275,8 @@ class StepRun:
         """
         is_continued = run.fits and not run.is_outdated
         before = run.state.cached if is_continued else (CachedValue(),) * len(values)
-        now, found = self._position(run), []
-        for old, value, is_covered in zip(before, values, _covered(run), strict=True):
+        now, found, moves = self._position(run), [], _is_moved(run)
+        for stored, old, value, is_covered in zip(before, _on_device(run, before), values, _covered(run), strict=True):
             cached = old.with_value(
                 value,
                 now,
@@ -271,7 +284,9 @@ class StepRun:
                 run.forecast if is_covered else None,
                 is_static=run.config.is_static,
             )
-            copies = (t if any(t is known for known in old.tensors) else self._copied(t) for t in cached.tensors)
+            known = {id(t): at for t, at in zip(old.tensors, stored.tensors, strict=True)}
+            copied = on_host if moves else self._copied
+            copies = (known[id(t)] if id(t) in known else copied(t) for t in cached.tensors)
             tensors = tuple(t for t in copies if t is not None)
             found.append(cached._replace(tensors=tensors, verdict=self._copied(cached.verdict)))
         return tuple(found)
@@ -364,7 +379,7 @@ class StepRun:
                 state = state._replace(probe=None, cached=(), reused=((), ()), history=state.history.refreshed())
             sizes = plan.sizes_at(self._args)
             forecast = self._call.forecast(config.forecaster)
-            fits = self._is_of_this_graph and _fits(plan, state, sizes)
+            fits = self._is_of_this_graph and _fits(plan, config, state, sizes)
             self._runs.append(RegionRun(plan, config, state, sizes, fits, forecast))
         return self._runs[region]
 
@@ -392,13 +407,27 @@ def _covered(run: RegionRun) -> tuple[bool, ...]:
     return run.forecast.covers(run.plan.roles) if run.forecast is not None else (False,) * len(run.plan.roles)
 
 
-def _fits(plan: RegionPlan, state: RegionState, sizes: PartialSizes) -> bool:
+def _is_moved(run: RegionRun) -> bool:
+    """Whether the cached values of the region are in host memory between two steps."""
+    return run.config.cache_device is not None and is_moved(run.plan.devices[-1])
+
+
+def _on_device(run: RegionRun, cached: tuple[CachedValue, ...]) -> tuple[CachedValue, ...]:
+    """The cached values on the devices of the region."""
+    if not _is_moved(run):
+        return cached
+    devices = run.plan.devices[run.plan.has_probe :]
+    return tuple(on_device(value, device) for value, device in zip(cached, devices, strict=False))
+
+
+def _fits(plan: RegionPlan, config: CacheConfig, state: RegionState, sizes: PartialSizes) -> bool:
     """Whether everything is cached, in the sizes that are known so far."""
+    others = () if config.cache_device is None else (HOST,)
     tensors = (*((state.probe,) if plan.has_probe else ()), *(cached.last for cached in state.cached))
     return len(tensors) == len(plan.dtypes) and all(
         tensor is not None
         and (size is None or tensor.shape == size[0])
         and tensor.dtype == dtype
-        and tensor.device == device
+        and tensor.device in (device, *others)
         for tensor, size, dtype, device in zip(tensors, sizes, plan.dtypes, plan.devices, strict=True)
     )

@@ -6,6 +6,13 @@ REASONS = {
     "warmup": "The step is one of the first steps, which are always computed (max_warmup_steps).",
     "mask": "The steps mask requires that this step is computed (steps_computation_mask).",
     "mask-static": "The steps mask allows this step to be reused, and the static policy ignores the diff.",
+    "length-unknown": (
+        "The number of steps of the generation is not known, and start_percent, end_percent or final_compute_steps "
+        "needs it (num_inference_steps)."
+    ),
+    "before-start": "The step belongs to the first part of the generation, which is computed (start_percent).",
+    "after-end": "The step belongs to the last part of the generation, which is computed (end_percent).",
+    "final": "The step is one of the last steps, which are computed (final_compute_steps).",
     "max-cached": "The largest allowed number of steps has been reused (max_cached_steps).",
     "max-continuous": "The largest allowed number of consecutive steps has been reused (max_continuous_cached_steps).",
     "accumulated-diff": (
