@@ -61,7 +61,7 @@ lint: venv ## ruff check, ruff format, mypy
 demo: venv ## draws the ten digits with the real FluxPipeline, without and with the cache
 	$(PY) examples/digits/demo.py $(ARGS)
 
-bench: venv ## ours beside every peer, on a CPU; ARGS="--quick", "--work qwen --rounds 5", "--help"
+bench: venv ## ours beside every peer in whole pipelines, on a CPU; ARGS="--quick", "--work qwen --rounds 5", "--write-docs", "--help"
 	-$(PIP) install --quiet -c constraints.txt cache-dit
 	$(PY) -m benchmarks.run $(ARGS)
 

@@ -1,7 +1,7 @@
-"""The transformers with random weights that are measured, their prompts, and the denoising loop.
+"""The transformers with random weights that are measured, their prompts, and a denoising loop without a pipeline.
 
 `WORKS` maps a name to a `Work`: the configuration of the transformer, its inputs, the number of steps of a generation,
-and which of them are reused. Nothing is downloaded.
+and which of them are reused. Nothing is downloaded. `pipelines.py` puts the transformers into pipelines of diffusers.
 
 The weights are changed so that residuals change slowly (see `_calm`). In a transformer as it is initialized,
 neighboring timesteps result in unrelated inputs, and a cache would never reuse a step. The decisions are nevertheless
@@ -45,7 +45,7 @@ class Work:
         num_steps: The number of steps of a generation.
         warmup: The number of first steps that are computed; `schedule` determines the others.
         dtype: The dtype of weights, prompts and latents.
-        interleave: After what the variants alternate: a "step" if steps take long, else a "generation".
+        switch: The first step that a second transformer runs, in a pipeline that has two; None for one transformer.
     """
 
     name: str
@@ -58,11 +58,19 @@ class Work:
     num_steps: int = 14
     warmup: int = 3
     dtype: str = "float32"
-    interleave: str = "generation"
+    switch: int | None = None
+
+    @property
+    def steps(self) -> tuple[range, ...]:
+        """The steps of each transformer."""
+        if self.switch is None:
+            return (range(self.num_steps),)
+        return range(self.switch), range(self.switch, self.num_steps)
 
     @property
     def mask(self) -> tuple[int, ...]:
-        return schedule(self.num_steps, self.warmup)
+        """1 (compute) or 0 (reuse) for every step. Every transformer begins with its own warm-up."""
+        return tuple(flag for steps in self.steps for flag in schedule(len(steps), self.warmup))
 
     @property
     def guidance_branches(self) -> tuple[str, ...]:
@@ -104,6 +112,7 @@ class Work:
             text=tuple(7 - 2 * (self.kind == "qwen") * i for i in range(len(self.text))),
             num_steps=6,
             warmup=2,
+            switch=None if self.switch is None else 3,
         )
 
 
@@ -145,10 +154,10 @@ def chain(work: Work, model: nn.Module) -> list[tuple[str, int]]:
     return [(name, i) for name in KINDS[work.kind].lists for i in range(len(getattr(model, name)))]
 
 
-def build(work: Work, device: str = "cpu") -> nn.Module:
-    """Returns a new transformer, with the same weights every time on the same device."""
+def build(work: Work, device: str = "cpu", seed: int = 0) -> nn.Module:
+    """Returns a new transformer, with the same weights every time for the same seed on the same device."""
     kind = KINDS[work.kind]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, work.dtype))  # 12 billion weights are not to be made in float32 first.
     try:

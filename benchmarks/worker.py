@@ -108,13 +108,13 @@ class Worker:
 
         This is the total time less the time that the calls take once they are compiled.
         """
-        started = time.perf_counter(), _cpu_seconds()
+        started = time.perf_counter(), cpu_seconds()
         self.variant.prepare()
         for count in range(1, MAX_GENERATIONS + 1):
-            known, before = _num_compilations(), (time.perf_counter(), _cpu_seconds())
+            known, before = num_compilations(), (time.perf_counter(), cpu_seconds())
             self._run()
-            after = time.perf_counter(), _cpu_seconds()
-            if count >= self._min_generations and _num_compilations() == known:
+            after = time.perf_counter(), cpu_seconds()
+            if count >= self._min_generations and num_compilations() == known:
                 break
         else:
             raise RuntimeError(f"generation {MAX_GENERATIONS} still compiles")
@@ -162,7 +162,7 @@ class Worker:
         gc.collect()
         after = variant.state_bytes()
         variant.check_state(during, after)
-        if self._num_compilations and _num_compilations() != self._num_compilations:
+        if self._num_compilations and num_compilations() != self._num_compilations:
             raise RuntimeError("something was compiled during a measured generation")
         self._state = {"reused": found, "state_bytes": during, "state_bytes_after": after}
         return self._state
@@ -204,12 +204,12 @@ class Worker:
             torch.cuda.synchronize()
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def _num_compilations() -> int:
+def num_compilations() -> int:
     """Returns the number of frames that Dynamo has examined; calls of compiled code are not counted."""
     return int(torch._dynamo.utils.counters["frames"]["total"])
 
@@ -223,17 +223,18 @@ def _answer(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {first}"}
 
 
-def main() -> None:
+def main(worker: Callable[[Settings], Any] = Worker) -> None:
+    """Serves the commands from the standard input with a `worker` for the settings."""
     settings = Settings(**json.loads(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What libraries print is no answer.
     if settings.device == "cpu":
         torch.set_num_threads(1)
     raise_limits()
-    made: list[Worker] = []
+    made: list[Any] = []
 
     def start() -> dict[str, Any]:
-        made.append(Worker(settings))
+        made.append(worker(settings))
         return {}
 
     for line in sys.stdin:
