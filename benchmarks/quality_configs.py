@@ -69,7 +69,7 @@ def _ours_thresholds() -> Iterator[Row]:
 def _ours_masks(num_steps: int) -> Iterator[Row]:
     for policy in MASKS:
         for which in FORECASTERS:
-            yield f"F0B0 mask {policy}", which, _static(steps_mask(total_steps=num_steps, mask_policy=policy))
+            yield f"F0B0 mask {policy}", which, static(steps_mask(total_steps=num_steps, mask_policy=policy))
 
 
 def _ours_outputs(num_steps: int) -> Iterator[Row]:
@@ -77,7 +77,7 @@ def _ours_outputs(num_steps: int) -> Iterator[Row]:
     masks |= {f"{count} even": even_mask(num_steps, count) for count in (6, 7, 8, 9, 11, 14) if count < num_steps}
     for name, mask in masks.items():
         for which in ("Taylor 1", "Taylor 2", "poly 1", "poly 2", "poly 3"):
-            yield f"output, mask {name}", which, _static(mask) | {"reach": "output", "probe": "none"}
+            yield f"output, mask {name}", which, static(mask) | {"reach": "output", "probe": "none"}
 
 
 def _ours_probes() -> Iterator[Row]:
@@ -91,7 +91,7 @@ def _ours_probes() -> Iterator[Row]:
                 yield f"{reach}, modulated budget {threshold:g}", which, fields
 
 
-def _static(mask: Sequence[int]) -> dict[str, Any]:
+def static(mask: Sequence[int]) -> dict[str, Any]:
     return {
         "Fn_compute_blocks": 0,
         "steps_computation_mask": list(mask),

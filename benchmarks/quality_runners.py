@@ -82,7 +82,7 @@ class Ours(Runner):
             if "load" in fields:
                 base = cachedit_fx.load_configs(fields.pop("load"))["cache_config"]
             if config.forecaster is not None:
-                fields["forecaster"] = _made("cachedit_fx.forecasters", config)
+                fields["forecaster"] = made("cachedit_fx.forecasters", config)
             fields |= {"inner_backend": self.inner, "on_no_match": "raise"}
             cachedit_fx.enable_cache(self.pipe, base, **fields)
         except cachedit_fx.errors.ConfigError as error:
@@ -111,7 +111,7 @@ class CacheDiT(Runner):
     def configure(self, config: Config) -> None:
         import cache_dit
 
-        calibrator = None if config.forecaster is None else _made("cache_dit", config)
+        calibrator = None if config.forecaster is None else made("cache_dit", config)
         fields = dict(config.fields) | {"num_inference_steps": self.setup.num_steps}
         cache_dit.enable_cache(self.pipe, cache_config=cache_dit.DBCacheConfig(**fields), calibrator_config=calibrator)
         if self.inner != "eager":
@@ -149,7 +149,7 @@ RUNNERS: dict[str, type[Runner]] = {"ours": Ours, "cache-dit": CacheDiT, "fewer 
 NEEDS = {"cache-dit": "cache_dit"}
 
 
-def _made(module: str, config: Config) -> Any:
+def made(module: str, config: Config) -> Any:
     """Creates the forecaster of a configuration with the class from its library.
 
     Raises:
@@ -159,7 +159,8 @@ def _made(module: str, config: Config) -> Any:
 
     assert config.forecaster is not None
     name, fields = config.forecaster
-    kind = getattr(importlib.import_module(module), name, None)
+    own, _, name = name.rpartition(":")  # `module:name` for a class that is in no library.
+    kind = getattr(importlib.import_module(own or module), name, None)
     if kind is None:
         raise UnavailableError(f"{module} has no {name}")
     return kind(**fields)

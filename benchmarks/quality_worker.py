@@ -69,7 +69,8 @@ class NearnessTask:
         self._numbers = range(len(base.setup.calls))
         self._reference, self._flops = self._all(base)
         self._accuracy = base.setup.accuracy
-        self.configs = job.configs(base.setup.num_steps)
+        self.num_steps = base.setup.num_steps
+        self.configs = job.configs(self.num_steps)
 
     def reference(self) -> dict[str, Any]:
         """Returns the results of the uncached run."""

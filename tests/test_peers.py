@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import cachedit_fx
+from benchmarks.late_taylor import LateTaylorSeer
+from cachedit_fx.forecasters import TaylorSeerCalibratorConfig
 from cachedit_fx.integrations.pipelines import Settings, settings_for
 from tests.models import FAMILIES
 from tests.peers.cases import CASES, Case, generate, recorded, subject
@@ -25,7 +27,6 @@ from tests.sessions import every_session
 from tests.several import Several
 
 GUIDANCE_BRANCHES = ("cond", "uncond")
-# Cases with a forecast of the residual of a reused step, which these tests do not support yet.
 COMPARED = [case for case in CASES if not case.taylorseer_order]
 
 
@@ -291,6 +292,22 @@ def test_the_accumulated_limit_applies_to_pruned_blocks_too():
                 total += entry.residual_diffs[step]
             else:
                 total = 0.0
+
+
+@pytest.mark.parametrize(
+    "names", [("flux-taylorseer-1",), ("flux-taylorseer-limits",), ("wan-taylorseer-2", "wan-taylorseer-early")]
+)
+def test_taylorseer_equals_that_of_cache_dit_apart_from_its_start_and_the_verdict(names: tuple[str, ...]):
+    """Only the start and the verdict differ: with those of cache-dit, decisions and outputs are equal."""
+    transformer = FAMILIES[named(names[0]).family].build()
+    for case in map(named, names):
+        order = {"taylorseer_order": case.taylorseer_order}
+        cachedit_fx.enable_cache(transformer, config(case), forecaster=LateTaylorSeer(**order))
+        assert_same(case, *run(case, transformer))
+        if case.quirk:
+            cachedit_fx.enable_cache(transformer, config(case), forecaster=TaylorSeerCalibratorConfig(**order))
+            with pytest.raises(AssertionError):
+                assert_same(case, *run(case, transformer))
 
 
 def test_every_quirk_has_a_test():

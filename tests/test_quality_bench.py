@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import cachedit_fx
-from benchmarks import quality, quality_page, quality_shadow
+from benchmarks import quality, quality_forecasters, quality_page, quality_shadow
+from benchmarks.late_taylor import LateTaylorSeer
 from benchmarks.quality_configs import FAMILIES, Config, even_mask
 from benchmarks.quality_frontier import frontier, least_time, reach, worth_timing
 from benchmarks.quality_metrics import MOST_DB, nearness, psnr, rel_l2, ssim
 from benchmarks.quality_plot import draw
-from benchmarks.quality_runners import FewerSteps, Ours, Runner, UnavailableError
+from benchmarks.quality_runners import FewerSteps, Ours, Runner, UnavailableError, made
 from benchmarks.quality_setup import Setup, digits, images_of, load_setup
 from benchmarks.quality_solvers import SOLVERS, calls_of
 
@@ -242,3 +243,24 @@ def test_a_run_writes_its_measurements(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["quality", "--from", str(path), "--plot", str(tmp_path / "again.svg")])
     quality.main()
     assert capsys.readouterr().out == printed and (tmp_path / "again.svg").exists()
+
+
+def test_the_comparison_of_forecasters_has_one_configuration_per_schedule_and_forecaster():
+    configs = [*quality_forecasters.configs(28, quality_forecasters.DEFAULT, "^(blocks|w3)")]
+    assert len({(config.name, config.group) for config in configs}) == len(configs)
+    groups = {config.group for config in configs}
+    assert {"last", "FoCa", "HiCache", "FreqCa", "Spectrum"} <= groups and "Taylor 1 late" not in groups
+    assert len(configs) == 6 * len(groups)
+    [late] = quality_forecasters.configs(28, "^Taylor 1 late$", "^w3")
+    assert late.forecaster is not None and made("cachedit_fx.forecasters", late) == LateTaylorSeer()
+
+
+def test_the_comparison_of_forecasters_marks_the_best_of_each_schedule():
+    rows = [row("x", 0.3, 30, "a"), row("x", 0.3, 36, "b"), row("y", 0.5, 50, "a"), row("y", 0.5, 44, "b")]
+    quality_table, cost_table = quality_forecasters.tables({"rows": rows}).split("\n\n")
+    assert quality_table.splitlines()[2:] == [
+        "| FLOPs | 0.300 | 0.500 |",
+        "| a | 30.0 | **50.0** |",
+        "| b | **36.0** | 44.0 |",
+    ]
+    assert cost_table.splitlines()[2:] == ["| a | 0.450 | 0.400 | 0.350 |", "| b | - | 0.400 | ≤ 0.300 |"]

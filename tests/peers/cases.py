@@ -135,7 +135,7 @@ _DTYPE = "the diff is computed in the model's dtype"
 _COND_DIFFS = "the dynamic threshold of the negative branch comes from the diffs of the other"
 _WITHIN_STEP = "a step counts as cached from its first pruned block on, so its other blocks may hit the limit"
 _NOT_SUMMED = "pruning sums no diffs, so the accumulated cap has no effect"
-_LATE_TAYLOR = "no derivative before the fourth step of a generation"
+_LATE_TAYLOR = "no derivative before the fourth step of a generation, and a forecast is used however bad it was"
 
 
 def _mask(digits: str) -> list[int]:
@@ -349,6 +349,16 @@ CASES = (
     _flux("taylorseer-1", taylorseer_order=1, max_warmup_steps=4),
     _wan("taylorseer-2", taylorseer_order=2, max_warmup_steps=5),
     _wan("taylorseer-early", taylorseer_order=1, max_warmup_steps=2, quirk=_LATE_TAYLOR),
+    _flux(
+        "taylorseer-limits",
+        taylorseer_order=1,
+        num_steps=10,
+        Bn_compute_blocks=1,
+        residual_diff_threshold=1.0,
+        max_warmup_steps=3,
+        max_continuous_cached_steps=2,
+        quirk=_LATE_TAYLOR,
+    ),
     # Precision.
     # In float32 the diff at step 9 is 0.11545; in bfloat16 it is 0.1157, and no longer below the threshold.
     _flux("bfloat16", dtype="bfloat16", residual_diff_threshold=0.1155, quirk=_DTYPE),
