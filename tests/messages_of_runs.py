@@ -34,6 +34,7 @@ from examples.custom_pattern import TwoScaleTransformer
 from tests import hybrid, tiny
 from tests.messages_export import ROWS as EXPORT
 from tests.messages_forecasters import ROWS as FORECASTERS
+from tests.messages_foreign import ROWS as FOREIGN
 from tests.messages_policies import ROWS as POLICIES
 from tests.messages_table import CHEAP, P3, Row
 from tests.messages_tuning import ROWS as TUNING
@@ -346,4 +347,4 @@ def pipe_of_compiled() -> Any:
     return hybrid.pipe_of(transformer=torch.compile(hybrid.build(), backend="eager"))
 
 
-ROWS = [*CHEAP, *RUNS, *PIPELINES, *CHECKS, *EXPORT, *FORECASTERS, *POLICIES, *TUNING]
+ROWS = [*CHEAP, *RUNS, *PIPELINES, *CHECKS, *EXPORT, *FOREIGN, *FORECASTERS, *POLICIES, *TUNING]

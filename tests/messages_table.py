@@ -234,8 +234,8 @@ ADAPTER = [
 FILES = [
     Row(
         "beside-cache-config",
-        lambda _: load_configs({"cache_config": {}, "parallelism_config": {"size": 2}}),
-        "got {'size': 2} as 'parallelism_config'",
+        lambda _: load_configs({"cache_config": {}, "calibrator": {"size": 2}}),
+        "got {'size': 2} as 'calibrator'",
         "allowed are 'cache_config', 'calibrator_config' and 'tuned'",
     ),
     Row("fields", lambda _: load_configs({"cache_config": [1]}), "got [1]", "must be a mapping of fields"),

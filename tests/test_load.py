@@ -102,6 +102,19 @@ def test_enable_cache_accepts_a_loaded_configuration(tmp_path):
     assert stats.cached_steps == [2, 3, 4, 5, 6, 7]
 
 
+def test_parts_of_a_file_that_are_not_about_caching_are_left_out_and_named(caplog):
+    content = {
+        "cache_config": FIELDS,
+        "parallelism_config": {"ulysses_size": 2},
+        "attention_backend": "sage",
+        "quantize_config": None,
+    }
+    assert load_configs(content) == load_configs({"cache_config": FIELDS})
+    (record,) = caplog.records
+    assert "found: parallelism_config, attention_backend\n" in record.getMessage()
+    assert "for attention_backend, call transformer.set_attention_backend(...) of diffusers" in record.getMessage()
+
+
 # Invalid input.
 
 
@@ -119,8 +132,8 @@ def test_enable_cache_accepts_a_loaded_configuration(tmp_path):
             id="unknown-below-the-level",
         ),
         pytest.param(
-            {"cache_config": FIELDS, "parallelism_config": {"ulysses_size": 2}},
-            "'parallelism_config' is not supported; allowed are 'cache_config'",
+            {"cache_config": FIELDS, "paralelism_config": {"ulysses_size": 2}},
+            "'paralelism_config' is unknown; allowed are 'cache_config'",
             id="next-to-the-level",
         ),
         pytest.param({"cache_config": [1]}, "cache_config must be a mapping of fields, got [1]", id="a-list"),

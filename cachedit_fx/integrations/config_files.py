@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -12,6 +13,15 @@ from cachedit_fx.config.cache_config import CacheConfig, CacheType, DBCacheConfi
 from cachedit_fx.config.steps_mask import steps_mask
 from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.integrations.block_adapter import with_calibrator
+
+log = logging.getLogger(__name__)
+
+# The parts of a file of cache-dit that are not about caching, and what does the same.
+_OTHER_PARTS = {
+    "parallelism_config": "call transformer.enable_parallelism(config=ContextParallelConfig(...)) of diffusers",
+    "attention_backend": "call transformer.set_attention_backend(...) of diffusers",
+    "quantize_config": "quantize the transformer with torchao before enable_cache",
+}
 
 
 def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +37,8 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
 
     The fields may also be at the top level, without `cache_config`. The format is that of cache-dit, and so are the
     defaults of fields that are omitted: the result is a `DBCacheConfig`, or a `DBPruneConfig` if `cache_type` is
-    "DBPrune". A file that `tune` saved results in a `CacheConfig` instead, and its signature is returned as `tuned_on`.
+    "DBPrune". Parts of such a file that are not about caching are left out, with a warning. A file that `tune` saved
+    results in a `CacheConfig` instead, and its signature is returned as `tuned_on`.
 
     Raises:
         ConfigError: The file cannot be read or has another structure, a field is unknown, or its value is not allowed.
@@ -36,12 +47,7 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
     content = dict(path_or_dict) if isinstance(path_or_dict, Mapping) else _read(Path(path_or_dict))
     calibrator, tuned = content.pop("calibrator_config", None), None
     if "cache_config" in content:
-        others = sorted(set(content) - {"cache_config", "tuned"})
-        if others:
-            raise ConfigError(
-                f"cachedit_fx: {others[0]!r} is not supported; allowed are 'cache_config', 'calibrator_config' and "
-                f"'tuned', got {shown(content[others[0]])} as {others[0]!r}; remove it"
-            )
+        _check_parts(content)
         tuned = content.get("tuned")
         content = content["cache_config"] or {}
     if not isinstance(content, Mapping):
@@ -61,6 +67,28 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
     if isinstance(tuned, Mapping) and isinstance(tuned.get("signature"), Mapping):
         found["tuned_on"] = tuned["signature"]
     return found
+
+
+def _check_parts(content: Mapping[str, Any]) -> None:
+    """Warns once of the parts of a file of cache-dit that are not about caching.
+
+    Raises:
+        ConfigError: There is a part that cache-dit does not have either.
+    """
+    others = sorted(set(content) - {"cache_config", "tuned", *_OTHER_PARTS})
+    if others:
+        raise ConfigError(
+            f"cachedit_fx: {others[0]!r} is unknown; allowed are 'cache_config', 'calibrator_config' and 'tuned', got "
+            f"{shown(content[others[0]])} as {others[0]!r}; remove it"
+        )
+    left = [name for name in _OTHER_PARTS if content.get(name) is not None]
+    if left:
+        log.warning(
+            "cachedit_fx: a configuration file has parts that are not about caching. They are left out.\n"
+            "  found: %s\n"
+            "What to do: %s.",
+            *(", ".join(left), "; ".join(f"for {name}, {_OTHER_PARTS[name]}" for name in left)),
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

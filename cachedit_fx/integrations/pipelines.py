@@ -18,6 +18,7 @@ from cachedit_fx.frontend.torch_internals import OptimizedModule
 from cachedit_fx.integrations.adapter_registry import adapter_for, modules_of
 from cachedit_fx.integrations.adapter_watch import watch_adapters
 from cachedit_fx.integrations.block_adapter import BlockAdapter, Nested, transformers_of, with_calibrator
+from cachedit_fx.integrations.foreign_configs import as_cache_config, as_calibrator, without_legacy
 from cachedit_fx.integrations.session_hook import register_hook, remove_hook
 from cachedit_fx.integrations.signature import check_signature
 from cachedit_fx.runtime.instances import KEY, end_generation
@@ -28,7 +29,7 @@ Target = TypeVar("Target")
 
 def enable_cache(
     pipe_or_adapter: Target,
-    cache_config: CacheConfig | None = None,
+    cache_config: Any = None,
     calibrator_config: object | None = None,
     params_modifiers: Nested = None,
     tuned_on: Mapping[str, Any] | None = None,
@@ -43,7 +44,9 @@ def enable_cache(
     Args:
         pipe_or_adapter: A pipeline, a transformer, or a `BlockAdapter`. If an adapter is registered for the class of
             the pipeline, it is used.
-        cache_config: The configuration, which decides when to reuse; by default `CacheConfig()`.
+        cache_config: The configuration, which decides when to reuse; by default `CacheConfig()`. A
+            `FirstBlockCacheConfig`, `MagCacheConfig` or `TaylorSeerCacheConfig` of diffusers, and a configuration
+            object of cache-dit, are translated.
         calibrator_config: The same as `CacheConfig.forecaster`, under the name that it has in cache-dit.
         params_modifiers: The overrides for the region of each block list, in the order in which the lists run.
         tuned_on: The signature of a tuned configuration, as `load_configs` returns it. A warning is logged if the
@@ -114,7 +117,7 @@ def refresh_context(transformer: Any, cache_config: CacheConfig | None = None, *
 
 def settings_for(
     pipe_or_adapter: Any,
-    cache_config: CacheConfig | None = None,
+    cache_config: Any = None,
     params_modifiers: Nested = None,
     calibrator_config: object | None = None,
     **kwargs: Any,
@@ -126,19 +129,19 @@ def settings_for(
     Raises:
         ConfigError: An argument is unknown, its value is not allowed, or there is no transformer.
     """
+    calibrator = as_calibrator(without_legacy(kwargs, calibrator_config))
     fields = {name: kwargs.pop(name) for name in [*kwargs] if name in OPTION_NAMES and name not in _COMPILE_KWARGS}
     for name, value in kwargs.items():
         if name not in _COMPILE_KWARGS:
             others = f"and of torch.compile {', '.join(_COMPILE_KWARGS)}"
             what = "enable_cache's argument"
             raise ConfigError(unknown_option(name, value, _COMPILE_KWARGS, others=others, what=what))
-    if cache_config is not None and not isinstance(cache_config, CacheConfig):
-        raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {shown(cache_config)}")
+    base = as_cache_config(cache_config)
     options = dict(kwargs.pop("options", None) or {})
     fields |= {name: options.pop(name) for name in [*options] if name in OPTION_NAMES}
     if options:
         kwargs["options"] = options
-    config = with_calibrator((cache_config or CacheConfig()).override(**fields), calibrator_config)
+    config = with_calibrator((base or CacheConfig()).override(**fields), calibrator)
     adapter = adapter_for(pipe_or_adapter)
     if adapter is not None:
         if params_modifiers is not None:
