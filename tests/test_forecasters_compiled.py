@@ -170,7 +170,7 @@ def test_inductor_compiles_the_functions_that_judge_and_choose(dtype: torch.dtyp
     history, value = tuple(reversed(values[:3])), values[3]
     times, verdict = Times((2.0, 1.0, 0.0), 3.0), torch.ones(2, dtype=torch.bool)
     for compiled in (CompiledForecaster(forecaster, compile_fx), EagerForecaster(forecaster)):
-        found = compiled.judge(history, value, verdict, times, is_static=False)
+        found = compiled.judge(history, value, verdict, times, forecaster.numbers(times), is_static=False)
         assert found.tolist() == [True, False]
         chosen = compiled.predict(history, forecaster.numbers(times), found)
         assert chosen.dtype == dtype and chosen[1].equal(history[0][1])

@@ -28,7 +28,7 @@ def moves(monkeypatch):
         copies.append(host_memory.on_host(tensor))
         return copies[-1]
 
-    monkeypatch.setattr(step, "is_moved", lambda device: True)
+    monkeypatch.setattr(host_memory, "is_moved", lambda device: True)
     monkeypatch.setattr(step, "on_host", on_host)
     return copies
 

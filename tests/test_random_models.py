@@ -6,6 +6,7 @@ different ones in every run.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from cachedit_fx.frontend import backend
 from cachedit_fx.passes.manager import Rewritten
 from cachedit_fx.passes.plan import Plan
 from cachedit_fx.patterns import Cause, Mismatch
-from cachedit_fx.runtime import step as steps
+from cachedit_fx.runtime.step import StepRun
 from tests.line_reference import LineReference
 from tests.random_models import build, generation, write
 from tests.random_specs import END, USUAL, Blocks, Skip, Spec, Work, counts, specs
@@ -112,16 +113,16 @@ def run(case: Case) -> Outcome:
     """Runs one generation of the uncached model, and one of the compiled model."""
     torch._dynamo.reset()
     cachedit_fx.reset()
-    found, model, rewrite, decide = Outcome(), build(write(case.spec)), backend.rewrite, steps.decide
+    found, model, rewrite, decide = Outcome(), build(write(case.spec)), backend.rewrite, StepRun.decide
 
     def rewriting(*args: Any, **kwargs: Any) -> Any:
         rewritten = rewrite(*args, **kwargs)
         found.plan = rewritten.plan if isinstance(rewritten, Rewritten) else rewritten
         return rewritten
 
-    def deciding(config: CacheConfig, history: Any, diff: float, **kwargs: Any) -> Any:
-        found.diffs.append(diff)
-        return decide(config, history, diff, **kwargs)
+    def deciding(step: StepRun, region: int, probe_vector: torch.Tensor | None, *streams: Any) -> bool:
+        found.diffs.append(float(probe_vector[0]) if probe_vector is not None else math.nan)
+        return decide(step, region, probe_vector, *streams)
 
     def failing(error: Exception, _config: CacheConfig, _what: str) -> None:
         raise error
@@ -129,7 +130,7 @@ def run(case: Case) -> Outcome:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(backend, "rewrite", rewriting)
         patched.setattr(backend, "_report_bug", failing)
-        patched.setattr(steps, "decide", deciding)
+        patched.setattr(StepRun, "decide", deciding)
         found.plain = [list(model(**call)) for call in generation(case.spec)]
         compiled = torch.compile(model, backend=cachedit_fx.Backend(case.config()), fullgraph=True)
         found.outputs = [list(compiled(**call)) for call in generation(case.spec)]

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import cachedit_fx
-from cachedit_fx.runtime.step import in_layout
+from cachedit_fx.runtime.region_run import in_layout
 from tests import tiny
 from tests.sessions import every_session
 from tests.tiny import TIMES, Watch, build, compiled, frozen, generate, latents, prompt, ran_blocks, step

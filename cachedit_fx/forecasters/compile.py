@@ -62,7 +62,22 @@ class CompiledForecaster:
             return self._run("predict", history, numbers)[0]
         return self._run("choose", (*history, verdict), numbers)[0]
 
-    def judge(self, history: Tensors, value: Tensor, verdict: Tensor, times: Times, *, is_static: bool) -> Tensor:
+    def summary(self, history: Tensors) -> Tensor | None:
+        """Returns what the host has to read of a history to forecast from it, one-dimensional; None if nothing."""
+        if type(self.forecaster)._summary is Forecaster._summary:
+            return None
+        return next(iter(self._run("summary", history, ())), None)
+
+    def judge(
+        self,
+        history: Tensors,
+        value: Tensor,
+        verdict: Tensor,
+        times: Times,
+        numbers: Sequence[float],
+        *,
+        is_static: bool,
+    ) -> Tensor:
         """Returns whether forecasts are used after a computed step, bool [B] (see `verdict.judge`).
 
         Args:
@@ -70,6 +85,7 @@ class CompiledForecaster:
             value: The value of this step, with the shape and dtype of the history.
             verdict: The previous verdict, bool [B]; it is returned unchanged if nothing is forecast.
             times: The times of this step.
+            numbers: The numbers that `predict` receives for this step.
             is_static: Whether the computed steps were chosen beforehand.
 
         Raises:
@@ -77,7 +93,7 @@ class CompiledForecaster:
         """
         if not self.forecaster.forecasts_from(len(history)):
             return verdict
-        numbers = (*self.forecaster.numbers(times), *terms(times, is_static=is_static))
+        numbers = (*numbers, *terms(times, is_static=is_static))
         return self._run("judge", (*history, value, verdict), numbers)[0]
 
     def update(self, history: Tensors, value: Tensor, numbers: Sequence[float]) -> Tensors:
@@ -190,8 +206,16 @@ def _update(forecaster: Forecaster) -> Callable[..., Tensors]:
     return update
 
 
+def _summary(forecaster: Forecaster) -> Callable[..., Tensors]:
+    def run(*inputs: Tensor) -> Tensors:
+        found = forecaster._summary(inputs[:-1])
+        return (found,) if found is not None else ()
+
+    return run
+
+
 # By name: given a forecaster, a function of tensors that returns a tuple. The last argument contains the numbers.
-FUNCTIONS = {"predict": _predict, "choose": _choose, "judge": _judge, "update": _update}
+FUNCTIONS = {"predict": _predict, "choose": _choose, "judge": _judge, "update": _update, "summary": _summary}
 
 
 def _checked(forecaster: Forecaster, history: Tensors, numbers: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from cachedit_fx.forecasters.forecaster import Forecaster, Times, widened
 from cachedit_fx.forecasters.forecaster_fields import check_choice, check_int, check_number
-from cachedit_fx.forecasters.modes import LEAST, dmd_factors
+from cachedit_fx.forecasters.modes import LEAST, dmd_factors, factors_of
 
 _EVEN = 1e-3  # Relative tolerance for equal gaps, because timesteps are rounded.
 _NOISE = 1e-4  # cache-dit drops the singular values below this fraction of the first one.
@@ -26,7 +27,8 @@ class DMDCalibratorConfig(Forecaster):
     evenly spaced, if the forecast is not finite, or if it is implausibly far from the newest value.
 
     The computation uses only the inner products of the values, in float64, so a forecast costs about as much as
-    reading the values. The host reads the inner products, for which it waits for the device.
+    reading the values. They are computed once after each computed step. The host reads them at the next one, when the
+    device has long computed them.
 
     Attributes:
         dmd_history: The number of values that are stored, at least 4.
@@ -70,14 +72,28 @@ class DMDCalibratorConfig(Forecaster):
             tail += 1
         return (times.now - at[0]) / gap, float(tail)
 
+    def _summary(self, history: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+        return inner_products(history).flatten() if len(history) >= LEAST else None
+
+    def _numbers_of(self, times: Times, summary: Sequence[float], dtype: torch.dtype) -> Sequence[float]:
+        """Returns the factor of each value for each sample, newest first."""
+        (horizon, tail), count = self.numbers(times), len(times.computed)
+        products = np.array(summary).reshape(-1, count, count)
+        rows = factors_of(products, horizon, int(tail), self.dmd_rank, self.dmd_ridge, _noise(dtype))
+        factors: list[float] = rows.ravel().tolist()
+        return factors
+
     def predict(self, history: tuple[torch.Tensor, ...], numbers: torch.Tensor) -> torch.Tensor:
         newest = widened(history[0])
         if len(history) < LEAST:  # A Taylor series, as in `dmd_factors`.
             before = widened(history[min(1, len(history) - 1)])
             line: torch.Tensor = newest + numbers[0] * (newest - before)
             return line.to(history[0].dtype)
-        noise = max(_NOISE, torch.finfo(history[0].dtype).eps)
-        factors = dmd_factors(inner_products(history), numbers, self.dmd_rank, self.dmd_ridge, noise)
+        if numbers.numel() == 2:
+            noise = _noise(history[0].dtype)
+            factors = dmd_factors(inner_products(history), numbers, self.dmd_rank, self.dmd_ridge, noise)
+        else:
+            factors = numbers.view(-1, len(history))
         shape = (-1, *(1,) * (newest.dim() - 1))
         total = factors[:, 0].view(shape) * newest
         for i in range(1, len(history)):
@@ -86,6 +102,10 @@ class DMDCalibratorConfig(Forecaster):
             total = total + (factor * widened(history[i])).masked_fill(factor == 0, 0.0)
         found: torch.Tensor = total.view(newest.shape).to(history[0].dtype)
         return found
+
+
+def _noise(dtype: torch.dtype) -> float:
+    return max(_NOISE, torch.finfo(dtype).eps)
 
 
 def inner_products(history: tuple[torch.Tensor, ...]) -> torch.Tensor:

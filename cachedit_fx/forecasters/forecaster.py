@@ -106,6 +106,17 @@ class Forecaster:
         """
         return times.ages
 
+    def _summary(self, history: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+        """Returns what `_numbers_of` needs to know of the history, computed once after each computed step.
+
+        One-dimensional. The host reads it when the device has long computed it.
+        """
+        return None
+
+    def _numbers_of(self, times: Times, summary: Sequence[float], dtype: torch.dtype) -> Sequence[float]:
+        """Returns the numbers that `predict` receives, if there is a summary of a history of this dtype."""
+        return self.numbers(times)
+
     def update(
         self, history: tuple[torch.Tensor, ...], value: torch.Tensor, numbers: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:

@@ -27,21 +27,27 @@ def dmd_factors(products: torch.Tensor, numbers: torch.Tensor, rank: int, ridge:
         noise: A fraction of the first singular value, dimensionless.
     """
     horizon, tail = numbers.tolist()
-    rows = np.zeros(products.shape[:2])
-    for row, matrix in zip(rows, products.cpu().numpy(), strict=True):
-        # The functions below expect the oldest value first.
-        even = matrix[: int(tail), : int(tail)][::-1, ::-1]
-        found = _fit(even, horizon, rank, ridge, noise) if tail >= LEAST else None
-        if found is not None:
-            row[: len(found)] = found[::-1]
-        else:
-            row[0], row[1] = 1 + horizon, -horizon
+    rows = factors_of(products.cpu().numpy(), horizon, int(tail), rank, ridge, noise)
     return torch.from_numpy(rows).to(device=products.device, dtype=torch.float32)
 
 
 @dmd_factors.register_fake
 def _(products: torch.Tensor, numbers: torch.Tensor, rank: int, ridge: float, noise: float) -> torch.Tensor:
     return products.new_empty(products.shape[:2], dtype=torch.float32)
+
+
+def factors_of(products: Matrix, horizon: float, tail: int, rank: int, ridge: float, noise: float) -> Matrix:
+    """Returns what `dmd_factors` does, on the host and in float64."""
+    rows = np.zeros(products.shape[:2])
+    for row, matrix in zip(rows, products, strict=True):
+        # The functions below expect the oldest value first.
+        even = matrix[:tail, :tail][::-1, ::-1]
+        found = _fit(even, horizon, rank, ridge, noise) if tail >= LEAST else None
+        if found is not None:
+            row[: len(found)] = found[::-1]
+        else:
+            row[0], row[1] = 1 + horizon, -horizon
+    return rows
 
 
 def _fit(products: Matrix, horizon: float, rank: int, ridge: float, noise: float) -> Matrix | None:

@@ -256,7 +256,7 @@ class Enabled:
             is_certain: Whether no other capture strategy is left for the next call to try.
         """
         if self._has_been_cached or self.compiled.limit_reached:
-            self.instance.record_uncached(call.conditioning, call.timestep)
+            self.instance.record_uncached(call.conditioning, call.unread_timestep)
         self.instance.has_cached_graph = False
         self.instance.calls.count_not_served(why.reason)
         if self._is_part:  # The model that it is a part of reports it.

@@ -1,7 +1,7 @@
 """Translates the configurations of other caches for `enable_cache`: those of diffusers, and the objects of cache-dit.
 
-None of these packages is imported. A configuration is recognized by the name of its class and the package of that class,
-and read by its attributes.
+None of these packages is imported. A configuration is recognized by the name of its class and the package of that
+class, and read by its attributes.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def as_cache_config(given: object) -> CacheConfig | None:
         return _FROM_DIFFUSERS[name](given)
     if package == "diffusers" and name.endswith("Config"):
         raise ConfigError(
-            f"cachedit_fx: cache_config must be a CacheConfig, or one of {', '.join(_FROM_DIFFUSERS)} of diffusers, got "
-            f"a {name}.\n"
+            f"cachedit_fx: cache_config must be a CacheConfig, or one of {', '.join(_FROM_DIFFUSERS)} of diffusers, "
+            f"got a {name}.\n"
             "It reuses parts inside of the blocks, and this cache reuses what whole blocks add.\n"
             "What to do: give a CacheConfig, or enable the cache of diffusers alone: transformer.enable_cache(config)."
         )

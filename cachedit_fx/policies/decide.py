@@ -67,6 +67,45 @@ def decide(
     return _by_rule(config, threshold, history, diff)
 
 
+def decide_unread(
+    config: CacheConfig,
+    history: History,
+    *,
+    is_cached: bool,
+    earlier: Sequence[float] = (),
+    progress: Progress | None = None,
+) -> Decision | None:
+    """The decision, if it depends neither on the residual diff nor on the timestep; None if it does."""
+    if config.decider is not None:
+        return None
+    threshold = relaxed_threshold(config, earlier)
+    is_open = is_cached and history.has_moved and _reads_diff(config, threshold)
+    progress = progress or Progress(history.number, config.num_inference_steps)
+    if is_open and _forbidden(config, history, threshold, progress) is None:
+        return None
+    return decide(config, history, math.nan, is_cached=is_cached, earlier=earlier, progress=progress)
+
+
+def computes_anyway(
+    config: CacheConfig, history: History, *, is_cached: bool, progress: Progress | None = None
+) -> bool:
+    """Whether the first region of a step computes, also if it turns out that its residual diff is unknown, because the
+    step is of another session.
+    """
+    threshold = config.residual_diff_threshold
+    progress = progress or Progress(history.number, config.num_inference_steps)
+    if is_cached and _forbidden(config, history, threshold, progress) is None:
+        return False
+    return config.decider is None and _reads_diff(config, threshold)
+
+
+def _reads_diff(config: CacheConfig, threshold: float) -> bool:
+    """Whether a step is only reused if its residual diff is known, without a decider."""
+    if config.is_static:
+        return False
+    return threshold < 1 if config.decision_rule == "threshold" else config.probe != "timestep"
+
+
 def decision_terms(
     config: CacheConfig,
     history: History,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from cachedit_fx.runtime.guidance_branch import LOOP_START, GuidanceBranchKey, LoopPosition, SessionKey
 from cachedit_fx.runtime.session import Session
+from cachedit_fx.runtime.snapshot import Snapshot, direction_of
 
 log = logging.getLogger(__name__)
 
@@ -63,24 +64,27 @@ class Bounds:
         left = [session for session in sessions if session.key not in dropped]
         return [*dropped.values(), *((session, NUMBER) for session in left[: max(0, len(left) - MAX_SESSIONS)])]
 
-    def drop(self, key: SessionKey, timestep: float | None, direction: int, why: str) -> None:
+    def drop(self, key: SessionKey, snapshot: Snapshot, why: str) -> None:
         """Records that a session is dropped, with its last timestep, since its generation may continue."""
         self.dropped[why] += 1
-        self._dropped_sessions[key] = timestep, direction
+        self._dropped_sessions[key] = snapshot.timestep, direction_of(snapshot)
         if len(self._dropped_sessions) > MAX_SESSIONS:
             self._dropped_sessions.popitem(last=False)
 
-    def continues_dropped(self, key: SessionKey, timestep: float | None, loop_position: LoopPosition) -> bool:
+    def continues_dropped(self, key: SessionKey, snapshot: Snapshot, loop_position: LoopPosition) -> bool:
         """Whether a step continues a generation whose session was dropped. The record of the session is removed.
 
         Args:
-            timestep: The timestep of the step.
+            snapshot: The state after the step.
             loop_position: The loop position of the guidance branch after the step.
         """
         if key not in self._dropped_sessions:
             return False
         before, direction = self._dropped_sessions.pop(key)
-        if loop_position.scheduler_run is not None or before is None or timestep is None:
+        if loop_position.scheduler_run is not None or before is None:
+            return True
+        timestep = snapshot.timestep
+        if timestep is None:
             return True
         moved = timestep - before
         return moved != 0 and moved * direction >= 0

@@ -18,10 +18,11 @@ from cachedit_fx.passes.analysis.runtime_plan import RuntimePlan
 from cachedit_fx.runtime.cached_values import Forecast
 from cachedit_fx.runtime.instances import instance_of_weights
 from cachedit_fx.runtime.model_call import ModelCall, current_call
+from cachedit_fx.runtime.region_run import Policy
 from cachedit_fx.runtime.scheduler_run import find_scheduler_run
 from cachedit_fx.runtime.shadow import ShadowedStep
 from cachedit_fx.runtime.sources import Sources
-from cachedit_fx.runtime.step import Policy, StepRun
+from cachedit_fx.runtime.step import StepRun
 from cachedit_fx.runtime.stopwatch import Stopwatch
 
 MAX_POLICIES = 64  # Configurations that are kept. A server may set a mask or a decider for every request.
@@ -104,7 +105,7 @@ class CachedCall:
         timestep = None
         if call is not None and not self.has_timestep:
             # The graph is a part of the forward, and does not receive the arguments of the model.
-            conditioning, timestep = call.conditioning, call.timestep
+            conditioning, timestep = call.conditioning, call.unread_timestep
         policy = self.policy(call.policy if call is not None else None)
         scheduler_run = find_scheduler_run()
         opened = instance.open(policy.owner, conditioning, scheduler_run)

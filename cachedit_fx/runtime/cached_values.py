@@ -11,6 +11,7 @@ import torch
 from cachedit_fx.forecasters.forecaster import Forecaster, Times
 from cachedit_fx.forecasters.verdict import unproven
 from cachedit_fx.patterns.blocks import HIDDEN
+from cachedit_fx.runtime.host_read import HostRead
 
 # The positions of the steps reused since the last computed step, and between that step and the computed one before it
 # (see `Times`).
@@ -31,10 +32,14 @@ class Functions(Protocol):
         value: torch.Tensor,
         verdict: torch.Tensor,
         times: Times,
+        numbers: Sequence[float],
         *,
         is_static: bool,
     ) -> torch.Tensor:
         """See `CompiledForecaster.judge`."""
+
+    def summary(self, history: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+        """See `CompiledForecaster.summary`."""
 
     def update(
         self, history: tuple[torch.Tensor, ...], value: torch.Tensor, numbers: Sequence[float]
@@ -72,11 +77,13 @@ class CachedValue(NamedTuple):
         verdict: Whether forecasts are used, for each sample, bool [B] on the device. The host does not need to read it.
             False if the forecast of the last computed step was no better than the value before it. None without a
             forecaster, or if it makes its own history.
+        summary: What the host has to read of the history to forecast from it; None if nothing.
     """
 
     tensors: tuple[torch.Tensor, ...] = ()
     positions: tuple[float, ...] = ()
     verdict: torch.Tensor | None = None
+    summary: HostRead | None = None
 
     @property
     def last(self) -> torch.Tensor | None:
@@ -108,7 +115,8 @@ class CachedValue(NamedTuple):
             verdict = unproven(value)
         else:
             times = Times(self.positions, now, *between)
-            verdict = forecast.functions.judge(self.tensors, value, verdict, times, is_static=is_static)
+            numbers = self._numbers(forecast.forecaster, times)
+            verdict = forecast.functions.judge(self.tensors, value, verdict, times, numbers, is_static=is_static)
         tensors = forecast.functions.update(self.tensors, value, ages)
         return CachedValue(tensors, (now, *self.positions)[: forecast.forecaster.depth], verdict)
 
@@ -117,7 +125,12 @@ class CachedValue(NamedTuple):
         if forecast is None or not self.positions or (is_outdated and self.verdict is not None):
             return self.last
         times = Times(self.positions, now, *between)
-        return forecast.functions.predict(self.tensors, forecast.forecaster.numbers(times), self.verdict)
+        return forecast.functions.predict(self.tensors, self._numbers(forecast.forecaster, times), self.verdict)
+
+    def _numbers(self, forecaster: Forecaster, times: Times) -> Sequence[float]:
+        if self.summary is None:
+            return forecaster.numbers(times)
+        return forecaster._numbers_of(times, self.summary.numbers, self.tensors[0].dtype)
 
     def verdict_at(self, forecast: Forecast, *, is_outdated: bool) -> torch.Tensor | bool:
         """Whether `at` returns a forecast: for each sample as a tensor, or for all."""

@@ -16,6 +16,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from cachedit_fx.runtime.host_read import HostRead
+
 MAX_ORPHANS = 8  # Deleted tensors whose content may come back. The cached values of each remain in memory.
 ORPHAN_CALLS = 64  # The number of calls after which an orphan whose content did not come back is dropped.
 
@@ -23,13 +25,13 @@ _serial = itertools.count()
 
 
 class _Entry:
-    """A conditioning: a weak reference to its tensor, and the fingerprint of its content."""
+    """A conditioning: a weak reference to its tensor, and its content."""
 
-    __slots__ = ("calls", "fingerprint", "last_call", "ref", "token", "version")
+    __slots__ = ("calls", "content", "last_call", "ref", "token", "version")
 
-    def __init__(self, tensor: torch.Tensor, token: int, fingerprint: Hashable) -> None:
+    def __init__(self, tensor: torch.Tensor, token: int, content: Content) -> None:
         self.token = token
-        self.fingerprint = fingerprint
+        self.content = content
         self.version = _version(tensor)
         self.calls = 0
         self.last_call = 0
@@ -61,7 +63,7 @@ class ConditioningTable:
         self._calls = 0
 
     def token(self, tensor: torch.Tensor) -> int:
-        """The token of a tensor. Reads from the device only if the tensor is new."""
+        """The token of a tensor. Reads from the device only if the tensor is new and one like it is known."""
         with self._lock:
             self._calls += 1
             entry = self._live.get(id(tensor))
@@ -83,22 +85,25 @@ class ConditioningTable:
                     self._calls -= 1
 
     def _add(self, tensor: torch.Tensor) -> _Entry:
-        content = fingerprint(tensor)
-        known = self._orphans.pop(content, None) or self._take_from_model(content)
+        content = Content(tensor)
+        is_like_orphan = any(orphan.content.kind == content.kind for orphan in self._orphans.values())
+        known = self._orphans.pop(content.fingerprint, None) if is_like_orphan else None
+        known = known or self._take_from_model(content)
         entry = _Entry(tensor, known.token if known else next(_serial), content)
         key = id(tensor)
         entry.ref = weakref.ref(tensor, lambda _: self._deleted(key, entry))
         self._live[key] = entry
         for stale in [o for o in self._orphans.values() if self._calls - o.last_call > ORPHAN_CALLS]:
-            self._on_end(self._orphans.pop(stale.fingerprint).token)
+            self._on_end(self._orphans.pop(stale.content.fingerprint).token)
         return entry
 
-    def _take_from_model(self, content: Hashable) -> _Entry | None:
+    def _take_from_model(self, content: Content) -> _Entry | None:
         """Removes from the table, and returns, an entry of this content whose tensor only the model still holds."""
         tensor: torch.Tensor | None = torch.empty(0)
         ours = sys.getrefcount(tensor)  # The references by this variable and by the argument.
         for key, entry in self._live.items():
-            tensor = entry.ref() if entry.ref is not None and entry.fingerprint == content else None
+            is_alike = entry.content.kind == content.kind and entry.content.fingerprint == content.fingerprint
+            tensor = entry.ref() if entry.ref is not None and is_alike else None
             references = sys.getrefcount(tensor) - ours
             if tensor is not None and self._is_held_by_model_only(tensor, references):
                 del self._live[key]
@@ -113,7 +118,7 @@ class ConditioningTable:
             if entry.calls > 1:  # The loop used one tensor for several calls, so its generation has ended.
                 self._on_end(entry.token)
                 return
-            self._orphans[entry.fingerprint] = entry
+            self._orphans[entry.content.fingerprint] = entry
             while len(self._orphans) > MAX_ORPHANS:
                 self._on_end(self._orphans.popitem(last=False)[1].token)
 
@@ -123,23 +128,39 @@ class ConditioningTable:
             self._orphans.clear()
 
 
-def fingerprint(tensor: torch.Tensor) -> Hashable:
-    """Equal for equal content, shape, dtype and device. Two position-weighted 64-bit sums, which the host reads once.
+class Content:
+    """The content of a tensor when the object was made.
 
-    The fingerprint of a tensor for which they cannot be computed (a subclass, a sparse tensor) equals no other.
+    Attributes:
+        kind: Shape, dtype and device, which are known without a read.
     """
+
+    __slots__ = ("_read", "kind")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.kind = (tuple(tensor.shape), tensor.dtype, tensor.device)
+        sums = _sums(tensor)
+        self._read = HostRead(sums) if sums is not None else None
+
+    @property
+    def fingerprint(self) -> Hashable:
+        """Equal for equal content and kind; without sums, it equals no other. May wait for the device."""
+        return self if self._read is None else (*self.kind, *self._read.numbers)
+
+
+def _sums(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Two position-weighted sums of a tensor, int64 [2]; None if they cannot be computed (a subclass, sparse)."""
     try:
         with torch.no_grad():
             flat = tensor.detach().contiguous().reshape(-1)
             whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
             bits = flat.view(whole).to(torch.int64)
             place = torch.arange(1, bits.numel() + 1, device=bits.device)
-            sums = torch.stack(
+            return torch.stack(
                 [(bits * (place * 0x9E3779B1 + 1)).sum(), ((bits ^ (bits >> 7)) * (place * place)).sum()]
             )
-            return (tuple(tensor.shape), tensor.dtype, tensor.device, *sums.tolist())
     except (RuntimeError, NotImplementedError, KeyError):
-        return object()
+        return None
 
 
 def _version(tensor: torch.Tensor) -> int:

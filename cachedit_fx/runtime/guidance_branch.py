@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from cachedit_fx.runtime.host_read import Timestep, known
 from cachedit_fx.runtime.scheduler_run import SchedulerRun
 
 _label: ContextVar[str | None] = ContextVar("cachedit_fx_label", default=None)
@@ -47,15 +48,20 @@ class LoopPosition(NamedTuple):
 
     Attributes:
         scheduler_run: The scheduler's run of the pipeline that made the call.
-        timestep: The timestep of the call.
+        given_timestep: The timestep of the call, which may not have been read.
         calls: The number of calls that the branch has made in this step.
         expected: The number of calls that it made in the step before.
     """
 
     scheduler_run: SchedulerRun | None = None
-    timestep: float | None = None
+    given_timestep: Timestep = None
     calls: int = 0
     expected: int = 0
+
+    @property
+    def timestep(self) -> float | None:
+        """The timestep of the call. May wait for the device."""
+        return known(self.given_timestep)
 
     def continues_in(self, scheduler_run: SchedulerRun | None) -> bool:
         """Whether a call in `scheduler_run` belongs to the same generation, as far as the scheduler shows."""
@@ -77,14 +83,14 @@ class LoopPosition(NamedTuple):
             return 0
         return self.calls if self.calls < self.expected else 0
 
-    def ordinal_at(self, timestep: float | None, scheduler_run: SchedulerRun | None) -> int:
+    def ordinal_at(self, timestep: Timestep, scheduler_run: SchedulerRun | None) -> int:
         """The ordinal of a call at `timestep`."""
         if self.is_next_step(scheduler_run) or not self.continues_in(scheduler_run) or timestep is None:
             return 0
-        return self.calls if timestep == self.timestep else 0
+        return self.calls if known(timestep) == self.timestep else 0
 
     def after(
-        self, ordinal: int, timestep: float | None, scheduler_run: SchedulerRun | None, *, is_first: bool
+        self, ordinal: int, timestep: Timestep, scheduler_run: SchedulerRun | None, *, is_first: bool
     ) -> LoopPosition:
         """The position after a call. The first step of a generation (`is_first`) predicts no calls for the second."""
         return LoopPosition(

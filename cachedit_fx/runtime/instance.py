@@ -22,6 +22,7 @@ from cachedit_fx.runtime.guidance_branch import (
     current_label,
     is_identified_by_name,
 )
+from cachedit_fx.runtime.host_read import Timestep
 from cachedit_fx.runtime.request import current_owner, current_request
 from cachedit_fx.runtime.scheduler_run import SchedulerRun, find_scheduler_run
 from cachedit_fx.runtime.session import Record, Session
@@ -89,7 +90,7 @@ class Instance:
             known = self._sessions.get(key)
         return known or Session(key, session.request, session.epoch)
 
-    def record_uncached(self, conditioning: torch.Tensor | None, timestep: float | None) -> None:
+    def record_uncached(self, conditioning: torch.Tensor | None, timestep: Timestep) -> None:
         """Counts a call that no cached graph served in the loop position, which gives the next call its ordinal."""
         token = self._token(conditioning)
         scheduler_run = find_scheduler_run()
@@ -147,7 +148,7 @@ class Instance:
                 self._end_generation_of(session)
                 session = Session(session.key, session.request, session.epoch)
             continues_dropped = (
-                self.bounds.continues_dropped(session.key, snapshot.timestep, loop_position) and not is_new_generation
+                self.bounds.continues_dropped(session.key, snapshot, loop_position) and not is_new_generation
             )
             if continues_dropped and not session.first:
                 self.bounds.warn()
@@ -217,7 +218,7 @@ class Instance:
         guidance_branch, loop_position = session.key.guidance_branch, self._loop_positions[session.key.guidance_branch]
         session.bound, snapshot = why, session.snapshot
         self._finish(session)
-        self.bounds.drop(session.key, snapshot.timestep, snapshot.direction, why)
+        self.bounds.drop(session.key, snapshot, why)
         self._loop_positions.pop(guidance_branch, None)
         self._loop_positions[guidance_branch] = loop_position
         self._bound_loop_positions()

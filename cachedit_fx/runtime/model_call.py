@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cachedit_fx.config.cache_config import Changes
+from cachedit_fx.runtime.host_read import HostRead, Timestep, Unread, known
 from cachedit_fx.runtime.instance import Instance
 
 _call: ContextVar[ModelCall | None] = ContextVar("cachedit_fx_call", default=None)
@@ -65,9 +66,14 @@ class ModelCall:
     @property
     def timestep(self) -> float | None:
         """The largest of the timesteps; None if the call has none. Reads from the device."""
+        return known(self.unread_timestep)
+
+    @property
+    def unread_timestep(self) -> Timestep:
+        """The same, without waiting for the device."""
         given = self._timestep
         if isinstance(given, torch.Tensor):
-            return float(given.max()) if given.numel() else None
+            return Unread(HostRead(given.max().reshape(1)), 0) if given.numel() else None
         if isinstance(given, np.ndarray):
             return float(given.max()) if given.size else None
         return float(given) if isinstance(given, numbers.Real) else None

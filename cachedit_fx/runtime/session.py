@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cachedit_fx.runtime.cached_values import NotForecast
 from cachedit_fx.runtime.guidance_branch import SessionKey
+from cachedit_fx.runtime.host_read import known
 from cachedit_fx.runtime.snapshot import Snapshot
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.runtime.stopwatch import StepTimes
@@ -57,7 +58,7 @@ class Session:
                 state_bytes=0 if finished else state.num_bytes,
                 peak_state_bytes=state.num_bytes,
                 began=self.snapshot.began,
-                timesteps=list(self.snapshot.timesteps),
+                timesteps=[*map(known, self.snapshot.timesteps)],
                 thresholds={i: d.threshold for i, d in enumerate(state.decisions) if d.threshold is not None},
                 step_seconds=StepTimes(self.snapshot.step_times),
                 errors={i: error for i, error in enumerate(state.errors) if error is not None},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 
 from cachedit_fx.policies import Decision, History
 from cachedit_fx.runtime.cached_values import CachedValue, Reused, Unread
+from cachedit_fx.runtime.host_read import Timestep, known
 from cachedit_fx.runtime.stats import StepError
 from cachedit_fx.runtime.stopwatch import StepTime
 
@@ -48,25 +50,45 @@ class Snapshot(NamedTuple):
     """The state of a session between two steps. It is replaced as a whole, so a step that raises changes nothing.
 
     Attributes:
-        timestep: The timestep of the last step; None before the first, or if the graph has no timestep.
-        direction: The sign of the change of the timestep; 0 while it has not changed.
+        given_timestep: The timestep of the last step, which may not have been read; None before the first, or if the
+            graph has no timestep.
+        direction: The sign of the last change of the timestep; 0 while it has not changed; None if it has, and was not
+            read (see `direction_of`).
         num_steps: The number of steps.
         graph: The number of the cached graph that made the last computed step.
         weights_version: `Instance.weights_version` at the last computed step.
         checksum: The checksums of the conditioning; empty if the graph computes none.
         began: Why the generation began (see `CacheStats.began`).
-        timesteps: The timesteps of all steps.
+        timesteps: The timesteps of all steps, some of which may not have been read.
+        step_indices: How many steps the scheduler had made before each step; 0.0 outside of a pipeline.
         step_times: The piece times of all steps.
         regions: The states of the regions, by name.
     """
 
-    timestep: float | None = None
-    direction: int = 0
+    given_timestep: Timestep = None
+    direction: int | None = 0
     num_steps: int = 0
     graph: int = -1
     weights_version: int = 0
     checksum: tuple[float, ...] = ()
     began: str = "new"
-    timesteps: tuple[float | None, ...] = ()
+    timesteps: tuple[Timestep, ...] = ()
+    step_indices: tuple[float, ...] = ()
     step_times: tuple[StepTime, ...] = ()
     regions: Mapping[str, RegionState] = MappingProxyType({})
+
+    @property
+    def timestep(self) -> float | None:
+        """The timestep of the last step. May wait for the device."""
+        return known(self.given_timestep)
+
+
+def direction_of(snapshot: Snapshot) -> int:
+    """The sign of the last change of the timestep; 1 if a scheduler counts steps of equal timesteps. May wait for the
+    device.
+    """
+    if snapshot.direction is not None:
+        return snapshot.direction
+    timesteps = [number for number in map(known, snapshot.timesteps) if number is not None]
+    signs = [(now > last) - (now < last) for last, now in itertools.pairwise(timesteps)]
+    return next(filter(None, reversed(signs)), 1)

@@ -4,72 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
-from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.forecasters.verdict import is_gap, is_jump
-from cachedit_fx.passes.analysis.runtime_plan import PartialSizes, RegionPlan
-from cachedit_fx.policies import Decision, History, Progress, decide, decision_terms, needs_refresh
+from cachedit_fx.passes.analysis.runtime_plan import RegionPlan
+from cachedit_fx.policies import (
+    Decision,
+    History,
+    Progress,
+    computes_anyway,
+    decide,
+    decide_unread,
+    decision_terms,
+    needs_refresh,
+)
 from cachedit_fx.runtime.cached_values import CachedValue, Forecast
 from cachedit_fx.runtime.guidance_branch import LoopPosition
-from cachedit_fx.runtime.host_memory import HOST, is_moved, on_device, on_host
+from cachedit_fx.runtime.host_memory import on_host
+from cachedit_fx.runtime.host_read import HostRead, Timestep, Unread, is_copied, known
 from cachedit_fx.runtime.instance import Instance
 from cachedit_fx.runtime.ranks import RANKS_DIFFER, fingerprint_of, vote
+from cachedit_fx.runtime.region_run import (
+    Policy,
+    RegionRun,
+    covered_live_outs,
+    in_layout,
+    is_moved_to_host,
+    on_device,
+    state_fits,
+)
 from cachedit_fx.runtime.scheduler_run import SchedulerRun
 from cachedit_fx.runtime.session import Session
-from cachedit_fx.runtime.snapshot import RegionState, Snapshot
+from cachedit_fx.runtime.snapshot import RegionState, Snapshot, direction_of
 from cachedit_fx.runtime.stopwatch import StepTime
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The configuration of the session, and of each region.
-
-    Attributes:
-        owner: Equal for equal configurations, which share their sessions.
-        has_decider: Whether a decider of the user decides for any region.
-    """
-
-    owner: int
-    config: CacheConfig
-    regions: tuple[CacheConfig, ...]
-    has_decider: bool = False
-
-
-def in_layout(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """`tensor` with these strides. It is copied if a graph that was compiled later requires another layout."""
-    if tensor.stride() == strides:
-        return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-@dataclass(slots=True)
-class RegionRun:
-    """A region during one step.
-
-    Attributes:
-        fits: Whether the cached values have the shapes of this call. The size may change within a session.
-        is_outdated: Whether there is a gap or a jump between the cached values and this step, so nothing is forecast.
-        is_agreed: Whether the other ranks that run the region are in the same state, so that they decide alike.
-    """
-
-    plan: RegionPlan
-    config: CacheConfig
-    state: RegionState
-    sizes: PartialSizes
-    fits: bool
-    forecast: Forecast | None = None
-    is_outdated: bool = False
-    decision: Decision | None = None
-    is_agreed: bool = True
-    history: History = field(default_factory=History)
-    diff: float = math.nan
 
 
 class ServedGraph(Protocol):
@@ -89,7 +61,7 @@ class StepRun:
 
     __slots__ = (
         *("_args", "_call", "_instance", "_is_new", "_policy", "_runs", "_scheduler_run", "_session", "_snapshot"),
-        *("_is_timestep_set", "_loop_position", "_was_predicted"),
+        *("_is_placed", "_is_timestep_set", "_loop_position", "_was_predicted"),
     )
 
     def __init__(
@@ -106,6 +78,7 @@ class StepRun:
         self._session, self._loop_position = opened
         self._is_timestep_set, self._was_predicted = False, True
         self._runs: list[RegionRun] = []
+        self._is_placed = self._find_place()
         self._use_session(self._session)
 
     def _use_session(self, session: Session) -> None:
@@ -153,33 +126,84 @@ class StepRun:
         return (session.key.ordinal, session.is_named, snapshot.timestep, snapshot.direction, *in_loop)
 
     def decide(self, region: int, probe_vector: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
-        """Whether to compute. Reads the probe vector, which is the only synchronization with the device per region."""
+        """Whether to compute. Waits for the probe vector only if the decision depends on it (docs/reliability.md)."""
         run = self._run(region)
         if streams:
             run.sizes = run.plan.sizes_at(self._args, streams)
-            run.fits = self._is_of_this_graph and _fits(run.plan, run.config, run.state, run.sizes)
-        values = probe_vector.tolist() if probe_vector is not None else []
+            run.fits = self._is_of_this_graph and state_fits(run.plan, run.config, run.state, run.sizes)
+        if probe_vector is not None:
+            run.read = self._host_read(probe_vector)
+        if region == 0 and not self._is_timestep_set and not self._is_placed and self._computes_in_any_session(run):
+            return True  # `update` reads, when the blocks are queued.
+        decision = self._settle(region)
+        return decision.compute
+
+    def _computes_in_any_session(self, run: RegionRun) -> bool:
+        """Whether the first region is computed, whichever session the timestep shows this step to be of."""
+        history = run.state.history
+        if not computes_anyway(
+            run.config, history, is_cached=run.fits and not self._is_new, progress=self._progress(history)
+        ):
+            return False
+        return not self._is_shared and not self._policy.config.shadow
+
+    def _settle(self, region: int) -> Decision:
+        """Finds the session, if this is the first region, and makes the decision."""
+        run = self._runs[region]
         if region == 0 and not self._is_timestep_set:
-            checksum = tuple(values.pop() for _ in range(self._call.num_checksums))
-            self.set_timestep(values.pop() if self._call.has_timestep else None, checksum)
+            self._set_timestep_of(run)
             if not self._was_predicted:  # The head compared with the probe of another session.
+                read = run.read
                 self._runs.clear()
                 run = self._run(region)
+                run.read = read
         if self._is_new:  # The cached values are those of the last generation.
             run.state, run.fits = RegionState(), False
-        is_equal, asks = values[run.plan.has_probe :] if run.plan.groups else (1.0, 0.0)
-        run.is_agreed = not run.plan.groups or (is_equal == 1.0 and self._was_predicted)
-        diff = values[0] if run.plan.has_probe and self._was_predicted and run.is_agreed else math.nan
-        shared = self._shared_diff(run)
-        run.diff = diff if shared is None else shared
-        if run.forecast is not None:
-            run.is_outdated = run.state.is_outdated or self._has_gap() or is_jump(run.diff, run.state.diffs)
         run.history, has_moved = run.state.history, self._snapshot.direction != 0
         if run.history.has_moved != has_moved:
             run.history = run.history._replace(has_moved=has_moved)
-        own = partial(self._decide, run, region)
-        run.decision = vote(own, run.plan.groups, run.plan.devices[-1]) if asks else own()
-        return run.decision.compute
+        run.decision = None if run.plan.groups else self._decide_unread(run, region)
+        if run.decision is None or (run.forecast is not None and not run.decision.compute):
+            self._measure(run)
+        if run.decision is None:
+            own = partial(self._decide, run, region)
+            asks = run.plan.groups and self._numbers(run)[run.plan.has_probe + 1]
+            run.decision = vote(own, run.plan.groups, run.plan.devices[-1]) if asks else own()
+        return run.decision
+
+    def _measure(self, run: RegionRun) -> None:
+        """Sets the residual diff, and whether the cached values are outdated. May wait for the device."""
+        run.is_measured, plan = True, run.plan
+        run.is_agreed = not plan.groups or (self._numbers(run)[plan.has_probe] == 1.0 and self._was_predicted)
+        shared = self._shared_diff(run)
+        if shared is not None:
+            run.diff = shared
+        elif plan.has_probe and self._was_predicted and run.is_agreed and not run.config.is_static:
+            run.diff = self._numbers(run)[0]
+        if run.forecast is not None:
+            run.is_outdated = run.state.is_outdated or self._has_gap(run) or is_jump(run.diff, run.state.diffs)
+
+    @staticmethod
+    def _numbers(run: RegionRun) -> list[float]:
+        """The probe vector. The first access waits for the device."""
+        return run.read.numbers if run.read is not None else []
+
+    def _set_timestep_of(self, run: RegionRun) -> None:
+        """Sets the timestep that is in the probe vector of the first region."""
+        num_checksums, timestep = self._call.num_checksums, None
+        if self._call.has_timestep and run.read is not None:
+            timestep = Unread(run.read, -1 - num_checksums)
+        checksum = tuple(self._numbers(run)[: -1 - num_checksums : -1]) if num_checksums else ()
+        self.set_timestep(timestep, checksum)
+
+    def _decide_unread(self, run: RegionRun, region: int) -> Decision | None:
+        return decide_unread(
+            run.config,
+            run.history,
+            is_cached=run.fits,
+            earlier=self._earlier(region),
+            progress=self._progress(run.history),
+        )
 
     def _decide(self, run: RegionRun, region: int) -> Decision:
         decision = decide(
@@ -210,25 +234,29 @@ class StepRun:
 
     def reusable(self, run: RegionRun, state: RegionState) -> tuple[torch.Tensor | None, ...]:
         """The cached values of `state` for a reused step, in the layout of this call."""
-        now, covered = self._position(run), _covered(run)
+        now, covered = self._position(run), covered_live_outs(run)
         values = [
             cached.at(now, state.reused, run.forecast if is_covered else None, is_outdated=run.is_outdated)
-            for cached, is_covered in zip(_on_device(run, state.cached), covered, strict=True)
+            for cached, is_covered in zip(on_device(run, state.cached), covered, strict=True)
         ]
         sizes = run.sizes[run.plan.has_probe :]
         return tuple(in_layout(t, s[1]) if t is not None and s else t for t, s in zip(values, sizes, strict=True))
 
     def residual(self, region: int, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
         decision = self._runs[region].decision
-        assert decision is not None
-        if not decision.compute:
+        if decision is not None and not decision.compute:
             return after
         return after - before if after.shape == before.shape else None
 
     def update(self, region: int, probe: torch.Tensor | None, cached: tuple[torch.Tensor | None, ...]) -> None:
         run = self._runs[region]
+        if run.decision is None:  # `decide` has put it off, since the step computes in any case.
+            self._settle(region)
+            run = self._runs[region]
         assert run.decision is not None
         if run.decision.compute:
+            if run.forecast is not None and not run.is_measured:
+                self._measure(run)
             version = self._instance.weights_version
             self._snapshot = self._snapshot._replace(graph=self._call.region_key, weights_version=version)
             between = run.state.reused[0] if run.fits and not run.is_outdated else ()
@@ -253,7 +281,7 @@ class StepRun:
         (since, between), state = run.state.reused, run.state
         found = [
             cached.verdict_at(run.forecast, is_outdated=run.is_outdated)
-            for cached, is_covered in zip(state.cached, _covered(run), strict=True)
+            for cached, is_covered in zip(state.cached, covered_live_outs(run), strict=True)
             if is_covered
         ]
         unread = state.verdicts
@@ -264,10 +292,23 @@ class StepRun:
         reused = ((*since, self._position(run)), between)
         return state._replace(reused=reused, is_outdated=run.is_outdated, verdicts=unread)
 
-    def _has_gap(self) -> bool:
+    def _has_gap(self, run: RegionRun) -> bool:
         """Whether steps of the session are missing before this one."""
         snapshot = self._snapshot
-        return is_gap((*snapshot.timesteps[-4:], snapshot.timestep))
+        if (
+            self._is_placed
+            and run.config.is_static
+            and run.forecast is not None
+            and run.forecast.forecaster.by == "step"
+        ):
+            return is_gap((*snapshot.step_indices[-4:], self._step_index))  # The timestep need not be read.
+        return is_gap((*map(known, snapshot.timesteps[-4:]), snapshot.timestep))
+
+    @property
+    def _step_index(self) -> float:
+        """How many steps the scheduler has made; 0 before it counts any."""
+        run = self._scheduler_run
+        return float(run.step_index or 0) if run is not None else 0.0
 
     def _updated_values(self, run: RegionRun, values: tuple[torch.Tensor | None, ...]) -> tuple[CachedValue, ...]:
         """The cached values after this computed step. Older values of another size, or before a gap or a jump, are
@@ -275,8 +316,9 @@ class StepRun:
         """
         is_continued = run.fits and not run.is_outdated
         before = run.state.cached if is_continued else (CachedValue(),) * len(values)
-        now, found, moves = self._position(run), [], _is_moved(run)
-        for stored, old, value, is_covered in zip(before, _on_device(run, before), values, _covered(run), strict=True):
+        now, found, moves = self._position(run), [], is_moved_to_host(run)
+        parts = zip(before, on_device(run, before), values, covered_live_outs(run), strict=True)
+        for stored, old, value, is_covered in parts:
             cached = old.with_value(
                 value,
                 now,
@@ -284,22 +326,31 @@ class StepRun:
                 run.forecast if is_covered else None,
                 is_static=run.config.is_static,
             )
-            known = {id(t): at for t, at in zip(old.tensors, stored.tensors, strict=True)}
+            places = {id(t): at for t, at in zip(old.tensors, stored.tensors, strict=True)}
             copied = on_host if moves else self._copied
-            copies = (known[id(t)] if id(t) in known else copied(t) for t in cached.tensors)
+            copies = (places[id(t)] if id(t) in places else copied(t) for t in cached.tensors)
             tensors = tuple(t for t in copies if t is not None)
-            found.append(cached._replace(tensors=tensors, verdict=self._copied(cached.verdict)))
+            unread = None
+            if run.forecast is not None and cached.positions:
+                unread = run.forecast.functions.summary(cached.tensors)
+            summary = self._host_read(unread) if unread is not None else None
+            found.append(cached._replace(tensors=tensors, verdict=self._copied(cached.verdict), summary=summary))
         return tuple(found)
 
     def _copied(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """`tensor`, or a copy if the inner compiler will overwrite it."""
         return tensor.clone() if tensor is not None and self._call.copy_state else tensor
 
+    def _host_read(self, tensor: torch.Tensor) -> HostRead:
+        """A read of a tensor that the inner compiler may overwrite before the host needs it."""
+        is_overwritten = self._call.copy_state and not is_copied(tensor)
+        return HostRead(tensor.clone() if is_overwritten else tensor)
+
     def _position(self, run: RegionRun) -> float:
         """The position of this step for the forecaster of the region (see `Times`)."""
         snapshot = self._snapshot
         if run.forecast is not None and run.forecast.forecaster.by == "timestep" and snapshot.timestep is not None:
-            first = snapshot.timesteps[0] if snapshot.timesteps else snapshot.timestep
+            first = known(snapshot.timesteps[0]) if snapshot.timesteps else snapshot.timestep
             return abs(snapshot.timestep - first) if first is not None else float(snapshot.num_steps)
         return float(snapshot.num_steps)
 
@@ -309,12 +360,13 @@ class StepRun:
         snapshot = before._replace(
             regions=MappingProxyType({**before.regions, **{run.plan.name: run.state for run in self._runs}}),
             num_steps=before.num_steps + 1,
-            timesteps=(*before.timesteps, before.timestep),
+            timesteps=(*before.timesteps, before.given_timestep),
+            step_indices=(*before.step_indices, self._step_index),
             step_times=(*before.step_times, step_time),
         )
         is_first = before.num_steps == 0
         loop_position = self._loop_position.after(
-            self._session.key.ordinal, before.timestep, self._scheduler_run, is_first=is_first
+            self._session.key.ordinal, before.given_timestep, self._scheduler_run, is_first=is_first
         )
         limit = self._policy.config.max_state_bytes
         self._instance.commit(self._session, snapshot, loop_position, is_new_generation=self._is_new, max_bytes=limit)
@@ -334,32 +386,61 @@ class StepRun:
         """Whether a decider of the user decides. It has to be called once per step."""
         return self._policy.has_decider
 
-    def set_timestep(self, timestep: float | None, checksum: tuple[float, ...] = ()) -> None:
+    @property
+    def _is_shared(self) -> bool:
+        """Whether other ranks decide together with this one, so that all have to read."""
+        return bool(self._call.regions[0].groups)
+
+    def _find_place(self) -> bool:
+        """Whether the scheduler of the pipeline tells which session and generation this step is of.
+
+        It does in the first call of its run, and in the first call after each of its steps. The timestep is then not
+        needed, unless the conditioning has to be compared, or a decider is shown the timestep.
+        """
+        if self._scheduler_run is None or self._call.num_checksums or self._is_shared or self._policy.has_decider:
+            return False
+        position = self._loop_position
+        return position.is_next_step(self._scheduler_run) or not position.continues_in(self._scheduler_run)
+
+    def set_timestep(self, timestep: Timestep, checksum: tuple[float, ...] = ()) -> None:
         """Sets the timestep of the step, which determines its ordinal and may begin a new generation.
 
         A new generation begins if the timestep turns back, or if the conditioning has other values in the same tensor.
-        In one run of a pipeline, the step index of the scheduler counts instead: the timestep may turn or stay.
+        In one run of a pipeline, the step index of the scheduler counts instead: the timestep may turn or stay. It is
+        then not read.
         """
         self._is_timestep_set = True
+        is_placed = self._is_placed
+        if not is_placed:
+            timestep = known(timestep)
         ordinal = self._loop_position.ordinal_at(timestep, self._scheduler_run)
         if ordinal != self._session.key.ordinal:
             self._was_predicted = False
             self._use_session(self._instance.at(self._session, ordinal))
         if self._snapshot.checksum not in ((), checksum):
             self._begin_generation("conditioning-changed")
-        last, direction = self._snapshot.timestep, self._snapshot.direction
         has_stepped = self._loop_position.is_next_step(self._scheduler_run) and not self._is_new
+        direction: int | None
         if timestep is None:
             # Without a timestep, the steps of a named request, or of one run of a scheduler, are one generation.
-            is_known = self._session.is_named or has_stepped
-            self._snapshot = self._snapshot._replace(checksum=checksum, direction=int(is_known))
-            return
+            direction = int(self._session.is_named or has_stepped)
+        elif is_placed:
+            direction = None if has_stepped else 0
+        else:
+            assert not isinstance(timestep, Unread)
+            direction = self._direction_at(timestep, has_stepped=has_stepped)
+        self._snapshot = self._snapshot._replace(checksum=checksum, direction=direction)
+        if timestep is not None:
+            self._snapshot = self._snapshot._replace(given_timestep=timestep)
+
+    def _direction_at(self, timestep: float, *, has_stepped: bool) -> int:
+        """The direction up to this timestep. A new generation begins if it turns and no scheduler counts the steps."""
+        last, direction = self._snapshot.timestep, direction_of(self._snapshot)
         sign = 0 if last is None or math.isnan(timestep) else (timestep > last) - (timestep < last)
         if sign * direction < 0 and not has_stepped:
             self._begin_generation("timestep-turned")
-            sign, direction = 0, 0
-        direction = sign or direction or int(has_stepped)
-        self._snapshot = self._snapshot._replace(checksum=checksum, timestep=timestep, direction=direction)
+            return 0
+        return sign or direction or int(has_stepped)
 
     def _begin_generation(self, reason: str) -> None:
         self._is_new, self._snapshot = True, Snapshot(began=reason)
@@ -379,7 +460,7 @@ class StepRun:
                 state = state._replace(probe=None, cached=(), reused=((), ()), history=state.history.refreshed())
             sizes = plan.sizes_at(self._args)
             forecast = self._call.forecast(config.forecaster)
-            fits = self._is_of_this_graph and _fits(plan, config, state, sizes)
+            fits = self._is_of_this_graph and state_fits(plan, config, state, sizes)
             self._runs.append(RegionRun(plan, config, state, sizes, fits, forecast))
         return self._runs[region]
 
@@ -400,34 +481,3 @@ class StepRun:
             return None
         is_ahead = len(other.decisions) == len(run.state.decisions) + 1
         return (partner.snapshot.timestep, other.diffs[-1]) if is_ahead and other.decisions[-1].probed else None
-
-
-def _covered(run: RegionRun) -> tuple[bool, ...]:
-    """Which live-outs of the region are forecast."""
-    return run.forecast.covers(run.plan.roles) if run.forecast is not None else (False,) * len(run.plan.roles)
-
-
-def _is_moved(run: RegionRun) -> bool:
-    """Whether the cached values of the region are in host memory between two steps."""
-    return run.config.cache_device is not None and is_moved(run.plan.devices[-1])
-
-
-def _on_device(run: RegionRun, cached: tuple[CachedValue, ...]) -> tuple[CachedValue, ...]:
-    """The cached values on the devices of the region."""
-    if not _is_moved(run):
-        return cached
-    devices = run.plan.devices[run.plan.has_probe :]
-    return tuple(on_device(value, device) for value, device in zip(cached, devices, strict=False))
-
-
-def _fits(plan: RegionPlan, config: CacheConfig, state: RegionState, sizes: PartialSizes) -> bool:
-    """Whether everything is cached, in the sizes that are known so far."""
-    others = () if config.cache_device is None else (HOST,)
-    tensors = (*((state.probe,) if plan.has_probe else ()), *(cached.last for cached in state.cached))
-    return len(tensors) == len(plan.dtypes) and all(
-        tensor is not None
-        and (size is None or tensor.shape == size[0])
-        and tensor.dtype == dtype
-        and tensor.device in (device, *others)
-        for tensor, size, dtype, device in zip(tensors, sizes, plan.dtypes, plan.devices, strict=True)
-    )
