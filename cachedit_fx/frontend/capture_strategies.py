@@ -19,6 +19,7 @@ from torch import nn
 from cachedit_fx.forking import released_in_child
 from cachedit_fx.frontend.backend import Backend
 from cachedit_fx.frontend.layer_hooks import initialize_hooks
+from cachedit_fx.frontend.repeated_blocks import traced_once
 from cachedit_fx.frontend.torch_internals import (
     LOGS,
     NO_FRAMES,
@@ -85,6 +86,8 @@ class CaptureStrategies:
         why_in_parts: Dynamo's reason why the module could not be captured as one graph; empty if it could.
         limit_reached: The recompile limit, once a call needs one graph more; 0 before. From then on, Dynamo runs the
             existing graphs, and the plain code if none of them fits.
+        num_blocks_traced: The number of calls of blocks that Dynamo traced in the last capture.
+        num_blocks_repeated: The number of calls of blocks that repeat the trace of another block.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class CaptureStrategies:
         self._has_no_frames = False  # Whether Dynamo captures nothing of the module.
         self.why_in_parts = ""
         self.limit_reached = 0
+        self.num_blocks_traced = self.num_blocks_repeated = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the module. A strategy that fails has run nothing of the module.
@@ -220,7 +224,11 @@ class CaptureStrategies:
     def _run_within(self, limit: int, strategy: CaptureStrategy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if strategy.whole and not self.limit_reached and not self._has_no_frames:
             try:
-                return self._compiled_for(strategy)(*args, **kwargs)
+                with traced_once(self._module()) as blocks:
+                    result = self._compiled_for(strategy)(*args, **kwargs)
+                if blocks.num_traced:
+                    self.num_blocks_traced, self.num_blocks_repeated = blocks.num_traced, blocks.num_repeated
+                return result
             except FailOnRecompileLimitHit:
                 if not self._may_break:
                     raise
