@@ -29,6 +29,7 @@ from cachedit_fx.patterns import BlockTemplate, register_pattern
 from cachedit_fx.patterns.forward_pattern import ForwardPattern
 from cachedit_fx.runtime.instances import is_cached, reset
 from cachedit_fx.runtime.request import session
+from cachedit_fx.saving import load_compiled, save_compiled
 from cachedit_fx.tuning import tune
 
 __all__ = [
@@ -46,11 +47,13 @@ __all__ = [
     "explain",
     "export",
     "is_cached",
+    "load_compiled",
     "load_configs",
     "refresh_context",
     "register_pattern",
     "report",
     "reset",
+    "save_compiled",
     "session",
     "steps_mask",
     "summary",

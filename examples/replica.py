@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 
 import cachedit_fx
-from examples.artifacts import load_artifacts
 from examples.digits.model import IMAGE_SIDE, build_pipeline, class_conditioning, load_transformer
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -161,8 +160,6 @@ class Replica:
         self.stall_seconds = 300.0
         self._error: Exception | None = None
         self._last_step: float | None = None  # The time of the last step; None if nothing runs.
-        if artifacts is not None and artifacts.is_file():
-            load_artifacts(artifacts)
         self._model = DiffusersModel(model) if model else DigitsModel()
         self.pipe = self._model.pipe
         self.pipe.set_progress_bar_config(disable=True)
@@ -172,10 +169,17 @@ class Replica:
             cachedit_fx.enable_cache(self.pipe, dynamic=True, **fields)
         else:
             self.pipe.transformer.compile(dynamic=True, backend=inner_backend)
+        if artifacts is not None and artifacts.is_file():
+            cachedit_fx.load_compiled(self.pipe, artifacts)
         # One thread runs everything: the number of threads and CUDA graphs belong to the thread that compiled.
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
         self.generate(first)
         self.start_seconds = time.perf_counter() - started
+
+    def save(self, path: Path) -> int:
+        """Writes what was compiled, and returns the size of the file in bytes."""
+        self._thread.submit(cachedit_fx.save_compiled, self.pipe, path).result()  # Guards depend on the thread.
+        return path.stat().st_size
 
     def generate(self, request: Request) -> Event:
         """Serves one request, and returns the result.

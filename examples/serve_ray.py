@@ -33,7 +33,6 @@ from ray import serve
 from ray.serve import metrics
 from ray.serve.exceptions import RequestCancelledError
 
-from examples.artifacts import save_artifacts
 from examples.replica import DIGITS, Event, Outcome, Replica, Request
 
 api = FastAPI(title="cachedit_fx on Ray Serve")
@@ -261,7 +260,7 @@ def main() -> None:
             alone = Replica(**options, is_cached=is_cached)
             artifacts = Path(folder) / f"artifacts-{is_cached}"
             client = Client(f"http://127.0.0.1:{arguments.port}", alone, sent, arguments.out)
-            size = save_artifacts(artifacts)  # After all sizes have been served: a forecaster is compiled for each.
+            size = alone.save(artifacts)  # After all sizes have been served: a forecaster is compiled for each.
             print(f"a replica that compiles starts in {alone.start_seconds:.1f} s; saved {size / 2**20:.1f} MiB")
             shared = {"replicas": str(arguments.replicas), "artifacts": str(artifacts)}
             serve.run(app({**options, **shared, "is_cached": str(is_cached).lower()}))

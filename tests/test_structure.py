@@ -23,7 +23,7 @@ PACKAGE_LEVELS = (
     ("functors", "runtime"),
     ("frontend", "cache_factory"),
     ("integrations",),
-    ("tuning",),
+    ("saving", "tuning"),
     ("inspect",),
     ("exporting", "testing", "__main__"),
 )
@@ -73,6 +73,7 @@ PRIVATE = ("torch._dynamo", "torch._inductor", "torch._guards", "torch._C._dynam
 MAY_USE_THEM = {
     "cachedit_fx.frontend.torch_internals": PRIVATE,
     "cachedit_fx.frontend.trace_internals": PRIVATE,
+    "cachedit_fx.frontend.guard_records": PRIVATE,  # The names that only saved guards need.
     # These two are below `frontend`. The documentation of `torch.compile` names the functions that they use.
     "cachedit_fx.config.cache_config": ("torch._inductor.list_options",),
     "cachedit_fx.config.values": ("torch._inductor.list_mode_options",),

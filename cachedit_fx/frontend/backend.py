@@ -26,6 +26,7 @@ from cachedit_fx.frontend.uncached import (
 )
 from cachedit_fx.passes.manager import Rewritten, rewrite
 from cachedit_fx.passes.observer import observer_for
+from cachedit_fx.passes.piece import Piece
 from cachedit_fx.patterns.cause import Cause
 from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch
@@ -237,13 +238,9 @@ def compile_cached_graph(
         is_offloaded: Whether the pieces bring the weights that they read to the device.
     """
     plan, runtime_plan, pieces = rewritten.plan, rewritten.runtime_plan, rewritten.pieces
-    name = type(captured_module() or plan.gm).__name__
-    with compile_progress(name, len(pieces)) as show:
-        for number, piece in enumerate(pieces):
-            show(number)
-            compiler.compile_piece(piece)
-            for segment, call in piece.calls if is_offloaded else ():
-                segment.__dict__[call] = OnloadingPiece(segment.__dict__[call])
+    compile_pieces(compiler, pieces, type(captured_module() or plan.gm).__name__)
+    for segment, call in (call for piece in pieces for call in piece.calls) if is_offloaded else ():
+        segment.__dict__[call] = OnloadingPiece(segment.__dict__[call])
     placeholders = [node for node in plan.program.nodes if node.op == "placeholder"]
     _mark_cached(runtime_plan.weights, placeholders, policy_per_call=policy_per_call)
     forget_examples(plan.gm, rewritten.gm, *(piece.gm for piece in pieces))
@@ -260,6 +257,14 @@ def compile_cached_graph(
         inner=compiler,
         sources=sources,
     )
+
+
+def compile_pieces(compiler: InnerCompiler, pieces: Sequence[Piece], name: str) -> None:
+    """Compiles pieces, and shows on a terminal how many are finished. `name` is the class of the model."""
+    with compile_progress(name, len(pieces)) as show:
+        for number, piece in enumerate(pieces):
+            show(number)
+            compiler.compile_piece(piece)
 
 
 def _mark_cached(weights: Sequence[int | torch.Tensor], placeholders: list[fx.Node], *, policy_per_call: bool) -> None:

@@ -175,9 +175,18 @@ class CaptureStrategies:
         raise first
 
     @property
+    def backend(self) -> Backend:
+        """The backend of the graphs that the present strategy captures."""
+        return self._backend.capturing(data=self.strategy.captures_data)
+
+    @property
     def strategy(self) -> CaptureStrategy:
         """The strategy that works, or the first that will be tried."""
         return self._strategies[0]
+
+    def settings(self) -> contextlib.AbstractContextManager[None]:
+        """The settings of Dynamo with which the present strategy captures."""
+        return _settings(self.strategy, self._limit())
 
     def drop_strategy(self) -> bool:
         """Drops the present strategy, because none of its graphs can be cached. Returns whether another one is left.

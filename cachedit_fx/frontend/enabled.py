@@ -20,6 +20,7 @@ from cachedit_fx.errors import PassError, PatternError, cut
 from cachedit_fx.forking import released_in_child
 from cachedit_fx.frontend.backend import Backend
 from cachedit_fx.frontend.block_holder import block_holder, can_be_divided
+from cachedit_fx.frontend.call_records import SavedCalls
 from cachedit_fx.frontend.capture_strategies import CaptureStrategies, CaptureStrategy
 from cachedit_fx.frontend.entry_points import has_tensor
 from cachedit_fx.frontend.fast_dispatch import NOT_SERVED, FastDispatcher
@@ -61,6 +62,7 @@ class Enabled:
             rest of the module then runs as it is.
         settings: The last arguments. Fields that only decide when to reuse can change without a recompilation.
         before: The attribute that it replaced.
+        saved: The graphs that another process has saved, which are restored at the first call that needs them.
         tuned_size: The shape, without the batch, of the first tensor that the configuration was tuned for; empty for
             any shape.
     """
@@ -92,6 +94,7 @@ class Enabled:
         self.compiled = CaptureStrategies(module, backend, settings.dynamo_arguments, call=method)
         self._offloaded = OffloadedCalls(module, backend, settings.dynamo_arguments)
         self.casts = Casts()
+        self.saved: SavedCalls | None = None
         self._cached_strategy: CaptureStrategy | None = None  # The last strategy with a cached graph.
         self._has_been_cached = False  # Whether any call ran a cached graph, with or without hooks.
         self._may_have_diffusers_cache = hasattr(type(module), "is_cache_enabled")
@@ -231,7 +234,22 @@ class Enabled:
                 return self._call_dynamo(args, kwargs), result
         return result, None
 
+    def _restore_saved(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a call for which another process has saved the graph; `NOT_SERVED` if there is none."""
+        assert self.saved is not None
+        cached_call = self.saved.restore(module, self.compiled.backend, self.fast_dispatch, (args, kwargs))
+        if cached_call is not None:
+            self._has_been_cached, self._cached_strategy = True, self.compiled.strategy
+            if self._watch is None:
+                self._watch = RegionWatch(module, cached_call.region_paths)
+        return self.fast_dispatch(args, kwargs)  # Another thread may have restored the graph.
+
     def _call_dynamo(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.module()
+        if self.saved is not None and module is not None:
+            result = self._restore_saved(module, args, kwargs)
+            if result is not NOT_SERVED:
+                return result
         try:
             return self.compiled(*args, **kwargs)
         except BackendCompilerFailed as error:  # An error in a declaration is not a failure of the compiler.

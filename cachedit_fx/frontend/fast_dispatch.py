@@ -24,6 +24,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,7 @@ from torch.utils import _pytree as pytree
 
 from cachedit_fx.errors import cut
 from cachedit_fx.forking import released_in_child
+from cachedit_fx.frontend.argument_records import ArgumentRecord
 from cachedit_fx.frontend.input_fetcher import Binder, Fetch, Path, path_of
 from cachedit_fx.frontend.torch_internals import (
     Guards,
@@ -77,6 +79,25 @@ class FastDispatcher:
     def reason(self) -> str:
         """Why Dynamo has to serve calls like the last one that it served; empty if it does not have to."""
         return self._reason if self.is_on else "fast_dispatch is False"
+
+    @property
+    def fast_calls(self) -> tuple[FastCall, ...]:
+        """The fast calls that are made, one per graph."""
+        return self._fast_calls
+
+    @property
+    def why_not_all(self) -> str:
+        """Why some of the graphs that the module has used have no fast call; empty if all have one."""
+        if not self.is_on or (not self._fast_calls and not self._tried):
+            return self.reason
+        return "" if len(self._fast_calls) >= len(self._tried) else self._reason or "Dynamo serves one of its graphs"
+
+    def add(self, fast_call: FastCall) -> None:
+        """Serves calls by a fast call that was made for another process."""
+        with self._lock:
+            self._fast_calls = (*self._fast_calls, fast_call)
+            self._tried.add(fast_call.cached_call)
+        self._reason = ""
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the forward of the module returns, or `NOT_SERVED` if nothing has been done."""
@@ -161,8 +182,9 @@ class FastCall:
         guards: Dynamo's guards on this graph.
         function: The forward of the module.
         paths: Where the inputs of the graph are found.
-        rebuild: Makes the forward's return value from the outputs of the graph.
+        outputs: Makes the forward's return value from the outputs of the graph.
         check_all_first: Check all guards before the head runs.
+        given: The arguments of the call from which it was made; None if they cannot be recorded.
 
     Attributes:
         is_live: Whether Dynamo still holds the graph.
@@ -175,15 +197,17 @@ class FastCall:
         guards: Guards,
         function: types.FunctionType,
         paths: Sequence[Path],
-        rebuild: Callable[[Sequence[Any]], Any],
+        outputs: OutputMap,
         *,
         check_all_first: bool = False,
+        given: ArgumentRecord | None = None,
     ) -> None:
-        self.cached_call, self._rebuild = cached_call, rebuild
+        self.cached_call, self.outputs, self.given = cached_call, outputs, given
+        self._rebuild = outputs.rebuilder()
         self.is_live = guards.is_live
         self._check_all_first, self._check_all = check_all_first, guards.check
         self._check_first = guards.check if check_all_first else guards.check_of(_outside(cached_call.region_paths))
-        self._function, self._bind = function, Binder(function)
+        self.function, self._bind = function, Binder(function)
         front, reuse, compute = flat.front, flat.reuse, flat.compute
         self._front, self._reuse, self._compute = front.call, reuse.call, compute.call
         # Inputs that are fetched before the head runs, and those that only a computed step needs.
@@ -195,7 +219,7 @@ class FastCall:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the forward returns. Or, if nothing has changed, `NOT_SERVED` or `_GUARDS_FAILED`."""
-        if getattr(module.forward, "__func__", None) is not self._function:
+        if getattr(module.forward, "__func__", None) is not self.function:
             return NOT_SERVED
         frame = self._bind((module, *args), kwargs)
         if frame is None or not self._check_first(frame):  # The forward itself raises an error for wrong arguments.
@@ -260,14 +284,17 @@ def fast_call_for(
     flat = flatten(cached_call.graph)
     if flat is None:
         raise NotServed("a step decides more than once")
-    rebuild = _rebuilder(outputs, result)
+    output_map = OutputMap.of(outputs, result)
     early = {*flat.front.positions, *flat.reuse.positions, *cached_call.begin_arguments}
     if any(_is_below(paths[i], cached_call.region_paths) for i in early):
         raise NotServed("the blocks of the region share a weight with the rest of the model")
     found = Fetch(paths, function.__globals__)(frame)
     if not all(_is_same(one, other) for one, other in zip(found, args, strict=True)):
         raise NotServed("an input of the graph is not what its expression finds after the call")
-    return FastCall(cached_call, flat, guards, function, paths, rebuild, check_all_first=check_all_first)
+    recorded = ArgumentRecord.of(*given)
+    return FastCall(
+        cached_call, flat, guards, function, paths, output_map, check_all_first=check_all_first, given=recorded
+    )
 
 
 def _outside(paths: Sequence[str]) -> Callable[[str], bool]:
@@ -291,23 +318,44 @@ def _is_below(path: Path, modules: Sequence[str]) -> bool:
     return any(found.startswith(f"{module}.") for module in modules)
 
 
-def _rebuilder(outputs: Sequence[Any], result: Any) -> Callable[[Sequence[Any]], Any]:
-    """A function that makes the forward's return value from the outputs of the graph.
+@dataclass(frozen=True, slots=True)
+class OutputMap:
+    """How the forward's return value consists of the outputs of the graph.
 
-    Raises:
-        NotServed: The return value contains something other than the outputs and None.
+    Attributes:
+        positions: For every leaf of the return value, the position of the output; None for None.
+        spec: The structure of the return value.
+        is_tuple: Whether it is a plain tuple of outputs.
     """
-    leaves, spec = pytree.tree_flatten(result)
-    positions: list[int | None] = []
-    for leaf in leaves:
-        found = next((i for i, output in enumerate(outputs) if output is leaf), None)
-        if found is None and leaf is not None:
-            raise NotServed(f"the forward returns a {type(leaf).__name__} that the graph does not return")
-        positions.append(found)
-    if type(result) is tuple and len(leaves) == len(result) and None not in positions:
-        order = [i for i in positions if i is not None]
-        return lambda given: tuple(given[i] for i in order)
-    return lambda given: pytree.tree_unflatten([None if i is None else given[i] for i in positions], spec)
+
+    positions: tuple[int | None, ...]
+    spec: pytree.TreeSpec
+    is_tuple: bool
+
+    @classmethod
+    def of(cls, outputs: Sequence[Any], result: Any) -> OutputMap:
+        """How `result` consists of `outputs`.
+
+        Raises:
+            NotServed: The return value contains something other than the outputs and None.
+        """
+        leaves, spec = pytree.tree_flatten(result)
+        positions: list[int | None] = []
+        for leaf in leaves:
+            found = next((i for i, output in enumerate(outputs) if output is leaf), None)
+            if found is None and leaf is not None:
+                raise NotServed(f"the forward returns a {type(leaf).__name__} that the graph does not return")
+            positions.append(found)
+        is_tuple = type(result) is tuple and len(leaves) == len(result) and None not in positions
+        return cls(tuple(positions), spec, is_tuple)
+
+    def rebuilder(self) -> Callable[[Sequence[Any]], Any]:
+        """A function that makes the forward's return value from the outputs of the graph."""
+        positions, spec = self.positions, self.spec
+        if self.is_tuple:
+            order = [i for i in positions if i is not None]
+            return lambda given: tuple(given[i] for i in order)
+        return lambda given: pytree.tree_unflatten([None if i is None else given[i] for i in positions], spec)
 
 
 def _is_same(one: Any, other: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The private names of Dynamo and Inductor that this package uses. No other module uses such names.
+"""The private names of Dynamo and Inductor that this package uses. Only `guard_records.py` uses others.
 
 `TESTED_VERSIONS` lists the versions of torch that the tests ran on. In addition, every name in this file was looked up
 in the sources of torch 2.11.0, 2.12.1, 2.13.0 and 2.14.1. All four versions have it unless its comment says otherwise.
@@ -20,11 +20,13 @@ Dynamo or Inductor; the modules that need them import them.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,14 +107,17 @@ class Guards:
 
     Uses `GuardManagerWrapper` (`root`, `extra_state`) and `RootGuardManager.clone_manager`.
 
+    Args:
+        held: For a graph that Dynamo does not hold, the objects whose identity is checked; they are kept alive.
+
     Attributes:
         check: Whether all guards hold, given the locals of a frame.
     """
 
-    __slots__ = ("_manager", "check")
+    __slots__ = ("_held", "_manager", "check")
 
-    def __init__(self, manager: Any) -> None:
-        self._manager = manager
+    def __init__(self, manager: Any, held: Sequence[Any] = ()) -> None:
+        self._manager, self._held = manager, held
         self.check: Callable[[Locals], bool] = manager.check
 
     def is_live(self) -> bool:
@@ -121,7 +126,7 @@ class Guards:
         Raises:
             AttributeError: This version of torch does not record it.
         """
-        return self._manager.extra_state is not None
+        return bool(self._held) or self._manager.extra_state is not None
 
     def check_of(self, is_kept: Callable[[str], bool]) -> Callable[[Locals], bool]:
         """The check of some of the guards only.
@@ -372,6 +377,25 @@ def inductor(mode: str | None, options: Mapping[str, Any]) -> tuple[Callable[...
     """
     wrapper = torch._TorchCompileInductorWrapper(mode, dict(options), None)  # type: ignore[no-untyped-call]
     return wrapper, bool(wrapper.config.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
+
+def inductor_cache_folder() -> Path:
+    """The folder of Inductor's cache on disk. Uses `cache_dir`."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def compiling(inputs: Sequence[Any]) -> AbstractContextManager[Any]:
+    """The context in which Inductor compiles a graph for fake tensors outside of a trace of Dynamo.
+
+    Inductor uses its cache on disk only in a `TracingContext` with symbolic shapes. Uses `TracingContext`, `tracing`
+    and `detect_fake_mode` of `torch._guards`.
+    """
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+
+    mode = detect_fake_mode(inputs) if TracingContext.try_get() is None else None
+    return tracing(TracingContext(mode)) if mode is not None else contextlib.nullcontext()
 
 
 def begin_cudagraph_generation() -> None:

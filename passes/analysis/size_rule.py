@@ -55,11 +55,22 @@ class SizeRule:
             raise UnknownSizeError(", ".join(sorted(map(str, symbols - set(held)))))
         ordered = sorted(symbols, key=str)
         self.arguments = [held[symbol] for symbol in ordered]
-        text = (
+        self._text = (
             f"lambda {', '.join(map(str, ordered))}: {_tuple(_tuple(_tuple(map(_print, p)) for p in s) for s in sizes)}"
         )
-        self._compute: Callable[..., Sizes] = eval(text, {"math": math, "torch": torch})
-        self._fixed: Sizes | None = None if symbols else self._compute()
+        self._has_symbols = bool(symbols)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._compute: Callable[..., Sizes] = eval(self._text, {"math": math, "torch": torch})
+        self._fixed: Sizes | None = None if self._has_symbols else self._compute()
+
+    def __getstate__(self) -> tuple[list[int], str, bool]:
+        return self.arguments, self._text, self._has_symbols
+
+    def __setstate__(self, state: tuple[list[int], str, bool]) -> None:
+        self.arguments, self._text, self._has_symbols = state
+        self._prepare()
 
     def __call__(self, arguments: Sequence[Any] | Mapping[int, Any]) -> Sizes:
         """The shapes and strides at a call.
