@@ -109,6 +109,12 @@ def run_two_that_do_not_fit() -> None:
                     tiny.step(model, tiny.prompt(), timestep, tiny.latents())
 
 
+def run_with_one_guidance_branch() -> None:
+    model = cachedit_fx.enable_cache(tiny.frozen(tiny.TwoLists()), tiny.config(guidance_reuse="difference"))
+    with torch.no_grad():
+        tiny.generate(model, tiny.prompt(), tiny.latents(), (1.0, 0.9))
+
+
 # Pipelines and adapters.
 
 
@@ -239,6 +245,12 @@ RUNS = [
     Row("unknown-torch", lambda _: run_where_dynamo_has_no_guards(), "no guards", "What to do: use torch 2.13.x"),
     Row("missing-name", lambda _: import_without_a_private_name(), "'compile_lock'", "install a supported version"),
     Row("missing-attribute", lambda _: trace_without_a_private_name(), "'f_locals'", "the tests run on 2.13.x"),
+    Row(
+        "no-guidance",
+        lambda _: run_with_one_guidance_branch(),
+        "found:    the model is called once per step",
+        "What to do: set guidance_reuse='off' for this model",
+    ),
     Row("state-dropped", lambda _: run_two_that_do_not_fit(), "max_state_bytes=0", "What to do: raise max_state_bytes"),
     Row("offloaded-by-layer", lambda _: run_offloaded_by_layer(), "Transformer", "What to do: nothing if it fits"),
     Row("saved-uncached", run_saved_uncached, "stream-count", "See every verdict: the script without --run"),

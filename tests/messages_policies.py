@@ -37,6 +37,9 @@ ROWS = [
         "forecaster=TaylorSeerCalibratorConfig(",
         "calibrator_config and forecaster set the same field, got both",
     ),
+    together(
+        "guidance-host", "got 'cpu'", "cache_device must be None", guidance_reuse="difference", cache_device="cpu"
+    ),
     together("percent", "got 0.5", "start_percent must be below end_percent", start_percent=0.5, end_percent=0.5),
     together("no-probe", "got None and 'dynamic'", "probe='none' measures nothing", probe="none"),
     together("no-ratios", "magnitude_ratios=()", "need each other", probe="timestep"),
@@ -55,6 +58,23 @@ ROWS = [
         "got residual_diff_threshold=0.2 beside it; give one of the two",
     ),
     Row("setting", lambda _: Budget(bugdet=0.3), "(given 0.3)", "of Budget is unknown. Did you mean 'budget'?"),
+    together(
+        "one-call",
+        "got False",
+        "enable_separate_cfg must be True or None",
+        guidance_reuse="difference",
+        enable_separate_cfg=False,
+    ),
+    together(
+        "unmeasured",
+        "got 0.1 with steps_computation_policy='static'",
+        "guidance_reuse_threshold must be None where nothing is measured",
+        guidance_reuse="difference",
+        guidance_reuse_threshold=0.1,
+        probe="none",
+        steps_computation_mask=(1, 0),
+        steps_computation_policy="static",
+    ),
     together("polynomial", "got (1.0,)", "unless decision_rule='budget'", rescale_coefficients=(1.0,)),
     together(
         "output", "got 1 and 'DBCache'", "reach='output' leaves out everything", reach="output", Bn_compute_blocks=1

@@ -258,6 +258,7 @@ class Always:
         (dict(shadow=True), "shadow must be False"),
         (dict(force_refresh_step_hint=3), r"pass initial_state\(\) at the step"),
         (dict(cfg_diff_compute_separate=False), "a step sees no other"),
+        (dict(guidance_reuse="difference"), "guidance_reuse must be 'off' .*a step sees no other"),
         (dict(enable_dynamic_prune_threshold=True), "applies to all regions"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -29,6 +29,31 @@ def check_together(config: Fields) -> None:
             "cachedit_fx: reach='output' leaves out everything up to the output, so Bn_compute_blocks must be 0 and "
             f"cache_type 'DBCache', got {config.Bn_compute_blocks} and {str(config.cache_type)!r}."
         )
+    if config.guidance_reuse != "off":
+        _check_guidance(config)
+
+
+def _check_guidance(config: Fields) -> None:
+    if config.cache_device is not None:
+        raise ConfigError(
+            "cachedit_fx: cache_device must be None with guidance_reuse='difference', which adds cached values of two "
+            f"guidance branches on the device, got {config.cache_device!r}."
+        )
+    if config.enable_separate_cfg is False:
+        raise ConfigError(
+            "cachedit_fx: enable_separate_cfg must be True or None with guidance_reuse='difference', which needs one "
+            "call of the model per guidance branch, got False."
+        )
+    if config.guidance_reuse_threshold is not None and (config.probe in ("none", "timestep") or config.is_static):
+        raise ConfigError(
+            "cachedit_fx: guidance_reuse_threshold must be None where nothing is measured, got "
+            f"{shown(config.guidance_reuse_threshold)} with {_unmeasured(config)}.\n"
+            "What to do: limit the steps by max_continuous_guidance_steps or guidance_computation_mask."
+        )
+
+
+def _unmeasured(config: Fields) -> str:
+    return "steps_computation_policy='static'" if config.is_static else f"probe={config.probe!r}"
 
 
 def _check_probe(config: Fields) -> None:

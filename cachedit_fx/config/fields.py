@@ -235,6 +235,35 @@ class Fields:
         doc="An object of your own that decides in place of the rule: its `decide(step: StepView)` returns True "
         "(compute), False (reuse) or None (let the rule decide).",
     )
+    guidance_reuse: str = option(
+        "off",
+        choices=("off", "difference"),
+        group="Guidance reuse",
+        doc='"difference": at a step where the guidance branch that is called first computes, the others do not run '
+        "the blocks of the region. Their residual is that of the first branch plus their last difference from it (with "
+        "a forecaster, the forecast of this difference). Where the first branch reuses, the others do, too, by its "
+        "residual diff.",
+    )
+    max_continuous_guidance_steps: int = option(
+        -1,
+        minimum=-1,
+        doc="The most such steps of a guidance branch in a row; at the next step that the first branch computes, it "
+        "computes as well. -1: no limit.",
+    )
+    guidance_computation_mask: Sequence[int] | None = option(
+        None,
+        choices=(0, 1),
+        not_empty=True,
+        doc="For every step 1 (if the first guidance branch computes it, the others do, too) or 0 (they may use the "
+        "difference). Steps beyond the end of the mask may use it. Warm-up steps are computed, but with a mask no more "
+        "of them than the 1s that it begins with.",
+    )
+    guidance_reuse_threshold: float | None = option(
+        None,
+        above=0,
+        doc="A guidance branch uses the difference only at a step whose own residual diff is strictly below this. "
+        "None: at every step, whatever its residual diff is.",
+    )
     fast_dispatch: bool = option(
         True,
         whole_model=True,

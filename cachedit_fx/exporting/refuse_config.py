@@ -101,6 +101,13 @@ _RULES = (
         "leave it at its default",
     ),
     _Rule(
+        "guidance_reuse",
+        lambda value: value == "off",
+        "'off'",
+        "every guidance branch has a state of its own, and a step sees no other",
+        "leave it at its default",
+    ),
+    _Rule(
         "enable_dynamic_prune_threshold",
         lambda value: not value,
         "False",

@@ -3,6 +3,7 @@
 from cachedit_fx.config.rules import Budget, Magnitude, Rule, Threshold
 from cachedit_fx.policies.decide import computes_anyway, decide, decide_unread, decision_terms
 from cachedit_fx.policies.decider import Decider, StepView
+from cachedit_fx.policies.guided_steps import by_guidance
 from cachedit_fx.policies.history import Decision, History, needs_refresh
 from cachedit_fx.policies.position import Progress
 
@@ -16,6 +17,7 @@ __all__ = [
     "Rule",
     "StepView",
     "Threshold",
+    "by_guidance",
     "computes_anyway",
     "decide",
     "decide_unread",

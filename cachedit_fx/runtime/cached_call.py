@@ -13,7 +13,7 @@ from torch import fx
 
 from cachedit_fx.config.cache_config import CacheConfig, Changes
 from cachedit_fx.forecasters.compile import CompiledForecaster
-from cachedit_fx.forecasters.forecaster import Forecaster
+from cachedit_fx.forecasters.forecaster import Forecaster, LinearForecaster
 from cachedit_fx.passes.analysis.runtime_plan import RuntimePlan
 from cachedit_fx.runtime.cached_values import Forecast
 from cachedit_fx.runtime.instances import instance_of_weights
@@ -69,6 +69,7 @@ class CachedCall:
         self.copy_state = copy_state
         self.inner = inner
         self._forecasts: dict[Forecaster, Forecast] = {}
+        self._sum = CompiledForecaster(LinearForecaster(), inner)
         self.sources = sources or Sources(reason="it was not recorded how Dynamo calls the graph")
         sizes = [i for region in self.regions for i in region.sizes.arguments]
         # If the calls of a module provide their policy, they provide the module too.
@@ -122,6 +123,10 @@ class CachedCall:
         if forecaster not in self._forecasts:
             self._forecasts[forecaster] = Forecast(forecaster, CompiledForecaster(forecaster, self.inner))
         return self._forecasts[forecaster]
+
+    def weighted_sum(self, tensors: tuple[torch.Tensor, ...], factors: tuple[float, ...]) -> torch.Tensor:
+        """The sum of residuals, each multiplied by its factor, in one compiled kernel."""
+        return self._sum.predict(tensors, factors)
 
     def policy(self, changes: Changes | None) -> Policy:
         """The policy of a call: the configuration of the graph with `changes`."""

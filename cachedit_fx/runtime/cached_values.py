@@ -16,6 +16,7 @@ from cachedit_fx.runtime.host_read import HostRead
 # The positions of the steps reused since the last computed step, and between that step and the computed one before it
 # (see `Times`).
 Reused = tuple[tuple[float, ...], tuple[float, ...]]
+NONE_REUSED: Reused = ((), ())
 
 
 class Functions(Protocol):

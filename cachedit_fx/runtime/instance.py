@@ -14,6 +14,7 @@ from cachedit_fx.forking import released_in_child
 from cachedit_fx.runtime.bounds import MAX_SESSIONS, OVER, Bounds
 from cachedit_fx.runtime.call_counts import CallTally
 from cachedit_fx.runtime.conditioning import ConditioningTable
+from cachedit_fx.runtime.guidance import Report, Unguided, find_reference
 from cachedit_fx.runtime.guidance_branch import (
     LOOP_START,
     GuidanceBranchKey,
@@ -48,6 +49,7 @@ class Instance:
         shares_decisions: Whether a cached graph of the module decides together with other ranks.
         calls: How the calls of an enabled module were served.
         reported: The kinds of reasons for running without the cache that were reported to the user.
+        unguided: Why steps did not follow another guidance branch (`guidance_reuse`).
     """
 
     def __init__(self, module: torch.nn.Module | None = None) -> None:
@@ -64,6 +66,7 @@ class Instance:
         self.keeps_sessions, self.shares_decisions = True, False
         self.calls = CallTally()
         self.reported: set[str] = set()
+        self.unguided = Report()
 
     def open(
         self, owner: Hashable, conditioning: torch.Tensor | None, scheduler_run: SchedulerRun | None = None
@@ -125,6 +128,13 @@ class Instance:
 
         with self._lock:
             return next((s for key, s in reversed(self._sessions.items()) if is_partner(key)), None)
+
+    def reference(
+        self, session: Session, scheduler_run: SchedulerRun | None, timestep: float | None
+    ) -> Session | Unguided | None:
+        """The session of the guidance branch that was called first at this step (see `find_reference`)."""
+        with self._lock:
+            return find_reference(session, self._sessions.values(), self._loop_positions, scheduler_run, timestep)
 
     def commit(
         self,
@@ -198,7 +208,7 @@ class Instance:
             self._sessions.clear()
             self._loop_positions.clear()
             self._finished.clear()
-            self.bounds = Bounds()
+            self.bounds, self.unguided = Bounds(), Report()
             self.conditioning.clear()
         self.calls.clear()
 

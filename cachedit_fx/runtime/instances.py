@@ -142,8 +142,9 @@ def records_of(module: torch.nn.Module, *, every_generation: bool) -> list[Recor
 
 
 def notes_of(module: torch.nn.Module) -> list[str]:
-    """What was dropped to keep the bounds on the sessions of `module`, one sentence each."""
-    return [note for instance in instances_in(module) for note in instance.bounds.notes]
+    """What was dropped to keep the bounds on the sessions of `module`, and why steps did not follow another guidance
+    branch, one sentence each."""
+    return [note for i in instances_in(module) for note in (*i.bounds.notes, *i.unguided.notes)]
 
 
 def _are_one_generation(one: Record, last: Record) -> bool:

@@ -12,6 +12,7 @@ from cachedit_fx.passes.analysis.runtime_plan import PartialSizes, RegionPlan
 from cachedit_fx.policies import Decision, History
 from cachedit_fx.runtime import host_memory
 from cachedit_fx.runtime.cached_values import CachedValue, Forecast
+from cachedit_fx.runtime.guidance import Following
 from cachedit_fx.runtime.host_read import HostRead
 from cachedit_fx.runtime.snapshot import RegionState
 
@@ -49,6 +50,7 @@ class RegionRun:
         diff: The residual diff; NaN if there is none, or if nothing depends on it.
         read: The probe vector.
         is_measured: Whether `diff` and `is_outdated` have been set.
+        following: How it follows another guidance branch (`guidance_reuse`); None if it does not.
     """
 
     plan: RegionPlan
@@ -64,6 +66,7 @@ class RegionRun:
     diff: float = math.nan
     read: HostRead | None = None
     is_measured: bool = False
+    following: Following | None = None
 
 
 def covered_live_outs(run: RegionRun) -> tuple[bool, ...]:

@@ -16,6 +16,26 @@ from cachedit_fx.runtime.stats import StepError
 from cachedit_fx.runtime.stopwatch import StepTime
 
 
+class Difference(NamedTuple):
+    """What guidance reuse stores of a region (`runtime.guidance`). Empty without `guidance_reuse`.
+
+    Attributes:
+        own: The residuals of this guidance branch at its last computed or guided step, one per live-out.
+        values: The residuals of this guidance branch less those of the first one, at the steps that both computed. One
+            cached value per live-out; empty before the first such step.
+        session: The number that identifies the session of the first guidance branch (`Session.first`).
+    """
+
+    own: tuple[torch.Tensor | None, ...] = ()
+    values: tuple[CachedValue, ...] = ()
+    session: int = 0
+
+    @property
+    def lasts(self) -> tuple[torch.Tensor | None, ...]:
+        """The newest of the differences."""
+        return tuple(value.last for value in self.values)
+
+
 class RegionState(NamedTuple):
     """The cached values of one region, and the record of its decisions.
 
@@ -27,6 +47,7 @@ class RegionState(NamedTuple):
             one before it. Only recorded for a forecaster.
         is_outdated: Whether there was a gap or a jump since the last computed step.
         verdicts: The verdicts of the reused steps that may not have used the forecaster.
+        difference: What guidance reuse stores.
     """
 
     probe: torch.Tensor | None = None
@@ -38,12 +59,15 @@ class RegionState(NamedTuple):
     errors: tuple[StepError | None, ...] = ()
     is_outdated: bool = False
     verdicts: tuple[Unread, ...] = ()
+    difference: Difference = Difference()
 
     @property
     def num_bytes(self) -> int:
-        return sum(cached_value.num_bytes for cached_value in self.cached) + (
-            self.probe.nbytes if self.probe is not None else 0
-        )
+        """The size of the tensors in bytes."""
+        values = (*self.cached, *self.difference.values)
+        counted = {id(tensor) for value in values for tensor in value.tensors}
+        others = [t for t in (self.probe, *self.difference.own) if t is not None and id(t) not in counted]
+        return sum(value.num_bytes for value in values) + sum(tensor.nbytes for tensor in others)
 
 
 class Snapshot(NamedTuple):

@@ -49,7 +49,7 @@ class CacheStats:
         session: The name of the request, if it has one, and the guidance branch: its label, or the number of its
             conditioning.
         num_steps: The number of steps.
-        cached_steps: The numbers of the reused steps, starting at 0.
+        cached_steps: The numbers of the reused steps, starting at 0. They include `guided_steps`.
         residual_diffs: Step -> residual diff (relative L1, dimensionless), for the steps whose decision used it.
         decisions: The reason of the decision at every step: "warmup", "diff-below", "diff-above", ... (see
             `policies.decide`).
@@ -95,6 +95,11 @@ class CacheStats:
     not_forecast: Sequence[int] = field(default_factory=list)
     bound: str = ""
     num_dropped: int = 0
+
+    @property
+    def guided_steps(self) -> list[int]:
+        """The numbers of the reused steps that followed another guidance branch (`guidance_reuse`)."""
+        return [step for step, reason in enumerate(self.decisions) if reason == "guidance"]
 
     @property
     def compared(self) -> dict[int, float]:
@@ -175,7 +180,8 @@ html_renderer: Callable[[Summary], str] | None = None
 def _summary_row(entry: CacheStats) -> Row:
     diffs = [d for d in entry.residual_diffs.values() if np.isfinite(d)]
     marks = [f"{q:.3f}" for q in np.percentile(diffs, [*_PERCENTILES.values()])] if diffs else ["-"] * len(_PERCENTILES)
-    return (str(len(entry.cached_steps)), *marks, str(entry.num_steps), _place(entry), entry.session)
+    guided = f" ({len(entry.guided_steps)} by guidance)" if entry.guided_steps else ""
+    return (f"{len(entry.cached_steps)}{guided}", *marks, str(entry.num_steps), _place(entry), entry.session)
 
 
 def _step_rows(entry: CacheStats) -> list[Row]:
@@ -183,7 +189,7 @@ def _step_rows(entry: CacheStats) -> list[Row]:
     return [
         (
             str(step),
-            "reuse (last)" if step in not_forecast else "reuse" if step in cached else "compute",
+            _decision(step, entry, cached, not_forecast),
             reason,
             f"{entry.residual_diffs[step]:.3f}" if step in entry.residual_diffs else "-",
             _place(entry),
@@ -191,6 +197,12 @@ def _step_rows(entry: CacheStats) -> list[Row]:
         )
         for step, reason in enumerate(entry.decisions)
     ]
+
+
+def _decision(step: int, entry: CacheStats, cached: set[int], not_forecast: set[int]) -> str:
+    if entry.decisions[step] == "guidance":
+        return "reuse (guidance)"
+    return "reuse (last)" if step in not_forecast else "reuse" if step in cached else "compute"
 
 
 def _place(entry: CacheStats) -> str:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from cachedit_fx.forecasters.forecaster import Forecaster
-from cachedit_fx.forecasters.verdict import is_gap, is_jump
-from cachedit_fx.passes.analysis.runtime_plan import RegionPlan
+from cachedit_fx.forecasters.verdict import is_jump
 from cachedit_fx.policies import (
     Decision,
-    History,
-    Progress,
     computes_anyway,
     decide,
     decide_unread,
     decision_terms,
     needs_refresh,
 )
-from cachedit_fx.runtime.cached_values import CachedValue, Forecast
+from cachedit_fx.runtime.cached_values import NONE_REUSED, CachedValue, Reused
+from cachedit_fx.runtime.guidance import Following, are_alike, follow, pairs_of
 from cachedit_fx.runtime.guidance_branch import LoopPosition
 from cachedit_fx.runtime.host_memory import on_host
-from cachedit_fx.runtime.host_read import HostRead, Timestep, Unread, is_copied, known
+from cachedit_fx.runtime.host_read import HostRead, Unread, is_copied
 from cachedit_fx.runtime.instance import Instance
 from cachedit_fx.runtime.ranks import RANKS_DIFFER, fingerprint_of, vote
 from cachedit_fx.runtime.region_run import (
@@ -40,29 +36,15 @@ from cachedit_fx.runtime.region_run import (
 )
 from cachedit_fx.runtime.scheduler_run import SchedulerRun
 from cachedit_fx.runtime.session import Session
-from cachedit_fx.runtime.snapshot import RegionState, Snapshot, direction_of
+from cachedit_fx.runtime.snapshot import Difference, RegionState
+from cachedit_fx.runtime.step_session import ServedGraph, StepInSession
 from cachedit_fx.runtime.stopwatch import StepTime
 
 
-class ServedGraph(Protocol):
-    """What a step asks of the cached graph that it is a step of (see `CachedCall`)."""
-
-    regions: tuple[RegionPlan, ...]
-    region_key: int
-    has_timestep: bool
-    num_checksums: int
-    copy_state: bool
-
-    def forecast(self, forecaster: Forecaster | None) -> Forecast | None: ...
-
-
-class StepRun:
+class StepRun(StepInSession):
     """One step of one session: the argument `step` of a cached graph. Changes nothing before `commit`."""
 
-    __slots__ = (
-        *("_args", "_call", "_instance", "_is_new", "_policy", "_runs", "_scheduler_run", "_session", "_snapshot"),
-        *("_is_placed", "_is_timestep_set", "_loop_position", "_was_predicted"),
-    )
+    __slots__ = ("_args", "_runs")
 
     def __init__(
         self,
@@ -73,22 +55,9 @@ class StepRun:
         scheduler_run: SchedulerRun | None,
         args: Sequence[Any] | Mapping[int, Any],
     ) -> None:
-        self._call, self._policy, self._instance, self._args = call, policy, instance, args
-        self._scheduler_run = scheduler_run
-        self._session, self._loop_position = opened
-        self._is_timestep_set, self._was_predicted = False, True
+        super().__init__(call, policy, instance, opened, scheduler_run)
+        self._args = args
         self._runs: list[RegionRun] = []
-        self._is_placed = self._find_place()
-        self._use_session(self._session)
-
-    def _use_session(self, session: Session) -> None:
-        """Makes this a step of `session`."""
-        self._session, self._snapshot, self._is_new = session, session.snapshot, False
-        length = self._policy.config.num_inference_steps
-        if not self._loop_position.continues_in(self._scheduler_run):
-            self._begin_generation("new-schedule" if session.first else "new")
-        elif length is not None and self._scheduler_run is None and session.snapshot.num_steps >= length:
-            self._begin_generation("length-reached")
 
     def before(self, region: int) -> torch.Tensor:
         """The probe at the last computed step (with a budget: at the last step); zeros if there is none to compare."""
@@ -118,13 +87,6 @@ class StepRun:
         numbers = [float(asks), *fingerprint_of(terms), *checksums[:num_checksums]]
         return torch.tensor(numbers, dtype=torch.float32, device=run.plan.devices[-1])
 
-    @property
-    def _place(self) -> tuple[object, ...]:
-        """Where this step is in its session and its loop, as far as `set_timestep` depends on it."""
-        session, snapshot, position, run = self._session, self._snapshot, self._loop_position, self._scheduler_run
-        in_loop = (position.timestep, position.calls, position.is_next_step(run), position.continues_in(run))
-        return (session.key.ordinal, session.is_named, snapshot.timestep, snapshot.direction, *in_loop)
-
     def decide(self, region: int, probe_vector: torch.Tensor | None, streams: tuple[torch.Tensor, ...] = ()) -> bool:
         """Whether to compute. Waits for the probe vector only if the decision depends on it (docs/reliability.md)."""
         run = self._run(region)
@@ -145,7 +107,8 @@ class StepRun:
             run.config, history, is_cached=run.fits and not self._is_new, progress=self._progress(history)
         ):
             return False
-        return not self._is_shared and not self._policy.config.shadow
+        config = self._policy.config
+        return not self._is_shared and not config.shadow and config.guidance_reuse == "off"
 
     def _settle(self, region: int) -> Decision:
         """Finds the session, if this is the first region, and makes the decision."""
@@ -162,7 +125,9 @@ class StepRun:
         run.history, has_moved = run.state.history, self._snapshot.direction != 0
         if run.history.has_moved != has_moved:
             run.history = run.history._replace(has_moved=has_moved)
-        run.decision = None if run.plan.groups else self._decide_unread(run, region)
+        run.following = self._follow(run)
+        is_open = run.plan.groups or run.following is not None
+        run.decision = None if is_open else self._decide_unread(run, region)
         if run.decision is None or (run.forecast is not None and not run.decision.compute):
             self._measure(run)
         if run.decision is None:
@@ -175,7 +140,7 @@ class StepRun:
         """Sets the residual diff, and whether the cached values are outdated. May wait for the device."""
         run.is_measured, plan = True, run.plan
         run.is_agreed = not plan.groups or (self._numbers(run)[plan.has_probe] == 1.0 and self._was_predicted)
-        shared = self._shared_diff(run)
+        shared = self._shared_diff(run) if run.following is None else run.following.reference.diff
         if shared is not None:
             run.diff = shared
         elif plan.has_probe and self._was_predicted and run.is_agreed and not run.config.is_static:
@@ -206,7 +171,11 @@ class StepRun:
         )
 
     def _decide(self, run: RegionRun, region: int) -> Decision:
-        decision = decide(
+        following = run.following if run.fits and not self._has_gap(run) else None
+        progress, guided = self._progress(run.history), None
+        if following is not None:
+            guided = following.decide(run.config, run.history, run.diff, progress)
+        decision = guided or decide(
             run.config,
             run.history,
             run.diff,
@@ -214,13 +183,48 @@ class StepRun:
             earlier=self._earlier(region),
             timestep=self._snapshot.timestep,
             region=run.plan.name,
-            progress=self._progress(run.history),
+            progress=progress,
         )
         return decision if run.is_agreed or (decision.compute and not decision.probed) else RANKS_DIFFER
 
-    def _progress(self, history: History) -> Progress | None:
-        """The place of this step in the run of the scheduler; None outside of a pipeline."""
-        return None if self._scheduler_run is None else self._scheduler_run.progress(history.number)
+    def _follow(self, run: RegionRun) -> Following | None:
+        """How the region follows the guidance branch that was called first at this step."""
+        if run.config.guidance_reuse == "off" or not self._was_predicted:
+            return None
+        find = partial(self._instance.reference, self._session, self._scheduler_run, self._snapshot.timestep)
+        return follow(run.plan, run.config, run.state, find, self._instance.unguided)
+
+    def _guided(self, run: RegionRun) -> tuple[torch.Tensor, ...]:
+        """The residuals of a guided step; empty at other steps."""
+        following = run.following
+        if following is None or run.decision is None or not run.decision.is_guided:
+            return ()
+        if not following.residuals:
+            now, parts = (
+                self._position(run),
+                zip(on_device(run, following.differences), covered_live_outs(run), strict=True),
+            )
+            differences = [
+                value.at(now, NONE_REUSED, run.forecast if is_covered else None, is_outdated=run.is_outdated)
+                for value, is_covered in parts
+            ]
+            pairs = pairs_of(following.reference.residuals, differences)
+            following.residuals = tuple(self._call.weighted_sum(pair, (1.0, 1.0)) for pair in pairs)
+        return following.residuals
+
+    def _difference(self, run: RegionRun, residuals: tuple[torch.Tensor | None, ...]) -> Difference:
+        """What guidance reuse stores after a computed or guided step with these residuals."""
+        is_held = run.forecast is None or run.forecast.forecaster.holds_values
+        own = tuple(value.last for value in run.state.cached) if is_held else tuple(map(self._copied, residuals))
+        reference, before = run.following.reference if run.following else None, run.state.difference
+        if run.decision is not None and run.decision.is_guided:
+            return before._replace(own=own)
+        if reference is None or not are_alike(reference.residuals, own):
+            return Difference(own)
+        now = tuple(self._call.weighted_sum(pair, (1.0, -1.0)) for pair in pairs_of(own, reference.residuals))
+        is_continued = before.session == reference.session and are_alike(before.lasts, own)
+        values = self._updated_values(run, now, before.values if is_continued else (), NONE_REUSED)
+        return Difference(own, values, reference.session)
 
     def _earlier(self, region: int) -> list[float]:
         """The residual diffs of the previous regions at this step."""
@@ -235,7 +239,7 @@ class StepRun:
     def reusable(self, run: RegionRun, state: RegionState) -> tuple[torch.Tensor | None, ...]:
         """The cached values of `state` for a reused step, in the layout of this call."""
         now, covered = self._position(run), covered_live_outs(run)
-        values = [
+        values = self._guided(run) or [
             cached.at(now, state.reused, run.forecast if is_covered else None, is_outdated=run.is_outdated)
             for cached, is_covered in zip(on_device(run, state.cached), covered, strict=True)
         ]
@@ -254,16 +258,19 @@ class StepRun:
             self._settle(region)
             run = self._runs[region]
         assert run.decision is not None
-        if run.decision.compute:
-            if run.forecast is not None and not run.is_measured:
-                self._measure(run)
+        if run.decision.compute and run.forecast is not None and not run.is_measured:
+            self._measure(run)
+        if run.decision.replaces_values:
             version = self._instance.weights_version
             self._snapshot = self._snapshot._replace(graph=self._call.region_key, weights_version=version)
             between = run.state.reused[0] if run.fits and not run.is_outdated else ()
-            values = self._updated_values(run, cached)
+            residuals = self._guided(run) or cached
+            values = self._updated_values(run, residuals, run.state.cached, run.state.reused)
             run.state = run.state._replace(
                 probe=self._copied(probe), cached=values, reused=((), between), is_outdated=False
             )
+            if run.config.guidance_reuse != "off":
+                run.state = run.state._replace(difference=self._difference(run, residuals))
         else:
             if run.config.decision_rule == "budget":
                 run.state = run.state._replace(probe=self._copied(probe))
@@ -292,37 +299,21 @@ class StepRun:
         reused = ((*since, self._position(run)), between)
         return state._replace(reused=reused, is_outdated=run.is_outdated, verdicts=unread)
 
-    def _has_gap(self, run: RegionRun) -> bool:
-        """Whether steps of the session are missing before this one."""
-        snapshot = self._snapshot
-        if (
-            self._is_placed
-            and run.config.is_static
-            and run.forecast is not None
-            and run.forecast.forecaster.by == "step"
-        ):
-            return is_gap((*snapshot.step_indices[-4:], self._step_index))  # The timestep need not be read.
-        return is_gap((*map(known, snapshot.timesteps[-4:]), snapshot.timestep))
-
-    @property
-    def _step_index(self) -> float:
-        """How many steps the scheduler has made; 0 before it counts any."""
-        run = self._scheduler_run
-        return float(run.step_index or 0) if run is not None else 0.0
-
-    def _updated_values(self, run: RegionRun, values: tuple[torch.Tensor | None, ...]) -> tuple[CachedValue, ...]:
+    def _updated_values(
+        self, run: RegionRun, values: tuple[torch.Tensor | None, ...], before: tuple[CachedValue, ...], reused: Reused
+    ) -> tuple[CachedValue, ...]:
         """The cached values after this computed step. Older values of another size, or before a gap or a jump, are
         dropped.
         """
-        is_continued = run.fits and not run.is_outdated
-        before = run.state.cached if is_continued else (CachedValue(),) * len(values)
+        if not before or not run.fits or run.is_outdated:
+            before = (CachedValue(),) * len(values)
         now, found, moves = self._position(run), [], is_moved_to_host(run)
         parts = zip(before, on_device(run, before), values, covered_live_outs(run), strict=True)
         for stored, old, value, is_covered in parts:
             cached = old.with_value(
                 value,
                 now,
-                run.state.reused,
+                reused,
                 run.forecast if is_covered else None,
                 is_static=run.config.is_static,
             )
@@ -346,14 +337,6 @@ class StepRun:
         is_overwritten = self._call.copy_state and not is_copied(tensor)
         return HostRead(tensor.clone() if is_overwritten else tensor)
 
-    def _position(self, run: RegionRun) -> float:
-        """The position of this step for the forecaster of the region (see `Times`)."""
-        snapshot = self._snapshot
-        if run.forecast is not None and run.forecast.forecaster.by == "timestep" and snapshot.timestep is not None:
-            first = known(snapshot.timesteps[0]) if snapshot.timesteps else snapshot.timestep
-            return abs(snapshot.timestep - first) if first is not None else float(snapshot.num_steps)
-        return float(snapshot.num_steps)
-
     def commit(self, step_time: StepTime) -> None:
         """Makes the step part of its session, with its `step_time`."""
         before = self._snapshot
@@ -371,85 +354,11 @@ class StepRun:
         limit = self._policy.config.max_state_bytes
         self._instance.commit(self._session, snapshot, loop_position, is_new_generation=self._is_new, max_bytes=limit)
 
-    def discard(self) -> None:
-        """Undoes the search for the session, because the step will be made again."""
-        self._instance.undo_open(self._session)
-
     @property
     def has_reused(self) -> bool:
         """Whether any region was reused."""
         reuses = any(run.decision is not None and not run.decision.compute for run in self._runs)
         return reuses and not self._policy.config.shadow
-
-    @property
-    def has_decider(self) -> bool:
-        """Whether a decider of the user decides. It has to be called once per step."""
-        return self._policy.has_decider
-
-    @property
-    def _is_shared(self) -> bool:
-        """Whether other ranks decide together with this one, so that all have to read."""
-        return bool(self._call.regions[0].groups)
-
-    def _find_place(self) -> bool:
-        """Whether the scheduler of the pipeline tells which session and generation this step is of.
-
-        It does in the first call of its run, and in the first call after each of its steps. The timestep is then not
-        needed, unless the conditioning has to be compared, or a decider is shown the timestep.
-        """
-        if self._scheduler_run is None or self._call.num_checksums or self._is_shared or self._policy.has_decider:
-            return False
-        position = self._loop_position
-        return position.is_next_step(self._scheduler_run) or not position.continues_in(self._scheduler_run)
-
-    def set_timestep(self, timestep: Timestep, checksum: tuple[float, ...] = ()) -> None:
-        """Sets the timestep of the step, which determines its ordinal and may begin a new generation.
-
-        A new generation begins if the timestep turns back, or if the conditioning has other values in the same tensor.
-        In one run of a pipeline, the step index of the scheduler counts instead: the timestep may turn or stay. It is
-        then not read.
-        """
-        self._is_timestep_set = True
-        is_placed = self._is_placed
-        if not is_placed:
-            timestep = known(timestep)
-        ordinal = self._loop_position.ordinal_at(timestep, self._scheduler_run)
-        if ordinal != self._session.key.ordinal:
-            self._was_predicted = False
-            self._use_session(self._instance.at(self._session, ordinal))
-        if self._snapshot.checksum not in ((), checksum):
-            self._begin_generation("conditioning-changed")
-        has_stepped = self._loop_position.is_next_step(self._scheduler_run) and not self._is_new
-        direction: int | None
-        if timestep is None:
-            # Without a timestep, the steps of a named request, or of one run of a scheduler, are one generation.
-            direction = int(self._session.is_named or has_stepped)
-        elif is_placed:
-            direction = None if has_stepped else 0
-        else:
-            assert not isinstance(timestep, Unread)
-            direction = self._direction_at(timestep, has_stepped=has_stepped)
-        self._snapshot = self._snapshot._replace(checksum=checksum, direction=direction)
-        if timestep is not None:
-            self._snapshot = self._snapshot._replace(given_timestep=timestep)
-
-    def _direction_at(self, timestep: float, *, has_stepped: bool) -> int:
-        """The direction up to this timestep. A new generation begins if it turns and no scheduler counts the steps."""
-        last, direction = self._snapshot.timestep, direction_of(self._snapshot)
-        sign = 0 if last is None or math.isnan(timestep) else (timestep > last) - (timestep < last)
-        if sign * direction < 0 and not has_stepped:
-            self._begin_generation("timestep-turned")
-            return 0
-        return sign or direction or int(has_stepped)
-
-    def _begin_generation(self, reason: str) -> None:
-        self._is_new, self._snapshot = True, Snapshot(began=reason)
-
-    @property
-    def _is_of_this_graph(self) -> bool:
-        """Whether the cached values are from this graph, and from the present modules and weights."""
-        now = (self._call.region_key, self._instance.weights_version)
-        return (self._snapshot.graph, self._snapshot.weights_version) == now
 
     def _run(self, region: int) -> RegionRun:
         """The run of a region in this step; created at the first access, in the order of the regions."""
@@ -458,6 +367,7 @@ class StepRun:
             state = self._snapshot.regions.get(plan.name) or RegionState()
             if needs_refresh(config, state.history):
                 state = state._replace(probe=None, cached=(), reused=((), ()), history=state.history.refreshed())
+                state = state._replace(difference=Difference())
             sizes = plan.sizes_at(self._args)
             forecast = self._call.forecast(config.forecaster)
             fits = self._is_of_this_graph and state_fits(plan, config, state, sizes)

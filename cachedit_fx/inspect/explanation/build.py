@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from cachedit_fx.config.cache_config import CacheConfig, CacheType
+from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.forecasters.verdict import num_verdicts
 from cachedit_fx.inspect.explanation.costs import CostCounter, num_bytes
 from cachedit_fx.inspect.explanation.data import (
@@ -35,6 +36,7 @@ from cachedit_fx.patterns.declaration import Declaration
 from cachedit_fx.patterns.mismatch import Mismatch
 from cachedit_fx.patterns.nodes import base_name, is_tensor, value_of
 from cachedit_fx.runtime.cached_values import covered
+from cachedit_fx.runtime.guidance import Unguided, why_never
 
 _WITHOUT_PROBE = {
     "ratios": "none (magnitude_ratios decide)",
@@ -280,15 +282,34 @@ class _Builder:
             cost=self.costs.of((*region.deferred, *region.nodes)),
             threshold=self.config.override(region.overrides).residual_diff_threshold,
             reaches_output=region.reaches_output,
+            guidance=self._guidance(region),
         )
+
+    def _why_unguided(self, region: Region) -> Unguided | None:
+        roles = [pair.role for pair in region.live_outs]
+        return why_never(self.config.override(region.overrides), region.name, roles, region.groups)
+
+    def _guidance(self, region: Region) -> str:
+        if self.config.override(region.overrides).guidance_reuse == "off":
+            return ""
+        why = self._why_unguided(region)
+        if why is not None:
+            return f"every branch is decided on its own, because {why.found}"
+        return "where the first branch of a step computes, the others add their difference from it"
 
     def _state_bytes(self, region: Region) -> int:
         """Returns the bytes that a session caches for a region once the history of a forecaster is full."""
-        examples, forecaster = cached_examples(region), self.config.override(region.overrides).forecaster
-        total = sum(map(num_bytes, examples))
+        examples, config = cached_examples(region), self.config.override(region.overrides)
+        values = examples[region.probed_at is not None :]
+        total = self._value_bytes(region, values, config.forecaster)
+        follows = config.guidance_reuse != "off" and self._why_unguided(region) is None
+        total += total if follows else 0  # A branch that follows another one caches as many differences as residuals.
+        return total + sum(map(num_bytes, examples[: len(examples) - len(values)]))
+
+    def _value_bytes(self, region: Region, values: Sequence[torch.Tensor], forecaster: Forecaster | None) -> int:
+        total = sum(map(num_bytes, values))
         if forecaster is None:
             return total
-        values = examples[region.probed_at is not None :]
         roles = tuple(pair.role for pair in region.live_outs)
         for value, is_covered in zip(values, covered(forecaster, roles), strict=True):
             if is_covered and value.is_floating_point():

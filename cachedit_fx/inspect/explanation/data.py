@@ -188,6 +188,7 @@ class RegionReport:
         threshold: The value of `residual_diff_threshold` for it.
         reaches_output: Whether it extends to what the graph returns. It then also contains nodes before its blocks
             that nothing else reads.
+        guidance: With `guidance_reuse`, whether a guidance branch may follow another one in it, as a sentence.
     """
 
     name: str
@@ -200,6 +201,7 @@ class RegionReport:
     cost: Cost
     threshold: float
     reaches_output: bool = False
+    guidance: str = ""
 
 
 @dataclass(frozen=True, slots=True)

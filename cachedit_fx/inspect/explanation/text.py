@@ -154,6 +154,8 @@ def _region(region: RegionReport) -> Iterator[str]:
     yield f"region {region.name}: a reused step saves {flops(region.cost.flops)}"
     reuses = "" if region.decided_by != "diff" else f"; reuses below {region.threshold}"
     yield f"  probe: {region.probe}{reuses}"
+    if region.guidance:
+        yield f"  guidance: {region.guidance}"
     for cached in region.cached:
         how = f"residual against {cached.since}" if cached.cached_as == "residual" else "value"
         more = " (joined)" * cached.is_joined + " (sizes checked at every step)" * cached.is_measured

@@ -33,6 +33,13 @@ REASONS = {
     "ratios-end": "The step is beyond the end of magnitude_ratios.",
     "decider-compute": "The decider decided to compute.",
     "decider-reuse": "The decider decided to reuse.",
+    "guidance": "The first guidance branch computed this step, and this one follows it (guidance_reuse).",
+    "guidance-mask": "The first guidance branch computed this step, and the mask requires that all branches do "
+    "(guidance_computation_mask).",
+    "guidance-continuous": "The largest allowed number of consecutive steps followed the first guidance branch "
+    "(max_continuous_guidance_steps).",
+    "guidance-above": "The first guidance branch computed this step, and the diff is not below the threshold "
+    "(guidance_reuse_threshold).",
     "ranks-differ": "Another rank that runs the same blocks has to compute, or is in another state.",
 }
 
