@@ -16,6 +16,7 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 ROOT = Path(__file__).parents[1]
+NOT_SHOWN = ("UnknownError",)  # Why a block is traced and not repeated: the result is the same.
 FOLDERS = tuple(ROOT / name for name in ("cachedit_fx", "passes", "patterns"))
 
 
@@ -46,8 +47,8 @@ class Site:
 
 @functools.cache
 def sites() -> tuple[Site, ...]:
-    """All sites except errors without a text (bugs of the package, signals, errors that are raised again) and
-    `MismatchError`, which never reaches a user."""
+    """All sites except errors without a text (bugs of the package, signals, errors that are raised again),
+    `MismatchError` and `NOT_SHOWN`, which never reach a user."""
     files = sorted({path.resolve() for folder in FOLDERS for path in folder.rglob("*.py")})
     return tuple(site for file in files for site in _in_node(file, ast.parse(file.read_text(encoding="utf-8")), ()))
 
@@ -64,7 +65,7 @@ def _in_node(file: Path, node: ast.AST, names: tuple[str, ...]) -> Iterator[Site
 def _kind(node: ast.AST) -> str:
     match node:
         case ast.Raise(exc=ast.Call(func=ast.Name(id=name))):
-            return "" if "mismatch" in name.lower() else name
+            return "" if name in NOT_SHOWN or "mismatch" in name.lower() else name
         case ast.Call(func=ast.Attribute(value=ast.Name(id="log" | "logger"), attr="warning" | "error")):
             return "warning"
         case ast.Call(func=ast.Attribute(value=ast.Name(id="warnings"), attr="warn")):

@@ -35,6 +35,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "max_cached_steps": dict(max_cached_steps=10),
     "max_continuous_cached_steps": dict(max_continuous_cached_steps=2),
     "max_accumulated_residual_diff_threshold": dict(max_accumulated_residual_diff_threshold=0.5),
+    "start_percent": dict(start_percent=0.1),
+    "end_percent": dict(end_percent=0.9),
+    "final_compute_steps": dict(final_compute_steps=2),
     "num_inference_steps": dict(num_inference_steps=28),
     "steps_computation_mask": dict(steps_computation_mask=(1, 0)),
     "steps_computation_policy": dict(steps_computation_policy="static"),
@@ -68,6 +71,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "fast_dispatch": dict(fast_dispatch=False),
     "shadow": dict(shadow=True),
     "debug_dir": dict(debug_dir="dumps"),
+    "cache_device": dict(cache_device="cpu"),
     "max_state_bytes": dict(max_state_bytes=1 << 20),
 }
 

@@ -75,8 +75,9 @@ def test_the_report_equals_that_of_explain(tmp_path):
     report = json.loads(next(tmp_path.glob("*/report.json")).read_text())
     (graph,) = cachedit_fx.explain(model, cache_config=CacheConfig(**FIELDS), **hybrid.calls()[0]).to_dict()["graphs"]
     changing = {"risks", "cls", "module"}  # Guards are created later.
-    expected = json.loads(json.dumps({k: v for k, v in graph.items() if k not in changing}))
-    assert {k: v for k, v in report.items() if k not in changing} == expected
+    found, expected = (json.dumps({k: v for k, v in of.items() if k not in changing}) for of in (report, graph))
+    # `explain` traces blocks that are alike once; a node of a repeated block may have another number in its name.
+    assert re.sub(r"(?<=[a-z])_\d+", "_n", found) == re.sub(r"(?<=[a-z])_\d+", "_n", expected)
 
 
 @pytest.mark.slow

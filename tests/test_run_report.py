@@ -19,7 +19,7 @@ from cachedit_fx.inspect.pages.axes import ticks
 from cachedit_fx.inspect.pages.charts import longest_shown
 from cachedit_fx.inspect.pages.ran import Times, duration, num_sessions, verdict_line
 from cachedit_fx.inspect.pages.words import BEGINNINGS, REASONS, why
-from cachedit_fx.policies import budget, guided_steps, magnitude, threshold
+from cachedit_fx.policies import budget, guided_steps, magnitude, position, threshold
 from cachedit_fx.runtime.ranks import RANKS_DIFFER
 from cachedit_fx.runtime.stats import CacheStats, StepError, Summary
 from tests import tiny
@@ -66,9 +66,9 @@ def test_a_report_before_any_run_says_so(tmp_path: Path) -> None:
 
 def test_every_reason_of_the_policy_has_a_sentence() -> None:
     decide = importlib.import_module("cachedit_fx.policies.decide")
-    source = "".join(map(inspect.getsource, (budget, decide, guided_steps, magnitude, threshold)))
+    source = "".join(map(inspect.getsource, (budget, decide, guided_steps, magnitude, position, threshold)))
     reasons = {*re.findall(r'Decision\((?:True|False), "([a-z-]+)"', source), "diff-below", "diff-above"}
-    reasons |= set(re.findall(r'return "([a-z-]+)"', source)) | {"threshold-zero", RANKS_DIFFER.reason}
+    reasons |= set(re.findall(r'return "([a-z-]+)"', source)) | {"final"} | {"threshold-zero", RANKS_DIFFER.reason}
     assert reasons == set(REASONS)
     assert why("a policy's own") == "a policy's own"
 

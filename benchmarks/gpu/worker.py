@@ -51,7 +51,7 @@ class SpeedWorker(timed.Worker):
         super().__init__(Settings(**spec["settings"]))
 
     def generation(self) -> dict[str, Any]:
-        self._num_compilations = timed._num_compilations()  # Another variant may have compiled in this process.
+        self._num_compilations = timed.num_compilations()  # Another variant may have compiled in this process.
         return super().generation()
 
     def memory(self) -> dict[str, Any]:

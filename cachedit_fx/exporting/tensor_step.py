@@ -56,9 +56,7 @@ class TensorStep:
         history, is_cached = TensorHistory(num_steps, *counters), self._of(layout, "num_values") > 0
         if layout.forecaster is not None:
             diffs = self._of(layout, "diffs")
-            # With a static mask, a step does not read the residual diff.
-            measured = torch.full_like(diff, torch.nan) if layout.config.is_static else diff
-            has_jump = is_jump(measured, diffs, num_steps.clamp(max=NUM_DIFFS))
+            has_jump = is_jump(diff, diffs, num_steps.clamp(max=NUM_DIFFS))
             self._is_outdated.append(self._of(layout, "is_outdated") | self._is_gap | has_jump)
         else:
             self._is_outdated.append(torch.zeros_like(is_cached))

@@ -143,7 +143,9 @@ class StepRun(StepInSession):
         shared = self._shared_diff(run) if run.following is None else run.following.reference.diff
         if shared is not None:
             run.diff = shared
-        elif plan.has_probe and self._was_predicted and run.is_agreed and not run.config.is_static:
+        elif (
+            plan.has_probe and self._was_predicted and run.is_agreed and not (run.config.is_static and self._is_placed)
+        ):
             run.diff = self._numbers(run)[0]
         if run.forecast is not None:
             run.is_outdated = run.state.is_outdated or self._has_gap(run) or is_jump(run.diff, run.state.diffs)
