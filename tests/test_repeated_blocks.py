@@ -17,6 +17,7 @@ import cachedit_fx
 from cachedit_fx.frontend import capture_strategies, trace_internals
 from cachedit_fx.frontend.repeated_blocks import RepeatedBlocks, blocks_of, traced_once
 from tests import tiny
+from tests.tiny_pipelines import PIPELINES
 
 WIDTH = 8
 
@@ -352,3 +353,15 @@ def test_enable_cache_decides_the_same_with_fewer_traced_blocks(num_blocks: int,
     assert not enabled.fast_dispatch.reason  # Its guards and inputs are found as usual.
     assert steps == expected_steps and steps
     tiny.assert_bitwise(outputs, expected)
+
+
+@pytest.mark.parametrize(("name", "num_traced", "num_repeated"), [("flux", 3, 5), ("qwen_image", 1, 3), ("wan", 1, 3)])
+def test_the_blocks_of_a_pipeline_are_repeated(name: str, num_traced: int, num_repeated: int):
+    """A pipeline passes `attention_kwargs`, which a decorator of the forward takes out of its `**kwargs`."""
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    cachedit_fx.enable_cache(pipe, inner_backend="eager")
+    with torch.no_grad():
+        entry.run(pipe, num_steps=2)
+    compiled = pipe.transformer._compiled_call_impl.compiled
+    assert (compiled.num_blocks_traced, compiled.num_blocks_repeated) == (num_traced, num_repeated)

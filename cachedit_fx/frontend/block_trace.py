@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -96,10 +97,11 @@ def _is_weight(placeholder: fx.Node, is_below: SourcesBelow) -> bool:
 
 
 def _check_nodes(nodes: list[fx.Node], known: set[fx.Node], block: nn.Module) -> None:
-    held = {id(tensor) for tensor in (*block.parameters(), *block.buffers())}
+    held, own = {id(tensor) for tensor in (*block.parameters(), *block.buffers())}, {*nodes}
     for node in nodes:
         is_call = node.op in ("call_function", "call_method")
-        if not is_call or "example_value" not in node.meta or node.meta.get("unbacked_bindings"):
+        has_value = "example_value" in node.meta or (node.target is operator.setitem and node.args[0] in own)
+        if not is_call or not has_value or node.meta.get("unbacked_bindings"):
             raise UnknownError(f"its graph contains {node.op}")
         for arg in node.all_input_nodes:
             if arg in known or isinstance(arg.meta.get("example_value"), torch.SymInt):
@@ -212,7 +214,8 @@ class BlockTrace:
                 copy.meta["source_fn_stack"] = [*outer, (name, function)]
             if _stem(node.name) != _stem(name):
                 copy._rename(_stem(node.name))  # As Dynamo does when a value is assigned to a variable.
-            copy.meta["example_value"] = examples.copy(node, args, kwargs)
+            if "example_value" in node.meta:  # Not of `x[...] = y`.
+                copy.meta["example_value"] = examples.copy(node, args, kwargs)
         return copies
 
     def _stacks(self, call: ModuleCall) -> Callable[[fx.Node], dict[str, Any]]:

@@ -251,6 +251,12 @@ def is_resumed() -> bool:
     return str(_read(translator, "f_code").co_name).startswith("torch_dynamo_resume_in")
 
 
+def own_kwargs(code: Any) -> str | None:
+    """The source of the `**kwargs` of a traced function, a new dictionary at every call; None if there is none."""
+    num_before = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    return f"L['{code.co_varnames[num_before]}']" if code.co_flags & inspect.CO_VARKEYWORDS else None
+
+
 def effect_of_call() -> str:
     """What Dynamo does at a call besides running the graph that it is tracing; empty if nothing.
 
@@ -262,16 +268,14 @@ def effect_of_call() -> str:
     from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 
     output = _translator().output
-    effects, code = output.side_effects, output.root_tx.f_code
-    # Changes to an object that the call itself creates have no effect outside. `**kwargs` is a new dictionary per call.
-    num_before = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
-    kwargs_name = code.co_varnames[num_before] if code.co_flags & inspect.CO_VARKEYWORDS else None
+    effects = output.side_effects
+    # Changes to an object that the call itself creates have no effect outside.
     for variable in effects.id_to_variable.values():
         is_new = isinstance(variable.mutation_type, AttributeMutationNew | ValueMutationNew)
         if is_new or not effects.is_modified(variable):
             continue
         source = variable.source.name if variable.source is not None else "an object"
-        if source != f"L['{kwargs_name}']":
+        if source != own_kwargs(output.root_tx.f_code):
             return f"the forward changes {source}"
     if effects.tensor_hooks or effects.save_for_backward:
         return "the forward prepares a backward pass"

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from cachedit_fx.forking import released_in_child
+from cachedit_fx.frontend.torch_internals import own_kwargs
 
 Variable = Any  # A `VariableTracker`: what Dynamo knows of a value during a trace.
 Source = Any  # Where a value of the frame comes from.
@@ -100,7 +101,7 @@ class ModuleCall:
         )
 
     def check_effects(self) -> None:
-        """Checks that nothing that existed before the trace has been changed in it.
+        """Checks that nothing that existed before the trace has been changed in it, but the `**kwargs` of the forward.
 
         Raises:
             UnknownError: Something has. What a guard finds would not be what the trace has seen.
@@ -112,8 +113,10 @@ class ModuleCall:
         for variable in effects.id_to_variable.values():
             if getattr(variable.mutation_type, "is_modified", False):
                 changed.append(variable)
+        own = own_kwargs(self.trace.root_tx.f_code)
         for variable in changed:
-            if not type(variable.mutation_type).__name__.endswith("New"):
+            is_new = type(variable.mutation_type).__name__.endswith("New")
+            if not is_new and getattr(variable.source, "name", None) != own:
                 raise UnknownError("the forward changes an object that it did not create")
 
     def changes(self) -> dict[Any, tuple[int, ...]]:

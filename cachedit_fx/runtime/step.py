@@ -173,10 +173,9 @@ class StepRun(StepInSession):
         )
 
     def _decide(self, run: RegionRun, region: int) -> Decision:
-        following = run.following if run.fits and not self._has_gap(run) else None
         progress, guided = self._progress(run.history), None
-        if following is not None:
-            guided = following.decide(run.config, run.history, run.diff, progress)
+        if run.following is not None and run.fits and not self._has_gap(run):
+            guided = run.following.decide(run.config, run.history, run.diff, progress)
         decision = guided or decide(
             run.config,
             run.history,
