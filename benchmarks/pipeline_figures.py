@@ -34,7 +34,7 @@ def summarize(work: Work, results: Results) -> dict[str, Any]:
         "mask": "".join(map(str, work.mask)),
         "rows": rows,
         "targets": targets(work, rows),
-        "notes": [variant.note for name in rows if (variant := PIPELINE_VARIANTS.get(name)) and variant.note],
+        "notes": [*dict.fromkeys(v.note for name in rows if (v := PIPELINE_VARIANTS.get(name)) and v.note)],
         "errors": results.errors,
     }
     profile = results.variants.get("ours", {}).get("profile")
