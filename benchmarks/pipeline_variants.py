@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.pipelines import build_pipeline, module_of, transformers_of
-from benchmarks.variants import THRESHOLD, Settings, bytes_of
+from benchmarks.variants import THRESHOLD, Settings, bytes_of, cache_fields
 from benchmarks.work import keep_blocks
 
 Decisions = dict[str, list[list[int]]]  # Name of the transformer -> reused steps (its own, from 0) by guidance branch.
@@ -57,6 +57,11 @@ class PipelineVariant:
         reused = [[i - steps.start for i in steps if not self.work.mask[i]] for steps in self.work.steps]
         branches = len(self.work.guidance_branches)
         return {name: [found] * branches for name, found in zip(self.names, reused, strict=True)} if self.caches else {}
+
+    @property
+    def mask(self) -> tuple[int, ...] | None:
+        """The mask of each transformer; None if no step is reused."""
+        return self.work.mask[: len(self.work.steps[0])] if self.caches else None
 
     def prepare(self) -> None:
         """Enables the cache and the compilation. The first generations compile."""
@@ -116,18 +121,8 @@ class Ours(PipelineVariant):
         import cachedit_fx
 
         settings = self.settings
-        fields: dict[str, Any] = dict(
-            Fn_compute_blocks=settings.front,
-            Bn_compute_blocks=settings.back,
-            residual_diff_threshold=THRESHOLD if self.caches else 0.0,
-            max_warmup_steps=self.work.warmup,
-            forecaster=None,
-            on_no_match="raise",
-            inner_backend=settings.inner,
-        )
-        if self.caches:
-            mask = self.work.mask[: len(self.work.steps[0])]
-            fields |= dict(steps_computation_mask=mask, steps_computation_policy=settings.policy)
+        fields = cache_fields(settings, self.work.warmup, self.mask)
+        fields |= dict(forecaster=None, on_no_match="raise", inner_backend=settings.inner)
         cachedit_fx.enable_cache(self.pipe, **fields | self.fields)
 
     def _stats(self) -> list[Any]:
@@ -215,15 +210,7 @@ class CacheDiT(PipelineVariant):
         import cache_dit
 
         settings = self.settings
-        config: dict[str, Any] = dict(
-            Fn_compute_blocks=settings.front,
-            Bn_compute_blocks=settings.back,
-            residual_diff_threshold=THRESHOLD if self.caches else 0.0,
-            max_warmup_steps=self.work.warmup,
-        )
-        if self.caches:
-            mask = [*self.work.mask[: len(self.work.steps[0])]]
-            config |= dict(steps_computation_mask=mask, steps_computation_policy=settings.policy)
+        config = cache_fields(settings, self.work.warmup, self.mask)
         cache_dit.enable_cache(self.pipe, cache_config=cache_dit.DBCacheConfig(**config))
         cache_dit.set_compile_configs()
         self._compile_cached()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,6 +50,18 @@ class Settings:
     def find_work(self) -> Work:
         work = WORKS[self.work]
         return work.tiny() if self.is_tiny else work
+
+
+def cache_fields(settings: Settings, warmup: int, mask: Sequence[int] | None) -> dict[str, Any]:
+    """The fields that the configurations of this project and of cache-dit have in common; without a mask, no step is
+    reused."""
+    return dict(
+        Fn_compute_blocks=settings.front,
+        Bn_compute_blocks=settings.back,
+        residual_diff_threshold=0.0 if mask is None else THRESHOLD,
+        max_warmup_steps=warmup,
+        **({} if mask is None else dict(steps_computation_mask=[*mask], steps_computation_policy=settings.policy)),
+    )
 
 
 class Variant:
@@ -168,17 +180,8 @@ class Ours(Variant):
         import cachedit_fx
 
         settings = self.settings
-        fields: dict[str, Any] = dict(
-            Fn_compute_blocks=settings.front,
-            Bn_compute_blocks=settings.back,
-            residual_diff_threshold=THRESHOLD if self.caches else 0.0,
-            max_warmup_steps=self.work.warmup,
-            forecaster=None,
-            on_no_match="raise",
-            inner_backend=settings.inner,
-        )
-        if self.caches:
-            fields |= dict(steps_computation_mask=self.work.mask, steps_computation_policy=settings.policy)
+        fields = cache_fields(settings, self.work.warmup, self.work.mask if self.caches else None)
+        fields |= dict(forecaster=None, on_no_match="raise", inner_backend=settings.inner)
         if settings.mode:
             fields["mode"] = settings.mode
         self.called = cachedit_fx.enable_cache(self.model, fullgraph=True, **{**fields, **self.fields})
@@ -240,16 +243,10 @@ class CacheDiT(Variant):
         cache_dit.set_compile_configs(
             descent_tuning=settings.compiles_with_peer_tuning, cuda_graphs=settings.mode == "reduce-overhead"
         )
-        config = dict(
-            Fn_compute_blocks=settings.front,
-            Bn_compute_blocks=settings.back,
-            residual_diff_threshold=THRESHOLD if self.caches else 0.0,
-            max_warmup_steps=self.work.warmup,
-            num_inference_steps=self.work.num_steps,
-            enable_separate_cfg=len(self.work.guidance_branches) == 2,
+        config = cache_fields(settings, self.work.warmup, self.work.mask if self.caches else None)
+        config |= dict(
+            num_inference_steps=self.work.num_steps, enable_separate_cfg=len(self.work.guidance_branches) == 2
         )
-        if self.caches:
-            config |= dict(steps_computation_mask=list(self.work.mask), steps_computation_policy=settings.policy)
         cache_dit.enable_cache(self.model, cache_config=cache_dit.DBCacheConfig(**config))
         self._compile_cached()
 
