@@ -87,6 +87,13 @@ wheel: venv ## sdist, wheel from the sdist, then the wheel tried outside the tre
 	$(PY) -m build --no-isolation .
 	$(PY) .ci/check_wheel.py dist/*.whl
 
+.PHONY: release-check
+release-check: wheel ## what a release needs: sdist, wheel, public names, version; ARGS=--final for the release itself
+	$(PY) -m twine check --strict dist/*
+	$(VENV)/bin/check-wheel-contents dist/*.whl
+	$(PY) -m tests.public_api
+	$(PY) .ci/check_release.py dist/*.whl $(ARGS)
+
 clean: ## removes everything that these targets made
 	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -100,10 +100,22 @@ class DiffusionModel(nn.Module):
         return F.pixel_shuffle(out, 2)
 
 
+@dataclass(frozen=True)
+class ModelSampling:
+    """The noise schedule of a flow model: sigma falls from 1 to 0, by a curve that depends on the shift."""
+
+    shift: float = 1.0
+
+    def percent_to_sigma(self, percent: float) -> float:
+        remaining = 1 - percent
+        return self.shift * remaining / (1 + (self.shift - 1) * remaining)
+
+
 class BaseModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.diffusion_model = DiffusionModel()
+        self.model_sampling = ModelSampling()
 
     def apply_model(self, x: Tensor, t: Tensor, c_crossattn: Tensor, control: Any = None, **kwargs: Any) -> Any:
         options = kwargs.pop("transformer_options", {})
@@ -118,17 +130,28 @@ class BaseModel(nn.Module):
 
 
 class ModelPatcher:
-    """What a node receives as MODEL. Clones share the model, and have wrappers of their own."""
+    """What a node receives as MODEL. Clones share the model; each has wrappers and patches of its own.
+
+    Attributes:
+        patches: The name of a weight of the model -> what is added to it while the model is loaded (a LoRA adapter).
+        object_patches: The name of an attribute of the model -> what replaces it while the model is loaded.
+    """
 
     def __init__(self, model: BaseModel) -> None:
-        self.model, self.model_options = model, {"transformer_options": {}}
+        self.model: Any = model
+        self.model_options: dict[str, Any] = {"transformer_options": {}}
+        self.patches: dict[str, Tensor] = {}
+        self.object_patches: dict[str, Any] = {}
+        self.backup: dict[str, Any] = {}  # Shared by all clones, as the model is.
 
     def clone(self) -> ModelPatcher:
         new = ModelPatcher(self.model)
         wrappers = self.model_options["transformer_options"].get("wrappers", {})
+        new.model_options = {**self.model_options, "transformer_options": {}}
         new.model_options["transformer_options"]["wrappers"] = {
             kind: {key: [*found] for key, found in keyed.items()} for kind, keyed in wrappers.items()
         }
+        new.patches, new.object_patches, new.backup = {**self.patches}, {**self.object_patches}, self.backup
         return new
 
     def get_model_object(self, name: str) -> Any:
@@ -140,6 +163,36 @@ class ModelPatcher:
 
     def remove_wrappers_with_key(self, kind: str, key: str) -> None:
         self.model_options["transformer_options"].get("wrappers", {}).get(kind, {}).pop(key, None)
+
+    def get_wrappers(self, kind: str, key: str) -> list[Callable[..., Any]]:
+        return [*self.model_options["transformer_options"].get("wrappers", {}).get(kind, {}).get(key, [])]
+
+    def set_model_unet_function_wrapper(self, wrapper: Callable[..., Any]) -> None:
+        self.model_options["model_function_wrapper"] = wrapper
+
+    def add_object_patch(self, name: str, value: Any) -> None:
+        self.object_patches[name] = value
+
+    def add_patches(self, patches: dict[str, Tensor]) -> None:
+        self.patches |= patches
+
+    def load(self) -> None:
+        """Replaces the patched weights by new parameters, and attributes by their patches."""
+        self.unload()
+        for name, added in self.patches.items():
+            owner, _, attribute = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            self.backup[name] = getattr(module, attribute)
+            setattr(module, attribute, nn.Parameter(self.backup[name] + added, requires_grad=False))
+        for name, value in self.object_patches.items():
+            self.backup[name] = getattr(self.model, name)
+            setattr(self.model, name, value)
+
+    def unload(self) -> None:
+        for name, value in self.backup.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), attribute, value)
+        self.backup.clear()
 
 
 @dataclass
@@ -174,6 +227,22 @@ def one_batch(_step: int, found: list[int]) -> list[list[int]]:
     return [found[::-1]]
 
 
+@dataclass(frozen=True)
+class Solver:
+    """A sampler. With `midpoint`, it calls the model a second time per step, at a sigma between two steps."""
+
+    midpoint: bool = False
+
+    def sample(self, denoise: Callable[[int, Tensor, Tensor], Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
+        for step, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
+            flow = denoise(step, x, sigma)
+            if self.midpoint:
+                middle = (sigma + next_sigma) / 2
+                flow = denoise(step, x + flow * (middle - sigma), middle)
+            x = x + flow * (next_sigma - sigma)
+        return x
+
+
 def sample(
     patcher: ModelPatcher,
     conditionings: Sequence[Conditioning],
@@ -181,14 +250,17 @@ def sample(
     batches: Batches = one_batch,
     batch_size: int = 1,
     seed: int = 5,
+    sigmas: Tensor = SIGMAS,
+    solver: Solver = Solver(),
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
     """One run of a sampler: the final latents. A guider of guidance scale 3 combines the conditionings."""
     options = copy.copy(patcher.model_options["transformer_options"])
 
-    def outer_sample(noise: Tensor, sigmas: Tensor) -> Tensor:
-        x = noise
-        for step, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
+    def outer_sample(noise: Tensor, latent_image: Tensor, sampler: Solver, sigmas: Tensor, *_: Any) -> Tensor:
+        patcher.load()
+
+        def denoise(step: int, x: Tensor, sigma: Tensor) -> Tensor:
             on_step(step)
             outputs: dict[int, Tensor] = {}
             for chosen in batches(step, [*range(len(conditionings))]):
@@ -201,15 +273,25 @@ def sample(
                     sigmas=sigma[None],
                     sample_sigmas=sigmas,
                 )
-                times = sigma.repeat(batch_size * len(mine))
-                output = patcher.model.apply_model(torch.cat([x] * len(mine)), times, **given)
+                output = _apply(patcher, torch.cat([x] * len(mine)), sigma.repeat(batch_size * len(mine)), given)
                 outputs |= zip(chosen, output.chunk(len(mine)), strict=True)
-            x = x + guided([outputs[i] for i in range(len(conditionings))]) * (next_sigma - sigma)
-        return x
+            return guided([outputs[i] for i in range(len(conditionings))])
+
+        return sampler.sample(denoise, latent_image + noise, sigmas)
 
     noise = torch.randn(batch_size, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
-        return Executor(outer_sample, None, wrappers_of(options, "outer_sample")).execute(noise, SIGMAS.clone())
+        arguments = (noise, torch.zeros_like(noise), solver, sigmas.clone(), None, None, True, seed)
+        return Executor(outer_sample, patcher, wrappers_of(options, "outer_sample")).execute(*arguments)
+
+
+def _apply(patcher: ModelPatcher, x: Tensor, times: Tensor, given: dict[str, Any]) -> Tensor:
+    wrapper = patcher.model_options.get("model_function_wrapper")
+    if wrapper is None:
+        return patcher.model.apply_model(x, times, **given)
+    cond_or_uncond = given["transformer_options"]["cond_or_uncond"]
+    arguments = {"input": x, "timestep": times, "c": given, "cond_or_uncond": cond_or_uncond}
+    return wrapper(patcher.model.apply_model, arguments)
 
 
 def guided(outputs: Sequence[Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ from cachedit_fx.inspect import Explanation
 from cachedit_fx.inspect.pages import render
 from cachedit_fx.inspect.reproduce import run_saved
 from cachedit_fx.integrations import comfyui
+from cachedit_fx.integrations.comfyui.sampler_steps import StepLimits
 from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
@@ -297,6 +298,12 @@ PIPELINES = [
         lambda _: comfyui.enable_cache(hybrid.build()),
         "got Hybrid(",
         "for a transformer or a pipeline, call cachedit_fx.enable_cache",
+    ),
+    Row(
+        "no-mask-for-a-sampler",
+        lambda _: StepLimits.of(cachedit_fx.CacheConfig(), "slow").decider_for(None, torch.linspace(1, 0, 6)),
+        "5 steps",
+        "give the sampler 4, 6, or at least 8 steps",
     ),
     Row("not-copied-settings", lambda _: copied_with_a_lock(), "_thread.lock", "What to do: call enable_cache for the"),
     Row(

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.integrations import comfyui
 from tests import comfyui_simulation as simulation
+from tests.comfyui_reference import REUSED, by_hand, model_of, prompts, steps_of
 from tests.comfyui_simulation import Batches, Conditioning, ModelPatcher, apart, build, one_batch, sample
-from tests.researchers.port_reference import Port, PortReference
 from tests.sessions import every_session
-
-REUSED = [2, 3, 5, 6]  # Of the eight steps, with `config`.
-PORT = Port((("img",), ("txt",)), ((0,), (1,)))
 
 
 def config(**fields: Any) -> CacheConfig:
@@ -29,39 +24,6 @@ def config(**fields: Any) -> CacheConfig:
 
 def cached(patcher: ModelPatcher | None = None, **fields: Any) -> ModelPatcher:
     return comfyui.enable_cache(patcher or build(), config(**fields))
-
-
-def model_of(patcher: ModelPatcher) -> simulation.DiffusionModel:
-    return patcher.get_model_object("diffusion_model")
-
-
-def prompts(**extra: Any) -> list[Conditioning]:
-    return [Conditioning(1, 0, extra=extra), Conditioning(2, 1, extra=extra)]
-
-
-def by_hand(conditionings: list[Conditioning], reused: Iterable[int] = REUSED, **kwargs: Any) -> Tensor:
-    """A run that calls the model for one conditioning after the other, and skips the blocks 1 to 3 at some steps."""
-    patcher, step = build(), 0
-    model = model_of(patcher)
-    references = {
-        (one.kind, one.uuid): PortReference(model, [*model.double_blocks], PORT, 1, 0) for one in conditionings
-    }
-
-    def apply_model(executor: simulation.Executor, *args: Any, **kwargs: Any) -> Tensor:
-        options = args[5]
-        reference = references[options["cond_or_uncond"][0], options["uuids"][0]]
-        return reference.step(lambda _: executor(*args, **kwargs), reuse=step in reused)
-
-    def on_step(now: int) -> None:
-        nonlocal step
-        step = now
-
-    patcher.add_wrapper_with_key("apply_model", "by hand", apply_model)
-    return sample(patcher, conditionings, batches=apart, on_step=on_step, **kwargs)
-
-
-def steps_of(patcher: ModelPatcher) -> list[tuple[int, list[int]]]:
-    return [(stats.num_steps, stats.cached_steps) for stats in every_session(model_of(patcher))]
 
 
 def flipped(step: int, found: list[int]) -> list[list[int]]:

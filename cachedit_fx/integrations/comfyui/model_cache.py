@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +25,7 @@ from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.frontend.enabled import CALL, MISSING, Enabled
 from cachedit_fx.frontend.settings import Settings
+from cachedit_fx.integrations.comfyui.sampler_steps import StepLimits, at_sigma
 from cachedit_fx.integrations.pipelines import require_plain, settings_for
 from cachedit_fx.runtime.guidance_branch import within_guidance_branch
 from cachedit_fx.runtime.instances import KEY, end_generation
@@ -33,15 +36,23 @@ _NAMES = {0: "cond", 1: "uncond"}  # The meaning of the entries of `cond_or_unco
 _runs = itertools.count(1)
 
 
-def enable_cache(model: Any, cache_config: CacheConfig | None = None, **kwargs: Any) -> Any:
+def enable_cache(
+    model: Any, cache_config: CacheConfig | None = None, *, mask_policy: str | None = None, **kwargs: Any
+) -> Any:
     """Returns a clone of a ComfyUI model whose diffusion model is compiled and cached.
 
     The cache is in place only while the clone is called: `model` itself and its other clones are not changed, although
     they share the diffusion model. Every run of a sampler is one generation. Decisions are made for each conditioning.
 
+    `start_percent` and `end_percent` of the configuration are percentages of the noise schedule, from 0 to 1, as in
+    other nodes of ComfyUI (`percent_to_sigma`). `final_compute_steps` refers to the steps of the sampler.
+
     Args:
         model: What a node receives as MODEL: a `comfy.model_patcher.ModelPatcher`.
         cache_config: The configuration, which decides when to reuse; by default `CacheConfig()`.
+        mask_policy: The `mask_policy` of `cachedit_fx.steps_mask`: "slow", "medium", "fast" or "ultra". Each run of a
+            sampler gets the mask for its number of steps, which alone decides between `start_percent` and
+            `end_percent`.
         kwargs: The same as for `cachedit_fx.enable_cache`: arguments of `torch.compile`, and fields of `CacheConfig`.
 
     Raises:
@@ -54,7 +65,7 @@ def enable_cache(model: Any, cache_config: CacheConfig | None = None, **kwargs: 
             f"{shown(model)}; for a transformer or a pipeline, call cachedit_fx.enable_cache"
         )
     patcher = model.clone()
-    cache = _ModelCache(lambda module: _settings(module, cache_config, kwargs))
+    cache = ModelCache(lambda module: _settings(module, cache_config, kwargs), mask_policy)
     cache.enabled(patcher.get_model_object("diffusion_model"))  # Checks the arguments now, not at the first call.
     for kind, wrapper in (("outer_sample", cache.outer_sample), ("apply_model", cache.apply_model)):
         patcher.remove_wrappers_with_key(kind, _KEY)
@@ -68,39 +79,74 @@ def _settings(module: nn.Module, config: CacheConfig | None, kwargs: Mapping[str
     return settings
 
 
-class _ModelCache:
+def cache_of(model: Any) -> ModelCache | None:
+    """The cache that `enable_cache` gave to a model, or to one that the model is a clone of; None if there is none."""
+    get_wrappers = getattr(model, "get_wrappers", None)
+    wrappers = get_wrappers("apply_model", _KEY) if callable(get_wrappers) else ()
+    owners = [getattr(wrapper, "__self__", None) for wrapper in wrappers]
+    return next((owner for owner in owners if isinstance(owner, ModelCache)), None)
+
+
+class ModelCache:
     """The cache of one clone: the wrappers that it registers with ComfyUI.
 
     Args:
         settings_for: Returns the settings for a diffusion model.
+        mask_policy: See `enable_cache`.
+
+    Attributes:
+        runs: The names of the last runs of a sampler that called the clone, in their order.
     """
 
-    def __init__(self, settings_for: Callable[[nn.Module], Settings]) -> None:
+    def __init__(self, settings_for: Callable[[nn.Module], Settings], mask_policy: str | None = None) -> None:
         self._settings_for = settings_for
+        self._mask_policy = mask_policy
         # With several devices, ComfyUI copies the diffusion model to each of them.
         self._enabled: WeakKeyDictionary[nn.Module, Enabled] = WeakKeyDictionary()
+        self._limits: StepLimits | None = None
+        self._policy: tuple[Any, Any] = (None, None)  # The sigmas of a run, and the policy for it.
+        self.runs: deque[str] = deque(maxlen=64)  # As many as there are statistics of sessions.
 
     def enabled(self, module: nn.Module) -> Enabled:
         """Returns what replaces the call of a diffusion model."""
         if module not in self._enabled:
             settings = self._settings_for(module)
+            self._limits = StepLimits.of(settings.config, self._mask_policy)
+            if self._limits is not None:
+                settings = replace(settings, config=self._limits.within(settings.config))
             self._enabled[module] = Enabled(module, settings, settings.backend())
         return self._enabled[module]
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Makes one run of a sampler, which is one generation."""
-        with session(f"run {next(_runs)}"):
+        run = f"run {next(_runs)}"
+        self.runs.append(run)
+        with session(run):
             try:
                 return executor(*args, **kwargs)
             finally:
+                self._policy = (None, None)
                 for module in [*self._enabled]:
                     end_generation(module)
 
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Makes one call of the model, with the cache in place."""
-        module = executor.class_obj.diffusion_model
-        with _in_place(module, self.enabled(module)):
+        base_model = executor.class_obj
+        enabled = self.enabled(base_model.diffusion_model)
+        if self._limits is not None:
+            self._limit(enabled, self._limits, base_model, _options_of(args, kwargs).get("sample_sigmas"))
+        sigma = args[1] if len(args) > 1 else None
+        with _in_place(base_model.diffusion_model, enabled), at_sigma(sigma):
             return _call_per_conditioning(executor, args, kwargs)
+
+    def _limit(self, enabled: Enabled, limits: StepLimits, base_model: Any, sample_sigmas: Any) -> None:
+        """Applies the limits to the present run of a sampler."""
+        known, policy = self._policy
+        if policy is None or known is not sample_sigmas:
+            decider = limits.decider_for(base_model.model_sampling, sample_sigmas)
+            policy = limits.within(enabled.settings.config, decider).runtime_fields
+            self._policy = (sample_sigmas, policy)
+        enabled.policy = policy
 
 
 @contextlib.contextmanager
@@ -125,7 +171,7 @@ def _call_per_conditioning(call: Callable[..., Any], args: tuple[Any, ...], kwar
 
     A batch whose samples cannot be told apart is one call. Its conditionings are then recognized by their content.
     """
-    options: dict[str, Any] = next((value for value in (*args, *kwargs.values()) if _is_options(value)), {})
+    options = _options_of(args, kwargs)
     which, uuids = options.get("cond_or_uncond") or (), options.get("uuids") or ()
     first = next(_tensors((*args, *kwargs.values())), None)
     size = first.shape[0] if first is not None and first.dim() else 0
@@ -139,6 +185,11 @@ def _call_per_conditioning(call: Callable[..., Any], args: tuple[Any, ...], kwar
         with within_guidance_branch(f"{_NAMES.get(kind, f'conditioning {kind}')} {uuid}"):
             outputs.append(call(*chunk_args, **chunk_kwargs))
     return _concatenated(outputs)
+
+
+def _options_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The `transformer_options` among the arguments of a call."""
+    return next((value for value in (*args, *kwargs.values()) if _is_options(value)), {})
 
 
 def _is_options(value: Any) -> bool:
