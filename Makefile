@@ -58,8 +58,9 @@ lint: venv ## ruff check, ruff format, mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-demo: venv ## draws the ten digits with the real FluxPipeline, without and with the cache
+demo: venv ## digits by FluxPipeline and clips by WanPipeline, without and with the cache; ARGS="--threshold 0.3"
 	$(PY) examples/digits/demo.py $(ARGS)
+	$(PY) examples/clips/demo.py $(ARGS)
 
 bench: venv ## ours beside every peer in whole pipelines, on a CPU; ARGS="--quick", "--work qwen --rounds 5", "--write-docs", "--help"
 	-$(PIP) install --quiet -c constraints.txt cache-dit

@@ -141,7 +141,7 @@ def main() -> None:
 
     outcomes = compare(uncached, cached, steps, seed)
 
-    print(f"\n{cachedit_fx.summary(cached.transformer)}\n")
+    print(f"\n{cachedit_fx.summary(cached.transformer, logging=False)}\n")
     print_digits(outcomes)
     print_times(outcomes, first_uncached, first_cached)
     arguments.out.mkdir(parents=True, exist_ok=True)
