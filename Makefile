@@ -80,7 +80,7 @@ peers: venv ## records anew what cache-dit decides on the cases of tests/peers
 	$(PIP) install --quiet -c constraints.txt cache-dit
 	$(PY) -m tests.peers.record
 
-models: venv ## writes docs/models.md anew: what becomes of every transformer of diffusers
+models: venv ## writes docs/models.md and the table of doctor anew: what becomes of every transformer of diffusers
 	$(PY) -m tests.zoo.table
 
 wheel: venv ## sdist, wheel from the sdist, then the wheel tried outside the tree

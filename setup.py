@@ -66,7 +66,11 @@ setup(
     python_requires=">=3.11",
     package_dir=PACKAGE_DIR,
     packages=derive_packages(),
-    package_data={"cachedit_fx": ["py.typed"], "cachedit_fx.inspect.pages": ["templates/*"]},
+    package_data={
+        "cachedit_fx": ["py.typed"],
+        "cachedit_fx.inspect.pages": ["templates/*"],
+        "cachedit_fx.shell": ["*.json"],
+    },
     install_requires=["torch>=2.11", "numpy"],
     extras_require={
         "diffusers": DIFFUSERS,
@@ -88,7 +92,10 @@ setup(
         "peers": ["cache-dit==1.5.3"],
         "dev": ["ruff", "mypy", "build", "check-wheel-contents", "twine", "wheel", "setuptools>=77"],
     },
-    entry_points={"torch_dynamo_backends": ["cachedit = cachedit_fx.frontend.backend:cachedit"]},
+    entry_points={
+        "torch_dynamo_backends": ["cachedit = cachedit_fx.frontend.backend:cachedit"],
+        "console_scripts": ["cachedit-fx = cachedit_fx.shell.command_line:main"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

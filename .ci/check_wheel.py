@@ -38,6 +38,8 @@ for name in sys.argv[2:]:
 assert point.name == "cachedit", point
 backend = point.load()
 assert callable(backend), f"{point.value} is not callable: {backend!r}"
+(script,) = dist.entry_points.select(group="console_scripts")
+assert script.name == "cachedit-fx" and callable(script.load()), script
 
 import torch._dynamo
 assert "cachedit" in torch._dynamo.list_backends(), "torch.compile does not list the backend"

@@ -54,8 +54,8 @@ class BlockTemplate:
             unknown = sorted(set(getattr(self, name)) - roles)
             if unknown:
                 raise ConfigError(
-                    f"cachedit_fx: {self}: {name} names {unknown}, allowed are {sorted(roles)}, the roles "
-                    "in takes and returns"
+                    f"cachedit_fx: {self}: {name} must name roles of takes and returns, which are {sorted(roles)}, got "
+                    f"{unknown}"
                 )
         for role, kind in self.cached.items():
             if kind not in CACHED_AS:

@@ -80,7 +80,7 @@ ROWS = [
     Row(
         "export-graph-break",
         lambda _: export(tiny.frozen(tiny.TwoLists(broken=True))),
-        "found:    Dynamo does not (",
+        "found:    Dynamo breaks it up (",
         "expected: a model that Dynamo captures as one graph",
     ),
     Row(

@@ -38,6 +38,7 @@ from tests.messages_forecasters import ROWS as FORECASTERS
 from tests.messages_foreign import ROWS as FOREIGN
 from tests.messages_policies import ROWS as POLICIES
 from tests.messages_saving import ROWS as SAVING
+from tests.messages_shell import ROWS as SHELL
 from tests.messages_table import CHEAP, P3, Row
 from tests.messages_tuning import ROWS as TUNING
 from tests.synthetic import Transformer, make_inputs
@@ -367,4 +368,4 @@ def pipe_of_compiled() -> Any:
     return hybrid.pipe_of(transformer=torch.compile(hybrid.build(), backend="eager"))
 
 
-ROWS = [*CHEAP, *RUNS, *PIPELINES, *CHECKS, *EXPORT, *FOREIGN, *FORECASTERS, *POLICIES, *SAVING, *TUNING]
+ROWS = [*CHEAP, *RUNS, *PIPELINES, *CHECKS, *EXPORT, *FOREIGN, *FORECASTERS, *POLICIES, *SAVING, *SHELL, *TUNING]

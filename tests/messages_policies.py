@@ -54,8 +54,8 @@ ROWS = [
     Row(
         "policy-and-field",
         lambda _: CacheConfig(policy=Budget(0.3), residual_diff_threshold=0.2),
-        "policy=Budget(budget=0.3, coefficients=()) means residual_diff_threshold=0.3",
-        "got residual_diff_threshold=0.2 beside it; give one of the two",
+        "policy=Budget(budget=0.3, coefficients=()) sets residual_diff_threshold=0.3",
+        "got residual_diff_threshold=0.2 as well; give only one of the two",
     ),
     Row("setting", lambda _: Budget(bugdet=0.3), "(given 0.3)", "of Budget is unknown. Did you mean 'budget'?"),
     together(
@@ -76,7 +76,5 @@ ROWS = [
         steps_computation_policy="static",
     ),
     together("polynomial", "got (1.0,)", "unless decision_rule='budget'", rescale_coefficients=(1.0,)),
-    together(
-        "output", "got 1 and 'DBCache'", "reach='output' leaves out everything", reach="output", Bn_compute_blocks=1
-    ),
+    together("output", "got 1 and 'DBCache'", "reach='output' skips everything", reach="output", Bn_compute_blocks=1),
 ]

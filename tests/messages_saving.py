@@ -52,7 +52,7 @@ ROWS = [
     Row(
         "compiled-not-restored",
         load_elsewhere,
-        '"grad_mode":true',
+        "a value differs: grad_mode=True; saved: grad_mode=False\nWhat to do",
         "the saved graphs of this Transformer are not used",
     ),
 ]

@@ -187,7 +187,7 @@ def test_auto_takes_one_pattern(model):
 )
 def test_a_pipe_without_a_transformer_is_refused_with_a_list_of_its_components(take, pipe, found):
     with pytest.raises(
-        ConfigError, match=message_with("expected a pipeline with a diffusion transformer", f"got {found}")
+        ConfigError, match=message_with("must be a pipeline with a diffusion transformer", f"got {found}")
     ):
         take(pipe)
 

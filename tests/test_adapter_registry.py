@@ -152,7 +152,7 @@ def test_a_given_adapter_takes_precedence_over_a_registered_one():
 @pytest.mark.parametrize("returned", [None, "adapter", BlockAdapter])
 def test_a_function_that_returns_no_adapter_raises_an_error(returned):
     BlockAdapterRegistry.register("Flux")(lambda pipe: returned)
-    with pytest.raises(ConfigError, match=r"what is registered for 'Flux' must return a BlockAdapter, got "):
+    with pytest.raises(ConfigError, match=r"the function registered for 'Flux' must return a BlockAdapter, got "):
         cachedit_fx.enable_cache(pipeline("FluxPipeline"))
 
 

@@ -15,13 +15,13 @@ from markupsafe import escape
 
 import cachedit_fx
 from cachedit_fx import Backend, BlockAdapter, CacheConfig, DBCacheConfig, ParamsModifier, load_configs
-from cachedit_fx.__main__ import _config as config_of_options
 from cachedit_fx.config.cache_config import check_together, split_options
 from cachedit_fx.config.fields import FIELD_NAMES, OPTIONS
 from cachedit_fx.config.reference import POLICY, meaning
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.integrations.pipelines import enabled_settings
 from cachedit_fx.policies import Budget, History, Magnitude, Rule, Threshold, decide
+from cachedit_fx.shell.command_arguments import fields_of
 from tests import tiny
 from tests.sessions import every_session
 
@@ -103,8 +103,9 @@ def test_a_file_names_a_rule_with_its_settings(tmp_path):
 
 
 def test_the_shell_takes_a_name_or_a_mapping():
-    assert config_of_options(["policy=budget"]) == CacheConfig(policy=Budget())
-    assert config_of_options(['policy={"type": "budget", "budget": 0.3}']) == CacheConfig(policy=Budget(0.3))
+    assert split_options(fields_of(["policy=budget"]))[0] == CacheConfig(policy=Budget())
+    fields = fields_of(['policy={"type": "budget", "budget": 0.3}'])
+    assert split_options(fields)[0] == CacheConfig(policy=Budget(0.3))
 
 
 @pytest.mark.parametrize("make", [CacheConfig, DBCacheConfig])
@@ -125,7 +126,7 @@ def test_the_default_policy_is_the_threshold_rule():
 
 def test_a_policy_may_be_given_beside_positional_fields():
     assert CacheConfig(2, 1, policy=Budget(0.3)) == CacheConfig(2, 1, 0.3, decision_rule="budget")
-    with pytest.raises(ConfigError, match=r"means residual_diff_threshold=0\.3, got residual_diff_threshold=0\.2"):
+    with pytest.raises(ConfigError, match=r"sets residual_diff_threshold=0\.3, got residual_diff_threshold=0\.2"):
         CacheConfig(2, 1, 0.2, policy=Budget(0.3))
 
 
@@ -253,28 +254,28 @@ def test_explain_shows_the_rule_with_its_settings_and_what_an_option_means(field
     [
         (
             dict(policy=Budget(0.3), residual_diff_threshold=0.2),
-            "policy=Budget(budget=0.3, coefficients=()) means residual_diff_threshold=0.3, got "
-            "residual_diff_threshold=0.2 beside it",
+            "policy=Budget(budget=0.3, coefficients=()) sets residual_diff_threshold=0.3, got "
+            "residual_diff_threshold=0.2 as well",
         ),
         (
             dict(policy=Budget(), rescale_coefficients=(2.0, 0.0)),
-            "means rescale_coefficients=(), got rescale_coefficients=(2.0, 0.0) beside it",
+            "sets rescale_coefficients=(), got rescale_coefficients=(2.0, 0.0) as well",
         ),
         (
             dict(policy="budget", decision_rule="threshold"),
-            "policy='budget' means decision_rule='budget', got decision_rule='threshold' beside it",
+            "policy='budget' sets decision_rule='budget', got decision_rule='threshold' as well",
         ),
         (
             dict(policy=Magnitude(RATIOS), probe="modulated_input"),
-            "means probe='timestep', got probe='modulated_input' beside it",
+            "sets probe='timestep', got probe='modulated_input' as well",
         ),
         (
             dict(policy="threshold", magnitude_ratios=RATIOS),
-            "policy='threshold' means magnitude_ratios=(), got magnitude_ratios=(1.0, 0.9, 0.8) beside it",
+            "policy='threshold' sets magnitude_ratios=(), got magnitude_ratios=(1.0, 0.9, 0.8) as well",
         ),
         (
             dict(policy={"type": "budget", "budget": 0.3}, residual_diff_threshold=0.2),
-            "policy={'type': 'budget', 'budget': 0.3} means residual_diff_threshold=0.3",
+            "policy={'type': 'budget', 'budget': 0.3} sets residual_diff_threshold=0.3",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -13,11 +14,11 @@ import torch
 
 import cachedit_fx
 from cachedit_fx import Backend, BlockAdapter, CacheConfig, DBCacheConfig, DBPruneConfig, ParamsModifier, load_configs
-from cachedit_fx.__main__ import _config as config_of_options
 from cachedit_fx.config import RECOMMENDED, BasicCacheConfig
 from cachedit_fx.config.cache_config import FIELD_NAMES, check_together, split_options
 from cachedit_fx.forecasters import FoCaCalibratorConfig, Forecaster, TaylorSeerCalibratorConfig
 from cachedit_fx.integrations.pipelines import enabled_settings
+from cachedit_fx.shell.command_arguments import configuration
 from cachedit_fx.tuning.cached import threshold_config
 from tests import tiny
 from tests.sessions import every_session
@@ -100,6 +101,11 @@ def adapter() -> BlockAdapter:
     return BlockAdapter(transformer=tiny.build())
 
 
+def from_shell(**fields: Any) -> CacheConfig:
+    given = argparse.Namespace(config=None, option=[f"{name}={value}" for name, value in fields.items()])
+    return configuration(given).get("cache_config", RECOMMENDED)
+
+
 WAYS_IN = {
     "enable_cache": enabled_with,
     "enable_cache-adapter": lambda **fields: enabled_with(target=adapter(), **fields),
@@ -107,7 +113,7 @@ WAYS_IN = {
     "enable_cache-options": lambda **fields: enabled_with(options=fields),
     "torch.compile": lambda **fields: split_options(fields)[0],
     "backend": lambda **fields: Backend(CacheConfig(**fields)).config,
-    "command-line": lambda **fields: config_of_options([f"{n}={v}" for n, v in fields.items()]) or RECOMMENDED,
+    "command-line": from_shell,
 }
 
 

@@ -324,5 +324,5 @@ def test_a_transformer_that_is_not_called_is_named():
 
 
 def test_an_object_without_a_transformer_raises_an_error():
-    with pytest.raises(ConfigError, match="expected a pipeline with a diffusion transformer, a transformer"):
+    with pytest.raises(ConfigError, match="must be a pipeline with a diffusion transformer, a transformer"):
         explain(object())

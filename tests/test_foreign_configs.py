@@ -154,8 +154,8 @@ def test_former_arguments_of_cache_dit_still_work_and_say_what_replaced_them(cap
     cachedit_fx.enable_cache(pipe, enable_taylorseer=True, taylorseer_order=2, inner_backend="eager")
     found = cachedit_fx.integrations.pipelines.enabled_settings(pipe.transformer).config.forecaster
     assert found == TaylorSeerCalibratorConfig(taylorseer_order=2, enable_encoder_calibrator=False)
-    assert "enable_taylorseer, taylorseer_order is deprecated" in caplog.text
-    assert "calibrator_config=TaylorSeerCalibratorConfig(taylorseer_order=2)" in caplog.text
+    assert "TaylorSeer (enable_taylorseer, taylorseer_order) are deprecated" in caplog.text
+    assert "forecaster=TaylorSeerCalibratorConfig(taylorseer_order=2)" in caplog.text
 
 
 def test_our_own_configuration_is_returned_as_it_is():

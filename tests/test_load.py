@@ -133,7 +133,7 @@ def test_parts_of_a_file_that_are_not_about_caching_are_left_out_and_named(caplo
         ),
         pytest.param(
             {"cache_config": FIELDS, "paralelism_config": {"ulysses_size": 2}},
-            "'paralelism_config' is unknown; allowed are 'cache_config'",
+            "'paralelism_config' (given {'ulysses_size': 2}) is no part of a configuration file. Did you mean ",
             id="next-to-the-level",
         ),
         pytest.param({"cache_config": [1]}, "cache_config must be a mapping of fields, got [1]", id="a-list"),

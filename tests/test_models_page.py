@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import json
+
+from cachedit_fx.shell.installed_models import TABLE
 from tests.zoo import VARIANTS
-from tests.zoo.table import PAGE, page
+from tests.zoo.table import PAGE, classes_and_needs, page
 
 
 def test_the_page_has_exactly_one_row_for_every_variant():
@@ -14,3 +17,10 @@ def test_the_page_has_exactly_one_row_for_every_variant():
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert [line.removeprefix("| ").split(" (")[0] for line in rows] == list(VARIANTS)
     assert text == page(rows)
+
+
+def test_the_table_of_the_package_has_the_classes_of_the_page():
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    found = json.loads(TABLE.read_text(encoding="utf-8"))["models"]
+    assert found == classes_and_needs(rows)
+    assert found.keys() == {variant.kind.__name__ for variant in VARIANTS.values()}

@@ -384,8 +384,8 @@ def test_a_reused_step_adds_the_residual_or_uses_the_value_as_the_template_says(
     [
         ({"takes": (ENCODER,)}, r"'mine' must take and return 'hidden_states'.*takes=\['encoder_hidden_states'\]"),
         ({"returns": (ENCODER,)}, r"must take and return 'hidden_states'.*returns=\['encoder_hidden_states'\]"),
-        ({"streams": {ENCODER: "c"}}, r"streams names \['encoder_hidden_states'\], allowed are \['hidden_states'\]"),
-        ({"cached": {"audio": "value"}}, r"cached names \['audio'\], allowed are \['hidden_states'\]"),
+        ({"streams": {ENCODER: "c"}}, r"streams must name .*, which are \['hidden_states'\], got \['encoder_hidden"),
+        ({"cached": {"audio": "value"}}, r"cached must name roles .*, which are \['hidden_states'\], got \['audio'\]"),
         ({"cached": {HIDDEN: "delta"}}, r"cached\['hidden_states'\] must be one of .*residual.*value.* got 'delta'"),
     ],
     ids=["takes", "returns", "streams", "cached-role", "cached-kind"],

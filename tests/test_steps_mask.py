@@ -90,10 +90,10 @@ def test_a_configuration_accepts_the_mask():
     ("arguments", "message"),
     [
         pytest.param(
-            dict(compute_bins=[3]), "cache_bins must be given beside compute_bins=[3], got None", id="no-cache"
+            dict(compute_bins=[3]), "cache_bins must be given together with compute_bins=[3], got None", id="no-cache"
         ),
         pytest.param(
-            dict(cache_bins=[3]), "compute_bins must be given beside cache_bins=[3], got None", id="no-compute"
+            dict(cache_bins=[3]), "compute_bins must be given together with cache_bins=[3], got None", id="no-compute"
         ),
         pytest.param(
             dict(compute_bins=[3, 1], cache_bins=[2], total_steps=7),
@@ -101,7 +101,9 @@ def test_a_configuration_accepts_the_mask():
             id="too-short",
         ),
         pytest.param(
-            dict(compute_bins=[], cache_bins=[]), "compute_bins and cache_bins must hold a step, got [], []", id="empty"
+            dict(compute_bins=[], cache_bins=[]),
+            "compute_bins and cache_bins must add up to at least one step, got [], []",
+            id="empty",
         ),
         pytest.param(
             dict(compute_bins=[1], cache_bins=[1], total_steps=0), "total_steps must be an int >= 1, got 0", id="none"

@@ -25,7 +25,8 @@ PACKAGE_LEVELS = (
     ("integrations",),
     ("saving", "tuning"),
     ("inspect",),
-    ("exporting", "testing", "__main__"),
+    ("exporting", "testing", "shell"),
+    ("__main__",),
 )
 LEVELS = {package: level for level, packages in enumerate(PACKAGE_LEVELS) for package in packages}
 

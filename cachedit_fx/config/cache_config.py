@@ -15,6 +15,7 @@ from cachedit_fx.config.fields import CacheType as CacheType
 from cachedit_fx.config.options import settle
 from cachedit_fx.config.reference import with_attributes
 from cachedit_fx.config.rules import Rule, Threshold, rule_of, spelled_out, without_leftover_probe
+from cachedit_fx.config.synonyms import NO_COUNTERPART, SYNONYMS
 from cachedit_fx.errors import ConfigError, did_you_mean, listed, shown
 from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.forecasters.forecaster_registry import as_mapping, forecasters
@@ -214,7 +215,9 @@ def unknown_option(
 ) -> str:
     """What to say of an option that is neither ours nor among the `known` ones, which `others` tells."""
     allowed = [*OPTION_NAMES, *filter(None, [others])]
+    reason = NO_COUNTERPART.get(str(name).lower(), "")
+    hint = f" {reason}" if reason else did_you_mean(name, (*OPTION_NAMES, *known), SYNONYMS, words_of=OPTION_NAMES)
     return (
-        f"cachedit_fx: {what} {name!r} (given {shown(value)}) is unknown."
-        f"{did_you_mean(name, (*OPTION_NAMES, *known))}\n{listed([f'Allowed: {allowed[0]}', *allowed[1:]])}."
+        f"cachedit_fx: {what} {name!r} (given {shown(value)}) is unknown.{hint}\n"
+        f"{listed([f'Allowed: {allowed[0]}', *allowed[1:]])}."
     )

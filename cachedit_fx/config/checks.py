@@ -17,17 +17,18 @@ def check_together(config: Fields) -> None:
         raise ConfigError(
             f"cachedit_fx: rescale_coefficients must be () unless decision_rule='budget', got "
             f"{shown(config.rescale_coefficients)} with decision_rule={config.decision_rule!r}.\n"
-            "What to do: give policy=Budget(coefficients=...) in place of both."
+            "What to do: give policy=Budget(coefficients=...) instead of both."
         )
     if config.start_percent >= config.end_percent:
         raise ConfigError(
             f"cachedit_fx: start_percent must be below end_percent, which is {config.end_percent:g}, got "
-            f"{config.start_percent:g}: between the two, steps are reused."
+            f"{config.start_percent:g}: steps are reused between the two."
         )
     if config.reach == "output" and (config.Bn_compute_blocks or config.cache_type == "DBPrune"):
         raise ConfigError(
-            "cachedit_fx: reach='output' leaves out everything up to the output, so Bn_compute_blocks must be 0 and "
-            f"cache_type 'DBCache', got {config.Bn_compute_blocks} and {str(config.cache_type)!r}."
+            "cachedit_fx: reach='output' skips everything up to the output, so Bn_compute_blocks must be 0 and "
+            f"cache_type 'DBCache', got {config.Bn_compute_blocks} and {str(config.cache_type)!r}.\n"
+            "What to do: change these two, or set reach='blocks'."
         )
     if config.guidance_reuse != "off":
         _check_guidance(config)
@@ -37,7 +38,8 @@ def _check_guidance(config: Fields) -> None:
     if config.cache_device is not None:
         raise ConfigError(
             "cachedit_fx: cache_device must be None with guidance_reuse='difference', which adds cached values of two "
-            f"guidance branches on the device, got {config.cache_device!r}."
+            f"guidance branches on the device, got {config.cache_device!r}.\n"
+            "What to do: leave out one of the two."
         )
     if config.enable_separate_cfg is False:
         raise ConfigError(
@@ -72,7 +74,7 @@ def _check_probe(config: Fields) -> None:
             "cachedit_fx: probe='timestep', magnitude_ratios and decision_rule='budget' need each other, got "
             f"probe={config.probe!r}, magnitude_ratios={shown(config.magnitude_ratios)} and "
             f"decision_rule={config.decision_rule!r}.\n"
-            "What to do: give policy=Magnitude(ratios=...) in place of all three, or neither of the first two."
+            "What to do: give policy=Magnitude(ratios=...) instead of all three, or neither probe nor magnitude_ratios."
         )
     if config.Fn_compute_blocks == 0 and config.probe == "fn_residual" and not config.is_static and not is_pruning:
         raise ConfigError(

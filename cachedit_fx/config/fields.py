@@ -148,7 +148,7 @@ class Fields:
     inner_backend: str = option(
         "inductor",
         choices=inner_backends,
-        allowed="the name of a torch.compile backend but 'cachedit', as 'inductor', 'aot_eager' or 'eager'",
+        allowed="a backend of torch.compile other than 'cachedit', such as 'inductor', 'aot_eager' or 'eager'",
         see="torch.compiler.list_backends(exclude_tags=())",
         structural=True,
         whole_model=True,
@@ -181,7 +181,7 @@ class Fields:
     mode: str | None = option(
         None,
         choices=compile_modes,
-        allowed="a mode of torch.compile, as 'default', 'reduce-overhead' or 'max-autotune'",
+        allowed="a mode of torch.compile, such as 'default', 'reduce-overhead' or 'max-autotune'",
         see="torch._inductor.list_mode_options()",
         structural=True,
         whole_model=True,

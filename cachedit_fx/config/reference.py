@@ -63,6 +63,17 @@ def options_text(options: Mapping[str, Option]) -> str:
     return "\n".join(parts).strip().replace("`", "")
 
 
+def options_data(options: Mapping[str, Option]) -> list[dict[str, str]]:
+    """The same as data: one dict per option, with the heading of its group."""
+    group, found = "", []
+    for entry in _entries(options):
+        if not entry.meaning:
+            group = entry.option
+            continue
+        found.append({"group": group} | {k: v.replace("`", "") for k, v in entry._asdict().items()})
+    return found
+
+
 def _wrapped(text: str, width: int, *, first: str, others: str) -> list[str]:
     return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from cachedit_fx.config.options import option, options_of, settle
+from cachedit_fx.config.synonyms import SYNONYMS
 from cachedit_fx.errors import ConfigError, did_you_mean, shown
 
 
@@ -27,10 +28,12 @@ class Rule:
     def __new__(cls, *args: Any, **given: Any) -> Self:
         for name, value in given.items():
             if name not in options_of(cls):
-                allowed = ", ".join(options_of(cls))
+                allowed = options_of(cls)
+                stored = {declared.flat: setting for setting, declared in allowed.items()}
+                meant = {other: stored[flat] for other, flat in SYNONYMS.items() if flat in stored} | stored
                 raise ConfigError(
                     f"cachedit_fx: field {name!r} (given {shown(value)}) of {cls.__name__} is unknown."
-                    f"{did_you_mean(name, options_of(cls))}\nAllowed: {allowed}."
+                    f"{did_you_mean(name, allowed, meant)}\nAllowed: {', '.join(allowed)}."
                 )
         return super().__new__(cls)
 
@@ -179,8 +182,8 @@ def spelled_out(given: Mapping[str, Any], *, is_replacing: bool = False) -> dict
         other = found.get(name, value)
         if value != (tuple(other) if isinstance(other, list) else other):
             raise ConfigError(
-                f"cachedit_fx: policy={shown(given['policy'])} means {name}={shown(value)}, got {name}={shown(other)} "
-                "beside it; give one of the two, or equal values."
+                f"cachedit_fx: policy={shown(given['policy'])} sets {name}={shown(value)}, got {name}={shown(other)} "
+                "as well; give only one of the two, or equal values."
             )
     return found | flat
 

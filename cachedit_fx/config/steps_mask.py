@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 
-from cachedit_fx.errors import ConfigError, shown
+from cachedit_fx.errors import ConfigError, did_you_mean, shown
 
 Bins = tuple[list[int], list[int]]  # Runs of computed steps, and the runs of reused ones between them.
 
@@ -71,7 +70,7 @@ def steps_mask(
     if (compute_bins is None) != (cache_bins is None):
         names = ["compute_bins", "cache_bins"] if compute_bins is None else ["cache_bins", "compute_bins"]
         given = compute_bins if compute_bins is not None else cache_bins
-        raise ConfigError(f"cachedit_fx: {names[0]} must be given beside {names[1]}={shown(given)}, got None")
+        raise ConfigError(f"cachedit_fx: {names[0]} must be given together with {names[1]}={shown(given)}, got None")
     if compute_bins is not None and cache_bins is not None:
         mask = _mask(compute_bins, cache_bins)
         if total_steps is not None and total_steps > len(mask):
@@ -84,7 +83,8 @@ def steps_mask(
     mask = mask[:total_steps]
     if not mask:
         raise ConfigError(
-            f"cachedit_fx: compute_bins and cache_bins must hold a step, got {shown(compute_bins)}, {shown(cache_bins)}"
+            "cachedit_fx: compute_bins and cache_bins must add up to at least one step, got "
+            f"{shown(compute_bins)}, {shown(cache_bins)}"
         )
     return [*mask[:-1], 1]
 
@@ -111,9 +111,10 @@ def _policy_bins(policy: str, total_steps: int | None) -> Bins:
         length = 15 if total_steps < 16 else 28
     table = _POLICIES[length]
     if policy not in table:
-        near = difflib.get_close_matches(str(policy), table, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"cachedit_fx: mask_policy must be one of {', '.join(table)}, got {shown(policy)}.{hint}")
+        raise ConfigError(
+            f"cachedit_fx: mask_policy must be one of {', '.join(table)}, got {shown(policy)}."
+            f"{did_you_mean(policy, table)}"
+        )
     compute, cache = (list(bins) for bins in table[policy])
     _lengthen(compute, cache, total_steps)
     _shorten(compute, cache, total_steps)

@@ -148,7 +148,7 @@ def _capture(module: nn.Module, settings: Settings, arguments: Mapping[str, Any]
         except BackendCompilerFailed as error:
             raise error.inner_exception from None
         except TorchDynamoException as error:
-            found = f"Dynamo does not ({cut(str(error).strip().splitlines()[0], 120)})"
+            found = f"Dynamo breaks it up ({cut(str(error).strip().splitlines()[0], 120)})"
             raise _refused(name, "a model that Dynamo captures as one graph", found, cure_of_parts(name)) from error
     (result,) = captured
     if isinstance(result, Mismatch):
@@ -203,7 +203,8 @@ def _check_graph(name: str, rewritten: Rewritten, config: CacheConfig) -> None:
     """
     effect = rewritten.runtime_plan.effect
     if effect:
-        raise _refused(name, "a graph that only computes its outputs", f"a forward that {effect}", "take it out")
+        found = f"a forward that {effect}"
+        raise _refused(name, "a graph that only computes its outputs", found, "remove this from the forward")
     regions = rewritten.runtime_plan.regions
     thresholds = {config.override(region.overrides).residual_diff_threshold for region in regions}
     if thresholds != {config.residual_diff_threshold}:

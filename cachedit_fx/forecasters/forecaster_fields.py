@@ -11,10 +11,12 @@ from cachedit_fx.errors import ConfigError, did_you_mean, listed, shown
 def check_names(of: str, given: Iterable[str], allowed: Iterable[str]) -> None:
     """Raises ConfigError unless every given name is the name of a field."""
     fields = list(allowed)
+    orders = (field for field in fields if field.endswith("order"))
+    synonyms = dict.fromkeys(("order", "max_order", "n_derivatives", "num_derivatives", "degree"), next(orders, ""))
     for name in given:
         if name not in fields:
             raise ConfigError(
-                f"cachedit_fx: field {name!r} of forecaster {of} is unknown.{did_you_mean(name, fields)}\n"
+                f"cachedit_fx: field {name!r} of forecaster {of} is unknown.{did_you_mean(name, fields, synonyms)}\n"
                 f"{listed([f'Allowed: {fields[0]}', *fields[1:]])}."
             )
 

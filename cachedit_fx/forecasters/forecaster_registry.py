@@ -60,7 +60,7 @@ def register_forecaster(name: str) -> Callable[[Kind], Kind]:
     def register(kind: Kind) -> Kind:
         if not (isinstance(kind, type) and issubclass(kind, Forecaster) and "__dataclass_params__" in vars(kind)):
             raise ConfigError(
-                f"cachedit_fx: what is registered as {name!r} must be a class derived from Forecaster and decorated "
+                f"cachedit_fx: the class registered as {name!r} must be a class derived from Forecaster and decorated "
                 f"with @dataclass(frozen=True, kw_only=True), got {shown(kind)}"
             )
         _registered[name] = kind

@@ -23,6 +23,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import json
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 
-from cachedit_fx.errors import cut
+from cachedit_fx.errors import cut, shown
 from cachedit_fx.frontend.graph_records import NotSavedError
 from cachedit_fx.frontend.torch_internals import BackendCompilerFailed, Guards, Locals
 
@@ -161,10 +162,7 @@ def restore_guards(record: GuardRecord, function: types.FunctionType, frame: Loc
     guards, checks = _make_guards(record, function, frame)
     for found, wanted in zip(checks, record.checks, strict=False):
         if found != wanted:
-            pairs = enumerate(zip(found, wanted, strict=False))
-            first = next((i for i, (one, other) in pairs if one != other), 0)
-            start = max(0, first - 30) if len(found) > 70 else 0
-            raise NotSavedError(f"a value differs: {cut(found[start:], 60)}; saved: {cut(wanted[start:], 60)}")
+            raise NotSavedError(f"a value differs: {_difference(found, wanted)}")
     if len(checks) != len(record.checks):
         raise NotSavedError(f"Dynamo makes {len(checks)} checks, and made {len(record.checks)}")
     return guards
@@ -253,6 +251,20 @@ class _Describer:
             return eval(expression, self._names)
         except Exception as error:
             raise NotSavedError(f"{expression} cannot be evaluated ({type(error).__name__})") from error
+
+
+def _difference(found: str, wanted: str) -> str:
+    """Where the texts of two checks differ. The check of torch's global state contains it as JSON."""
+    try:
+        states = [json.loads(text[text.index("{") : text.rindex("}") + 1]) for text in (found, wanted)]
+        now, then = ({str(name): value for name, value in state.items()} for state in states)
+    except (ValueError, AttributeError):
+        pairs = enumerate(zip(found, wanted, strict=False))
+        first = next((i for i, (one, other) in pairs if one != other), 0)
+        start = max(0, first - 30) if len(found) > 70 else 0
+        return f"{cut(found[start:], 60)}; saved: {cut(wanted[start:], 60)}"
+    names = [name for name in now if now[name] != then.get(name)]
+    return ", ".join(f"{name}={shown(now[name])}; saved: {name}={shown(then.get(name))}" for name in names)
 
 
 def _with_sorted_sets(text: str) -> str:

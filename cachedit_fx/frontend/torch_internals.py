@@ -373,6 +373,11 @@ def is_traced_here(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 # Inner backends and CUDA graphs
 
 
+def dynamo_settings() -> dict[str, Any]:
+    """The settings of Dynamo that can keep a model from being cached. Uses `config.disable`, `recompile_limit`."""
+    return {"disable": _config.disable, "recompile_limit": _config.recompile_limit}
+
+
 def inductor(mode: str | None, options: Mapping[str, Any]) -> tuple[Callable[..., Any], bool]:
     """Inductor with a mode and options, as `torch.compile` calls it; and whether it uses CUDA graphs.
 

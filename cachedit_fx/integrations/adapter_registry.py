@@ -75,7 +75,7 @@ class BlockAdapterRegistry:
         adapter = cls._makers[name](pipe, **kwargs)
         if not isinstance(adapter, BlockAdapter):
             raise ConfigError(
-                f"cachedit_fx: what is registered for {name!r} must return a BlockAdapter, got {shown(adapter)}"
+                f"cachedit_fx: the function registered for {name!r} must return a BlockAdapter, got {shown(adapter)}"
             )
         return adapter
 

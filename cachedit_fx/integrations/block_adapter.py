@@ -37,7 +37,10 @@ class ParamsModifier:
         self, cache_config: CacheConfig | None = None, calibrator_config: object | None = None, **fields: Any
     ) -> None:
         if cache_config is not None and not isinstance(cache_config, CacheConfig):
-            raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {shown(cache_config)}")
+            raise ConfigError(
+                f"cachedit_fx: cache_config must be a CacheConfig, got {shown(cache_config)}; give its fields as "
+                "arguments: ParamsModifier(Fn_compute_blocks=1)"
+            )
         self.cache_config = with_calibrator((cache_config or CacheConfig()).override(**fields), calibrator_config)
         whole = self.cache_config.given & {name for name, declared in OPTIONS.items() if declared.whole_model}
         if whole:
@@ -244,8 +247,8 @@ def transformers_of(target: Any) -> dict[str, nn.Module]:
     if not found:
         held = ", ".join(f"{name} ({type(part).__name__})" for name, part in parts.items()) or "no components"
         raise ConfigError(
-            f"cachedit_fx: expected a pipeline with a diffusion transformer, a transformer or a BlockAdapter, got "
-            f"{type(target).__name__} with {held}.\n"
+            "cachedit_fx: the model must be a pipeline with a diffusion transformer, a transformer or a BlockAdapter, "
+            f"got {type(target).__name__} with {held}.\n"
             "What to do: pass the transformer itself (any nn.Module)."
         )
     return found

@@ -9,13 +9,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from cachedit_fx.config.cache_config import CacheConfig, CacheType, DBCacheConfig, DBPruneConfig
+from cachedit_fx.config.cache_config import OPTION_NAMES, CacheConfig, CacheType, DBCacheConfig, DBPruneConfig
 from cachedit_fx.config.steps_mask import steps_mask
-from cachedit_fx.errors import ConfigError, shown
+from cachedit_fx.errors import ConfigError, did_you_mean, shown
 from cachedit_fx.integrations.block_adapter import with_calibrator
 
 log = logging.getLogger(__name__)
 
+_PARTS = ("cache_config", "calibrator_config", "tuned")
 # The parts of a file of cache-dit that are not about caching, and what does the same.
 _OTHER_PARTS = {
     "parallelism_config": "call transformer.enable_parallelism(config=ContextParallelConfig(...)) of diffusers",
@@ -75,11 +76,13 @@ def _check_parts(content: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: There is a part that cache-dit does not have either.
     """
-    others = sorted(set(content) - {"cache_config", "tuned", *_OTHER_PARTS})
+    others = sorted(set(content) - {*_PARTS, *_OTHER_PARTS})
     if others:
+        name = others[0]
+        belongs = f" Move it into cache_config: {name} is an option." if name in OPTION_NAMES else ""
         raise ConfigError(
-            f"cachedit_fx: {others[0]!r} is unknown; allowed are 'cache_config', 'calibrator_config' and 'tuned', got "
-            f"{shown(content[others[0]])} as {others[0]!r}; remove it"
+            f"cachedit_fx: {name!r} (given {shown(content[name])}) is no part of a configuration file."
+            f"{belongs or did_you_mean(name, (*_PARTS, *_OTHER_PARTS))}\nAllowed: {', '.join(_PARTS)}."
         )
     left = [name for name in _OTHER_PARTS if content.get(name) is not None]
     if left:

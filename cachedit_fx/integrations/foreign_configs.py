@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,16 @@ def as_cache_config(given: object) -> CacheConfig | None:
             "It reuses parts inside of the blocks, and this cache reuses what whole blocks add.\n"
             "What to do: give a CacheConfig, or enable the cache of diffusers alone: transformer.enable_cache(config)."
         )
-    raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {shown(given)}")
+    raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {shown(given)}{_hint(given)}")
+
+
+def _hint(given: object) -> str:
+    """What to write instead of what was given as a configuration."""
+    if isinstance(given, Mapping):
+        return "; give CacheConfig(**...) with this mapping"
+    if isinstance(given, str | os.PathLike):
+        return "; for a file, call enable_cache(pipe, **load_configs(path))"
+    return "; give CacheConfig(...), or its fields as arguments of enable_cache"
 
 
 def as_calibrator(given: object) -> object:
@@ -86,8 +96,8 @@ def without_legacy(kwargs: dict[str, Any], calibrator: object) -> object:
     hidden, encoder = (bool(found.get(name)) for name in _LEGACY[:2])
     order = found.get("taylorseer_order", 1)
     log.warning(
-        "cachedit_fx: %s is deprecated, as in cache-dit.\n"
-        "What to do: calibrator_config=TaylorSeerCalibratorConfig(taylorseer_order=%s), or forecaster=.",
+        "cachedit_fx: enable_cache's arguments for TaylorSeer (%s) are deprecated, as in cache-dit.\n"
+        "What to do: give forecaster=TaylorSeerCalibratorConfig(taylorseer_order=%s) instead.",
         *(", ".join(found), order),
     )
     if calibrator is not None or not (hidden or encoder):
@@ -121,7 +131,7 @@ def _from_cache_dit(given: Any) -> CacheConfig:
             continue
         if field.name not in FIELD_NAMES:
             log.warning(
-                "cachedit_fx: %s.%s=%s is ignored: it has no counterpart here.\nWhat to do: take it out.",
+                "cachedit_fx: %s.%s=%s is ignored: it has no counterpart here.\nWhat to do: remove it.",
                 *(type(given).__name__, field.name, shown(value)),
             )
             continue

@@ -97,7 +97,7 @@ class Bounds:
         log.warning(
             "cachedit_fx: the cached values of a generation were dropped before its end, so it has to compute again.\n"
             "  expected: interleaved generations cache at most max_state_bytes=%s, in at most %d sessions\n"
-            "  found:    more; the least recently used generation was dropped, and continued afterwards\n"
+            "  found:    more than that: the least recently used generation was dropped, and continued afterwards\n"
             "What to do: raise max_state_bytes, or interleave fewer generations.",
             self.max_bytes,
             MAX_SESSIONS,

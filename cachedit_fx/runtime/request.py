@@ -47,7 +47,8 @@ def session(key: Hashable) -> NamedRequest:
     """
     if key is None or not _is_hashable(key):
         raise TypeError(
-            f"cachedit_fx: session(key) takes any hashable key but None, as a string or a number, got {shown(key)}"
+            "cachedit_fx: session(key) needs a hashable key other than None, such as a string or a number, got "
+            f"{shown(key)}"
         )
     return NamedRequest(key)
 

@@ -1,4 +1,4 @@
-"""Writes docs/models.md, which shows how every transformer of the zoo is cached.
+"""Writes docs/models.md, which shows how every transformer of the zoo is cached, and the table of `doctor`.
 
 python -m tests.zoo.table            # or: make models
 """
@@ -6,6 +6,7 @@ python -m tests.zoo.table            # or: make models
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import diffusers
 import jinja2
 import torch
 from torch import fx
@@ -22,6 +24,7 @@ from cachedit_fx import BlockAdapter
 from cachedit_fx.frontend import backend as backends
 from cachedit_fx.frontend.capture import copy_graph, forget_examples
 from cachedit_fx.passes.manager import Rewritten, rewrite
+from cachedit_fx.shell.installed_models import TABLE
 from tests.zoo import VARIANTS
 from tests.zoo.variant import Variant
 
@@ -164,5 +167,23 @@ def page(rows: Sequence[str]) -> str:
     return jinja2.Template(TEMPLATE, keep_trailing_newline=True).render(columns=COLUMNS, rows=rows)
 
 
+def classes_and_needs(rows: Sequence[str]) -> dict[str, str]:
+    """The class of every row, and what it takes that all of its variants are cached: for `cachedit-fx doctor`."""
+    needs: dict[str, list[str]] = {}
+    for row in rows:
+        first, *_, last = row.removeprefix("| ").removesuffix(" |").split(" | ")
+        found = needs.setdefault(first.partition("`")[2].partition("`")[0], [])
+        if last != "-" and last not in found:
+            found.append(last)
+    return {name: "; ".join(needs[name]).replace("`", "") for name in sorted(needs)}
+
+
+def write(rows: Sequence[str]) -> None:
+    """Writes docs/models.md, and the table of the package."""
+    PAGE.write_text(page(rows), encoding="utf-8")
+    content = {"diffusers": diffusers.__version__, "models": classes_and_needs(rows)}
+    TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page([row(name) for name in VARIANTS]), encoding="utf-8")
+    write([row(name) for name in VARIANTS])
