@@ -24,22 +24,42 @@ DIFFERENCES = ("difference_from_plain", "difference_from_ours")
 Measured = Mapping[str, Any]  # What `run.py` writes.
 
 
+# The variants in README.md, and what they are called there.
+SHORT = {
+    "ours": "cachedit_fx",
+    "cache-dit": "cache-dit",
+    "cache-dit-regional": "cache-dit, regional",
+    "fbc": "FirstBlockCache",
+    "magcache": "MagCache",
+}
+
+
 def readme(measured: Measured) -> str:
-    """Returns the short tables of README.md."""
+    """Returns the short table of README.md: the time of a generation over that of the plain compiled pipeline."""
+    works = measured["works"].values()
+    names = [name for name in SHORT if any(name in work["rows"] for work in works)]
+    rows = [["pipeline", *(SHORT[name] for name in names)]]
+    rows += [[work["title"], *(_of_plain(work, name) for name in names)] for work in works]
+    return f"Measured on a CPU: {_hardware(measured)}.\n\n{markdown(rows)}"
+
+
+def overview(measured: Measured) -> str:
+    """Returns the table of all works and variants in docs/performance.md."""
     works = measured["works"].values()
     names = list(dict.fromkeys(name for work in works for name in work["rows"] if name != "floor"))
     rows = [["generation / plain", *(work["title"] for work in works)]]
-    rows += [[name, *(_median(work["rows"].get(name, {}).get("plain_ratio")) for work in works)] for name in names]
+    rows += [[name, *(_of_plain(work, name) for work in works)] for name in names]
     goals = list(dict.fromkeys(_short(target["name"]) for work in works for target in work["targets"]))
     for goal in goals:
         found = [[t for t in work["targets"] if _short(t["name"]) == goal] for work in works]
         rows.append([f"ours: {goal}", *(_median(entry[0]["measured"]) if entry else "-" for entry in found)])
-    return "\n\n".join([_machine(measured), markdown(rows)])
+    return markdown(rows)
 
 
 def performance(measured: Measured) -> str:
     """Returns the tables of docs/performance.md."""
-    return "\n\n".join([_machine(measured), *(work_section(work) for work in measured["works"].values())])
+    works = (work_section(work) for work in measured["works"].values())
+    return "\n\n".join([_machine(measured), overview(measured), *works])
 
 
 def work_section(work: Mapping[str, Any]) -> str:
@@ -73,12 +93,16 @@ def put(page: str, tables: str) -> str:
 
 
 def _machine(measured: Measured) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
     return (
-        f"{measured['hardware']}; {versions}; F{measured['fn']}B{measured['bn']}, mask with the policy "
+        f"{_hardware(measured)}; F{measured['fn']}B{measured['bn']}, mask with the policy "
         f"{measured['policy']!r}, compiled by {measured['inner']}; CPU time, {measured['rounds']} interleaved rounds.\n"
         f"`{measured['command']}`"
     )
+
+
+def _hardware(measured: Measured) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
+    return f"{measured['hardware']}; {versions}"
 
 
 def _target_table(work: Mapping[str, Any]) -> str:
@@ -152,6 +176,10 @@ def _profile_table(profile: Mapping[str, Any] | None) -> str:
         [name, *(_number(profile[kind].get(name), 3) for kind in ("reused", "computed"))] for name in [*names, TOTAL]
     ]
     return markdown(rows)
+
+
+def _of_plain(work: Mapping[str, Any], name: str) -> str:
+    return _median(work["rows"].get(name, {}).get("plain_ratio"))
 
 
 def _short(name: str) -> str:

@@ -107,6 +107,6 @@ def did_you_mean(
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def missing(package: str, what: str) -> ConfigError:
-    """Returns the error for a package of the extra `report` that is not installed."""
-    return ConfigError(f"cachedit_fx: {what} needs {package}, which is not installed: pip install cachedit_fx[report]")
+def missing(package: str, what: str, extra: str = "report") -> ConfigError:
+    """Returns the error for a package of an extra of cachedit_fx that is not installed."""
+    return ConfigError(f"cachedit_fx: {what} needs {package}, which is not installed: pip install cachedit_fx[{extra}]")

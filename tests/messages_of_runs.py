@@ -29,7 +29,7 @@ from cachedit_fx.integrations.comfyui.sampler_steps import StepLimits
 from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals
 from cachedit_fx.patterns import BUILT_IN
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
-from cachedit_fx.testing import check_pattern
+from cachedit_fx.testing import check_pattern, tiny_pipeline
 from cachedit_fx.testing.template_reference import TemplateReference
 from examples.custom_pattern import TwoScaleTransformer
 from tests import hybrid, tiny
@@ -360,6 +360,14 @@ CHECKS = [
     ),
     Row(
         "cannot-tell", lambda _: follow(BUILT_IN[3], Transformer(), {}, "blocks.9"), "blocks.9", "there is no module at"
+    ),
+    Row("tiny-pipeline-name", lambda _: tiny_pipeline("fluxx"), "got 'fluxx'", "Did you mean 'flux'?"),
+    Row("tiny-pipeline-blocks", lambda _: tiny_pipeline("flux", num_blocks=0), "got 0", "must be an int >= 1"),
+    Row(
+        "no-transformers",
+        lambda _: without_package("transformers", lambda: tiny_pipeline("flux")),
+        "transformers",
+        "pip install cachedit_fx[diffusers]",
     ),
 ]
 

@@ -142,8 +142,10 @@ def test_tables_are_put_between_the_markers():
     measured = dict(hardware="a CPU", versions={}, fn=1, bn=0, policy="dynamic", inner="eager", rounds=2, command="x")
     measured["works"] = {"qwen": _measured()}
     page = put(f"before\n{BEGIN}\nold\n{END}\nafter", readme(measured))
-    assert page.startswith(f"before\n{BEGIN}\n\na CPU") and page.endswith(f"\n\n{END}\nafter")
-    assert "| ours: generation / best peer | 0.833 |" in page and "old" not in page
+    assert page.startswith(f"before\n{BEGIN}\n\nMeasured on a CPU: a CPU") and page.endswith(f"\n\n{END}\nafter")
+    assert "| pipeline | cachedit_fx | FirstBlockCache |" in page and "old" not in page
+    assert f"| {measured['works']['qwen']['title']} | 1.042 | 1.250 |" in page
+    assert "| ours: generation / best peer | 0.833 |" in performance(measured)
     assert "| reused step / floor | 1.05 | 2.000 (2.000 to 2.000) | missed |" in performance(measured)
 
 

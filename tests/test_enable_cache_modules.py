@@ -309,3 +309,12 @@ def test_policies_that_only_finished_requests_used_are_released():
     cachedit_fx.refresh_context(module, decider=None)
     gc.collect()
     assert sum(decider() is not None for decider in deciders) <= MAX_POLICIES
+
+
+def test_a_model_whose_class_was_defined_by_exec_is_cached():
+    names: dict[str, Any] = {"__name__": "module_without_a_file", "Transformer": tiny.Transformer}
+    exec("class Typed(Transformer):\n    pass", names)
+    model = tiny.frozen(names["Typed"]())
+    cachedit_fx.enable_cache(model, **tiny.fields(inner_backend="eager"))
+    tiny.generate(model, tiny.prompt(), tiny.latents())
+    assert cachedit_fx.is_cached(model)

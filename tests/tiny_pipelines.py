@@ -6,7 +6,7 @@
 
 The pipelines are those of diffusers, with their loops, guidance, schedulers and calls of `cache_context`. They have
 neither a VAE nor a text encoder: prompts are given as embeddings, and the outputs are latents. The latents are 8x8, the
-transformers at most 32 wide, and the batch size is 1.
+transformers at most 32 wide, and the batch size is 1. `cachedit_fx.testing.tiny_pipeline` makes complete pipelines.
 """
 
 from __future__ import annotations
@@ -22,35 +22,15 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from cachedit_fx.testing.tiny_components import SIDE, TEXT_WIDTH, build_transformer
+from cachedit_fx.testing.tiny_pipelines import KINDS
+
 NUM_BLOCKS = 4  # In every block list.
 TEXT = 7  # Tokens of a prompt; no pipeline here has the same number of image tokens.
 NEGATIVE_TEXT = 5  # Tokens of a negative prompt, if its length may differ from that of the prompt.
-TEXT_WIDTH = 16
-SIDE = 8  # Height and width of the latents.
 FRAMES = 2  # Frames of the latents of a video.
 GUIDANCE = 3.0
 LLAMA_LAYERS = 4  # Hidden states of Llama that HiDream's blocks choose from.
-
-_BLOCK_COUNTS = ("num_layers", "num_single_layers", "num_mmdit_layers", "num_single_dit_layers", "n_layers")
-_SMALL = dict(
-    in_channels=4,
-    out_channels=4,
-    patch_size=2,
-    sample_size=SIDE,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    cross_attention_dim=32,
-    caption_projection_dim=32,
-    pooled_projection_dim=32,
-    time_embed_dim=16,
-    num_refiner_layers=1,
-    joint_attention_dim=TEXT_WIDTH,
-    text_embed_dim=TEXT_WIDTH,
-    text_dim=TEXT_WIDTH,
-    caption_channels=TEXT_WIDTH,
-    cap_feat_dim=TEXT_WIDTH,
-)
-"""What a transformer is configured with, where it has the name and its entry in the table says nothing else."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +41,7 @@ class TinyPipeline:
         name: Key in `PIPELINES`.
         kind: The pipeline's class.
         transformer_kind: The class of its transformers.
-        config: Their configuration, in addition to `_SMALL` and the numbers of blocks.
+        config: Their configuration, in addition to what `build_transformer` sets.
         inputs: seed -> arguments of a call, in new tensors; `arguments` adds those that all pipelines have in common.
         guidance_branches: Labels that the pipeline gives to `cache_context` in each step of a call with `arguments`, in
             order. Empty for a pipeline that gives none.
@@ -93,17 +73,10 @@ class TinyPipeline:
         return pipe
 
     def _transformer(self, num_blocks: int) -> nn.Module:
-        accepted = inspect.signature(self.transformer_kind).parameters
-        shared = _SMALL | dict.fromkeys(_BLOCK_COUNTS, num_blocks)
-        # Only HiDream has this option, with one layer for every block.
-        shared["llama_layers"] = [i % LLAMA_LAYERS for i in range(2 * num_blocks)]
-        config = {name: value for name, value in shared.items() if name in accepted} | self.config
-        model = self.transformer_kind(**config).eval().requires_grad_(False)
-        for parameter in model.parameters():
-            # Gates and output projections are initialized to zero, and blocks would have no effect.
-            if parameter.numel() > 1 and not parameter.any():
-                parameter.normal_(0, 0.02)
-        return model
+        config = self.config
+        if "llama_layers" in inspect.signature(self.transformer_kind).parameters:  # HiDream: a layer for every block.
+            config = config | {"llama_layers": [i % LLAMA_LAYERS for i in range(2 * num_blocks)]}
+        return build_transformer(self.transformer_kind, config, num_blocks)
 
     def arguments(self, seed: int = 1) -> dict[str, Any]:
         """Keyword arguments of a call, besides `num_inference_steps`; new tensors every time."""
@@ -213,10 +186,9 @@ def _hunyuan_image_prompt(seed: int) -> dict[str, Any]:
 
 # The published PixArt and Allegro predict the noise; with a random transformer the latents would grow a hundredfold.
 _V_PREDICTION = dict(prediction_type="v_prediction", timestep_spacing="trailing")
-_FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+_FLOW = KINDS["wan"].scheduler[1]
 _FLOW_UNIPC = partial(diffusers.UniPCMultistepScheduler, **_FLOW)
-_FLUX = dict(in_channels=64, out_channels=None, patch_size=1, guidance_embeds=True, axes_dims_rope=(4, 4, 8))
-_WAN = dict(patch_size=(1, 2, 2), freq_dim=256, ffn_dim=64, cross_attn_norm=True, rope_max_seq_len=32)
+_FLUX, _QWEN, _WAN = (KINDS[name].config for name in ("flux", "qwen", "wan"))
 
 _TABLE = (
     TinyPipeline(
@@ -245,7 +217,7 @@ _TABLE = (
         "qwen_image",
         diffusers.QwenImagePipeline,
         diffusers.QwenImageTransformer2DModel,
-        dict(in_channels=16, axes_dims_rope=(8, 4, 4)),
+        _QWEN,
         _qwen_inputs,
         guidance_branches=("cond", "uncond"),
     ),
@@ -267,7 +239,7 @@ _TABLE = (
         guidance_branches=("cond", "uncond"),
         scheduler=_FLOW_UNIPC,
         transformers=("transformer", "transformer_2"),
-        others=lambda: dict(boundary_ratio=0.8),
+        others=lambda: KINDS["wan2.2"].others,
     ),
     TinyPipeline(
         "hunyuan_video",

@@ -110,7 +110,7 @@ class CaptureStrategies:
         is_whole = self._kwargs.pop("fullgraph", False)
         self._graphs = _graphs_of(type(module))
         self._strategies = [strategy for strategy in strategies if strategy.whole or not is_whole]
-        self._file = inspect.getsourcefile(type(module))
+        self._file = _source_file(type(module))
         self._compiled: dict[CaptureStrategy, Callable[..., Any]] = {}
         self._lock = released_in_child(threading.RLock())
         self._has_worked = False  # Whether the first of the strategies has worked.
@@ -319,6 +319,14 @@ def _settings(strategy: CaptureStrategy, limit: int) -> Iterator[None]:
 
 _graphs: weakref.WeakKeyDictionary[type[nn.Module], weakref.WeakSet[CachedCall]] = weakref.WeakKeyDictionary()
 _graphs_lock = released_in_child(threading.Lock())
+
+
+def _source_file(kind: type[nn.Module]) -> str | None:
+    try:
+        return inspect.getsourcefile(kind)
+    except (OSError, TypeError):  # Its module is not imported: `exec` has run the code.
+        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+        return code and code.co_filename
 
 
 def _graphs_of(cls: type[nn.Module]) -> weakref.WeakSet[CachedCall]:

@@ -146,8 +146,8 @@ cache, reused steps against blocks that are skipped by hand. This page is writte
 it is out of date.
 
 - **block lists**: the number of blocks, and the pattern that they match (see the
-  [README](../README.md#which-models-match)). Lists in one row whose streams continue from one to the next form one
-  region, with one decision.
+  [built-in patterns](patterns.md#the-six-built-in-patterns)). Lists in one row whose streams continue from one to the
+  next form one region, with one decision.
 - **region at F1B0**: the blocks that a reused step skips if one block at the front and none at the end always run.
 - **structures**: the number of distinct pieces that are compiled for this number of blocks, as for Inductor. If only
   the region reads what the last of the Fn blocks computes of the text, this block counts as two pieces.
