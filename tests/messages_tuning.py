@@ -39,6 +39,13 @@ class Model(nn.Module):
         return hidden_states * timestep if self.returned is None else self.returned
 
 
+class Growing(Model):
+    """Returns one value at the first timestep, and two at the others."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Any:
+        return hidden_states[:, : 1 if timestep.item() == 1 else 2]
+
+
 class Pipe:
     """Calls its first `num_used` transformers `steps` times."""
 
@@ -101,7 +108,12 @@ def without(package: str, do: Callable[[Path], object]) -> Callable[[Path], obje
 
 
 ROWS = [
-    of("tune-target", "got {'ssim': 1}", "target must be one of psnr, rel_l2, speedup", target={"ssim": 1}),
+    of("tune-target", "got {'ssim': 1}", "or one of psnr, rel_l2, speedup with a number", target={"ssim": 1}),
+    of("tune-no-limit", "got neither at_least nor at_most", "'fastest' needs one limit on", target="fastest"),
+    of("tune-limit", "got at_least='psnr=40'", "'best' needs one limit on", target="best", at_least="psnr=40"),
+    of("tune-two-limits", "got 'psnr=20'", "must be 'fastest' or 'best' if at_most is given", at_most="rel_l2=0.1"),
+    of("tune-alternatives", "got 'on'", "alternatives must be one of 'report', 'choose', 'off'", alternatives="on"),
+    of("tune-schedulers", "got 'all'", "schedulers must be one of 'any', 'current'", schedulers="all"),
     of("tune-slow", "got 0.5", "target speedup must be greater than 1", target="speedup=0.5"),
     of("tune-budget", "got {'hours': 1}", "budget must be one of runs, seconds", budget={"hours": 1}),
     of("tune-no-budget", "got 0", "budget seconds must be greater than 0", budget=0),
@@ -110,7 +122,15 @@ ROWS = [
     of("tune-length", "got [4, 5]", "must all have the same number of steps", calls=({}, {"steps": 5})),
     of("tune-returned", "got None", "must return a tensor", calls=(lambda pipe: pipe() and None,)),
     of(
-        "tune-two", "transformer and transformer_2", "must run one transformer", pipe=Pipe(Model(), Model(), num_used=2)
+        *("tune-two", "transformer, transformer_2, transformer", "must run its transformers one after the other"),
+        pipe=Pipe(Model(), Model(), num_used=2),
+    ),
+    of("tune-sizes", "from transformer", "must have the same size at every step", pipe=Pipe(Growing())),
+    Row(
+        "enable-names",
+        lambda _: cachedit_fx.enable_cache(Pipe(), {"transformer_2": cachedit_fx.CacheConfig()}),
+        "each of transformer, got {'transformer_2'",
+        "cache_config must be a CacheConfig, or a dict of one for each",
     ),
     of("tune-compiled", "got a Model that is", "neither cached nor compiled", pipe=compiled()),
     of("tune-wrapped", "got an OptimizedModule", "must not be wrapped by torch.compile", pipe=wrapped()),

@@ -76,7 +76,7 @@ def test_similar_generations_are_forecast_better_than_by_a_polynomial():
 
 def test_a_schedule_becomes_a_configuration_that_can_be_written_to_a_file():
     searched = fitting(FittedCalibratorConfig(), [problem(outputs())])
-    config = config_of(best_schedules([problem(outputs())], searched)[5])
+    config = config_of(best_schedules([problem(outputs())], searched)[5], ["transformer"])
     forecaster = config.forecaster
     assert isinstance(forecaster, FittedCalibratorConfig) and len(forecaster.computed) == 5
     assert forecaster_from(as_mapping(forecaster)) == forecaster

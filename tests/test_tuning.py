@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -10,6 +13,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,15 +22,19 @@ import cachedit_fx
 from cachedit_fx import CacheConfig, load_configs
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.forecasters import Forecaster
+from cachedit_fx.forecasters.fitted import FittedCalibratorConfig
 from cachedit_fx.forecasters.forecaster import Times
 from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
+from cachedit_fx.runtime.instances import records_of
 from cachedit_fx.tuning import TuneResult, check_signature, generations, load_tuned, tune
-from cachedit_fx.tuning.cached import measure_cached, threshold_config
+from cachedit_fx.tuning.cached import config_of, measure_cached, threshold_config
 from cachedit_fx.tuning.calls import as_tensor, calls_of
+from cachedit_fx.tuning.fit import fitting
 from cachedit_fx.tuning.measure import Measured, Meter
+from cachedit_fx.tuning.problems import RecordedRun, problems_of
 from cachedit_fx.tuning.recording import Recorder, Steps, handled
 from cachedit_fx.tuning.saved import config_to
-from cachedit_fx.tuning.schedule import Schedule
+from cachedit_fx.tuning.schedule import Schedule, cost_of
 from cachedit_fx.tuning.search import Pace
 from cachedit_fx.tuning.simulate import Simulation
 from cachedit_fx.tuning.targets import Budget, Target
@@ -51,6 +59,41 @@ class Field(nn.Module):
         self.num_runs += 1
         turn = 2.0 * timestep[:, None]
         return (torch.tanh(self.mix(hidden_states)) * torch.cos(turn) + encoder_hidden_states * torch.sin(turn),)
+
+
+class Euler:
+    """A scheduler whose `step` records the guided outputs that it receives."""
+
+    def __init__(self) -> None:
+        self.config, self.sigmas = {"shift": 1.0}, torch.ones(1)
+        self.received: list[Tensor] = []
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, eta: float = 0.0) -> tuple[Tensor]:
+        self.received.append(model_output.clone())
+        return (sample + model_output / (len(self.sigmas) - 1) * -1.0,)
+
+
+class Stepped:
+    """`Pipe` with a scheduler that makes the steps, as in diffusers; `copies` steps by a copy of it besides."""
+
+    def __init__(self, copies: int = 0, extra: int = 0) -> None:
+        self.transformer = Field().eval().requires_grad_(False)
+        self.scheduler, self.copies, self.extra = Euler(), copies, extra
+
+    def __call__(self, prompt: Tensor, generator: Any = None) -> tuple[Tensor]:
+        self.scheduler.sigmas = sigmas = torch.linspace(1, 0, NUM_STEPS + 1)
+        copied = copy.deepcopy(self.scheduler)
+        assert "eta" in inspect.signature(self.scheduler.step).parameters
+        latents = torch.randn(prompt.shape, generator=generator)
+        for now in sigmas[:-1]:
+            timestep = now.expand(len(latents))
+            cond = self.transformer(latents, timestep, encoder_hidden_states=prompt)[0]
+            uncond = self.transformer(latents, timestep, encoder_hidden_states=torch.zeros_like(prompt))[0]
+            for _ in range(self.copies):
+                copied.step(cond, now, latents)
+            for _ in range(1 + self.extra):
+                latents = self.scheduler.step(uncond + 3.0 * (cond - uncond), now, sample=latents)[0]
+        return (latents,)
 
 
 class Pipe:
@@ -157,9 +200,59 @@ def test_a_search_resumes_from_its_file(tmp_path):
     second = tuned(again, resume=file)
     assert second.verified.share_computed <= first.verified.share_computed  # The same number of additional runs.
     assert json.loads(file.read_text())["measured"].items() >= known.items()
-    meter = Meter(None, Field(), (), [call.run(Pipe()) for call in calls_of(calls())], 1.0, file)
+    meter = Meter(None, {"transformer": Field()}, (), [call.run(Pipe()) for call in calls_of(calls())], 1.0, file)
     key, entry = next(iter(known.items()))
     assert meter.is_measured(key) and list(meter.measure(key, pytest.fail, pytest.fail).errors) == entry["errors"]
+
+
+# Two transformers.
+
+
+@pytest.fixture(scope="module")
+def wan22() -> tuple[Any, TuneResult, dict[str, list[list[int]]]]:
+    real = PIPELINES["wan22"]
+    pipe = real.build(num_blocks=2)
+    given = [lambda p, seed=seed: real.run(p, seed=seed, num_steps=8) for seed in (1, 2)]
+    arguments = dict(target="speedup=1.3", budget="runs=5", thresholds=())
+    found = tune(pipe, given, forecasters=[FittedCalibratorConfig(memory=2), LINEAR], **arguments)
+    records = {name: records_of(pipe.components[name], every_generation=False) for name in found.config}
+    return pipe, found, {n: [stats.cached_steps for r in of for stats in r.stats] for n, of in records.items()}
+
+
+def guidance_mask(config: CacheConfig) -> tuple[int, ...]:
+    return tuple(config.guidance_computation_mask or (1,) * config.num_inference_steps)
+
+
+def test_each_of_two_transformers_has_a_configuration_of_its_own(wan22, tmp_path, caplog):
+    pipe, found, _ = wan22
+    first, second = found.config["transformer"], found.config["transformer_2"]
+    masks = [[*config.steps_computation_mask] for config in (first, second)]
+    assert [len(mask) for mask in masks] == [first.num_inference_steps, second.num_inference_steps]
+    assert sum(map(len, masks)) == 8 and masks[0][0] == masks[1][0] == 1
+    num_guided = sum(config.num_inference_steps - sum(guidance_mask(config)) for config in (first, second))
+    assert found.is_confirmed and found.verified.share_computed == (sum(map(sum, masks)) - num_guided / 2) / 8 < 1
+    for name in ("tuned.json", "tuned.yaml"):
+        path = found.save(tmp_path / name)
+        assert load_tuned(path) == (found.config, found.signature)
+        assert load_configs(path) == {"cache_config": found.config, "tuned_on": found.signature}
+    assert check_signature(pipe, found.signature) == []
+    pipe.register_to_config(boundary_ratio=0.5)
+    assert check_signature(pipe, found.signature) == [
+        "pipeline_config: tuned on {'boundary_ratio': 0.8}, found {'boundary_ratio': 0.5}"
+    ]
+    pipe.register_to_config(boundary_ratio=0.8)
+
+
+def test_the_cache_of_two_transformers_does_what_the_simulation_predicts(wan22):
+    _, found, cached_steps = wan22
+    (simulated,) = [point for point in found.frontier if point.is_measured and point.config == found.config]
+    for name, config in found.config.items():
+        mask, guidance = config.steps_computation_mask, guidance_mask(config)
+        reused = [step for step, is_computed in enumerate(mask) if not is_computed]
+        guided = [step for step, is_computed in enumerate(mask) if not is_computed or not guidance[step]]
+        assert cached_steps[name] == [reused, guided]  # In the run that confirmed the result.
+    assert found.verified.rel_l2 > 1e-6
+    assert found.verified.rel_l2 == pytest.approx(simulated.quality.rel_l2, rel=1e-3)  # The graph rounds differently.
 
 
 # The parts of the search.
@@ -196,17 +289,47 @@ def test_a_schedule_that_computes_all_steps_is_bitwise_exact():
 def test_branches_and_steps_of_real_pipelines_are_recorded(name):
     real = PIPELINES[name]
     pipe = real.build(num_blocks=2)
-    recorder = Recorder(pipe.transformer, 1 << 30)
+    recorder = Recorder({"transformer": pipe.transformer}, pipe.scheduler, 1 << 30)
     with recorder.recording():
         reference = real.run(pipe, num_steps=5)
-    trajectories = recorder.trajectories()
-    assert recorder.num_steps == 5 and len(trajectories) == max(1, len(real.guidance_branches))
-    for trajectory in trajectories:
-        assert trajectory.gram.shape == (5, 5) and len({*trajectory.timesteps}) == 5
+    (trajectory,) = recorder.trajectories()
+    assert recorder.parts == (("transformer", 5),) and len(recorder._branches) == max(1, len(real.guidance_branches))
+    assert trajectory.gram.shape == (5, 5) and len({*trajectory.timesteps}) == 5
     with Simulation(pipe.transformer, Schedule(LINEAR, (0, 1, 2, 3, 4), 5)).simulating():
         assert torch.equal(as_tensor((real.run(pipe, num_steps=5),)), as_tensor((reference,)))
     with Simulation(pipe.transformer, Schedule(LINEAR, (0, 1, 3), 5)).simulating():
         assert as_tensor((real.run(pipe, num_steps=5),)).isfinite().all()
+
+
+def test_the_outputs_after_guidance_are_recorded():
+    pipe, (call, _) = Stepped(copies=1), calls_of(calls())
+    recorder = Recorder({"transformer": pipe.transformer}, pipe.scheduler, 1 << 30)
+    with recorder.recording():
+        call.run(pipe)
+    assert Euler.step.__qualname__ == "Euler.step" and not hasattr(Euler.step, "__wrapped__")
+    (trajectory,) = recorder.trajectories()
+    guided = torch.stack([output.flatten() for output in pipe.scheduler.received]).double()
+    np.testing.assert_allclose(trajectory.gram, guided @ guided.T, rtol=1e-12)
+    (one,) = problems_of([RecordedRun(trajectory, np.ones(NUM_STEPS))], "step")
+    each = [gram / gram.sum() for gram in trajectory.branches]
+    assert len(each) == 2 and fitting(FittedCalibratorConfig(), [one]).gram == pytest.approx((each[0] + each[1]) / 2)
+    # The forecast of a guided output is the same sum of guided outputs, so the predicted cost of one gap is its error.
+    schedule = Schedule(LINEAR, tuple(step for step in range(NUM_STEPS) if step != 5), NUM_STEPS)
+    weights = np.full(NUM_STEPS, -1 / NUM_STEPS)
+    (one,) = problems_of([RecordedRun(trajectory, weights)], "timestep")
+    whole = weights @ trajectory.gram @ weights
+    factors = LINEAR.numbers(Times((4 / NUM_STEPS, 3 / NUM_STEPS), 5 / NUM_STEPS))
+    missed = factors[0] * guided[4] + factors[1] * guided[3] - guided[5]
+    expected = float(missed.square().sum()) / NUM_STEPS**2 / whole
+    assert cost_of([one], LINEAR, schedule.computed) == pytest.approx(expected, rel=1e-3)  # float32 timesteps.
+
+
+def test_without_one_scheduler_step_per_step_every_guidance_branch_is_recorded():
+    pipe, (call, _) = Stepped(extra=1), calls_of(calls())
+    recorder = Recorder({"transformer": pipe.transformer}, pipe.scheduler, 1 << 30)
+    with recorder.recording():
+        call.run(pipe)
+    assert len(pipe.scheduler.received) == 2 * NUM_STEPS and len(recorder.trajectories()) == 2
 
 
 def test_a_solver_that_calls_twice_at_a_timestep_is_one_branch():
@@ -233,11 +356,13 @@ def test_an_exception_does_not_change_the_module():
 
 
 def test_a_measurement_derives_its_metrics_from_the_errors():
-    measured = Measured((0.01, 0.0001), (1.0, 1.0), peak=1.0, share_computed=0.5, seconds=1.0)
-    assert measured.psnr == pytest.approx(-10 * math.log10(0.00505))
-    assert measured.rel_l2 == pytest.approx(math.sqrt(0.00505))
+    measured = Measured((0.01, 0.0001), (1.0, 0.25), peak=1.0, share_computed=0.5, seconds=1.0)
+    assert measured.psnr == pytest.approx(30.0) and measured.rel_l2 == pytest.approx((0.1 + 0.02) / 2)
     assert measured.margin_db == pytest.approx(10.0)  # 20 and 40 dB: a deviation of 14.1 over the root of 2.
-    assert Measured((0.0,), (1.0,), 1.0, 0.5, 1.0).psnr == 150.0
+    assert measured.margin_rel_l2 == pytest.approx(0.04)
+    single = Measured((0.01,), (1.0,), 1.0, 0.5, 1.0)
+    assert single.margin_db == 0.5 and single.margin_rel_l2 == pytest.approx(0.1 * (10**0.025 - 1))
+    assert Measured((0.0,), (1.0,), 1.0, 0.5, 1.0).psnr == 100.0
 
 
 @pytest.mark.parametrize(
@@ -342,13 +467,16 @@ def test_the_numeric_arguments_of_a_call_are_compared():
 
 def test_the_plot_shows_measured_predicted_and_chosen(result, tmp_path):
     (axes,) = result.plot(tmp_path / "frontier.png").axes
-    assert axes.get_legend_handles_labels()[1] == ["measured", "predicted", "chosen", "psnr=45"]
+    assert axes.get_legend_handles_labels()[1] == [
+        *("with the cache, predicted", "with the cache, measured", "chosen", "target: psnr=45")
+    ]
     assert (tmp_path / "frontier.png").stat().st_size > 1000
 
 
 def test_the_result_prints_target_prediction_and_verification(result):
-    first, predicted, verified = str(result).splitlines()
-    assert first == "psnr=45 reached" and predicted.startswith("  predicted: PSNR ") and "computed" in verified
+    first, predicted, verified, *_ = str(result).splitlines()
+    assert first == "psnr=45 reached (the fastest with a PSNR of at least 45 dB)"
+    assert predicted.startswith("  predicted: PSNR ") and "computed" in verified
 
 
 def test_a_pipeline_of_one_step_is_refused():
@@ -377,7 +505,7 @@ def test_the_cache_does_what_the_replay_predicts_and_is_disabled_afterwards():
     found = tune(pipe, given, target="speedup=2", budget="runs=3", forecasters=[LINEAR], thresholds=())
     assert found.is_confirmed and "_compiled_call_impl" not in pipe.transformer.__dict__
     mask, made = found.config.steps_computation_mask, calls_of(given)
-    meter = Meter(pipe, pipe.transformer, made, [call.run(pipe) for call in made], 1.0)
+    meter = Meter(pipe, {"transformer": pipe.transformer}, made, [call.run(pipe) for call in made], 1.0)
     replayed = meter.simulation(Schedule(LINEAR, tuple(i for i, m in enumerate(mask) if m), len(mask)))
     assert replayed.rel_l2 > 1e-4
     assert found.verified.rel_l2 == pytest.approx(replayed.rel_l2, rel=1e-2)  # The graph rounds differently.
@@ -385,7 +513,44 @@ def test_the_cache_does_what_the_replay_predicts_and_is_disabled_afterwards():
 
 def test_a_threshold_is_measured_with_the_cache():
     pipe, (call,) = Cached(), calls_of([{}])
-    meter = Meter(pipe, pipe.transformer, (call,), [call.run(pipe)], 1.0)
+    meter = Meter(pipe, {"transformer": pipe.transformer}, (call,), [call.run(pipe)], 1.0)
     never, often = (measure_cached(meter, threshold_config(t, LINEAR), f"{t}") for t in (0.0, 0.5))
     assert never.share_computed == 1.0 and never.rel_l2 < 1e-5  # The graph rounds differently.
     assert often.share_computed <= 1.0 and often.rel_l2 > never.rel_l2
+
+
+# Guidance reuse.
+
+
+def test_a_simulated_schedule_with_guided_steps_is_what_the_cache_does(caplog):
+    real = PIPELINES["wan"]
+    pipe, (call,) = real.build(num_blocks=2), calls_of([lambda p: real.run(p, num_steps=8)])
+    recorder = Recorder({"transformer": pipe.transformer}, pipe.scheduler, 1 << 30)
+    with recorder.recording():
+        reference = call.run(pipe)
+    problems = problems_of([RecordedRun(each, np.ones(8)) for each in recorder.trajectories()], "step")
+    fitted = fitting(FittedCalibratorConfig(memory=2), problems)
+    schedule = Schedule(fitted, (0, 1, 2, 4, 6), 8, guided=(2, 6))
+    meter = Meter(pipe, {"transformer": pipe.transformer}, (call,), [reference], 1.0)
+    simulated = meter.simulation(schedule)
+    config = config_of(schedule, ["transformer"])
+    assert (config.guidance_reuse, sum(config.guidance_computation_mask)) == ("difference", 6)
+    guided = []
+
+    def run(call: Any) -> Tensor:
+        output = call.run(pipe)
+        for record in records_of(pipe.transformer, every_generation=False):
+            guided.extend(stats.guided_steps for stats in record.stats)
+        return output
+
+    cachedit_fx.enable_cache(pipe, config, inner_backend="eager")
+    cached = meter.measure("cached", run, lambda: 1.0)
+    cachedit_fx.disable_cache(pipe)
+    assert guided == [[], [2, 6]] and "no effect" not in caplog.text
+    assert simulated.share_computed == schedule.share_computed == 0.5
+    assert simulated.rel_l2 > 1e-5 and cached.rel_l2 == pytest.approx(simulated.rel_l2, rel=1e-3)
+    without = meter.simulation(dataclasses.replace(schedule, guided=()))
+    assert abs(without.rel_l2 / simulated.rel_l2 - 1) > 0.01  # The guided steps have an effect.
+    meter.measured.clear()
+    other = meter.simulation(dataclasses.replace(schedule, forecaster=dataclasses.replace(fitted, difference=None)))
+    assert other.rel_l2 != simulated.rel_l2  # So do the factors of the difference.

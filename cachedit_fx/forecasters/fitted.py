@@ -29,6 +29,9 @@ class FittedCalibratorConfig(LinearForecaster):
             yet; only `tune` can fit.
         factors: For each step, the factor of each value, newest first. The factors of a computed step are used to
             judge how good the forecast of this step would have been; without them, it is not judged.
+        guided: The computed steps at which the second guidance branch uses the difference from the first one
+            (`guidance_reuse`). The factors of such a step are fitted to the differences at the steps before it that
+            both branches compute.
 
     Raises:
         ConfigError: The value of a field is not allowed, or `by` is not "step".
@@ -37,13 +40,14 @@ class FittedCalibratorConfig(LinearForecaster):
     memory: int = 3
     computed: Sequence[int] = ()
     factors: Sequence[Sequence[float]] = ()
+    guided: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("memory", self.memory, least=1)
         if self.by != "step":
             raise ConfigError(f"cachedit_fx: by must be 'step', because factors belong to steps, got {shown(self.by)}")
-        lists: dict[str, Any] = {"computed": self.computed, "factors": self.factors}
+        lists: dict[str, Any] = {"computed": self.computed, "factors": self.factors, "guided": self.guided}
         for name, value in lists.items():
             if not isinstance(value, Sequence) or isinstance(value, str):
                 raise ConfigError(f"cachedit_fx: {name} must be a list, one entry per step, got {shown(value)}")
@@ -55,6 +59,7 @@ class FittedCalibratorConfig(LinearForecaster):
             )
         object.__setattr__(self, "computed", tuple(self.computed))
         object.__setattr__(self, "factors", tuple(rows))
+        object.__setattr__(self, "guided", tuple(self.guided))
 
     @property
     def depth(self) -> int:
@@ -66,7 +71,8 @@ class FittedCalibratorConfig(LinearForecaster):
     def numbers(self, times: Times) -> Sequence[float]:
         """Returns the factor of each computed value, newest first."""
         count, step = len(times.computed), round(times.now)
-        before = [number for number in self.computed if number < step][::-1][:count]
+        left_out = self.guided if step in self.guided else ()
+        before = [number for number in self.computed if number < step and number not in left_out][::-1][:count]
         row = self.factors[step] if step < len(self.factors) else ()
         is_as_fitted = [round(position) for position in times.computed] == before
         if is_as_fitted and not row and step in self.computed:

@@ -38,8 +38,9 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
 
     The fields may also be at the top level, without `cache_config`. The format is that of cache-dit, and so are the
     defaults of fields that are omitted: the result is a `DBCacheConfig`, or a `DBPruneConfig` if `cache_type` is
-    "DBPrune". Parts of such a file that are not about caching are left out, with a warning. A file that `tune` saved
-    results in a `CacheConfig` instead, and its signature is returned as `tuned_on`.
+    "DBPrune". `cache_config` may also contain one mapping of fields for each transformer, by its name. Parts of such a
+    file that are not about caching are left out, with a warning. A file that `tune` saved results in a `CacheConfig`
+    instead, and its signature is returned as `tuned_on`.
 
     Raises:
         ConfigError: The file cannot be read or has another structure, a field is unknown, or its value is not allowed.
@@ -47,12 +48,29 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
     """
     content = dict(path_or_dict) if isinstance(path_or_dict, Mapping) else _read(Path(path_or_dict))
     calibrator, tuned = content.pop("calibrator_config", None), None
-    if "cache_config" in content:
+    if is_whole := "cache_config" in content:
         _check_parts(content)
         tuned = content.get("tuned")
         content = content["cache_config"] or {}
     if not isinstance(content, Mapping):
         raise ConfigError(f"cachedit_fx: cache_config must be a mapping of fields, got {shown(content)}")
+    found: dict[str, Any] = {"cache_config": None}
+    if is_whole and is_per_transformer(content):
+        found["cache_config"] = {str(n): _config(each, calibrator, tuned is not None) for n, each in content.items()}
+    else:
+        found["cache_config"] = _config(content, calibrator, tuned is not None)
+    if isinstance(tuned, Mapping) and isinstance(tuned.get("signature"), Mapping):
+        found["tuned_on"] = tuned["signature"]
+    return found
+
+
+def is_per_transformer(content: Mapping[str, Any]) -> bool:
+    """Returns whether a mapping contains the fields of one configuration for each transformer, by its name."""
+    fields = [value for name, value in content.items() if name not in OPTION_NAMES]
+    return bool(content) and len(fields) == len(content) and all(isinstance(value, Mapping) for value in fields)
+
+
+def _config(content: Mapping[str, Any], calibrator: object, is_tuned: bool) -> CacheConfig:
     fields = {str(name): value for name, value in content.items()}
     if isinstance(fields.get("steps_computation_mask"), str):
         total = fields.get("num_inference_steps")
@@ -63,11 +81,8 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
             )
         fields["steps_computation_mask"] = steps_mask(mask_policy=fields["steps_computation_mask"], total_steps=total)
     kind = DBPruneConfig if fields.get("cache_type") == CacheType.DBPrune else DBCacheConfig
-    base = kind() if tuned is None else CacheConfig()
-    found: dict[str, Any] = {"cache_config": with_calibrator(base.override(**fields), calibrator)}
-    if isinstance(tuned, Mapping) and isinstance(tuned.get("signature"), Mapping):
-        found["tuned_on"] = tuned["signature"]
-    return found
+    base = CacheConfig() if is_tuned else kind()
+    return with_calibrator(base.override(**fields), calibrator)
 
 
 def _check_parts(content: Mapping[str, Any]) -> None:

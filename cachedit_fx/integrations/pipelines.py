@@ -46,7 +46,8 @@ def enable_cache(
             the pipeline, it is used.
         cache_config: The configuration, which decides when to reuse; by default `CacheConfig()`. A
             `FirstBlockCacheConfig`, `MagCacheConfig` or `TaylorSeerCacheConfig` of diffusers, and a configuration
-            object of cache-dit, are translated.
+            object of cache-dit, are translated. If the pipeline has several transformers, this may also be a dict of
+            one configuration for each, by its name in the pipeline.
         calibrator_config: The same as `CacheConfig.forecaster`, under the name that it has in cache-dit.
         params_modifiers: The overrides for the region of each block list, in the order in which the lists run.
         tuned_on: The signature of a tuned configuration, as `load_configs` returns it. A warning is logged if the
@@ -136,25 +137,46 @@ def settings_for(
             others = f"and of torch.compile {', '.join(_COMPILE_KWARGS)}"
             what = "enable_cache's argument"
             raise ConfigError(unknown_option(name, value, _COMPILE_KWARGS, others=others, what=what))
-    base = as_cache_config(cache_config)
     options = dict(kwargs.pop("options", None) or {})
     fields |= {name: options.pop(name) for name in [*options] if name in OPTION_NAMES}
     if options:
         kwargs["options"] = options
-    config = with_calibrator((base or CacheConfig()).override(**fields), calibrator)
     adapter = adapter_for(pipe_or_adapter)
     if adapter is not None:
         if params_modifiers is not None:
             adapter = replace(adapter, params_modifiers=params_modifiers)
-        if adapter.has_separate_cfg and config.enable_separate_cfg is None:
-            config = config.override(enable_separate_cfg=True)
         modules, declared, functor = adapter.transformers(), adapter.declarations(), adapter.patch_functor
     else:
         modules, functor = transformers_of(pipe_or_adapter), None
         given = [*modules.values()] if len(modules) > 1 else next(iter(modules.values()))
         declared = BlockAdapter(transformer=given, params_modifiers=params_modifiers).declarations()
         declared = dict(zip(modules, declared.values(), strict=True))
-    return {name: (module, Settings(config, declared[name], functor, kwargs)) for name, module in modules.items()}
+    configs = {
+        name: with_calibrator((as_cache_config(base) or CacheConfig()).override(**fields), calibrator)
+        for name, base in _by_name(cache_config, modules).items()
+    }
+    if adapter is not None and adapter.has_separate_cfg:
+        configs = {
+            name: config if config.enable_separate_cfg is not None else config.override(enable_separate_cfg=True)
+            for name, config in configs.items()
+        }
+    return {name: (m, Settings(configs[name], declared[name], functor, kwargs)) for name, m in modules.items()}
+
+
+def _by_name(cache_config: Any, modules: Mapping[str, nn.Module]) -> Mapping[str, Any]:
+    """Returns what was given as the configuration of each transformer, by its name.
+
+    Raises:
+        ConfigError: It is a mapping whose names are not those of the transformers.
+    """
+    if not isinstance(cache_config, Mapping):
+        return dict.fromkeys(modules, cache_config)
+    if {*cache_config} != {*modules}:
+        raise ConfigError(
+            f"cachedit_fx: cache_config must be a CacheConfig, or a dict of one for each of {', '.join(modules)}, "
+            f"got {shown(cache_config)}"
+        )
+    return cache_config
 
 
 def enabled_settings(module: nn.Module) -> Settings | None:

@@ -22,7 +22,7 @@ Signature = dict[str, Any]  # Contains only what JSON and YAML can store.
 
 def signature_of(
     pipe: Any,
-    module: nn.Module,
+    modules: Mapping[str, nn.Module],
     calls: Sequence[Mapping[str, Any]],
     inputs: Mapping[str, tuple[int, ...]],
     num_steps: int,
@@ -31,12 +31,12 @@ def signature_of(
 
     Args:
         pipe: The pipeline.
-        module: Its transformer.
+        modules: Its transformers that run, by name.
         calls: The arguments of each call. All numbers among them are included: sizes, guidance, the number of steps.
-        inputs: Shapes of the tensors that the model was called with, by argument name.
+        inputs: Shapes of the tensors that a transformer was called with, by argument name.
         num_steps: The number of calls of the model per guidance branch.
     """
-    return _static(pipe, module) | {
+    return _static(pipe, modules) | {
         "num_steps": num_steps,
         "latents": _latents(inputs),
         "arguments": _numbers(calls),
@@ -46,8 +46,7 @@ def signature_of(
 
 def differences(pipe: Any, signature: Mapping[str, Any], call: Mapping[str, Any] | None = None) -> list[str]:
     """Returns how a pipeline and a call of it differ from a signature, one line each. Versions are not compared."""
-    module = next(iter(transformers_of(pipe).values()))
-    static = _static(pipe, module)
+    static = _static(pipe, transformers_of(pipe))
     found = [
         _line(name, signature[name], value) for name, value in static.items() if signature.get(name, value) != value
     ]
@@ -86,21 +85,27 @@ def _line(name: str, tuned: Any, found: Any) -> str:
     return f"{name}: tuned on {cut(tuned)}, found {cut(found)}"
 
 
-def _static(pipe: Any, module: nn.Module) -> Signature:
+def _static(pipe: Any, modules: Mapping[str, nn.Module]) -> Signature:
     """Returns the part of the signature that does not depend on calls."""
     scheduler = getattr(pipe, "scheduler", None)
-    weight = next(module.parameters(), None)
-    return {
+    first, *others = modules.items()
+    weight = next(first[1].parameters(), None)
+    found = {
         "pipeline": type(pipe).__name__,
-        "transformer": type(module).__name__,
-        "transformer_config": _hash(_config(module)),
+        "transformer": type(first[1]).__name__,
+        "transformer_config": _hash(config_of_part(first[1])),
         "scheduler": type(scheduler).__name__,
-        "scheduler_config": _config(scheduler),
+        "scheduler_config": config_of_part(scheduler),
         "dtype": str(weight.dtype).removeprefix("torch.") if weight is not None else "",
     }
+    for name, module in others:
+        found[f"{name}_config"] = _hash(config_of_part(module))
+    if others:  # Such as the boundary between the timesteps of the transformers of Wan 2.2.
+        found["pipeline_config"] = {n: v for n, v in config_of_part(pipe).items() if isinstance(v, int | float)}
+    return found
 
 
-def _config(part: Any) -> dict[str, Any]:
+def config_of_part(part: Any) -> dict[str, Any]:
     """Returns the configuration of a component of diffusers, without private entries such as files and versions."""
     config = getattr(part, "config", None)
     found = dict(config) if isinstance(config, Mapping) else {}

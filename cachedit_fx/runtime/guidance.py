@@ -220,7 +220,8 @@ def follow(
     reference = _as_reference(found, plan.name) if isinstance(found, Session) else None
     differences = _differences(state.difference, reference) if reference is not None else ()
     for why in (found, differences):
-        if isinstance(why, Unguided) and state.history.num_steps >= num_guidance_warmup_steps(config):
+        # At the first step of a generation, no branch has computed a difference yet, nor may its partner be known.
+        if isinstance(why, Unguided) and state.history.num_steps >= max(1, num_guidance_warmup_steps(config)):
             report.add(why)
     if reference is None:
         return None

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.shell.command_arguments import (
     FACTORY,
     add_factory,
@@ -18,9 +19,10 @@ from cachedit_fx.shell.command_arguments import (
     wrote,
 )
 from cachedit_fx.shell.user_code import errors_reported, make
-from cachedit_fx.tuning.saved import config_to
+from cachedit_fx.tuning.points import Quality
+from cachedit_fx.tuning.saved import config_to, configs_to
 from cachedit_fx.tuning.tune import tune
-from cachedit_fx.tuning.tuning_result import Quality, TuneResult
+from cachedit_fx.tuning.tuning_result import TuneResult
 
 SUMMARY = "find which steps to compute for a quality or a speed-up"
 DESCRIPTION = f"""\
@@ -30,17 +32,20 @@ target. Exit code 0: the target is reached. 1: it is not.
 {FACTORY}\
 (pipe, [kwargs, ...]) with one dict per call.
 
-  cachedit-fx tune mine.py:make --target psnr=40 --save tuned.yaml
+  cachedit-fx tune mine.py:make --target fastest --at-least psnr=40 --save tuned.yaml
   cachedit-fx report mine.py:make --config tuned.yaml
 """
 # Arguments of `tune` that are passed on if they are given.
-_PASSED = ("target", "budget", "resume")
+_PASSED = ("target", "at_least", "at_most", "budget", "alternatives", "resume")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_factory(parser)
-    parser.add_argument("--target", required=True, metavar="KIND=VALUE", help="psnr=35 (dB), rel_l2=0.05 or speedup=2")
-    parser.add_argument("--budget", metavar="KIND=VALUE", help="runs=24 (the default) or seconds=300")
+    parser.add_argument("--target", required=True, help="fastest, best, or a limit alone: psnr=35 (dB), speedup=2")
+    parser.add_argument("--at-least", metavar="KIND=VALUE", help="for fastest: psnr=35 (dB); for best: speedup=2")
+    parser.add_argument("--at-most", metavar="KIND=VALUE", help="for fastest: rel_l2=0.05")
+    parser.add_argument("--budget", metavar="KIND=VALUE", help="runs=36 (the default) or seconds=300")
+    parser.add_argument("--alternatives", metavar="WHICH", help="fewer steps, other schedulers: report, choose or off")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="continue an interrupted search from this file")
     add_output(parser, "--save", "write the configuration (YAML, or JSON if PATH ends in .json)")
     add_output(parser, "--plot", "write quality over speed as a chart (png, svg or pdf)")
@@ -65,7 +70,13 @@ def run(given: argparse.Namespace) -> bool:
 
 def _shown(result: TuneResult) -> str:
     """The fields of the configuration, with the forecaster's name only: its factors fill a screen."""
-    fields = config_to(result.config)
+    if not isinstance(result.config, CacheConfig):
+        return "; ".join(f"{name}: {_fields(config)}" for name, config in result.config.items())
+    return _fields(result.config)
+
+
+def _fields(config: CacheConfig) -> str:
+    fields = config_to(config)
     names = {"forecaster": fields["forecaster"] and fields["forecaster"]["type"]}
     return ", ".join(f"{name}={value}" for name, value in (fields | names).items())
 
@@ -78,11 +89,11 @@ def to_dict(result: TuneResult) -> dict[str, Any]:
         "is_confirmed": result.is_confirmed,
         "predicted": _quality(result.predicted),
         "verified": _quality(result.verified),
-        "cache_config": config_to(result.config),
+        "cache_config": configs_to(result.config),
         "signature": result.signature,
         "frontier": [
             {
-                "cache_config": config_to(point.config),
+                "cache_config": configs_to(point.config),
                 "quality": _quality(point.quality),
                 "is_measured": point.is_measured,
             }

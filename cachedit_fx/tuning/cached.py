@@ -16,28 +16,43 @@ from cachedit_fx.integrations.pipelines import disable_cache, enable_cache
 from cachedit_fx.runtime.instances import records_of
 from cachedit_fx.runtime.stats import CacheStats
 from cachedit_fx.tuning.calls import Call
-from cachedit_fx.tuning.fit import Fitting
+from cachedit_fx.tuning.fit import parts_of
 from cachedit_fx.tuning.measure import Measured, Meter
+from cachedit_fx.tuning.saved import Config
 from cachedit_fx.tuning.schedule import NUM_FIRST, Schedule
 
 
-def config_of(schedule: Schedule) -> CacheConfig:
-    """Returns the configuration for a schedule. At its reused steps, almost nothing of the model runs."""
+def config_of(schedule: Schedule, names: Sequence[str]) -> Config:
+    """Returns the configuration for a schedule: one for a single transformer, otherwise a dict of one for each.
+
+    Args:
+        schedule: The schedule.
+        names: The names of the transformers, in the order in which they run.
+    """
+    configs = dict(zip(names, map(_config_of, parts_of(schedule)), strict=True))
+    return configs if len(configs) > 1 else configs[names[0]]
+
+
+def _config_of(schedule: Schedule) -> CacheConfig:
+    """Returns the configuration of one transformer. At its reused steps, almost nothing of it runs."""
     return CacheConfig(
         Fn_compute_blocks=0,
         max_warmup_steps=0,
         num_inference_steps=schedule.num_steps,
         steps_computation_mask=schedule.mask,
         steps_computation_policy="static",
-        forecaster=_of_files(schedule),
+        forecaster=schedule.forecaster,
         reach="output",
         probe="none",
+        **_guidance_fields(schedule),
     )
 
 
-def _of_files(schedule: Schedule) -> LinearForecaster:
-    forecaster = schedule.forecaster
-    return forecaster.fixed(schedule) if isinstance(forecaster, Fitting) else forecaster
+def _guidance_fields(schedule: Schedule) -> dict[str, Any]:
+    if not schedule.guided:
+        return {}
+    mask = tuple(int(step not in schedule.guided) for step in range(schedule.num_steps))
+    return {"guidance_reuse": "difference", "guidance_computation_mask": mask}
 
 
 def threshold_config(threshold: float, forecaster: LinearForecaster) -> CacheConfig:
@@ -50,7 +65,7 @@ def threshold_config(threshold: float, forecaster: LinearForecaster) -> CacheCon
     )
 
 
-def measure_cached(meter: Meter, config: CacheConfig, key: str) -> Measured:
+def measure_cached(meter: Meter, config: Config, key: str) -> Measured:
     """Measures the calls with the cache enabled and an eager inner backend, since so few steps do not repay compiling.
 
     The measured share is the share of the time of the model. It includes the blocks that a reused step runs.
@@ -74,8 +89,8 @@ def _last_generation(pipe: Any) -> list[CacheStats]:
 
 
 @contextmanager
-def _enabled(pipe: Any, config: CacheConfig) -> Iterator[None]:
-    enable_cache(pipe, config.override(inner_backend="eager", on_no_match="raise"))
+def _enabled(pipe: Any, config: Config) -> Iterator[None]:
+    enable_cache(pipe, config, inner_backend="eager", on_no_match="raise")
     try:
         yield
     finally:

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from cachedit_fx.errors import ConfigError, shown
 from cachedit_fx.tuning.calls import Call
+from cachedit_fx.tuning.fit import parts_of
 from cachedit_fx.tuning.schedule import Schedule
 from cachedit_fx.tuning.simulate import Simulation
 
 _MARGIN_DB = 0.5  # For a single image, whose spread is unknown.
-_MOST_DB = 150.0  # For equal outputs, because infinity can neither be averaged nor written as JSON.
+_MOST_DB = 100.0  # Of an image without an error, whose PSNR is infinite and would hide all others in a mean.
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,38 @@ class Measured:
 
     @property
     def psnr(self) -> float:
-        """The PSNR of the mean squared error over all images, in dB, at most 150."""
-        return _psnr(float(np.mean(self.errors)), self.peak)
+        """The mean over the images of the PSNR of each, in dB, at most 100 for each."""
+        return float(np.mean(self._psnr_of_each))
 
     @property
     def rel_l2(self) -> float:
-        """The square root of the mean over all images of |error|^2 / |output|^2, dimensionless."""
-        ratios = [error / power if power else error for error, power in zip(self.errors, self.powers, strict=True)]
-        return math.sqrt(float(np.mean(ratios)))
+        """The mean over the images of |error| / |output|, dimensionless."""
+        return float(np.mean(self._rel_l2_of_each))
 
     @property
     def margin_db(self) -> float:
-        """The standard error of the PSNR of the images in dB, by which other calls may turn out worse."""
-        each = [_psnr(error, self.peak) for error in self.errors]
-        return float(np.std(each, ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else _MARGIN_DB
+        """The standard error of the mean PSNR in dB, by which other calls may turn out worse."""
+        return _standard_error(self._psnr_of_each) if len(self.errors) > 1 else _MARGIN_DB
+
+    @property
+    def margin_rel_l2(self) -> float:
+        """The standard error of the mean relative L2 distance, by which other calls may turn out worse."""
+        if len(self.errors) == 1:
+            return self.rel_l2 * (10 ** (_MARGIN_DB / 20) - 1)
+        return _standard_error(self._rel_l2_of_each)
+
+    @property
+    def _psnr_of_each(self) -> list[float]:
+        return [_psnr(error, self.peak) for error in self.errors]
+
+    @property
+    def _rel_l2_of_each(self) -> list[float]:
+        pairs = zip(self.errors, self.powers, strict=True)
+        return [math.sqrt(error / power if power else error) for error, power in pairs]
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def _psnr(error: float, peak: float) -> float:
@@ -69,7 +89,7 @@ class Meter:
 
     Attributes:
         pipe: The pipeline.
-        module: The transformer of the pipeline.
+        modules: The transformers that the calls run, in the order in which they run, by name.
         calls: The calls to run.
         references: What each call returned without the cache, float32 on the CPU, [images, ...].
         peak: The peak value of the PSNR, in units of the images.
@@ -81,7 +101,7 @@ class Meter:
     """
 
     pipe: Any
-    module: nn.Module
+    modules: Mapping[str, nn.Module]
     calls: Sequence[Call]
     references: Sequence[Tensor]
     peak: float
@@ -100,11 +120,14 @@ class Meter:
         counts = [0, 0]
 
         def run(call: Call) -> Tensor:
-            simulation = Simulation(self.module, schedule)
-            with simulation.simulating():
+            parts = zip(self.modules.values(), parts_of(schedule), strict=True)
+            simulations = [Simulation(module, part) for module, part in parts]
+            with ExitStack() as stack:
+                for simulation in simulations:
+                    stack.enter_context(simulation.simulating())
                 output = call.run(self.pipe)
-            counts[0] += simulation.num_computed
-            counts[1] += simulation.num_calls
+            counts[0] += sum(simulation.num_computed for simulation in simulations)
+            counts[1] += sum(simulation.num_calls for simulation in simulations)
             return output
 
         return self.measure(schedule.key, run, lambda: counts[0] / counts[1])

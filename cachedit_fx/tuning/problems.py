@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,10 @@ from cachedit_fx.tuning.simulate import position
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """The trajectory of one guidance branch in one generation.
+    """The trajectory of one generation, or of one guidance branch of it.
 
     Attributes:
-        trajectory: The outputs of the model, as inner products.
+        trajectory: The outputs, as inner products.
         weights: The weight of each step (see `weights_of`), float64 [S].
     """
 
@@ -44,7 +44,7 @@ def weights_of(scheduler: Any, timesteps: Sequence[float] | None, num_steps: int
     return np.ones(num_steps)
 
 
-def problems_of(recorded: Sequence[RecordedRun], by: str) -> list[Problem]:
+def problems_of(recorded: Sequence[RecordedRun], by: str, starts: tuple[int, ...] = (0,)) -> list[Problem]:
     """Returns one problem for each distinct sequence of positions and weights.
 
     Its Gram matrix is the mean over the runs with this sequence.
@@ -52,17 +52,40 @@ def problems_of(recorded: Sequence[RecordedRun], by: str) -> list[Problem]:
     Args:
         recorded: The recorded runs.
         by: What the positions are, "step" or "timestep" (see `Forecaster.by`).
+        starts: The first step of each transformer that a generation runs.
     """
     groups: dict[tuple[Any, ...], list[Problem]] = {}
     for each in recorded:
         gram, weights, moments = each.trajectory.gram, each.weights, each.trajectory.timesteps
+        joint = each.trajectory.joint
         where = tuple(
             position(by, step, moments[step] if moments else None, moments[0] if moments else None)
             for step in range(len(weights))
         )
-        scale = float(weights @ gram @ weights) or 1.0
-        groups.setdefault((where, tuple(weights)), []).append(Problem(gram / scale, weights, where))
-    return [
-        Problem(np.mean([problem.gram for problem in group], axis=0), group[0].weights, group[0].positions)
-        for group in groups.values()
-    ]
+        scale = _scale(gram, weights)
+        # Factors are fitted to the outputs before guidance. Those that fit best after guidance are larger, because it
+        # multiplies the difference of the branches, and they amplify errors of earlier steps.
+        fit = [branch / _scale(branch, weights) for branch in each.trajectory.branches] or [gram / scale]
+        groups.setdefault((where, tuple(weights)), []).append(
+            Problem(
+                *(gram / scale, weights, where),
+                starts=starts,
+                joint=None if joint is None else joint / scale,
+                fit_gram=np.mean(fit, axis=0),
+            )
+        )
+    return [_mean(group) for group in groups.values()]
+
+
+def _mean(group: Sequence[Problem]) -> Problem:
+    joint = [problem.joint for problem in group if problem.joint is not None]
+    return replace(
+        group[0],
+        gram=np.mean([problem.gram for problem in group], axis=0),
+        joint=np.mean(joint, axis=0) if len(joint) == len(group) else None,
+        fit_gram=np.mean([problem.fit_gram for problem in group if problem.fit_gram is not None], axis=0),
+    )
+
+
+def _scale(gram: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    return float(weights @ gram @ weights) or 1.0

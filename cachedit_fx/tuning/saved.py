@@ -11,7 +11,11 @@ from typing import Any, NamedTuple
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.forecasters.forecaster_registry import as_mapping
+from cachedit_fx.integrations.config_files import is_per_transformer
 from cachedit_fx.integrations.signature import Signature
+
+# The configuration of a single transformer, or of each transformer by its name.
+Config = CacheConfig | Mapping[str, CacheConfig]
 
 
 class Tuned(NamedTuple):
@@ -22,7 +26,7 @@ class Tuned(NamedTuple):
         signature: What it was tuned on, for `check_signature`.
     """
 
-    config: CacheConfig
+    config: Config
     signature: Signature
 
 
@@ -44,27 +48,37 @@ def load_tuned(path: str | PathLike[str]) -> Tuned:
         raise
     if not isinstance(found, Mapping) or not all(isinstance(found.get(n), Mapping) for n in ("cache_config", "tuned")):
         raise _no_result(path)
-    return Tuned(CacheConfig(**found["cache_config"]), dict(found["tuned"].get("signature") or {}))
+    fields, signature = found["cache_config"], dict(found["tuned"].get("signature") or {})
+    if is_per_transformer(fields):
+        return Tuned({name: CacheConfig(**each) for name, each in fields.items()}, signature)
+    return Tuned(CacheConfig(**fields), signature)
 
 
-def save(path: str | PathLike[str], config: CacheConfig, tuned: Mapping[str, Any]) -> Path:
+def save(path: str | PathLike[str], config: Config, tuned: Mapping[str, Any]) -> Path:
     """Writes a configuration to a YAML file, or to a JSON file if the path ends in `.json`.
 
     Args:
         path: The file to write.
-        config: The configuration.
+        config: The configuration, or one for each transformer.
         tuned: The signature and the results of the search, as numbers, strings, lists and dicts.
 
     Raises:
         ImportError: The path does not end in `.json`, and PyYAML is not installed.
     """
-    target, content = Path(path), {"cache_config": config_to(config), "tuned": dict(tuned)}
+    target, content = Path(path), {"cache_config": configs_to(config), "tuned": dict(tuned)}
     if target.suffix == ".json":
         text = json.dumps(content, indent=2) + "\n"
     else:
         text = _yaml().safe_dump(json.loads(json.dumps(content)), sort_keys=False, default_flow_style=None, width=120)
     target.write_text(text, encoding="utf-8")
     return target
+
+
+def configs_to(config: Config) -> dict[str, Any]:
+    """Returns the fields of a configuration, or of each transformer's by its name, as values that JSON can hold."""
+    if isinstance(config, CacheConfig):
+        return config_to(config)
+    return {name: config_to(each) for name, each in config.items()}
 
 
 def config_to(config: CacheConfig) -> dict[str, Any]:

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import ConfigError, NoMatchError, shown
 from cachedit_fx.forecasters.fitted import FittedCalibratorConfig
 from cachedit_fx.forecasters.forecaster import LinearForecaster
 from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
 from cachedit_fx.forecasters.taylorseer import TaylorSeerCalibratorConfig
-from cachedit_fx.integrations.signature import signature_of
+from cachedit_fx.tuning.alternatives import AlternativeSearch, FewerStepsMeter, FewerStepsPace, Tried, why_not
 from cachedit_fx.tuning.cached import config_of, measure_cached, threshold_config
-from cachedit_fx.tuning.calls import calls_of
+from cachedit_fx.tuning.calls import Call, calls_of
+from cachedit_fx.tuning.choice import Chosen, choose_cached, result_of
 from cachedit_fx.tuning.fit import Fitting, fitting
-from cachedit_fx.tuning.generations import record
+from cachedit_fx.tuning.generations import Recording, record
 from cachedit_fx.tuning.measure import Measured, Meter
 from cachedit_fx.tuning.problems import problems_of
-from cachedit_fx.tuning.progress import Report, shown_progress
-from cachedit_fx.tuning.search import Pace, Search
+from cachedit_fx.tuning.progress import Progress, shown_progress, without_bars
+from cachedit_fx.tuning.saved import Config
+from cachedit_fx.tuning.search import Search
+from cachedit_fx.tuning.solvers import solvers_of
 from cachedit_fx.tuning.targets import Budget, Target
-from cachedit_fx.tuning.tuning_result import Point, Quality, TuneResult
+from cachedit_fx.tuning.tuning_result import TuneResult
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ FORECASTERS: tuple[LinearForecaster, ...] = (
 _SMOOTH = PolynomialCalibratorConfig(order=1)
 THRESHOLDS = (0.08, 0.12, 0.2, 0.3)
 MAX_BYTES = 4 << 30
+_SHARE = 1 / 3  # The share of the budget for alternatives.
 
 
 def tune(
@@ -50,7 +53,11 @@ def tune(
     calls: Sequence[Any],
     *,
     target: Any,
-    budget: Any = "runs=24",
+    at_least: Any = None,
+    at_most: Any = None,
+    budget: Any = "runs=36",
+    alternatives: str = "report",
+    schedulers: str = "any",
     forecasters: Sequence[LinearForecaster] = FORECASTERS,
     thresholds: Sequence[float] = THRESHOLDS,
     peak: float | None = None,
@@ -61,16 +68,27 @@ def tune(
 ) -> TuneResult:
     """Finds which steps to compute, and how to forecast the others, from a few calls of a pipeline.
 
+        tune(pipe, calls, target="fastest", at_least="psnr=40")
+        tune(pipe, calls, target="best", at_least="speedup=2")
+
     The calls run once without the cache. From what the model returned, the best schedule is predicted for every number
     of computed steps, and the candidates among these schedules are measured. Then, thresholds are measured while the
-    budget lasts. Every candidate is a `CacheConfig` whose other fields have their defaults.
+    budget lasts. Every candidate is a `CacheConfig` whose other fields have their defaults. A third of the budget is
+    for alternatives: fewer steps, with the scheduler of the pipeline and with others, without and with the cache.
 
     Args:
         pipe: A pipeline, or any callable with a `transformer`, without a cache. It is returned in the same state.
         calls: Dicts of the pipeline's arguments, or functions that take the pipeline and return its images. Each is
             one generation, and all have the same number of steps. Their generators are reset before every run.
-        target: `{"psnr": 35}` (dB), `{"rel_l2": 0.05}` or `{"speedup": 2}`; or a string such as `"psnr=35"`.
+        target: "fastest" with a limit on the quality, or "best" with a limit on the speed. Or the limit alone:
+            `"psnr=35"` (dB), `"rel_l2=0.05"` or `"speedup=2"`; or a dict such as `{"psnr": 35}`.
+        at_least: The limit: `"psnr=35"` for "fastest", `"speedup=2"` for "best"; or a dict.
+        at_most: The limit `"rel_l2=0.05"` for "fastest"; or a dict.
         budget: `{"runs": 24}` candidates, `{"seconds": 300}`, a number of seconds, or a string such as `"runs=24"`.
+        alternatives: "report" measures alternatives and reports them, "choose" also chooses one if it is better than
+            the cached configuration, "off" measures none. They require calls that are dicts with
+            `num_inference_steps`.
+        schedulers: Which schedulers the alternatives have: "any" for all that fit, or "current".
         forecasters: The forecasters to try.
         thresholds: The thresholds of the dynamic policy to try; may be empty.
         peak: The peak value of the PSNR. The default is 1 for outputs within [0, 1], else the range of the outputs.
@@ -85,40 +103,83 @@ def tune(
     Raises:
         ConfigError: The value of an argument is not allowed, or `tune` does not support the pipeline or the calls.
     """
-    wanted, limit, runs = Target.of(target), Budget.of(budget), calls_of(calls)
+    wanted, limit, runs = Target.of(target, at_least, at_most), Budget.of(budget), calls_of(calls)
     _check_forecasters(forecasters)
-    recording = record(pipe, runs, max_bytes)
-    meter = Meter(
-        *(pipe, recording.module, runs, recording.outputs),
-        peak=_peak(recording.outputs) if peak is None else peak,
-        resume=None if resume is None else Path(resume),
-    )
-    problems = {by: problems_of(recording.recorded, by) for by in ("step", "timestep")}
-    with shown_progress(progress) as report:
-        tried = [fitting(forecaster, problems["step"]) for forecaster in forecasters]
-        parts = (problems, tried, meter, wanted, limit, recording.pace)
-        search = Search(*parts, report=lambda line: report(line, limit.share_used))
-        search.run()
-        points = _points(search) + _thresholds(search, thresholds, report)
-        config, measured, is_confirmed = _choice(search, points, confirm)
-    is_reached = search.is_reached(measured)
-    if not is_reached:
-        log.warning(
-            "cachedit_fx: target %s was not reached: the best measured configuration has %s.\n"
-            "What to do: pass a larger budget, more calls (the margin was %.1f dB), or another target.",
-            *(wanted, _quality(measured, recording.pace), measured.margin_db),
+    _check_word("alternatives", alternatives, ("report", "choose", "off"))
+    _check_word("schedulers", schedulers, ("any", "current"))
+    why_none = why_not(runs) if alternatives != "off" else ""
+    has_alternatives = alternatives != "off" and not why_none
+    log.info("tune looks for %s; budget: %s=%g", wanted.sentence, limit.kind, limit.value)
+    with shown_progress(progress, limit) as bar, without_bars(pipe):
+        bar.show("runs the calls without the cache")
+        recording = record(pipe, runs, max_bytes)
+        meter = Meter(
+            *(pipe, recording.modules, runs, recording.outputs),
+            peak=_peak(recording.outputs) if peak is None else peak,
+            resume=None if resume is None else Path(resume),
         )
-    given = [call.given for call in runs if isinstance(call.given, Mapping)]
-    return TuneResult(
-        config,
-        wanted,
-        is_reached,
-        predicted=_expected(measured, recording.pace),
-        verified=_quality(measured, recording.pace),
-        is_confirmed=is_confirmed,
-        frontier=_frontier(search, points),
-        signature=signature_of(pipe, recording.module, given, recording.inputs, recording.pace.num_steps),
-    )
+        tuner = _Tuner(wanted, limit, tuple(forecasters), max_bytes, bar)
+        search = tuner.search(recording, meter, limit.part(1 - _SHARE) if has_alternatives else limit)
+        search.report = partial(_show, bar, search)
+        search.run()
+        points = _points(search) + _thresholds(search, thresholds)
+        cached = choose_cached(search, points, confirm=confirm)
+        tried = tuner.alternatives(search, cached, is_any=schedulers == "any") if has_alternatives else []
+        may_choose = alternatives == "choose"
+        result = result_of(search, recording, cached, points, tried, may_choose=may_choose, confirm=confirm)
+    log.info("tune measured %d candidates; %s: %s", limit.used, wanted, result.verified)
+    return replace(result, why_no_alternatives=why_none)
+
+
+@dataclass(frozen=True)
+class _Tuner:
+    """What the searches of one call of `tune` have in common."""
+
+    target: Target
+    limit: Budget
+    forecasters: tuple[LinearForecaster, ...]
+    max_bytes: int
+    bar: Progress
+
+    def search(self, recording: Recording, meter: Meter, budget: Budget) -> Search:
+        """Returns the search for a schedule for the recorded calls."""
+        problems = {by: problems_of(recording.recorded, by, recording.starts) for by in ("step", "timestep")}
+        tried = [fitting(forecaster, problems["step"]) for forecaster in self.forecasters]
+        return Search(problems, tried, meter, self.target, budget, recording.pace, report=self.bar.show)
+
+    def alternatives(self, search: Search, cached: Chosen, *, is_any: bool) -> list[Tried]:
+        """Measures alternatives to the chosen configuration while the budget lasts."""
+        pace, meter, target = search.pace, search.meter, self.target
+
+        def shortfall(measured: Measured) -> float:
+            return target.shortfall(measured.psnr - measured.margin_db, measured.rel_l2 + measured.margin_rel_l2)
+
+        def search_fewer(calls: Sequence[Call], fewer: FewerStepsMeter, budget: Budget) -> Search:
+            recording = record(meter.pipe, calls, self.max_bytes)
+            own = {field.name: getattr(recording.pace, field.name) for field in fields(recording.pace)}
+            return self.search(replace(recording, pace=FewerStepsPace(**own, of=pace)), fewer, budget)
+
+        found = AlternativeSearch(
+            solvers_of(getattr(meter.pipe, "scheduler", None), others=is_any),
+            meter,
+            pace,
+            self.limit.part(1.0),
+            None if target.kind == "speedup" else shortfall,
+            search_fewer,
+            self.bar.show,
+        )
+        shares = (calls / pace.num_steps for calls in range(pace.num_steps, 0, -1))
+        allowed = (share for share in shares if target.kind != "speedup" or pace.speedup(share) >= target.value)
+        share = next(allowed, 0.0) if target.kind == "speedup" else cached.measured.share_computed
+        if not self.limit.is_over:
+            found.run(round(share * pace.num_steps))
+        return found.found
+
+
+def _show(bar: Progress, search: Search, line: str) -> None:
+    if (best := search.best()) is not None:
+        bar.best = f"{best[1].psnr:.1f} dB at {search.pace.speedup(best[1].share_computed):.2f} times the speed"
+    bar.show(line)
 
 
 def _check_forecasters(forecasters: Sequence[LinearForecaster]) -> None:
@@ -129,72 +190,35 @@ def _check_forecasters(forecasters: Sequence[LinearForecaster]) -> None:
         )
 
 
+def _check_word(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"cachedit_fx: {name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
+
+
 def _peak(outputs: Sequence[Tensor]) -> float:
     low, high = min(float(o.min()) for o in outputs), max(float(o.max()) for o in outputs)
     return 1.0 if low >= 0 and 0.5 < high <= 1 else (high - low) or 1.0
 
 
-def _points(search: Search) -> list[tuple[CacheConfig, Measured]]:
-    return [(config_of(schedule), measured) for schedule, measured in search.found.items()]
+def _points(search: Search) -> list[tuple[Config, Measured]]:
+    return [(config_of(schedule, [*search.meter.modules]), measured) for schedule, measured in search.found.items()]
 
 
-def _thresholds(search: Search, thresholds: Sequence[float], report: Report) -> list[tuple[CacheConfig, Measured]]:
+def _thresholds(search: Search, thresholds: Sequence[float]) -> list[tuple[Config, Measured]]:
     """Measures the dynamic policy with the forecaster of the best schedule, largest threshold first."""
-    best, found = search.best(), []
+    best = search.best()
+    found: list[tuple[Config, Measured]] = []
     for threshold in sorted(thresholds, reverse=True):
         if best is None or search.budget.is_over:
             break
         fits = isinstance(best[0].forecaster, Fitting)  # It needs computed steps that are known beforehand.
         config = threshold_config(threshold, _SMOOTH if fits else best[0].forecaster)
-        search.budget.used += 1
+        search.budget.spend()
         try:
             measured = measure_cached(search.meter, config, f"threshold {threshold:g} {config.forecaster!r}")
         except (ConfigError, NoMatchError) as error:
             log.info("no more thresholds are measured: %s", error)
             break
-        report(f"threshold {threshold:g}: PSNR {measured.psnr:.1f} dB", search.budget.share_used)
+        search.report(f"threshold {threshold:g}: PSNR {measured.psnr:.1f} dB")
         found.append((config, measured))
     return found
-
-
-def _choice(
-    search: Search, points: Sequence[tuple[CacheConfig, Measured]], confirm: bool
-) -> tuple[CacheConfig, Measured, bool]:
-    """Returns the chosen configuration, its measurement, and whether it was measured with the cache enabled.
-
-    This is the fastest configuration that reaches the target. For a target speed-up, or if none reaches the target, it
-    is the one with the highest PSNR.
-    """
-    reaching = [pair for pair in points if search.is_reached(pair[1])]
-    if reaching and search.target.kind != "speedup":
-        config, measured = min(reaching, key=lambda pair: (pair[1].share_computed, -pair[1].psnr))
-    else:
-        config, measured = max(reaching or points, key=lambda pair: pair[1].psnr)
-    if not confirm:
-        return config, measured, False
-    again = measure_cached(search.meter, config, f"cached {config.changes!r}")
-    # This run was not compiled, so its time says less about the speed than the share from the search.
-    return config, replace(again, share_computed=measured.share_computed), True
-
-
-def _quality(measured: Measured, pace: Pace) -> Quality:
-    share = measured.share_computed
-    return Quality(measured.psnr, measured.rel_l2, pace.speedup(share), share)
-
-
-def _expected(measured: Measured, pace: Pace) -> Quality:
-    margin, share = measured.margin_db, measured.share_computed
-    return Quality(measured.psnr - margin, measured.rel_l2 * 10 ** (margin / 20), pace.speedup(share), share)
-
-
-def _frontier(search: Search, points: Sequence[tuple[CacheConfig, Measured]]) -> tuple[Point, ...]:
-    """Returns the best measured point for every share, and predictions for numbers of steps without a measurement."""
-    best: dict[float, Point] = {}
-    for config, measured in sorted(points, key=lambda pair: pair[1].psnr):
-        best[measured.share_computed] = Point(config, _quality(measured, search.pace), True)
-    found = [*best.values()]
-    for schedule, psnr in search.expected():
-        share = schedule.share_computed
-        quality = Quality(psnr, math.nan, search.pace.speedup(share), share)
-        found.append(Point(config_of(schedule), quality, False))
-    return tuple(sorted(found, key=lambda point: -point.quality.speedup))

@@ -6,57 +6,20 @@ import dataclasses
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cachedit_fx.config.cache_config import CacheConfig
-from cachedit_fx.figure import new_figure, save_figure
+from cachedit_fx.figure import save_figure
+from cachedit_fx.integrations.pipelines import enable_cache
 from cachedit_fx.integrations.signature import Signature
-from cachedit_fx.tuning.saved import save
+from cachedit_fx.tuning.frontier_plot import draw_frontier
+from cachedit_fx.tuning.frontier_table import frontier_lines
+from cachedit_fx.tuning.points import Alternative, Point, Quality, steps_of
+from cachedit_fx.tuning.saved import Config, configs_to, save
+from cachedit_fx.tuning.solvers import scheduler_from
 from cachedit_fx.tuning.targets import Target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_STYLES = {True: ("o", "#1f66b8", "measured"), False: ("x", "#999999", "predicted")}
-
-
-@dataclass(frozen=True)
-class Quality:
-    """The quality and the speed of a configuration.
-
-    Attributes:
-        psnr: The PSNR in dB, of the mean squared error over all images against the uncached ones.
-        rel_l2: The relative L2 distance, dimensionless, as the root mean square over the images.
-        speedup: The speed-up of a whole generation, computed from the times without the cache.
-        share_computed: The share of the steps that are computed. If reused steps run blocks too, the share of the
-            model's time.
-    """
-
-    psnr: float
-    rel_l2: float
-    speedup: float
-    share_computed: float
-
-    def __str__(self) -> str:
-        return (
-            f"PSNR {self.psnr:.1f} dB, relative L2 {self.rel_l2:.3g}, {self.speedup:.2f} times as fast, "
-            f"{self.share_computed:.0%} computed"
-        )
-
-
-@dataclass(frozen=True)
-class Point:
-    """A configuration and its quality.
-
-    Attributes:
-        config: The configuration.
-        quality: Its quality.
-        is_measured: Whether the quality was measured. If not, it is predicted, and its `rel_l2` is NaN.
-    """
-
-    config: CacheConfig
-    quality: Quality
-    is_measured: bool
 
 
 @dataclass(frozen=True)
@@ -64,7 +27,9 @@ class TuneResult:
     """A configuration for `enable_cache`, and its quality.
 
     Attributes:
-        config: The chosen configuration.
+        config: The chosen configuration, for `enable_cache`. If the pipeline runs several transformers, it is a dict
+            of one configuration for each, by its name. If `choice` is an alternative
+            without the cache, it computes every step.
         target: The target of the search.
         is_reached: Whether the target was reached, including the margin.
         predicted: The quality to expect for other calls: the measured quality less the margin.
@@ -72,9 +37,16 @@ class TuneResult:
         is_confirmed: Whether `verified` was measured with the cache enabled, and not by simulating the schedule.
         frontier: All points that were measured or predicted, fastest first.
         signature: What the configuration was tuned on.
+        alternatives: Fewer steps with this and other schedulers, as far as they were measured.
+        better: The best alternative, if it is better than the best configuration of the cache for the given scheduler
+            and number of steps; else None.
+        choice: The alternative that was chosen; None if `config` is for the given scheduler and number of steps.
+        verdict: One sentence that compares the best alternative with the best cached configuration; empty without
+            alternatives.
+        why_no_alternatives: Why alternatives cannot be measured with the given calls; empty if they can.
     """
 
-    config: CacheConfig
+    config: Config
     target: Target
     is_reached: bool
     predicted: Quality
@@ -82,10 +54,44 @@ class TuneResult:
     is_confirmed: bool
     frontier: tuple[Point, ...]
     signature: Signature
+    alternatives: tuple[Alternative, ...] = ()
+    better: Alternative | None = None
+    choice: Alternative | None = None
+    verdict: str = ""
+    why_no_alternatives: str = ""
 
     def __str__(self) -> str:
         reached = "reached" if self.is_reached else "not reached"
-        return f"{self.target} {reached}\n  predicted: {self.predicted}\n  verified:  {self.verified}"
+        cached = (point for point in self.frontier if point.is_measured and point.config == self.config)
+        chosen = self.choice or next(cached, None)
+        lines = [
+            f"{self.target} {reached} ({self.target.sentence})",
+            f"  predicted: {self.predicted}",
+            f"  verified:  {self.verified}",
+            *([f"  chosen:    {self.choice.name}"] if self.choice else []),
+            *frontier_lines(self.frontier, self.alternatives, chosen, self.verified.speedup),
+            *([self.verdict] if self.verdict else []),
+        ]
+        if self.why_no_alternatives:
+            lines.append(f"Fewer steps and other schedulers were not tried, because {self.why_no_alternatives}.")
+        return "\n".join(lines)
+
+    def apply(self, pipe: Any, **fields: Any) -> dict[str, Any]:
+        """Prepares a pipeline as chosen: sets its scheduler if an alternative was chosen, and enables the cache.
+
+        Args:
+            pipe: The pipeline.
+            **fields: Further fields for `enable_cache`.
+
+        Returns:
+            The arguments that calls of the pipeline need: `num_inference_steps` of a chosen alternative, else none.
+        """
+        choice = self.choice
+        if choice is not None and choice.scheduler_config:
+            pipe.scheduler = scheduler_from(choice.scheduler, choice.scheduler_config)
+        if choice is None or choice.config is not None:
+            enable_cache(pipe, self.config, tuned_on=self.signature, **fields)
+        return {} if choice is None else {"num_inference_steps": choice.num_inference_steps}
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Writes a YAML file (JSON if the path ends in `.json`) for `load_tuned` and `load_configs`.
@@ -97,12 +103,15 @@ class TuneResult:
             "target": str(self.target),
             "predicted": _rounded(self.predicted),
             "verified": _rounded(self.verified),
+            "choice": None if self.choice is None else _plain(self.choice),
+            "verdict": self.verdict,
+            "alternatives": [_plain(each) for each in self.alternatives],
             "signature": self.signature,
         }
         return save(path, self.config, found)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
-        """Plots quality over speed: the measured and predicted points, the choice and the target.
+        """Plots quality over speed: measured, predicted and alternative points, the choice and the target.
 
         Args:
             path: The file to write, if any: png, svg or pdf.
@@ -110,22 +119,14 @@ class TuneResult:
         Raises:
             ConfigError: matplotlib is not installed.
         """
-        figure = new_figure(7.0, 4.2)
-        axes = figure.add_subplot()
-        for is_measured, (marker, color, label) in _STYLES.items():
-            shown = [point.quality for point in self.frontier if point.is_measured == is_measured]
-            axes.scatter([q.speedup for q in shown], [q.psnr for q in shown], marker=marker, color=color, label=label)
-        chosen = self.verified
-        axes.scatter([chosen.speedup], [chosen.psnr], marker="*", s=180, color="#d06000", label="chosen", zorder=3)
-        if self.target.kind == "psnr":
-            axes.axhline(self.target.value, color="#555555", linestyle="--", label=str(self.target))
-        if self.target.kind == "speedup":
-            axes.axvline(self.target.value, color="#555555", linestyle="--", label=str(self.target))
-        axes.set_xlabel("speed-up of a generation")
-        axes.set_ylabel("PSNR against uncached (dB)")
-        axes.set_title(f"{self.signature.get('pipeline', '')}: {self.target}", loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        signature = self.signature
+        name = self.choice.name if self.choice else f"cache, {steps_of(self.config)}"
+        given = f"{signature.get('pipeline', '')}, {signature.get('transformer', '')}"
+        reference = (
+            "" if self.choice else f", {signature.get('num_steps', '')} steps of {signature.get('scheduler', '')}"
+        )
+        title = f"{self.target.sentence[0].upper()}{self.target.sentence[1:]}", f"{given}{reference}"
+        figure = draw_frontier(self.target, self.frontier, self.alternatives, (name, self.verified), title)
         if path is not None:
             save_figure(figure, path)
         return figure
@@ -133,3 +134,14 @@ class TuneResult:
 
 def _rounded(quality: Quality) -> dict[str, float]:
     return {name: float(f"{value:.5g}") for name, value in dataclasses.asdict(quality).items()}
+
+
+def _plain(alternative: Alternative) -> dict[str, Any]:
+    return {
+        "scheduler": alternative.scheduler,
+        "scheduler_config": dict(alternative.scheduler_config),
+        "num_inference_steps": alternative.num_inference_steps,
+        "cache_config": None if alternative.config is None else configs_to(alternative.config),
+        "is_reached": alternative.is_reached,
+        "quality": _rounded(alternative.quality),
+    }
