@@ -46,6 +46,15 @@ $(VENV)/.quantization: $(STAMP)
 	@$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[quantization]'
 	@touch $@
 
+$(VENV)/.docs: $(STAMP)
+	@$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[docs]'
+	@touch $@
+
+.PHONY: docs
+docs: $(VENV)/.docs ## the documentation site in site/; a warning or a link to nothing is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	$(PY) docs/site/check_site.py site
+
 test: venv browser quantization ## every test, slow ones too, on all cores; ARGS="-k name" goes to pytest
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
@@ -76,9 +85,10 @@ quality: venv ## what a cache costs in quality, into docs/quality.md; ARGS="--qu
 bench-gpu: ## checks and measurements on a GPU, in 11 minutes; PY=python, ARGS="--minutes 5", "--device cpu --tiny"
 	$(or $(shell command -v $(PY)),$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
-peers: venv ## records anew what cache-dit decides on the cases of tests/peers
+peers: venv ## records anew what cache-dit decides on the cases of tests/peers, and its public names
 	$(PIP) install --quiet -c constraints.txt cache-dit
 	$(PY) -m tests.peers.record
+	$(PY) -m tests.peers.names
 
 models: venv ## writes docs/models.md and the table of doctor anew: what becomes of every transformer of diffusers
 	$(PY) -m tests.zoo.table
@@ -96,5 +106,5 @@ release-check: wheel ## what a release needs: sdist, wheel, public names, versio
 	$(PY) .ci/check_release.py dist/*.whl $(ARGS)
 
 clean: ## removes everything that these targets made
-	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
+	rm -rf $(VENV) .matrix build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

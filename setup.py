@@ -89,6 +89,7 @@ setup(
         # Apart from "test", since diffusers logs warnings of its own at every import where torchao is installed.
         "quantization": ["torchao", "gguf"],
         "serve": [*DIFFUSERS, "ray[serve]"],
+        "docs": ["mkdocs<2", "mkdocs-material", "mkdocstrings-python", "pymdown-extensions"],
         "peers": ["cache-dit==1.5.3"],
         "dev": ["ruff", "mypy", "build", "check-wheel-contents", "twine", "wheel", "setuptools>=77"],
     },

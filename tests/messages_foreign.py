@@ -69,6 +69,18 @@ ROWS = [
         "TaylorSeerCalibratorConfig(taylorseer_order=2)",
     ),
     Row(
+        "foreign-two-calibrators",
+        lambda _: load_configs({"enable_taylorseer": True, "enable_foca": True}),
+        "got enable_taylorseer and enable_foca",
+        "a file must enable one calibrator at most",
+    ),
+    Row(
+        "foreign-file-without-cache",
+        lambda _: load_configs({"parallelism_config": None}),
+        "got neither",
+        "a configuration file must have a cache_config",
+    ),
+    Row(
         "foreign-file",
         lambda _: load_configs({"cache_config": {}, "attention_backend": "sage"}),
         "found: attention_backend",

@@ -9,12 +9,13 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.hooks.hooks import CacheContext, StateManager
+from diffusers.hooks.sea_cache import SeaCacheConfig
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheHook, TaylorSeerState
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
 from cachedit_fx.errors import ConfigError
-from cachedit_fx.forecasters import TaylorSeerCalibratorConfig
+from cachedit_fx.forecasters import DMDCalibratorConfig, FoCaCalibratorConfig, TaylorSeerCalibratorConfig
 from cachedit_fx.integrations.foreign_configs import as_cache_config
 from tests.tiny_pipelines import PIPELINES
 
@@ -88,6 +89,7 @@ def test_taylorseer_computes_the_steps_that_the_hook_of_diffusers_computes(inter
             PyramidAttentionBroadcastConfig(),
             r"got a PyramidAttentionBroadcastConfig\.\nIt reuses parts inside of the blocks",
         ),
+        (SeaCacheConfig(), r"got a SeaCacheConfig\.\nIt compares filtered latents"),
         (dict(threshold=0.1), "cache_config must be a CacheConfig, got {'threshold': 0.1}"),
     ],
 )
@@ -162,3 +164,33 @@ def test_our_own_configuration_is_returned_as_it_is():
     config = CacheConfig(residual_diff_threshold=0.2)
     assert as_cache_config(config) is config
     assert as_cache_config(None) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "forecaster"),
+    [
+        (
+            {"enable_taylorseer": True, "taylorseer_order": 2, "taylorseer_cache_type": "residual"},
+            TaylorSeerCalibratorConfig(taylorseer_order=2, enable_encoder_calibrator=False),
+        ),
+        ({"enable_dmd": True, "dmd_history": 8}, DMDCalibratorConfig(dmd_history=8)),
+        ({"enable_foca": True, "enable_encoder_foca": True, "taylorseer_order": 3}, FoCaCalibratorConfig()),
+        ({"enable_taylorseer": False, "taylorseer_order": 2}, None),
+    ],
+    ids=["taylorseer", "dmd", "foca", "off"],
+)
+@pytest.mark.parametrize("is_nested", [True, False], ids=["nested", "flat"])
+def test_the_switches_of_a_file_of_cache_dit_choose_the_forecaster(fields, forecaster, is_nested):
+    content = {"cache_type": "DBCache", "max_warmup_steps": 2, **fields}
+    config = cachedit_fx.load_configs({"cache_config": content} if is_nested else content)["cache_config"]
+    assert (config.forecaster, config.max_warmup_steps, config.Fn_compute_blocks) == (forecaster, 2, 8)
+
+
+def test_arguments_that_are_not_about_caching_are_left_out_with_a_warning(caplog):
+    pipe = PIPELINES["flux"].build()
+    cachedit_fx.enable_cache(pipe, parallelism_config=None, attention_backend="native", quantize_config=None)
+    assert "enable_cache was given parts that are not about caching" in caplog.text
+    assert "found: attention_backend\n" in caplog.text
+    cachedit_fx.refresh_context(pipe, calibrator_config=TaylorSeerCalibratorConfig())
+    with pytest.raises(ConfigError, match="set the same field, got both"):
+        cachedit_fx.refresh_context(pipe, calibrator_config=TaylorSeerCalibratorConfig(), forecaster=None)

@@ -30,6 +30,7 @@ from tests import hybrid
 from tests.messages import Told, sites, told_by
 from tests.messages_of_runs import ROWS
 from tests.messages_table import Row
+from tests.troubleshooting import entries_for
 
 MOST_LINES, LONGEST_LINE = 15, 200
 
@@ -100,6 +101,7 @@ def is_readable(text: str) -> None:
     assert len(lines) <= MOST_LINES and all(lines), text
     assert not BANNED.search(text), (BANNED.search(text), text)
     assert HELPS.search(text) and max(map(len, lines)) <= LONGEST_LINE, text
+    assert entries_for(text), f"docs/troubleshooting.md has no entry for: {text}"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])

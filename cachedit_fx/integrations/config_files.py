@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,16 +12,9 @@ from cachedit_fx.config.cache_config import OPTION_NAMES, CacheConfig, CacheType
 from cachedit_fx.config.steps_mask import steps_mask
 from cachedit_fx.errors import ConfigError, did_you_mean, shown
 from cachedit_fx.integrations.block_adapter import with_calibrator
-
-log = logging.getLogger(__name__)
+from cachedit_fx.integrations.foreign_configs import OTHER_PARTS, calibrator_in, without_other_parts
 
 _PARTS = ("cache_config", "calibrator_config", "tuned")
-# The parts of a file of cache-dit that are not about caching, and what does the same.
-_OTHER_PARTS = {
-    "parallelism_config": "call transformer.enable_parallelism(config=ContextParallelConfig(...)) of diffusers",
-    "attention_backend": "call transformer.set_attention_backend(...) of diffusers",
-    "quantize_config": "quantize the transformer with torchao before enable_cache",
-}
 
 
 def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -38,8 +30,9 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
 
     The fields may also be at the top level, without `cache_config`. The format is that of cache-dit, and so are the
     defaults of fields that are omitted: the result is a `DBCacheConfig`, or a `DBPruneConfig` if `cache_type` is
-    "DBPrune". `cache_config` may also contain one mapping of fields for each transformer, by its name. Parts of such a
-    file that are not about caching are left out, with a warning. A file that `tune` saved results in a `CacheConfig`
+    "DBPrune". `cache_config` may also contain one mapping of fields for each transformer, by its name. The switches
+    `enable_taylorseer`, `enable_dmd` and `enable_foca` of such a file, with their settings, are a `calibrator_config`.
+    Parts that are not about caching are left out, with a warning. A file that `tune` saved results in a `CacheConfig`
     instead, and its signature is returned as `tuned_on`.
 
     Raises:
@@ -48,6 +41,13 @@ def load_configs(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> dict[
     """
     content = dict(path_or_dict) if isinstance(path_or_dict, Mapping) else _read(Path(path_or_dict))
     calibrator, tuned = content.pop("calibrator_config", None), None
+    is_partial = bool(content) and content.keys() <= OTHER_PARTS.keys()
+    without_other_parts(content, "a configuration file has")
+    if is_partial:
+        raise ConfigError(
+            "cachedit_fx: a configuration file must have a cache_config, or fields of one, got neither; without one, "
+            "omit enable_cache"
+        )
     if is_whole := "cache_config" in content:
         _check_parts(content)
         tuned = content.get("tuned")
@@ -72,6 +72,7 @@ def is_per_transformer(content: Mapping[str, Any]) -> bool:
 
 def _config(content: Mapping[str, Any], calibrator: object, is_tuned: bool) -> CacheConfig:
     fields = {str(name): value for name, value in content.items()}
+    calibrator = calibrator_in(fields) or calibrator
     if isinstance(fields.get("steps_computation_mask"), str):
         total = fields.get("num_inference_steps")
         if total is None:
@@ -86,26 +87,14 @@ def _config(content: Mapping[str, Any], calibrator: object, is_tuned: bool) -> C
 
 
 def _check_parts(content: Mapping[str, Any]) -> None:
-    """Warns once of the parts of a file of cache-dit that are not about caching.
-
-    Raises:
-        ConfigError: There is a part that cache-dit does not have either.
-    """
-    others = sorted(set(content) - {*_PARTS, *_OTHER_PARTS})
+    """Raises a `ConfigError` if there is a part that neither this package nor cache-dit has."""
+    others = sorted(set(content) - {*_PARTS})
     if others:
         name = others[0]
         belongs = f" Move it into cache_config: {name} is an option." if name in OPTION_NAMES else ""
         raise ConfigError(
             f"cachedit_fx: {name!r} (given {shown(content[name])}) is no part of a configuration file."
-            f"{belongs or did_you_mean(name, (*_PARTS, *_OTHER_PARTS))}\nAllowed: {', '.join(_PARTS)}."
-        )
-    left = [name for name in _OTHER_PARTS if content.get(name) is not None]
-    if left:
-        log.warning(
-            "cachedit_fx: a configuration file has parts that are not about caching. They are left out.\n"
-            "  found: %s\n"
-            "What to do: %s.",
-            *(", ".join(left), "; ".join(f"for {name}, {_OTHER_PARTS[name]}" for name in left)),
+            f"{belongs or did_you_mean(name, (*_PARTS, *OTHER_PARTS))}\nAllowed: {', '.join(_PARTS)}."
         )
 
 

@@ -24,6 +24,23 @@ log = logging.getLogger(__name__)
 
 _LEGACY = ("enable_taylorseer", "enable_encoder_taylorseer", "taylorseer_cache_type", "taylorseer_order")
 
+# The parts of a configuration of cache-dit that are not about caching, and what does the same.
+OTHER_PARTS = {
+    "parallelism_config": "call transformer.enable_parallelism(config=ContextParallelConfig(...)) of diffusers",
+    "attention_backend": "call transformer.set_attention_backend(...) of diffusers",
+    "quantize_config": "quantize the transformer with torchao before enable_cache",
+}
+
+# What the caches of diffusers do that have no counterpart here.
+_INSIDE = "It reuses parts inside of the blocks, and this cache reuses what whole blocks add."
+_REFUSED = {
+    "SeaCacheConfig": "It compares filtered latents, and this cache compares what it finds in the graph.",
+    "TextKVCacheConfig": "It caches keys and values of the prompt, and this cache reuses what whole blocks add.",
+}
+
+# The switches by which a file of cache-dit chooses a calibrator, and what each belongs to.
+_SWITCHES = {"enable_taylorseer": "taylorseer", "enable_dmd": "dmd", "enable_foca": "foca"}
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -62,7 +79,7 @@ def as_cache_config(given: object) -> CacheConfig | None:
         raise ConfigError(
             f"cachedit_fx: cache_config must be a CacheConfig, or one of {', '.join(_FROM_DIFFUSERS)} of diffusers, "
             f"got a {name}.\n"
-            "It reuses parts inside of the blocks, and this cache reuses what whole blocks add.\n"
+            f"{_REFUSED.get(name, _INSIDE)}\n"
             "What to do: give a CacheConfig, or enable the cache of diffusers alone: transformer.enable_cache(config)."
         )
     raise ConfigError(f"cachedit_fx: cache_config must be a CacheConfig, got {shown(given)}{_hint(given)}")
@@ -108,6 +125,46 @@ def without_legacy(kwargs: dict[str, Any], calibrator: object) -> object:
         enable_encoder_calibrator=encoder,
         calibrator_cache_type=found.get("taylorseer_cache_type", "residual"),
     )
+
+
+def calibrator_in(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """Removes from the fields of a file of cache-dit those of a calibrator, and returns them as its mapping.
+
+    Raises:
+        ConfigError: More than one calibrator is enabled.
+    """
+    switches = {name: bool(fields.pop(name)) for name in _SWITCHES if name in fields}
+    settings = {
+        name: fields.pop(name)
+        for name in list(fields)
+        if name.startswith(("enable_encoder_", "taylorseer_", "dmd_")) or name == "calibrator_cache_type"
+    }
+    enabled = [name for name, is_enabled in switches.items() if is_enabled]
+    if len(enabled) > 1:
+        raise ConfigError(f"cachedit_fx: a file must enable one calibrator at most, got {' and '.join(enabled)}")
+    if not enabled:
+        return None
+    kind = _SWITCHES[enabled[0]]
+    others = ("enable_encoder_", "taylorseer_", "dmd_")
+    found = {name: value for name, value in settings.items() if not name.startswith(others) or name.startswith(kind)}
+    cache_type = found.pop("taylorseer_cache_type", found.pop("calibrator_cache_type", "residual"))
+    encoder = settings.get(f"enable_encoder_{kind}", kind == "dmd")
+    return {"type": kind, "enable_encoder_calibrator": encoder, "calibrator_cache_type": cache_type, **found}
+
+
+def without_other_parts(given: dict[str, Any], what: str) -> None:
+    """Removes what is not about caching, and warns once of the parts that are not None.
+
+    Args:
+        given: A mapping of arguments or of the parts of a file; it is changed.
+        what: The subject of the warning.
+    """
+    left = [name for name in OTHER_PARTS if given.pop(name, None) is not None]
+    if left:
+        log.warning(
+            "cachedit_fx: %s parts that are not about caching. They are left out.\n  found: %s\nWhat to do: %s.",
+            *(what, ", ".join(left), "; ".join(f"for {name}, {OTHER_PARTS[name]}" for name in left)),
+        )
 
 
 def _origin(given: object) -> tuple[str, str]:

@@ -18,7 +18,12 @@ from cachedit_fx.frontend.torch_internals import OptimizedModule
 from cachedit_fx.integrations.adapter_registry import adapter_for, modules_of
 from cachedit_fx.integrations.adapter_watch import watch_adapters
 from cachedit_fx.integrations.block_adapter import BlockAdapter, Nested, transformers_of, with_calibrator
-from cachedit_fx.integrations.foreign_configs import as_cache_config, as_calibrator, without_legacy
+from cachedit_fx.integrations.foreign_configs import (
+    as_cache_config,
+    as_calibrator,
+    without_legacy,
+    without_other_parts,
+)
 from cachedit_fx.integrations.session_hook import register_hook, remove_hook
 from cachedit_fx.integrations.signature import check_signature
 from cachedit_fx.runtime.instances import KEY, end_generation
@@ -56,7 +61,8 @@ def enable_cache(
             samplers call. This method is compiled and cached; calls of the transformer itself are not.
         kwargs: `fullgraph`, `dynamic`, `mode`, `options`, `recompile_limit` and `isolate_recompiles` of
             `torch.compile`, and fields of `CacheConfig`, which override those of `cache_config`. `options` may contain
-            options of Inductor, `guard_filter_fn`, and fields of `CacheConfig`.
+            options of Inductor, `guard_filter_fn`, and fields of `CacheConfig`. Arguments of cache-dit that are not
+            about caching (`parallelism_config`, `attention_backend`, `quantize_config`) are left out, with a warning.
 
     Raises:
         ConfigError: An argument is unknown, its value is not allowed, or there is no transformer.
@@ -88,21 +94,26 @@ def disable_cache(pipe_or_adapter: Any) -> None:
         _disable(module)
 
 
-def refresh_context(transformer: Any, cache_config: CacheConfig | None = None, **fields: Any) -> None:
+def refresh_context(
+    transformer: Any, cache_config: Any = None, calibrator_config: object | None = None, **fields: Any
+) -> None:
     """Ends the running sessions, and changes the given fields of the configuration.
 
     This triggers a recompilation only if the set of blocks that run changes, or the way in which they are compiled.
 
     Args:
         transformer: The argument that `enable_cache` was called with, or one of its transformers.
-        cache_config: The fields that it was given replace the current ones.
+        cache_config: The fields that it was given replace the current ones. What `enable_cache` translates is
+            accepted here as well.
+        calibrator_config: The same as the field `forecaster`, under the name that it has in cache-dit.
         fields: Further fields, such as `num_inference_steps=50`. `verbose` is accepted and ignored.
 
     Raises:
         ConfigError: No cache is enabled, a field is unknown, or its value is not allowed.
     """
     fields.pop("verbose", None)
-    change = (cache_config or CacheConfig()).override(**fields)
+    base = as_cache_config(cache_config) or CacheConfig()
+    change = with_calibrator(base.override(**fields), as_calibrator(calibrator_config))
     for module in modules_of(transformer).values():
         enabled = enabled_of(module)
         if enabled is None:
@@ -130,6 +141,7 @@ def settings_for(
     Raises:
         ConfigError: An argument is unknown, its value is not allowed, or there is no transformer.
     """
+    without_other_parts(kwargs, "enable_cache was given")
     calibrator = as_calibrator(without_legacy(kwargs, calibrator_config))
     fields = {name: kwargs.pop(name) for name in [*kwargs] if name in OPTION_NAMES and name not in _COMPILE_KWARGS}
     for name, value in kwargs.items():

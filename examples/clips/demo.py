@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def build_uncached() -> WanPipeline:
-    """Returns the pipeline without a cache. One compiled block serves all blocks, which compiles in a quarter of the time."""
+    """Returns the pipeline without a cache. One compiled block serves all, which takes a quarter of the time."""
     transformer = load_transformer()
     transformer.compile_repeated_blocks(backend="inductor", fullgraph=True)
     return build_pipeline(transformer)

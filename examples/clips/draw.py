@@ -32,7 +32,7 @@ def draw_clips(
 ) -> Tensor:
     """Returns one clip per scene, float32 [B, 3, 8, 16, 16] in [-1, 1], with objects of random sizes in `radii`.
 
-    The hardness of edges is random, too. At 1, a pixel has the share of the color that the object covers of it. At more,
+    The hardness of edges is random, too. At 1, a pixel has the share of the color that the object covers of it. Above,
     this share is farther from a half.
     """
     present, color, shape, motion = _numbers(scenes)
