@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from cachedit_fx.patterns.nodes import dtype_and_shape
+
 HIDDEN = "hidden_states"
 ENCODER = "encoder_hidden_states"
 
@@ -31,6 +33,32 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamChange:
+    """The place at which a stream gets another shape, so that the next block does not continue it.
+
+    Attributes:
+        boundary: Index of the first boundary without the stream.
+        role: Role of the stream.
+        before: The stream as it enters the block before this boundary.
+        after: The first value with another shape.
+        handed_on: The value that the nodes after this boundary read instead of the stream.
+        is_between: Whether `after` is computed after the block, by the code that calls the blocks.
+    """
+
+    boundary: int
+    role: str
+    before: fx.Node
+    after: fx.Node
+    handed_on: fx.Node
+    is_between: bool
+
+    def __str__(self) -> str:
+        place = f"between block {self.boundary - 1} and block {self.boundary}"
+        shapes = f"from {dtype_and_shape(self.before)} to {dtype_and_shape(self.handed_on)}"
+        return f"{self.role} changes {shapes} {place if self.is_between else f'in block {self.boundary - 1}'}"
+
+
+@dataclass(frozen=True, slots=True)
 class BlockList:
     """The blocks of one module list, in execution order, and the streams between them.
 
@@ -46,6 +74,7 @@ class BlockList:
         labels: Role of a stream -> its name in the model's code.
         alternates: Path of the list whose blocks alternate with the blocks of this list, if there is one. A `Block`
             then consists of one block of each list.
+        change: The first place at which a stream gets another shape; None if there is none, or if it is not known.
     """
 
     path: str
@@ -56,6 +85,7 @@ class BlockList:
     flops: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     alternates: tuple[str, ...] = ()
+    change: StreamChange | None = None
 
     @property
     def has_its_first(self) -> bool:
@@ -77,7 +107,11 @@ class BlockList:
 
     @property
     def loss(self) -> str:
-        """Why no stream continues at `lost_at`, for messages; empty if it is None."""
+        """Why no stream continues to the end, for messages; empty if one does."""
         if self.lost_at is None:
             return ""
-        return f"no output of block {self.lost_at - 1} has the same shape as any of its inputs"
+        change = self.change if self.change is not None and self.change.boundary <= self.lost_at else None
+        if change is not None and (change.is_between or change.boundary < self.lost_at):
+            return str(change)
+        loss = f"no output of block {self.lost_at - 1} has the same shape as any of its inputs"
+        return f"{loss}; {change}" if change is not None else loss

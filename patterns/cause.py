@@ -9,6 +9,7 @@ class Cause(enum.Enum):
     """Why a template does not fit, or why a region cannot be cut. The list is closed: code may depend on it."""
 
     NO_CHAIN = "no-chain"
+    NO_TRANSFORMER = "no-transformer"
     RESTRICTED = "restricted"
     STREAM_COUNT = "stream-count"
     STREAM_NAME = "stream-name"

@@ -10,12 +10,14 @@ _TEMPLATE = "register a template that describes these blocks (docs/patterns.md)"
 
 CURES: Mapping[Cause, str] = {
     Cause.NO_CHAIN: (
-        "if Dynamo broke the model up, TORCH_LOGS=graph_breaks shows where, and fullgraph=True makes it an error; if "
-        "the blocks are not in a list, a functor can gather them (docs/functors.md)"
+        "call the blocks in a loop over an nn.ModuleList, or gather them with a functor (docs/functors.md); if Dynamo "
+        "broke the model up, TORCH_LOGS=graph_breaks shows where"
     ),
+    Cause.NO_TRANSFORMER: "use a cache that is made for UNets",
     Cause.RESTRICTED: "correct block_class or module_path if the template is meant for these blocks",
     Cause.STREAM_COUNT: (
-        f"compare what each block takes and returns there; {_TEMPLATE}, or use a functor that makes the blocks alike"
+        "change the model there so that all blocks take and return the same streams, "
+        f"{_TEMPLATE}, or use a functor (docs/functors.md)"
     ),
     Cause.STREAM_NAME: "name the streams: BlockTemplate(streams={'hidden_states': <its name in the code>})",
     Cause.NO_CONTEXT: f"remove the context from takes if the blocks need none, or {_TEMPLATE}",

@@ -64,7 +64,7 @@ def match_any(blocks: BlockList, among: Iterable[BlockTemplate] | None = None) -
             mismatches += error.mismatches
         else:
             log.debug("%s matches %s (%d blocks)", match.label, blocks.path, len(blocks.blocks))
-            return match
+            return dataclasses.replace(match, mismatches=tuple(mismatches))
     raise MismatchError(*sorted(mismatches, key=lambda mismatch: -mismatch.progress))
 
 
@@ -101,7 +101,7 @@ def _check_streams(blocks: BlockList, template: BlockTemplate) -> None:
     want, total = template.streams_out, len(blocks.blocks)
     is_lost_before = any(len(streams) < len(blocks.boundaries[0]) for streams in blocks.boundaries)
     if blocks.lost_at == total and not is_lost_before:  # Only the boundary after the last block has no stream.
-        last = next(iter(blocks.boundaries[-1].values()))
+        last = blocks.change.after if blocks.change is not None else next(iter(blocks.boundaries[-1].values()))
         raise _mismatch_error(
             blocks,
             template,
@@ -125,9 +125,12 @@ def _count_mismatch_error(blocks: BlockList, template: BlockTemplate, i: int) ->
     streams = blocks.boundaries[i] if i < len(blocks.boundaries) else {}
     before = blocks.boundaries[i - 1]
     lost = next((role for role in before if role not in streams), None)
+    change = blocks.change if blocks.change is not None and blocks.change.boundary == i else None
     if streams:
         found = f"{_count(len(streams))} ({', '.join(map(describe, streams.values()))})"
-        if lost is not None:  # For example where tokens are dropped between two blocks.
+        if change is not None:  # For example where tokens are dropped between two blocks.
+            found += f"; {change}"
+        elif lost is not None:
             found += f"; no output of block {i - 1} has the shape of {describe(before[lost])}"
     else:
         found = blocks.loss
@@ -137,7 +140,7 @@ def _count_mismatch_error(blocks: BlockList, template: BlockTemplate, i: int) ->
         Cause.STREAM_COUNT,
         f"{_count(len(want))} ({', '.join(want)}) from block {i - 1} to block {i} of {blocks.path}",
         found,
-        node=next(iter((streams or before).values()), None),
+        node=change.after if change is not None else next(iter((streams or before).values()), None),
         stream=lost,
         lost_at=i if lost is not None else None,
         progress=i - 1,
@@ -247,5 +250,6 @@ def _mismatch_error(
             lost_at=lost_at,
             progress=progress,
             total=len(blocks.blocks),
+            path=blocks.path,
         )
     )

@@ -25,6 +25,7 @@ class Mismatch:
         lost_at: Index of the boundary at which a stream is missing (boundary i lies before block i).
         progress: Number of blocks that fit before the first one that does not. It ranks the mismatches of a list.
         total: Number of blocks of the list.
+        path: Path of the list; empty if no particular list is concerned.
     """
 
     template: BlockTemplate | None
@@ -37,6 +38,7 @@ class Mismatch:
     lost_at: int | None = None
     progress: int = 0
     total: int = 0
+    path: str = ""
 
     @property
     def cure(self) -> str:
@@ -55,8 +57,9 @@ class Mismatch:
 
     @property
     def lines(self) -> list[str]:
-        """What was expected, what was found and where: one indented line each, for messages."""
-        return list(labelled_lines({"expected": self.expected, "found": self.found, "at": self.place}))
+        """What was expected, what was found, where, and the line of code: one indented line each, for messages."""
+        line = self.where.text if self.where is not None else ""
+        return list(labelled_lines({"expected": self.expected, "found": self.found, "at": self.place, "line": line}))
 
     def __str__(self) -> str:
         template = f"{self.template}: " if self.template else ""
@@ -90,8 +93,15 @@ class Match:
     Attributes:
         label: The template as messages show it, for example "pattern 1 (dual-stream, encoder first)". It leaves the
             number open ("pattern 0 or 1") if the return statement of the block could not be read.
+        mismatches: Why the templates that were tried before this one do not fit.
     """
 
     template: BlockTemplate
     blocks: BlockList
     label: str
+    mismatches: tuple[Mismatch, ...] = ()
+
+    @property
+    def passed_over(self) -> dict[BlockTemplate, Mismatch]:
+        """Why templates that a user registered, and that were tried before this one, do not fit."""
+        return {m.template: m for m in self.mismatches if m.template is not None and m.template.number is None}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import linecache
 import re
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,11 @@ class SourceLine(NamedTuple):
 
     path: str
     line: int
+
+    @property
+    def text(self) -> str:
+        """The line itself; empty if the file is not available."""
+        return shorten(linecache.getline(self.path, self.line).strip(), 160, placeholder=" ...")
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}"
@@ -91,10 +98,13 @@ def depends_on_data(size: Any) -> bool:
 
 def describe(node: fx.Node) -> str:
     """`hidden_states_29 float32[2, 16, 32]`, for messages."""
+    return f"{node.name} {dtype_and_shape(node)}" if is_tensor(node) else node.name
+
+
+def dtype_and_shape(node: fx.Node) -> str:
+    """`float32[2, 16, 32]` for a tensor node, for messages."""
     value = value_of(node)
-    if not isinstance(value, torch.Tensor):
-        return node.name
-    return f"{node.name} {str(value.dtype).removeprefix('torch.')}[{', '.join(str(s) for s in value.shape)}]"
+    return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
 
 
 def call_text(node: fx.Node) -> str:

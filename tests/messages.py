@@ -22,6 +22,7 @@ FOLDERS = tuple(ROOT / name for name in ("cachedit_fx", "passes", "patterns"))
 
 def flat(message: str) -> str:
     """The lines of a mismatch joined into one: `stream-count: expected: 2 ...; found: 1 ...; at: ...`."""
+    message = re.sub(r"\n +line: .*", "", message)
     for name, before in (("expected", " expected: "), ("found", "; found: "), ("at", "; at: ")):
         message = re.sub(rf"\n +{name}: +", before, message)
     return message

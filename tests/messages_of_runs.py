@@ -27,7 +27,7 @@ from cachedit_fx.inspect.reproduce import run_saved
 from cachedit_fx.integrations import comfyui
 from cachedit_fx.integrations.comfyui.sampler_steps import StepLimits
 from cachedit_fx.passes.transforms.insert_conditionals import InsertConditionals
-from cachedit_fx.patterns import BUILT_IN
+from cachedit_fx.patterns import BUILT_IN, unregister_pattern
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN
 from cachedit_fx.testing import check_pattern, tiny_pipeline
 from cachedit_fx.testing.template_reference import TemplateReference
@@ -52,6 +52,15 @@ BOTH = (HIDDEN, ENCODER)
 def run(model: Any, **fields: Any) -> None:
     with torch.no_grad():
         tiny.step(tiny.compiled(model, **fields), tiny.prompt(), 1.0, tiny.latents())
+
+
+def run_with_another_template() -> None:
+    template = BlockTemplate("mine", takes=BOTH, returns=BOTH, streams={HIDDEN: "image"}, block_class="Block")
+    cachedit_fx.register_pattern(template)
+    try:
+        run(tiny.build())
+    finally:
+        unregister_pattern(template.name)
 
 
 def run_offloaded_by_layer() -> None:
@@ -349,6 +358,12 @@ CHECKS = [
         "expected: a change of 0.1000",
     ),
     Row("no-fit", lambda _: checked(2, Transformer()), "no-context", "remove the context from takes"),
+    Row(
+        "template-passed-over",
+        lambda _: run_with_another_template(),
+        "found:    streams with the names encoder_hidden_states, hidden_states",
+        "or remove the template: cachedit_fx.patterns.unregister_pattern('mine')",
+    ),
     Row("no-blocks-to-check", lambda _: checked(3, Flat()), "no-chain", "expected: a list of blocks"),
     Row("not-copied", lambda _: checked_that_cannot_be_copied(), "TypeError", "remove what copy.deepcopy"),
     Row("order", lambda _: in_another_order(), "`coarse`, which is", "expected: value 1 of what layers.0 returns"),

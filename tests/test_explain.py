@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
+import re
+import textwrap
+from collections import Counter
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -16,7 +21,9 @@ from cachedit_fx import BlockAdapter, CacheConfig, explain
 from cachedit_fx.cache_factory.patch_functors import HiDreamPatchFunctor
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.flops import FlopCounter
+from cachedit_fx.inspect.explanation.diff import side_by_side
 from cachedit_fx.inspect.explanation.result import Explanation
+from cachedit_fx.inspect.pages.explained import _shares, apportion
 from tests import hybrid
 from tests.models import FAMILIES
 from tests.tiny_pipelines import PIPELINES
@@ -212,7 +219,7 @@ def test_the_diff_has_a_line_per_block():
     blocks = [line for line in lines if "# Flux" in line]
     assert len(blocks) == 7 and all(line.startswith(" ") for line in blocks)  # Blocks are unchanged.
     added = [line[1:] for line in lines if line.startswith("+")]
-    assert "before = step.before(0)" in added and any(line.startswith("if decide:") for line in added)
+    assert "probe_before = step.before(0)" in added and any(line.startswith("if decide:") for line in added)
     removed = [line for line in lines[2:] if line.startswith("-")]
     assert removed == []
     expanded = explanation.diff(expand=["transformer_blocks.1"])
@@ -223,6 +230,45 @@ def test_the_diff_has_a_line_per_block():
         ConfigError, match=r"expand must name blocks of this graph, such as .*_blocks\.\d.* got 'blocks.9'; there are 7"
     ):
         explanation.diff(expand=["blocks.9"])
+
+
+def test_the_diff_reads_as_code():
+    """Every name is assigned once (in both branches, the same ones), before it is read."""
+    _, _, explanation = explained()
+    _, lines = side_by_side(explanation.graphs[0], explanation.graph_modules[0])
+    code = re.sub(r"\.(\d+)", r"_\1", "\n".join(line.partition("  # ")[0] for line in lines))  # `blocks.0` is no name.
+    statements = ast.parse(f"def forward(step):\n{textwrap.indent(code, '    ')}").body[0].body
+    (conditional,) = [one for one in statements if isinstance(one, ast.If)]
+    assigned = [assigned_in(branch) for branch in (conditional.body, conditional.orelse)]
+    around = assigned_in([one for one in statements if one is not conditional])
+    for found in (around + assigned[0], around + assigned[1]):
+        assert max(Counter(found).values()) == 1
+    after = statements[statements.index(conditional) + 1 :]
+    read = {one.id for part in after for one in ast.walk(part) if isinstance(one, ast.Name)}
+    assert {*assigned[0]} & read == {*assigned[1]} >= {"residual"}
+
+
+def assigned_in(statements):
+    found = [one for part in statements for one in ast.walk(part)]
+    return [one.id for one in found if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)]
+
+
+def test_the_parts_make_up_the_graph():
+    _, _, explanation = explained()
+    (graph,) = explanation.graphs
+    assert [part.name for part in graph.parts] == ["head", "Fn blocks", "region 0", "Bn blocks", "tail"]
+    assert sum(part.flops for part in graph.parts) == graph.cost.flops
+    assert all(part.flops > 0 for part in graph.parts)
+    printed = [f"{share.percent:.1f}" for share in _shares(graph)]
+    assert sum(map(Decimal, printed)) == 100
+    assert printed[2] == f"{100 * graph.saved_flops:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [([1, 1, 1], [334, 333, 333]), ([0, 0], [0, 0]), ([2, 998000], [0, 1000]), ([5], [1000])]
+)
+def test_shares_sum_to_the_whole(counts, expected):
+    assert apportion(counts, 1000) == expected
 
 
 # No trace.

@@ -21,6 +21,7 @@ from cachedit_fx.passes.analysis.dataflow import Program, is_layout
 from cachedit_fx.passes.analysis.effects import effect_of
 from cachedit_fx.passes.analysis.op_tables import (
     ADDITIONS,
+    CONVOLUTIONS,
     DIFFERENCES,
     DROPOUTS,
     IN_PLACE_OPERATORS,
@@ -375,3 +376,11 @@ def test_the_effects_of_functions_of_other_packages_are_unknown(package):
     node = node_of(function, torch.ones(1))
     node.graph.output(node)
     assert "effects are unknown" in effect_of(Program(node.graph))
+
+
+@pytest.mark.parametrize("function", sorted(CONVOLUTIONS, key=lambda f: f.__name__), ids=lambda f: f.__name__)
+def test_convolutions_slide_a_kernel_over_the_sizes_behind_the_channels(function):
+    dims, is_transposed = int(function.__name__[-2]), "transpose" in function.__name__
+    weight = torch.randn(*((3, 4) if is_transposed else (4, 3)), *[2] * dims)
+    result = function(torch.randn(2, 3, *[5] * dims), weight)
+    assert result.shape == (2, 4, *[6 if is_transposed else 4] * dims)

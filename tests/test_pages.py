@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import cachedit_fx
 from cachedit_fx import CacheConfig
 from cachedit_fx.inspect import Explanation
 from cachedit_fx.inspect.explanation.dynamo_recorder import RecordedGraph
+from cachedit_fx.inspect.pages.layout import spans_of
 from cachedit_fx.inspect.reports import RunReport
 from cachedit_fx.runtime.stats import CacheStats, StepError, Summary
 from tests import hybrid
 from tests.models import FAMILIES, denoise
 from tests.pages import browser, viewed
+from tests.tiny import frozen
 from tests.zoo import VARIANTS
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>&lt;\"'"
@@ -59,6 +62,11 @@ def ran(name: str, *, shadow: bool) -> RunReport:
 def flux(tmp_path_factory: pytest.TempPathFactory) -> tuple[Explanation, Path]:
     explanation = explained("flux")
     return explanation, explanation.to_html(tmp_path_factory.mktemp("flux") / "flux.html")
+
+
+@pytest.fixture(scope="module")
+def shadowed() -> RunReport:
+    return ran("flux", shadow=True)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +119,86 @@ def test_before_and_after_are_side_by_side_and_open_together(chromium: Any, flux
         assert right.locator("pre").text_content().rstrip("\n") == code
         assert left.bounding_box()["y"] == right.bounding_box()["y"]
         assert found.page.locator(".row.added", has_text="if decide:").count() == 1
+        body = found.page.locator(".row.added .depth-1", has_text="residual = ").first
+        assert body.inner_text().startswith("residual = torch.sub(")
+
+
+class Plain(nn.Module):
+    """Twenty blocks, of which the last ones are wider."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [8] * 14 + [16] * 6
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, w), nn.GELU(), nn.Linear(w, 8)) for w in widths)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        hidden_states = hidden_states + timestep
+        for block in self.blocks:
+            hidden_states = hidden_states + block(hidden_states)
+        return hidden_states
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Explanation, Path]:
+    call = dict(hidden_states=torch.randn(2, 6, 8), timestep=torch.tensor(1.0))
+    with torch.no_grad():
+        explanation = cachedit_fx.explain(frozen(Plain()), cache_config=CONFIG, **call)
+    return explanation, explanation.to_html(tmp_path_factory.mktemp("deep") / "deep.html")
+
+
+def test_equal_blocks_are_one_stack_that_shows_its_blocks(chromium: Any, deep: tuple[Explanation, Path]) -> None:
+    explanation, path = deep
+    assert spans_of(explanation.graphs[0]) == [(0, 1), (1, 14), (14, 19), (19, 20)]
+    with viewed(chromium, path) as found:
+        stacks, lane = found.page.locator(".stack"), found.page.locator(".lane")
+        assert found.page.locator(".stack .times").all_text_contents() == ["× 13", "× 5"]
+        assert lane.evaluate("box => box.scrollWidth <= box.clientWidth")  # The reuse branch is in view.
+        assert found.page.locator(".opens").count() == 20
+        block = found.page.locator('.opens[data-block="g0-7"]')
+        assert not block.is_visible()
+        stacks.first.click()
+        block.click()
+        assert found.page.locator("#panel-title").inner_text() == "Block 7: blocks.7"
+        found.page.keyboard.press("Escape")
+        for _ in range(7):  # The arrow keys move into the next stack, and show it.
+            found.page.keyboard.press("ArrowRight")
+        assert found.page.evaluate("document.activeElement.dataset.block") == "g0-14"
+        assert stacks.nth(1).get_attribute("aria-expanded") == "true"
+        stacks.first.press("Enter")
+        assert not block.is_visible()
+
+
+# The size of every text on the screen: that of its font, times the scale of the drawing that it is in.
+SMALLEST_TEXT = """() => Math.min(...[...document.querySelectorAll("body *")]
+    .filter((one) => [...one.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())
+        && one.getBoundingClientRect().width > 0 && !one.matches("title, script, style"))
+    .map((one) => parseFloat(getComputedStyle(one).fontSize) * (one.getScreenCTM ? one.getScreenCTM().a : 1)))"""
+CUT = """() => [...document.querySelectorAll(".scroll")]
+    .filter((box) => box.scrollWidth > box.clientWidth + 1).map((box) => box.innerText.slice(0, 60))"""
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_no_text_is_small_and_no_column_is_cut(
+    chromium: Any, flux: tuple[Explanation, Path], shadowed: RunReport, tmp_path: Path, width: int
+) -> None:
+    for path in (flux[1], shadowed.to_html(tmp_path / "run.html")):
+        with viewed(chromium, path, width=width) as found:
+            assert found.page.evaluate(SMALLEST_TEXT) >= 11.99
+            assert found.page.evaluate(CUT) == []
+            assert found.overflow() <= 0
+
+
+def test_a_drawing_that_is_wider_than_the_screen_shows_that_it_goes_on(
+    chromium: Any, flux: tuple[Explanation, Path]
+) -> None:
+    with viewed(chromium, flux[1], width=420) as found:
+        more, lane = found.page.locator(".lane-box > .more"), found.page.locator(".lane")
+        assert more.is_visible() and found.page.locator(".reuse-line").is_visible()
+        lane.evaluate("box => { box.scrollLeft = box.scrollWidth; }")
+        more.wait_for(state="hidden")
+    with viewed(chromium, flux[1]) as found:
+        assert not found.page.locator(".lane-box > .more").is_visible()
+        assert not found.page.locator(".reuse-line").is_visible()
 
 
 def test_dark_and_light_follow_the_system_and_the_button(chromium: Any, flux: tuple[Explanation, Path]) -> None:
@@ -134,6 +222,7 @@ def test_every_model_has_a_page_that_fits_a_phone(chromium: Any, tmp_path: Path,
         verdict = found.page.locator(".verdict").inner_text()
         assert ("Not cached" in verdict) is (name == "loses-text")
         assert found.page.locator(".skip").count() == (3 if name == "HunyuanDiT" else 0)
+        assert found.page.locator(".break-line").count() == (name == "loses-text")
         if name == "loses-text":
             card = found.page.locator(".card.miss").first.inner_text()
             nearest = explanation.graphs[0].verdicts[0]
@@ -144,8 +233,10 @@ def test_every_model_has_a_page_that_fits_a_phone(chromium: Any, tmp_path: Path,
 
 
 @pytest.mark.parametrize(("name", "shadow"), [("wan", False), ("flux", True)])
-def test_a_run_has_a_page_that_fits_a_phone(chromium: Any, tmp_path: Path, name: str, shadow: bool) -> None:
-    report = ran(name, shadow=shadow)
+def test_a_run_has_a_page_that_fits_a_phone(
+    chromium: Any, shadowed: RunReport, tmp_path: Path, name: str, shadow: bool
+) -> None:
+    report = shadowed if shadow else ran(name, shadow=shadow)
     assert len(report.stats) == (2 if name == "wan" else 1)
     with viewed(chromium, report.to_html(tmp_path / "page.html"), width=390) as found:
         assert found.overflow() <= 0

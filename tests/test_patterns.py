@@ -187,9 +187,9 @@ NEAR_MISMATCHES = [
                  r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 1, id="0-text-dropped"),
     pytest.param(DropsText, 1, Cause.STREAM_COUNT, r"expected: 2 streams .* from block 1 to block 2 .* found: 1",
                  r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 1, id="1-text-dropped"),
-    pytest.param(DropsTokens, 0, Cause.STREAM_COUNT, r"from block 1 to block 2 .* found: 1 .* no output of block 1 "
-                 r"has the shape of hidden_states_\d+ float32\[2, 6, 16\]", r"encoder_hidden_states_\d+",
-                 "+ self.mlp_context(encoder_hidden_states)", 1, id="0-tokens-dropped"),
+    pytest.param(DropsTokens, 0, Cause.STREAM_COUNT, r"from block 1 to block 2 .* found: 1 .* hidden_states changes "
+                 r"from float32\[2, 6, 16\] to float32\[2, 3, 16\] between block 1 and block 2", r"hidden_states_\d+",
+                 "hidden_states = hidden_states[:, ::2]", 1, id="0-tokens-dropped"),
     pytest.param(DropsText, 3, Cause.STREAM_COUNT, r"expected: 1 stream \(hidden_states\) .* found: 2 streams "
                  r"\(hidden_states_2",
                  r"hidden_states_\d+", "hidden_states + self.mlp(hidden_states)", 0, id="3-text-at-first"),
@@ -201,8 +201,9 @@ NEAR_MISMATCHES = [
                  None, None, 0, id="2-text-skipped"),
     pytest.param(TextTransformer, 3, Cause.EXTRA_CONTEXT, r"also reads encoder_hidden_states float32\[2, 5, 16\]",
                  r"encoder_hidden_states", "self.context_embedder(encoder_hidden_states)", 0, id="3-text-read"),
-    pytest.param(Halving, 3, Cause.STREAM_COUNT, r"from block 2 to block 3 .* found: no output of block 2 has ",
-                 r"\w+", "hidden_states", 2, id="3-tokens-halved"),
+    pytest.param(Halving, 3, Cause.STREAM_COUNT, r"to block 3 .* found: no output of block 2 has .* inputs; "
+                 r"hidden_states changes from float32\[2, 6, 16\] to float32\[2, 3, 16\] in block 2",
+                 r"\w+", "super().forward(hidden_states[:, ::2], temb)", 2, id="3-tokens-halved"),
     pytest.param(Emitting, 3, Cause.EXTRA_EMITTED, rf"only hidden_states; found: the last block also returns {EMITTED}",
                  r"encoder_hidden_states_\d+", "self.to_encoder(hidden_states)", 3, id="3-text-emitted"),
     pytest.param(EmitsForNobody, 4, Cause.NO_EMITTED, r"encoder_hidden_states as an output .* found: only the streams",

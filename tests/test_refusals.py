@@ -285,6 +285,26 @@ def test_a_model_without_a_loop_of_blocks_has_no_chain(model):
     assert "TORCH_LOGS=graph_breaks" in mismatch.cure
 
 
+class TwoResolutions(nn.Module):
+    """Convolves at one resolution and at half of it."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3, stride, 1), nn.SiLU()) for _ in range(2))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        for block in self.blocks:
+            sample = block(sample + timestep)
+        return (sample,)
+
+
+@pytest.mark.parametrize(("stride", "cause"), [(2, Cause.NO_TRANSFORMER), (1, None)])
+def test_convolutions_at_several_resolutions_are_no_transformer(stride: int, cause: Cause | None):
+    found = plan(TwoResolutions(stride).eval(), dict(sample=torch.randn(1, 4, 8, 8), timestep=torch.tensor(1.0)))
+    causes = {one.cause for one in found} if isinstance(found, tuple) else set()
+    assert causes == {cause} if cause is not None else Cause.NO_TRANSFORMER not in causes
+
+
 def test_a_graph_that_needs_gradients_is_refused():
     with torch.enable_grad():
         mismatch = refused(Transformer())

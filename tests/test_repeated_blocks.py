@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, fx, nn
 
 import cachedit_fx
@@ -215,6 +216,31 @@ def test_one_processor_for_all_blocks_is_no_difference():
     with torch.no_grad():
         assert torch.equal(once.compiled(*args), model(*args))
     assert len(once.graphs) == 3
+
+
+class Configured(Model):
+    """Its blocks read a dictionary whose order of keys Dynamo checks, as the modules of diffusers do."""
+
+    class Block(Block):
+        def __init__(self, number: int) -> None:
+            super().__init__(number)
+            self.settings = FrozenDict(scale=2.0, name="block")
+
+        def forward(self, x: Tensor, text: Tensor, emb: Tensor, options: Any = None) -> tuple[Tensor, Tensor]:
+            return super().forward(x, text, emb * self.settings.scale)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Configured.Block(i) for i in range(4))
+
+
+def test_blocks_with_a_configuration_of_diffusers_are_repeated():
+    model, args = tiny.frozen(Configured()), _inputs()
+    plain, once = Capture(model, args, repeated=False), Capture(model, args, repeated=True)
+    assert once.nodes == plain.nodes and (once.traced, once.repeated) == (2, 2)
+    model.blocks[3].settings = FrozenDict(name="block", scale=2.0)  # Another order.
+    other = Capture(model, args, repeated=True)
+    assert other.nodes == plain.nodes and (other.traced, other.repeated) == (3, 1)
 
 
 class Counting(Model):

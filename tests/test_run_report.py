@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -16,7 +17,14 @@ import cachedit_fx
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.inspect.pages import plot_chain, plot_run, render, thresholds
 from cachedit_fx.inspect.pages.axes import ticks
-from cachedit_fx.inspect.pages.charts import longest_shown
+from cachedit_fx.inspect.pages.charts import (
+    diff_chart,
+    error_chart,
+    largest_shown,
+    longest_shown,
+    scatter_chart,
+    time_chart,
+)
 from cachedit_fx.inspect.pages.ran import Times, duration, num_sessions, verdict_line
 from cachedit_fx.inspect.pages.words import BEGINNINGS, REASONS, why
 from cachedit_fx.policies import budget, guided_steps, magnitude, position, threshold
@@ -82,10 +90,33 @@ def test_candidates_state_the_error_of_each_threshold() -> None:
     found = thresholds.candidates(shadowed())
     assert [(one.threshold, one.below, one.more, one.error) for one in found] == [
         (0.0501, 1, 0, 0.3),
-        (0.0713, 2, 0, 0.3),
+        (0.1, 2, 0, 0.3),  # The threshold of the run, in the place of 0.0713.
         (0.201, 3, 1, 0.9),
     ]
     assert [one.is_present for one in found] == [False, True, False]
+
+
+@pytest.mark.parametrize(("threshold", "below"), [(0.01, 0), (0.5, 3)])
+def test_the_threshold_of_the_run_is_a_candidate_with_its_own_value(threshold: float, below: int) -> None:
+    found = thresholds.candidates(dataclasses.replace(shadowed(), thresholds=dict.fromkeys((2, 3, 4), threshold)))
+    (present,) = [one for one in found if one.is_present]
+    assert (present.threshold, present.below) == (threshold, below)
+
+
+def test_a_threshold_far_above_the_diffs_does_not_stretch_the_axis() -> None:
+    near = dataclasses.replace(shadowed(), thresholds=dict.fromkeys((2, 3, 4), 0.25))
+    far = dataclasses.replace(shadowed(), thresholds=dict.fromkeys((2, 3, 4), 0.9))
+    assert (largest_shown(near), largest_shown(far)) == (1.03 * 0.25, 1.03 * 0.2)
+    assert "above this chart" not in diff_chart(near)
+    assert "↑ threshold 0.9, above this chart" in diff_chart(far)
+    assert "threshold 0.9, beyond this chart →" in scatter_chart(far)
+
+
+def test_the_legend_of_a_chart_is_in_the_chart() -> None:
+    assert all(f">{name}<" in diff_chart(entry()) for name in ("computed", "reused", "threshold 0.1", "diff not used"))
+    assert all(f">{name}<" in error_chart(shadowed()) for name in ("would reuse", "output", "hidden_states"))
+    assert ">largest error below that diff<" in scatter_chart(shadowed())
+    assert all(f">{name}<" in time_chart(entry()) for name in ("computed", "reused"))
 
 
 @pytest.mark.parametrize("diff", [0.0, 1e-7, 0.0999, 0.1, 0.12345, 0.9999, 1.0, 123.4])

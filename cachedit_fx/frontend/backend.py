@@ -14,6 +14,7 @@ from cachedit_fx.config.cache_config import CacheConfig, check_together, split_o
 from cachedit_fx.errors import PassError, PatternError, cut
 from cachedit_fx.frontend.capture import captured_module, copy_graph, forget_examples, sources_of
 from cachedit_fx.frontend.compile_progress import compile_progress
+from cachedit_fx.frontend.graph_break import break_after
 from cachedit_fx.frontend.inner_compiler import InnerCompiler
 from cachedit_fx.frontend.torch_internals import RestartAnalysis, trace_structured_artifact
 from cachedit_fx.frontend.uncached import (
@@ -24,6 +25,7 @@ from cachedit_fx.frontend.uncached import (
     why_not_without_hooks,
     why_of,
 )
+from cachedit_fx.frontend.unfit_templates import report_unfit_templates
 from cachedit_fx.passes.manager import Rewritten, rewrite
 from cachedit_fx.passes.observer import observer_for
 from cachedit_fx.passes.piece import Piece
@@ -146,6 +148,7 @@ class Backend:
             return self._uncached(gm, example_inputs, compiler, why)
         _trace_artifacts(planned)
         if isinstance(planned, Rewritten):
+            report_unfit_templates(planned.plan.chain)
             owner = self.owner if self.policy_per_call else (config, self.declared)
             try:
                 if self.is_offloaded:
@@ -166,7 +169,7 @@ class Backend:
                 return self._uncached(gm, example_inputs, compiler, why)
         forget_examples(copied)
         if current_call() is None:
-            report_bare(planned, config)
+            report_bare(planned, config, break_after(gm))
             return compiler(gm, list(example_inputs))
         # If Dynamo breaks the model into several graphs, another one may match. This is known at the end of the call.
         return self._uncached(gm, example_inputs, compiler, why_of(planned, captured_module()))

@@ -69,7 +69,8 @@ class BlockRecorder:
             raise UnknownError("Dynamo records the calls of modules in another way")
         _check_result(result, arguments, nodes)
         guards = guards_below(call, is_below, self._guards, values)
-        return BlockTrace(call, arguments, nodes, weights, guards, num_calls, result)
+        ordered = {source: [*call.value_at(source, values)] for source in call.ordered_dicts if is_below(source)}
+        return BlockTrace(call, arguments, nodes, weights, guards, ordered, num_calls, result)
 
 
 def _check(call: ModuleCall) -> None:
@@ -121,12 +122,14 @@ class BlockTrace:
         nodes: list[fx.Node],
         weights: list[fx.Node],
         guards: list[BlockGuard],
+        ordered: dict[Any, list[Any]],
         num_calls: dict[str, int],
         result: Any,
     ) -> None:
         self._source, self._path, self._modules = call.source, call.path, [*call.module.named_modules()]
         self._place, self._state, self._stack = call.place, call.state(), call.module_stack
         self._arguments, self._nodes, self._guards, self._num_calls = arguments, nodes, guards, num_calls
+        self._ordered = ordered  # The keys of the dictionaries the order of whose keys is checked.
         self._weights = {node: source_of_input(node) for node in weights}
         self._result = result
 
@@ -160,6 +163,7 @@ class BlockTrace:
                 if node.op != "placeholder":
                     call.remove_node(node)
             raise
+        call.ordered_dicts.update(map(sources, self._ordered))
         for path, count in self._num_calls.items():
             call.num_calls[call.path + path.removeprefix(self._path)] = count
         return result
@@ -195,6 +199,9 @@ class BlockTrace:
                 value = call.value_at(source, values)
             if not CHECKS[one.kind](old, value, one.parameters):
                 raise UnknownError(f"{name_of(source)} differs ({one.kind})")
+        for old_source, keys in self._ordered.items():
+            if [*call.value_at(sources(old_source), values)] != keys:
+                raise UnknownError(f"{name_of(sources(old_source))} has other keys")
 
     def _copy_nodes(self, call: ModuleCall, inputs: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
         """The copies of the nodes of the recorded block."""

@@ -35,6 +35,7 @@ from cachedit_fx.frontend.torch_internals import (
     without_log_calls,
 )
 from cachedit_fx.frontend.uncached import IN_HOOK, forward_hooks_of
+from cachedit_fx.patterns.nodes import SourceLine
 from cachedit_fx.runtime.cached_call import CachedCall
 from cachedit_fx.runtime.model_call import current_call
 
@@ -84,6 +85,7 @@ class CaptureStrategies:
     Attributes:
         plain: The function that is compiled.
         why_in_parts: Dynamo's reason why the module could not be captured as one graph; empty if it could.
+        line_in_parts: The line of code at which it could not.
         limit_reached: The recompile limit, once a call needs one graph more; 0 before. From then on, Dynamo runs the
             existing graphs, and the plain code if none of them fits.
         num_blocks_traced: The number of calls of blocks that Dynamo traced in the last capture.
@@ -116,7 +118,7 @@ class CaptureStrategies:
         self._has_worked = False  # Whether the first of the strategies has worked.
         self._signatures: set[Hashable] = set()  # Of the calls that it has served.
         self._has_no_frames = False  # Whether Dynamo captures nothing of the module.
-        self.why_in_parts = ""
+        self.why_in_parts = self.line_in_parts = ""
         self.limit_reached = 0
         self.num_blocks_traced = self.num_blocks_repeated = 0
 
@@ -165,7 +167,8 @@ class CaptureStrategies:
                 first = first or error
                 continue
             if first is not None:  # Since another strategy worked, the caller is not to blame for the error.
-                self.why_in_parts = self.why_in_parts or ("" if strategy.whole else self.describe(first))
+                if not strategy.whole and not self.why_in_parts:
+                    self.why_in_parts, self.line_in_parts = self.describe(first), self._line_of(first)
                 if strategy.whole and str(first).startswith(LOGS):
                     log.info("cachedit_fx: log calls are left out of the compiled forward (%s)", self.describe(first))
                 del self._strategies[:number]
@@ -277,15 +280,28 @@ class CaptureStrategies:
 
         If the error is from a forward hook, its name follows the place: `model.py:12, in the hook "moved", "..."`.
         """
-        stack = list(getattr(error, "real_stack", None) or ())
-        mine = [frame for frame in stack if frame.filename == self._file]
-        place = "".join(f"{Path(frame.filename).name}:{frame.lineno}, " for frame in (mine or stack)[-1:])
+        stack = _stack_of(error)
+        place = "".join(f"{Path(frame.filename).name}:{frame.lineno}, " for frame in self._own_frame(stack))
         model = getattr(self.plain, "__self__", None)
         found = forward_hooks_of(model) if isinstance(model, nn.Module) else {}
         hooks = {(code.co_filename, code.co_name): name for name, code in found.items()}
         hook = next((hooks[key] for f in reversed(stack) if (key := (f.filename, f.name)) in hooks), "")
         place += f'{IN_HOOK}"{hook}", ' if hook else ""
         return f'{place}"{shorten(str(error).strip().splitlines()[0], 120)}"'
+
+    def _line_of(self, error: Exception) -> str:
+        """The text of the line that `describe` names."""
+        return "".join(SourceLine(frame.filename, frame.lineno).text for frame in self._own_frame(_stack_of(error)))
+
+    def _own_frame(self, stack: list[Any]) -> list[Any]:
+        """The innermost frame in the file of the module, or else the innermost one; empty if there is none."""
+        mine = [frame for frame in stack if frame.filename == self._file]
+        return (mine or stack)[-1:]
+
+
+def _stack_of(error: Exception) -> list[Any]:
+    """The frames of the code that Dynamo was tracing."""
+    return list(getattr(error, "real_stack", None) or ())
 
 
 def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:

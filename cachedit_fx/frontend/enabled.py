@@ -138,7 +138,12 @@ class Enabled:
         is_limit = self._cached_strategy is not None or not call.uncached_graphs
         limit = self.compiled.limit_reached if is_limit else 0
         why = why_call_uncached(
-            module, call.uncached_graphs, self.compiled.why_in_parts, limit, is_off=refused is not None
+            module,
+            call.uncached_graphs,
+            self.compiled.why_in_parts,
+            limit,
+            line=self.compiled.line_in_parts,
+            is_off=refused is not None,
         )
         if limit:
             return self._uncached(call, why, result)

@@ -33,7 +33,8 @@ class ModuleCall:
     """A call of a module that Dynamo is tracing.
 
     Uses `VariableTracker.source`, `InstructionTranslator.output`, `parent`, `f_code`, `lineno`, `nn_module_stack` and
-    `num_calls`, and `OutputGraph.current_tracer`, `root_tracer`, `guards`, `side_effects` and `random_calls`.
+    `num_calls`, and `OutputGraph.current_tracer`, `root_tracer`, `guards`, `guard_on_key_order`,
+    `side_effects` and `random_calls`.
 
     Attributes:
         module: The module.
@@ -133,6 +134,12 @@ class ModuleCall:
         guard = type(like)(source, create)
         guard.stack, guard.user_stack = like.stack, like.user_stack
         self.trace.guards.add(guard, collect_debug_stack=False)
+
+    @property
+    def ordered_dicts(self) -> set[Source]:
+        """The sources of dictionaries the order of whose keys Dynamo checks, in addition to the guards."""
+        sources: set[Source] = self.trace.guard_on_key_order
+        return sources
 
     def value_at(self, source: Source, cache: dict[Source, Any]) -> Any:
         """The object that is at `source` before the call that is being traced.

@@ -17,11 +17,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import NoMatchError, cut
 from cachedit_fx.frontend.capture import captured_module
+from cachedit_fx.frontend.graph_break import GraphBreak
 from cachedit_fx.frontend.layer_hooks import has_sharded_layers, hooks_of
 from cachedit_fx.frontend.torch_internals import OptimizedModule, is_resumed
 from cachedit_fx.functors.shipped import functor_for
 from cachedit_fx.patterns.cause import Cause
-from cachedit_fx.patterns.mismatch import Mismatch
+from cachedit_fx.patterns.mismatch import Mismatch, labelled_lines
 from cachedit_fx.runtime.instances import instances_in
 from cachedit_fx.runtime.model_call import current_call
 
@@ -92,7 +93,7 @@ def report_uncached(why: WhyUncached, config: CacheConfig, reported: set[str]) -
 _bare: Any = WeakIdKeyDictionary()
 
 
-def report_bare(reasons: Sequence[Mismatch], config: CacheConfig) -> None:
+def report_bare(reasons: Sequence[Mismatch], config: CacheConfig, ended: GraphBreak | None = None) -> None:
     """Reports a graph of `torch.compile(model, backend="cachedit")` that runs without the cache.
 
     If Dynamo breaks a model up into several graphs, only the first of them is reported by a warning. The others are
@@ -100,6 +101,7 @@ def report_bare(reasons: Sequence[Mismatch], config: CacheConfig) -> None:
 
     Args:
         reasons: At least one mismatch, the nearest one first.
+        ended: Why Dynamo ended the graph before the model ends.
 
     Raises:
         NoMatchError: `on_no_match` is "raise".
@@ -107,6 +109,8 @@ def report_bare(reasons: Sequence[Mismatch], config: CacheConfig) -> None:
     captured, model = captured_module(), _called_model()
     model = model if model is not None else captured
     why = why_of(reasons, model)
+    if ended is not None and reasons[0].cause is Cause.NO_CHAIN and why.kind == Cause.NO_CHAIN.value:
+        why = _with_break(why, ended, type(model).__name__)
     if model is None:  # A function was compiled. Functions are distinguished by the text alone.
         report_uncached(replace(why, kind=why.text), config, _of_functions)
         return
@@ -118,6 +122,15 @@ def report_bare(reasons: Sequence[Mismatch], config: CacheConfig) -> None:
     reported = {*known} if is_whole or not known else {*known, why.kind}
     report_uncached(why, config, reported)
     known.setdefault(why.kind, why.reason)
+
+
+def _with_break(why: WhyUncached, ended: GraphBreak, cls: str) -> WhyUncached:
+    """The reason for a graph that has no chain, with the place at which Dynamo ended it."""
+    cure = cure_of_parts(cls)
+    *lines, _, see = why.text.splitlines()
+    place = labelled_lines({"ends": f"Dynamo ended the graph at {ended}", "line": ended.line})
+    text = "\n".join((*lines, *place, f"What to do: {cure}.", see))
+    return replace(why, reason=f"{why.reason}; Dynamo ended the graph at {ended}", text=text, cure=cure)
 
 
 _of_functions: set[str] = set()
@@ -158,6 +171,11 @@ def why_of(reasons: Sequence[Mismatch], model: nn.Module | None) -> WhyUncached:
     fitted = f", {nearest.progress} of {nearest.total} blocks fit" if nearest.total else ""
     verdict = f"Nearest miss: {nearest.template}{fitted};" if nearest.template else "Reason:"
     what = f"this graph of {type(model).__name__}" if model is not None else "this graph"
+    if nearest.cause is Cause.NO_TRANSFORMER:
+        name = type(model).__name__ if model is not None else "It"
+        verdict = (
+            f"{name} has no chain of equal transformer blocks; cachedit_fx caches diffusion transformers. {verdict}"
+        )
     text = "\n".join(
         (
             f"cachedit_fx: {what} runs without caching.",
@@ -176,6 +194,7 @@ def why_call_uncached(
     why_in_parts: str,
     limit_reached: int = 0,
     *,
+    line: str = "",
     is_off: bool = False,
 ) -> WhyUncached:
     """Why a call of an enabled module ran none of its graphs with the cache.
@@ -185,6 +204,7 @@ def why_call_uncached(
         why_in_parts: The place and the reason of the first graph break; empty if Dynamo captured the module as one
             graph.
         limit_reached: Dynamo's recompile limit, if the call needed one graph more; otherwise 0.
+        line: The line of code at which the first graph ends.
         is_off: Whether Dynamo is known to be turned off.
     """
     if limit_reached:
@@ -207,6 +227,7 @@ def why_call_uncached(
             f"cachedit_fx: {name} runs without caching.",
             "  expected: one graph that contains the whole loop over the blocks",
             f"  found:    {found}",
+            *([f"  line:     {line}"] if line else []),
             *([f"  hooks:    {', '.join(hooks)} on its layers"] if hooks else []),
             f"What to do: {cure}.",
             _SEE,
@@ -257,7 +278,10 @@ def cure_of_parts(cls: str) -> str:
     """How to get one graph of a transformer of this class, which Dynamo breaks up."""
     functor = functor_for(cls)
     if functor is None:
-        return "write a patch functor that replaces the code at this place (docs/functors.md)"
+        return (
+            "change the code at this place so that Dynamo can capture it, or write a patch functor that replaces it "
+            "(docs/functors.md)"
+        )
     name = functor.__name__
     return f"use {name}, which makes it one graph: enable_cache(BlockAdapter(..., patch_functor={name}()))"
 

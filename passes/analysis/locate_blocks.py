@@ -18,8 +18,10 @@ from torch import fx
 
 from cachedit_fx.passes.analysis.dataflow import Program, is_addition, is_layout
 from cachedit_fx.passes.analysis.module_calls import Call, Path, module_lists, module_path_of
+from cachedit_fx.passes.analysis.stream_change import find_stream_change
 from cachedit_fx.patterns.blocks import ENCODER, HIDDEN, Block, BlockList
 from cachedit_fx.patterns.nodes import base_name, is_tensor, may_share_shape, same_shape, shape_key
+from cachedit_fx.patterns.returns import return_keys
 
 _MOST_BEHIND = 8  # How many nodes after a block are searched for the addition that completes it.
 
@@ -61,6 +63,7 @@ def _trace_list(
         flops=sum(program.flops[position] for call in calls for position in call.positions),
         labels=labels,
         alternates=(alternates,) if alternates else (),
+        change=find_stream_change(program, blocks, boundaries),
     )
 
 
@@ -306,6 +309,7 @@ def _assign_roles(
     for name in names:
         made = Counter(base_name(boundary[name]) for boundary in boundaries[1:] if name in boundary)
         labels[name] = made.most_common(1)[0][0] if made else name
+    labels |= _keys_of(program, blocks[0], boundaries[1], names)
     roles = dict.fromkeys(names, "")
     if len(names) == 1:
         roles[names[0]] = HIDDEN
@@ -337,6 +341,22 @@ def _assign_roles(
     ordered = sorted(names, key=lambda name: roles[name] != HIDDEN)
     renamed = [{roles[name]: boundary[name] for name in ordered if name in boundary} for boundary in boundaries]
     return renamed, {roles[name]: labels[name] for name in ordered}
+
+
+def _keys_of(program: Program, block: Block, after: Mapping[str, fx.Node], names: list[str]) -> dict[str, str]:
+    """Name of a stream -> the name under which the block returns it in a dict or another container with names.
+
+    The order in which the values are computed shows which of them has which name. Empty if there is no container, or
+    if it holds other values as well.
+    """
+    keys = return_keys(block.cls)
+    if len(keys) != len(names) or len(after) != len(names):
+        return {}
+    by_key = {base_name(node): name for name, node in after.items()}
+    if set(by_key) == set(keys):  # The variables have the names of the keys.
+        return {name: key for key, name in by_key.items()}
+    ordered = sorted(names, key=lambda name: program.position[after[name]])
+    return dict(zip(ordered, keys, strict=True)) if all(keys.values()) else {}
 
 
 def _reads_beside(program: Program, blocks: tuple[Block, ...], boundaries: list[dict[str, fx.Node]], name: str) -> bool:

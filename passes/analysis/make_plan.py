@@ -11,6 +11,7 @@ from torch import fx
 
 from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.errors import PatternError
+from cachedit_fx.passes.analysis.convolutions import find_convolutions
 from cachedit_fx.passes.analysis.cut_regions import cut_regions
 from cachedit_fx.passes.analysis.dataflow import Program, is_weight
 from cachedit_fx.passes.analysis.defer_work import defer_work
@@ -156,14 +157,23 @@ def _refuse(program: Program, lists: tuple[BlockList, ...], declared: Declaratio
     Raises:
         MismatchError: Always.
     """
-    outer = [blocks for blocks in lists if not any(part.isdigit() for part in blocks.path.split("."))]
-    heavy = [blocks for blocks in outer if blocks.flops >= LEAST_SHARE * flops_on_latents(program, blocks)]
-    if heavy:
-        heaviest = max(heavy, key=lambda blocks: blocks.flops)
+    convolutions = find_convolutions(program)
+    if convolutions.is_unet:
+        expected = "a chain of equal transformer blocks that makes up most of the graph"
+        raise MismatchError(Mismatch(None, Cause.NO_TRANSFORMER, expected, str(convolutions)))
+    heaviest = nearest_list(program, lists)
+    if heaviest is not None:
         pattern = declared.pattern_for(heaviest.path)
         match_any(heaviest, None if pattern is None else (pattern,))
     expected = "a list of blocks that pass on a stream and make up most of the graph"
     raise MismatchError(Mismatch(None, Cause.NO_CHAIN, expected, _listed(lists)))
+
+
+def nearest_list(program: Program, lists: Sequence[BlockList]) -> BlockList | None:
+    """The list with the most FLOPs that is no part of a block and no small part of the graph; None if there is none."""
+    outer = [blocks for blocks in lists if not any(part.isdigit() for part in blocks.path.split("."))]
+    heavy = [blocks for blocks in outer if blocks.flops >= LEAST_SHARE * flops_on_latents(program, blocks)]
+    return max(heavy, key=lambda blocks: blocks.flops, default=None)
 
 
 def _tag_blocks(program: Program, chain: tuple[BlockList, ...]) -> None:

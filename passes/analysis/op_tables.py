@@ -49,6 +49,12 @@ ADDITIONS: frozenset[Any] = frozenset(
 DIFFERENCES: frozenset[Any] = frozenset({operator.sub, torch.sub, "sub"})
 
 # --- Work.
+CONVOLUTIONS: frozenset[Any] = frozenset(
+    {
+        *(torch.conv1d, torch.conv2d, torch.conv3d),
+        *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    }
+)
 EINSUM_NAME = "einsum"  # Contracts, but its FLOPs do not follow from the shapes alone.
 # A timestep is embedded by these: an input that they are computed from is a timestep, whatever its name is.
 WAVE_NAMES = frozenset({"sin", "cos"})

@@ -27,7 +27,7 @@ def keyed(*, like: bool) -> Port:
 FOUR = found("blocks", dit.DEPTH, "3")
 # With a graph break, no graph contains the whole loop. The bare backend gets one graph after the other and cannot say
 # where the break is; `enable_cache` observes the whole call.
-BROKEN = Refused(Cause.NO_CHAIN, r"TORCH_LOGS=graph_breaks shows where, and fullgraph=True makes it an error")
+BROKEN = Refused(Cause.NO_CHAIN, r"Dynamo ended the graph at .* change the code at this place|TORCH_LOGS=graph_breaks")
 
 
 def stops_at(where: str) -> Refused:

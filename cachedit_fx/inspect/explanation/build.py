@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import linecache
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,17 +19,18 @@ from cachedit_fx.inspect.explanation.data import (
     Cost,
     GraphReport,
     ListReport,
+    PartReport,
     PieceReport,
     RegionReport,
     RiskReport,
     Value,
     Verdict,
 )
-from cachedit_fx.inspect.explanation.graphs import code_of, last_frame, statements
+from cachedit_fx.inspect.explanation.graphs import code_of, input_names, last_frame, statements
 from cachedit_fx.inspect.explanation.trace import Trace
 from cachedit_fx.passes.analysis.cached_examples import cached_examples
 from cachedit_fx.passes.analysis.dataflow import Program, is_weight
-from cachedit_fx.passes.analysis.make_plan import group_lists
+from cachedit_fx.passes.analysis.make_plan import group_lists, nearest_list
 from cachedit_fx.passes.region import Region
 from cachedit_fx.patterns.blocks import Block, BlockList
 from cachedit_fx.patterns.declaration import Declaration
@@ -80,6 +81,8 @@ class _Builder:
     ) -> None:
         self.program, self.trace, self.config, self.declared = program, trace, config, declared
         self.costs = CostCounter(gm)
+        graph = program.nodes[0].graph
+        self.inputs = input_names(graph, {node.name for node in program.nodes if node.op != "placeholder"})
         self.regions: tuple[Region, ...] = trace.plan.regions if trace.plan is not None else ()
 
     def report(
@@ -102,8 +105,9 @@ class _Builder:
             cost=cost,
             lists=tuple(map(self._list, self.trace.found)),
             blocks=blocks,
-            verdicts=() if is_cached else tuple(map(self._verdict, self.trace.mismatches)),
+            verdicts=tuple(map(self._verdict, self._mismatches(is_cached=is_cached))),
             regions=regions,
+            parts=self._part_reports(blocks, regions) if is_cached else (),
             pieces=tuple(self._piece(i) for i in range(len(self.trace.piece_list))),
             timestep=base_name(ends[0]) if ends[0] is not None else "",
             conditioning=base_name(ends[1]) if ends[1] is not None else "",
@@ -115,10 +119,25 @@ class _Builder:
         )
 
     def _chain(self) -> Sequence[BlockList]:
-        plan = self.trace.plan
+        plan, trace = self.trace.plan, self.trace
         if plan is not None:
             return [match.blocks for match in plan.chain]
-        return [self.trace.matches[b.path].blocks if b.path in self.trace.matches else b for b in self.trace.chain]
+        if not trace.chain:
+            return self._nearest_to_chain()
+        return [trace.matches[b.path].blocks if b.path in trace.matches else b for b in trace.chain]
+
+    def _nearest_to_chain(self) -> Sequence[BlockList]:
+        """The list that the mismatches are about; or else the heaviest one, if it is no part of a block of another."""
+        named = next((one.path for one in self.trace.mismatches if one.path), "")
+        found = next((blocks for blocks in self.trace.found if blocks.path == named), None)
+        found = found or nearest_list(self.program, self.trace.found)
+        return () if found is None else (found,)
+
+    def _mismatches(self, *, is_cached: bool) -> Sequence[Mismatch]:
+        if not is_cached:
+            return self.trace.mismatches
+        assert self.trace.plan is not None
+        return [one for match in self.trace.plan.chain for one in match.passed_over.values()]
 
     def _blocks(self) -> tuple[BlockReport, ...]:
         lines = statements(self.program.nodes[0].graph)
@@ -152,7 +171,7 @@ class _Builder:
 
     def _reads(self, block: Block) -> tuple[str, ...]:
         read = self.program.read_from_before(block.start, block.span_end)
-        return tuple(node.name for node in read if is_tensor(node))
+        return tuple(self.inputs.get(node.name, node.name) for node in read if is_tensor(node))
 
     def _parts(self) -> dict[int, tuple[str, int | None]]:
         """Returns the part of each block by its number, with the number of its region.
@@ -178,6 +197,32 @@ class _Builder:
                         None,
                     )
         return parts
+
+    def _part_reports(self, blocks: Sequence[BlockReport], regions: Sequence[RegionReport]) -> tuple[PartReport, ...]:
+        """Returns the parts. The blocks of a part may lack nodes that are deferred into a region."""
+        taken = {node for region in self.regions for node in (*region.deferred, *region.nodes)}
+        hoisted = {node for region in self.regions for node in region.hoisted}
+        nodes: dict[str, list[fx.Node]] = {name: [] for name in ("head", "Fn", "between", "Bn", "tail")}
+        positions = [self.program.position[region.nodes[0]] for region in self.regions]
+        part_of = {
+            position: report.part
+            for block, report in zip((b for one in self._chain() for b in one.blocks), blocks, strict=True)
+            for position in range(block.start, block.span_end)
+        }
+        for position, node in enumerate(self.program.nodes):
+            if node in taken:
+                continue
+            around = "head" if position < positions[0] else "tail" if position > positions[-1] else "between"
+            name = "head" if node in hoisted else part_of.get(position, around)
+            nodes[name if name in nodes else around].append(node)
+        counted = {name: self.costs.of(found).flops for name, found in nodes.items()}
+        skipped = [PartReport(f"region {i}", one.cost.flops, True) for i, one in enumerate(regions)]
+        middle = [PartReport("between", counted["between"], False)] if len(regions) > 1 else []
+        ran = {
+            name: [PartReport(f"{name} blocks", counted[name], False)] if counted[name] else [] for name in ("Fn", "Bn")
+        }
+        head, tail = (PartReport(name, counted[name], False) for name in ("head", "tail"))
+        return (head, *ran["Fn"], *skipped, *middle, *ran["Bn"], tail)
 
     def _around(self, blocks: Sequence[BlockReport]) -> Cost:
         """Returns the cost of the nodes that belong to no block."""
@@ -207,6 +252,7 @@ class _Builder:
             invariants=tuple(map(value_report, self._invariants(blocks, entering))),
             lost_at=blocks.lost_at,
             loss=blocks.loss,
+            boundaries=tuple(map(tuple, shown.boundaries)),
         )
 
     def _invariants(self, blocks: BlockList, entering: Mapping[str, fx.Node]) -> list[fx.Node]:
@@ -221,8 +267,7 @@ class _Builder:
     def _verdict(self, mismatch: Mismatch) -> Verdict:
         node = self.program.by_name.get(mismatch.node or "")
         position = self.program.position[node] if node is not None else -1
-        blocks = (block for found in self.trace.found for block in found.blocks)
-        block = next((b.path for b in blocks if b.start <= position < b.span_end), "")
+        block, following = self._place(position, mismatch.path)
         where = mismatch.where
         return Verdict(
             template=str(mismatch.template) if mismatch.template is not None else "",
@@ -234,11 +279,26 @@ class _Builder:
             block=block,
             node=mismatch.node or "",
             where=str(where) if where is not None else "",
-            line=linecache.getline(where.path, where.line).strip() if where is not None else "",
+            line=where.text if where is not None else "",
             cure=mismatch.cure,
             stream=mismatch.stream or "",
             lost_at=mismatch.lost_at,
+            path=mismatch.path,
+            following=following,
         )
+
+    def _place(self, position: int, path: str) -> tuple[str, str]:
+        """Returns the path of the block at a position, and that of the next block if the position is between them.
+
+        A block of the list at `path` is preferred to other blocks.
+        """
+        lists = sorted(self.trace.found, key=lambda blocks: blocks.path != path)
+        for blocks in lists:
+            for block, following in itertools.zip_longest(blocks.blocks, blocks.blocks[1:]):
+                if block.start <= position < block.span_end:
+                    is_between = following is not None and position >= block.end
+                    return block.path, following.path if is_between else ""
+        return "", ""
 
     def _decided_by(self, region: Region) -> str:
         """As in `RegionReport`."""

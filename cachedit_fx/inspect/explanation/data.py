@@ -88,6 +88,21 @@ class BlockReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PartReport:
+    """A part of a cached graph. Every node of the graph is in exactly one part.
+
+    Attributes:
+        name: "head", "Fn blocks", "region 0", "between" (between two regions), "Bn blocks" or "tail".
+        flops: The FLOPs of the part.
+        is_skipped: Whether a reused step skips the part.
+    """
+
+    name: str
+    flops: int
+    is_skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ListReport:
     """One block list.
 
@@ -95,7 +110,8 @@ class ListReport:
         path: Its path, such as `transformer_blocks`.
         alternates: The paths of the lists that are called alternately with it.
         pattern: The template that it fits, such as "pattern 1 (dual-stream, encoder first)"; empty if none fits.
-        in_chain: Whether it is part of the chain. Other lists (such as those of a text encoder) always run.
+        in_chain: Whether it is part of the chain, or of what comes nearest to a chain if the graph has none. Other
+            lists (such as those of a text encoder) always run.
         first: The number of its first block in the chain; None if it is not part of the chain.
         num_blocks: The number of its blocks, at least two.
         streams: The streams that enter its first block.
@@ -103,6 +119,7 @@ class ListReport:
         lost_at: Index of the first boundary at which no stream continues (boundary i lies before block i); None if a
             stream continues to the end.
         loss: The same in words; empty if `lost_at` is None.
+        boundaries: The roles of the streams at every boundary, up to the first one at which no stream continues.
     """
 
     path: str
@@ -115,6 +132,7 @@ class ListReport:
     invariants: tuple[Value, ...]
     lost_at: int | None
     loss: str
+    boundaries: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +144,15 @@ class Verdict:
         cause: The value of a `Cause`, for example "stream-count".
         expected, found: What was expected and what was found.
         fitted, total: Number of blocks that fit before the first one that does not, and number of blocks.
-        block: Path of the block that contains the node; empty if no block does.
+        block: Path of the block that contains the node, or that precedes it; empty if there is none.
+        following: Path of the next block if the node is between two blocks; otherwise empty.
         node: Name of the node that shows the mismatch.
         where: `file.py:line` of the user's code that created the node.
         line: This line.
         cure: What to do.
         stream: Role of the stream that is concerned; empty if no particular one is.
         lost_at: Index of the boundary at which a stream is missing (boundary i lies before block i); None if none is.
+        path: Path of the list; empty if no particular list is concerned.
     """
 
     template: str
@@ -148,6 +168,23 @@ class Verdict:
     cure: str
     stream: str = ""
     lost_at: int | None = None
+    path: str = ""
+    following: str = ""
+
+    @property
+    def where_short(self) -> str:
+        """`where` without the folder."""
+        return self.where.rpartition("/")[2]
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the template is one that a user registered."""
+        return self.template.startswith("template ")
+
+    @property
+    def place(self) -> str:
+        """The block, or the two blocks, at which the mismatch is; empty if it is not known."""
+        return f"between {self.block} and {self.following}" if self.following else self.block and f"block {self.block}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,9 +304,12 @@ class GraphReport:
         cost: The cost of the whole graph.
         is_estimated: Whether the costs are estimates from shapes, because operations could not be run on fake tensors.
         lists: Its block lists, in execution order.
-        blocks: The blocks of the chain, in execution order.
-        verdicts: Why it is not cached, nearest miss first. For a cached graph, why other templates did not fit.
+        blocks: The blocks of the chain, in execution order. If the graph has no chain, those of the list that comes
+            nearest to one.
+        verdicts: Why it is not cached, nearest miss first. For a cached graph, why registered templates that were tried
+            before the one that fits do not fit.
         regions: Its regions; empty if it is not cached.
+        parts: Its parts, in execution order; empty if it is not cached.
         pieces: Its pieces; empty if it is not cached.
         timestep: The name of the timestep input; empty if there is none.
         conditioning: The name of the input that identifies the prompt; empty if there is none.
@@ -291,6 +331,7 @@ class GraphReport:
     blocks: tuple[BlockReport, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     regions: tuple[RegionReport, ...] = ()
+    parts: tuple[PartReport, ...] = ()
     pieces: tuple[PieceReport, ...] = ()
     timestep: str = ""
     conditioning: str = ""
@@ -298,6 +339,32 @@ class GraphReport:
     state_bytes: int = 0
     break_after: BreakReport | None = None
     risks: tuple[RiskReport, ...] = field(default_factory=tuple)
+
+    @property
+    def broken_at(self) -> int | None:
+        """The number of the first block before which a stream ends, so that the graph is not cached.
+
+        It is the number of blocks if a stream ends after the last one, and None if no stream ends.
+        """
+        nearest = self.verdicts[0] if self.verdicts and not self.is_cached else None
+        if nearest is None or nearest.lost_at is None:
+            return None
+        first = next((one.first for one in self.lists if one.path == nearest.path and one.in_chain), None)
+        return None if first is None else first + nearest.lost_at
+
+    @property
+    def blamed(self) -> str:
+        """The path of the block at which the nearest mismatch is, if it is in a block; otherwise empty."""
+        nearest = self.verdicts[0] if self.verdicts and not self.is_cached else None
+        return "" if nearest is None or nearest.following or nearest.lost_at is not None else nearest.block
+
+    @property
+    def broken(self) -> str:
+        """What breaks the chain there, in a few words; empty if nothing does."""
+        if self.broken_at is None:
+            return ""
+        nearest = self.verdicts[0]
+        return f"{nearest.stream or 'the stream'} ends here{f' ({nearest.where_short})' if nearest.where else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +377,7 @@ class Captured:
         how: "whole" or "in parts", which "with sizes that depend on data" may follow; "not at all" if a cache of
             diffusers is enabled.
         why: Why Dynamo could not capture it whole; empty if it could.
+        line: The line of code at which it could not.
         reason: Why it is not cached, on one line, as `summary` shows it for a call; empty if it is cached.
         cure: What to do so that it is cached; empty if it is cached.
         message: What `enable_cache` logs when such a call runs without the cache; empty if it is cached.
@@ -324,3 +392,4 @@ class Captured:
     reason: str = ""
     cure: str = ""
     message: str = ""
+    line: str = ""

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from torch import fx
 
 from cachedit_fx.errors import ConfigError
 from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport
-from cachedit_fx.inspect.explanation.graphs import statements
-from cachedit_fx.passes.transforms.insert_conditionals import compute_or_reuse
+from cachedit_fx.inspect.explanation.listing import Listing
+
+INDENT = "    "
 
 
 def unified_diff(report: GraphReport, graphs: Mapping[str, fx.GraphModule], expand: Sequence[str] | bool = ()) -> str:
     """Returns a unified diff of the graphs "before" and "after"; empty if the graph is not cached.
+
+    Lines that differ only in their indentation are the same; they are shown as they are after the rewrite.
 
     Args:
         report: The report of the graph.
@@ -27,8 +28,26 @@ def unified_diff(report: GraphReport, graphs: Mapping[str, fx.GraphModule], expa
         ConfigError: `expand` names a block that the graph does not have.
     """
     before, after = side_by_side(report, graphs, expand)
+    if before == after:
+        return ""
     context = len(before) if expand else 3  # Expanded blocks are shown whether they changed or not.
-    return "\n".join(difflib.unified_diff(before, after, "before", "after", lineterm="", n=context))
+    matcher = difflib.SequenceMatcher(None, bare(before), bare(after), autojunk=False)
+    lines = ["--- before", "+++ after"]
+    for group in matcher.get_grouped_opcodes(context):
+        (_, i, _, j, _), (_, _, i_end, _, j_end) = group[0], group[-1]
+        lines.append(f"@@ -{i + 1},{i_end - i} +{j + 1},{j_end - j} @@")
+        for kind, a, a_end, b, b_end in group:
+            if kind == "equal":
+                lines += [f" {line}" for line in after[b:b_end]]
+            else:
+                lines += [f"-{line}" for line in before[a:a_end]]
+                lines += [f"+{line}" for line in after[b:b_end]]
+    return "\n".join(lines)
+
+
+def bare(lines: Sequence[str]) -> list[str]:
+    """Returns lines without their indentation."""
+    return [line.lstrip() for line in lines]
 
 
 def side_by_side(
@@ -54,91 +73,54 @@ def side_by_side(
             f"there are {len(paths)} of them, in explanation.graphs[i].blocks"
         )
     writer = _Writer(report.blocks, shown)
-    before = writer.lines(graphs["before"])
-    return before, writer.rewritten_lines(graphs["after"]) if "after" in graphs else before
+    before = Listing.of_captured(graphs["before"])
+    lines = list(writer.lines(before))
+    return lines, list(writer.lines(Listing.of_cached(graphs["after"], before))) if "after" in graphs else lines
 
 
 class _Writer:
-    """Writes graphs as lines.
-
-    The nodes of a block are identified by their names, which the rewrite does not change. A node that the rewrite adds
-    to one segment may have the name of a block's node in another segment. Such a node has neither a stack of modules
-    nor the same statement.
-    """
+    """Writes a listing as lines, with one line for all statements of a block that is not shown."""
 
     def __init__(self, blocks: Sequence[BlockReport], shown: set[str]) -> None:
         self.shown = shown
         lines = [(line.partition("  # ")[0], block) for block in blocks for line in block.code.splitlines()]
-        self.statements = {line for line, _ in lines}
         self.block_of = {line.partition(" = ")[0]: block for line, block in lines if " = " in line}
+        self.num_lines = {block.number: 0 for block in blocks}
+        for block in self.block_of.values():
+            self.num_lines[block.number] += 1
 
-    def lines(self, gm: fx.GraphModule, *, returns: bool = True) -> list[str]:
-        """Returns the lines of a graph, one per node or block."""
-        text, found = statements(gm.graph), []
-        written: set[int] = set()
-        for node in gm.graph.nodes:
-            if node.op in ("placeholder", "get_attr"):
-                continue
-            block = self.block_of.get(node.name)
-            is_own = node.meta.get("nn_module_stack") or text.get(node.name) in self.statements
-            if block is not None and is_own and block.path not in self.shown:
-                if block.number not in written:
-                    written.add(block.number)
-                    found.append(block_line(block) + self._part_of(block, text))
-            elif node.op == "output":
-                found += [f"return {node.args[0]}"] if returns else []
-            elif node.name in text:
-                found.append(text[node.name])
-        return found
+    def lines(self, listing: Listing) -> Iterator[str]:
+        """Yields the lines of a listing."""
+        places: dict[tuple[int, int], list[str]] = {}  # The names that a part of a graph assigns of each block.
+        for line in listing.lines:
+            block = self._block_of(line.name) if line.is_captured else None
+            if block is not None:
+                places.setdefault((line.segment, block.number), []).append(line.name)
+        for line in listing.lines:
+            block = self._block_of(line.name) if line.is_captured else None
+            if block is None:
+                yield INDENT * line.depth + line.text
+            elif places[line.segment, block.number][0] == line.name:
+                yield INDENT * line.depth + self._block_line(block, places[line.segment, block.number])
 
-    def _part_of(self, block: BlockReport, text: Mapping[str, str]) -> str:
-        """Returns a remark if the segment contains only a part of the block, because the rest was deferred."""
-        names = [name for name, other in self.block_of.items() if other is block]
-        here = sum(name in text for name in names)
-        return "" if here == len(names) else f", {here} of them here"
+    def _block_of(self, name: str) -> BlockReport | None:
+        block = self.block_of.get(name)
+        return block if block is not None and block.path not in self.shown else None
 
-    def rewritten_lines(self, after: fx.GraphModule) -> list[str]:
-        """Returns the lines of the cached graph, with each segment in place of its call."""
-        return list(self._rewritten_lines(after))
-
-    def _rewritten_lines(self, after: fx.GraphModule) -> Iterator[str]:
-        parts = {name: part for name, part in after.named_children() if isinstance(part, fx.GraphModule)}
-        called: dict[fx.Node, list[str]] = {}  # The names, in the segment, of what each call returns.
-        names: dict[fx.Node, str] = {}
-        for node in after.graph.nodes:
-            if node.op == "call_module":
-                yield from self.lines(parts[str(node.target)], returns=False)
-                called[node] = _returned(parts[str(node.target)])
-            elif node.target is compute_or_reuse:
-                pred, compute, reuse, _ = node.args
-                yield f"if {pred}:  # {compute}"
-                yield from self.lines(parts[str(compute.target)], returns=False)
-                yield f"else:  # {reuse}"
-                yield from self.lines(parts[str(reuse.target)], returns=False)
-                yield "# both"
-                called[node] = _returned(parts[str(compute.target)])
-            elif node.target is operator.getitem and node.args[0] in called:
-                names[node] = called[node.args[0]][node.args[1]]
-            elif node.op == "call_method":
-                arguments = ", ".join(_text(arg, names) for arg in node.args[1:])
-                yield f"{node.name} = {node.args[0]}.{node.target}({arguments})"
-            elif node.op == "output":
-                yield f"return {_text(node.args[0], names)}"
-
-
-def _returned(gm: fx.GraphModule) -> list[str]:
-    """Returns the names of the nodes that a segment returns."""
-    return [str(arg) for arg in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
-
-
-def _text(argument: Any, names: Mapping[fx.Node, str]) -> str:
-    if isinstance(argument, tuple | list):
-        inside = ", ".join(_text(item, names) for item in argument)
-        return f"({inside}{',' * (len(argument) == 1)})"
-    return names.get(argument, str(argument)) if isinstance(argument, fx.Node) else repr(argument)
+    def _block_line(self, block: BlockReport, names: Sequence[str]) -> str:
+        """Returns the line of a block of which a part of a graph assigns `names`: all, unless some are deferred."""
+        if len(names) == self.num_lines[block.number]:
+            return block_line(block)
+        here = set(names)
+        makes = tuple(name for name in block.makes if name in here)
+        return f"{_call(block, makes)}, {len(names)} of them here"
 
 
 def block_line(block: BlockReport) -> str:
     """Returns the line of a block that is not expanded."""
-    made = ", ".join(block.makes) or "..."
+    return _call(block, block.makes)
+
+
+def _call(block: BlockReport, makes: Sequence[str]) -> str:
+    made = ", ".join(makes) or "..."
     return f"{made} = {block.path}({', '.join(block.reads)})  # {block.cls}, {block.num_nodes} nodes"

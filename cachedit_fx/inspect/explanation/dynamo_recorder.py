@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import linecache
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from cachedit_fx.config.cache_config import split_options
 from cachedit_fx.frontend.backend import Backend, refusal
 from cachedit_fx.frontend.capture import captured_module, copy_graph, forget_examples
 from cachedit_fx.frontend.capture_strategies import CaptureStrategy
+from cachedit_fx.frontend.graph_break import break_after
 from cachedit_fx.frontend.inner_compiler import runs_as_is
 from cachedit_fx.frontend.torch_internals import get_code_state
 from cachedit_fx.frontend.uncached import UncachedGraph, why_of
@@ -96,7 +96,7 @@ class DynamoRecorder(Backend):
             self.declared,
             cls=type(module).__name__ if module is not None else "",
             number=len(self.recorded),
-            break_after=_break_after(gm),
+            break_after=_break_report(gm),
         )
         forget_examples(copied, *(piece.gm for piece in trace.piece_list))
         self.recorded.append(RecordedGraph(report, trace.graphs()))
@@ -117,15 +117,10 @@ def _stop(*_: Any) -> Any:
     raise Stop
 
 
-def _break_after(gm: fx.GraphModule) -> BreakReport | None:
+def _break_report(gm: fx.GraphModule) -> BreakReport | None:
     """Returns why Dynamo ended the graph; None if it is the end of a function."""
-    reason: Any = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not reason.graph_break:
-        return None
-    frame = reason.user_stack[-1] if reason.user_stack else None
-    where = f"{frame.filename}:{frame.lineno}" if frame is not None else ""
-    line = linecache.getline(frame.filename, frame.lineno or 0).strip() if frame is not None else ""
-    return BreakReport(str(reason.reason).strip(), where, line)
+    found = break_after(gm)
+    return None if found is None else BreakReport(found.reason, found.where, found.line)
 
 
 @contextlib.contextmanager

@@ -166,12 +166,15 @@ def _capture(module: nn.Module, settings: Settings, call: _Call, name: str) -> t
     why = None
     if not any(one.report.is_cached for one in recorded):
         limit = strategies.limit_reached if not recorder.uncached else 0
-        why = why_call_uncached(module, recorder.uncached, strategies.why_in_parts, limit)
+        why = why_call_uncached(
+            module, recorder.uncached, strategies.why_in_parts, limit, line=strategies.line_in_parts
+        )
     if why is not None and recorder.strategy.whole and can_be_divided(why.kind):
         part = _capture_part(module, settings, call, name)
         if part is not None:
             return part
-    return _captured(module, settings, name, _HOW[recorder.strategy], strategies.why_in_parts, why), recorded
+    captured = _captured(module, settings, name, _HOW[recorder.strategy], strategies.why_in_parts, why)
+    return replace(captured, line=strategies.line_in_parts), recorded
 
 
 def _capture_part(

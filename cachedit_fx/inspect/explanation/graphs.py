@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import fx
@@ -25,17 +25,33 @@ def snapshot(gm: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def statements(graph: fx.Graph) -> dict[str, str]:
-    """Returns the line of Python for each node, by its name. Weights are given by their paths."""
-    inputs = {node.name: node.meta.get("cachedit_input") for node in graph.nodes if node.op == "placeholder"}
-    paths = {name: info.path for name, info in inputs.items() if info is not None and info.path}
-    found = {}
+def statements(graph: fx.Graph, names: Collection[str] | None = None) -> dict[str, str]:
+    """Returns the line of Python for each node, by its name. Weights are given by their paths, arguments by name.
+
+    Args:
+        graph: The graph, or a part of one.
+        names: The names of the nodes of the whole graph; by default those of `graph`. An argument with one of these
+            names is given with `_input` after its name.
+    """
+    if names is None:
+        names = {node.name for node in graph.nodes if node.op != "placeholder"}
+    found, paths = {}, input_names(graph, names)
     for line in graph.python_code("self").src.splitlines():
         name, equals, value = line.strip().partition(" = ")
         if equals:
             value = re.sub(r"\b[A-Za-z_]\w*\b", lambda word: paths.get(word[0], word[0]), value.partition(";")[0])
             found[name.partition(":")[0].strip()] = f"{name} = {value}"
     return found
+
+
+def input_names(graph: fx.Graph, names: Collection[str]) -> dict[str, str]:
+    """Returns what stands for the placeholders of a graph, by their names: see `statements`."""
+    inputs = {node.name: node.meta.get("cachedit_input") for node in graph.find_nodes(op="placeholder")}
+    paths = {name: info for name, info in inputs.items() if info is not None and info.path}
+    return {
+        name: f"{info.path}_input" if not info.is_weight and info.path in names else info.path
+        for name, info in paths.items()
+    }
 
 
 def code_of(nodes: Sequence[fx.Node], lines: dict[str, str]) -> str:

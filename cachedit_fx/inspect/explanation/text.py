@@ -48,6 +48,8 @@ def _module(captured: Captured, graphs: list[GraphReport]) -> Iterator[str]:
     yield f"{name}: captured {captured.how}, {count}, {cached or 'none'} cached"
     if captured.why:
         yield f"  why in parts: {captured.why}"
+        if captured.line:
+            yield f"                {captured.line}"
     if captured.reason and (captured.why or not graphs):  # Otherwise the graph shows what does not fit.
         yield f"  not cached:   {captured.reason}"
         yield f"  what to do:   {captured.cure}"
@@ -77,10 +79,7 @@ def _graph(number: int, graph: GraphReport) -> Iterator[str]:
     if graph.blocks:
         yield "  chain:"
         yield from (f"    {line}" for line in chain_lines(graph))
-    for verdict_ in graph.verdicts[:_SHOWN_VERDICTS]:
-        yield from (f"  {line}" for line in _verdict(verdict_))
-    if len(graph.verdicts) > _SHOWN_VERDICTS:
-        yield f"  and {len(graph.verdicts) - _SHOWN_VERDICTS} more in .graphs[{number}].verdicts"
+    yield from (f"  {line}" for line in _verdicts(number, graph))
     for region in graph.regions:
         yield from (f"  {line}" for line in _region(region))
     if graph.is_cached:
@@ -115,10 +114,16 @@ def _value(value: Value) -> str:
 
 
 def chain_lines(graph: GraphReport) -> list[str]:
-    """Returns the chain, with one line for each run of equal blocks."""
+    """Returns the chain, with one line for each run of equal blocks, and one for the place at which it breaks."""
     lines = []
-    for _, run in itertools.groupby(graph.blocks, key=_kind):
-        lines.append(_run_line(list(run)))
+    broken = graph.broken_at
+    for _, run in itertools.groupby(graph.blocks, key=lambda block: (_kind(block), broken and block.number >= broken)):
+        blocks = list(run)
+        if blocks[0].number == broken:
+            lines.append(f"✗ {graph.broken}")
+        lines.append(_run_line(blocks))
+    if broken == len(graph.blocks):
+        lines.append(f"✗ {graph.broken}")
     return lines
 
 
@@ -137,12 +142,27 @@ def _run_line(run: list[BlockReport]) -> str:
     return f"{name:<34} {first.cls}: {cost} [{part}{piece}]"
 
 
+def _verdicts(number: int, graph: GraphReport) -> Iterator[str]:
+    """Yields the nearest verdicts, and all those of templates that a user registered."""
+    if graph.is_cached and graph.verdicts:
+        yield "registered templates that were tried first and do not fit:"
+    shown = [
+        verdict
+        for i, verdict in enumerate(graph.verdicts)
+        if i < _SHOWN_VERDICTS or graph.is_cached or verdict.is_registered
+    ]
+    for verdict in shown:
+        yield from _verdict(verdict)
+    if len(graph.verdicts) > len(shown):
+        yield f"and {len(graph.verdicts) - len(shown)} more in .graphs[{number}].verdicts"
+
+
 def _verdict(verdict: Verdict) -> Iterator[str]:
     fitted = f", {verdict.fitted} of {verdict.total} blocks fit" if verdict.total else ""
     yield f"{verdict.template or 'not cached'}{fitted}: {verdict.cause}"
     yield f"  expected: {verdict.expected}"
     yield f"  found:    {verdict.found}"
-    place = [f"block {verdict.block}" if verdict.block else "", f"node `{verdict.node}`" if verdict.node else ""]
+    place = [verdict.place, f"node `{verdict.node}`" if verdict.node else ""]
     if any(place) or verdict.where:
         yield f"  at:       {', '.join(filter(None, (*place, verdict.where)))}"
     if verdict.line:

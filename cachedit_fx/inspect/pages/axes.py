@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from cachedit_fx.inspect.pages.svg import tag, text
 
+LEGEND_ROW = 20.0  # Height of a row of a legend.
+
 
 @dataclass(frozen=True, slots=True)
 class Scale:
@@ -51,10 +53,13 @@ class Frame:
         return tag("svg", *parts, class_="ch", viewBox=box, role="img", aria_label=label)
 
 
-def frame(columns: tuple[float, float], high: float, *, width: float = 430, height: float = 216) -> Frame:
-    """Returns axes with room for their labels. The vertical axis begins at 0."""
-    x = Scale(*columns, 54, width - 10)
-    return Frame(width, height, x, Scale(0, ticks(high)[-1], height - 42, 24))
+def frame(
+    columns: tuple[float, float], high: float, *, width: float = 430, height: float = 216, legend_rows: int = 0
+) -> Frame:
+    """Returns axes with room for labels, and for rows of a legend above the chart. The vertical axis starts at 0."""
+    x = Scale(*columns, 58, width - 10)
+    above = LEGEND_ROW * legend_rows
+    return Frame(width, height + above, x, Scale(0, ticks(high)[-1], height + above - 42, 24 + above))
 
 
 def ticks(high: float) -> list[float]:

@@ -1,18 +1,22 @@
-"""Draws the chain of a graph as SVG: blocks, streams, conditionals and reuse branches."""
+"""Draws the chain of a graph as SVG: blocks, streams, conditionals and reuse branches.
+
+Equal blocks in a row are drawn as one stack. A graph that is not cached is drawn with the place of the mismatch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport, ListReport, RegionReport
 from cachedit_fx.inspect.explanation.units import flops, size
-from cachedit_fx.inspect.pages.layout import BLOCK_HEIGHT, Band, Layout, lay_out
+from cachedit_fx.inspect.pages.layout import BLOCK_HEIGHT, STACK, Band, Cell, Layout, lay_out
 from cachedit_fx.inspect.pages.pieces import kinds_of
 from cachedit_fx.inspect.pages.svg import fit, points, tag, text, title
 
 TOP = 104.0  # Top of the blocks, below the path around a region.
-TOP_PLAIN = 46.0  # Top of the blocks in a graph that is not cached.
+TOP_PLAIN = 56.0  # Top of the blocks in a graph that is not cached.
+TOP_BROKEN = 86.0  # Top of the blocks below the place at which a stream ends.
 REUSE = 58.0  # Vertical position of the path around a region.
 CONDITIONAL_WIDTH, CONDITIONAL_HEIGHT = 34.0, 38.0  # Half of the size of a conditional.
 JOIN_WIDTH = 10.0  # Half of the width of a join.
@@ -33,7 +37,7 @@ def chain_svg(graph: GraphReport, name: str, *, opens: bool = True) -> str:
     Args:
         graph: The report of the graph.
         name: The prefix of the ids in the drawing, unique on a page.
-        opens: Whether the blocks are buttons that open a panel.
+        opens: Whether the blocks are buttons that open a panel, and the stacks buttons that show their blocks.
     """
     return _Drawing(graph, name, opens).svg()
 
@@ -61,17 +65,24 @@ class _Drawing:
 
     def __post_init__(self) -> None:
         self.layout = lay_out(self.graph)
-        self.top = TOP if self.graph.is_cached else TOP_PLAIN
+        plain = TOP_PLAIN if self.layout.broken is None else TOP_BROKEN
+        self.top = TOP if self.graph.is_cached else plain
+        self.boxes = self.layout.boxes
+        self.lists = [one for one in self.graph.lists if one.in_chain and one.first is not None]
+        ends = [self.boxes[one.first or 0].x + 7.6 * len(_list_name(one)) for one in self.lists[-1:]]
+        self.width = max(self.layout.width, *(end + 12 for end in ends)) if ends else self.layout.width
+        self.missing = self._missing()
         self.middle, self.bottom = self.top + BLOCK_HEIGHT / 2, self.top + BLOCK_HEIGHT
         self.kinds, self.kind_of = kinds_of(self.graph.blocks)
         self.skips = list(self._skips())
-        self.rail = self.bottom + 34 + (SKIPS if self.skips else 0)
+        self.rail = self.bottom + 36 + (SKIPS if self.skips else 0)
         self.base = self.rail + 30 + BARS  # Where the bars stand.
 
     def svg(self) -> str:
-        width, height = self.layout.width, self.base + 20
+        width, height = self.width, self.base + 20
         parts = [self._defs(), *self._bands(), *self._lists(), *self._streams(), *self._skip_edges()]
         parts += [*self._invariants(), *self._conditionals(), *self._ends(), *self._bars(), *self._blocks()]
+        parts += self._break()
         count = f"{len(self.graph.blocks)} blocks"
         label = f"Chain of {count}; the arrow keys move between blocks" if self.opens else f"Chain of {count}"
         return tag(
@@ -98,57 +109,90 @@ class _Drawing:
                 continue
             x, width = band.x - 7, band.right - band.x + 14
             kind = "region" if band.region is not None else "always"
-            yield tag("rect", x=x, y=self.top - 26, width=width, height=BLOCK_HEIGHT + 36, rx=8, class_=f"band {kind}")
-            yield text(x + 7, self.top - 10, long if len(long) * 7 < width - 10 else fit(short, width), "band-name")
+            yield tag("rect", x=x, y=self.top - 32, width=width, height=BLOCK_HEIGHT + 42, rx=8, class_=f"band {kind}")
+            yield text(x + 7, self.top - 16, long if len(long) * 7.5 < width - 10 else fit(short, width), "band-name")
 
     def _lists(self) -> Iterator[str]:
-        for blocks in self.graph.lists:
-            if not blocks.in_chain or blocks.first is None or blocks.first >= len(self.layout.boxes):
-                continue
-            last = min(blocks.first + blocks.num_blocks, len(self.layout.boxes)) - 1
-            x, right = self.layout.boxes[blocks.first].x, self.layout.boxes[last].right
-            names = " and ".join((blocks.path, *blocks.alternates))
+        ends = [self.boxes[one.first or 0].x - 12 for one in self.lists[1:]] + [self.width]
+        for blocks, end in zip(self.lists, ends, strict=True):
+            first = blocks.first or 0
+            x, right = self.boxes[first].x, self.boxes[first + blocks.num_blocks - 1].right
             yield tag("path", d=f"M{x:.1f},34 V28 H{right:.1f} V34", class_="bracket")
-            yield tag(
-                "g", title(names), text(x, 20, fit(f"{names}: {blocks.num_blocks} blocks", right - x + 12), "list")
-            )
+            name = _list_name(blocks)
+            yield tag("g", title(name), text(x, 20, fit(name, end - x, 12.5), "list"))
 
     def _list_of(self, number: int) -> ListReport | None:
-        chained = [one for one in self.graph.lists if one.in_chain and one.first is not None]
-        return next((one for one in reversed(chained) if (one.first or 0) <= number), chained[0] if chained else None)
+        found = (one for one in reversed(self.lists) if (one.first or 0) <= number)
+        return next(found, self.lists[0] if self.lists else None)
 
-    def _roles(self, number: int) -> list[str]:
+    def _roles(self, number: int) -> tuple[str, ...]:
         """Returns the streams that enter a block; for the number after the last block, those that leave it."""
         found = self._list_of(number)
-        roles = [value.role for value in found.streams if value.role] if found is not None else []
-        if number and self.graph.blocks[number - 1].makes:
-            roles = sorted(roles, key=ROLES.index)[: len(self.graph.blocks[number - 1].makes)]
-        return roles or [ROLES[0]]
+        if found is None or found.first is None:
+            return ()
+        boundary = number - found.first
+        return found.boundaries[boundary] if boundary < len(found.boundaries) else ()
+
+    def _missing(self) -> str:
+        """Returns the stream that ends at the place at which the chain breaks; empty if there is none."""
+        broken = self.graph.broken_at
+        if not broken:
+            return ""
+        after = self._roles(broken)
+        return next((role for role in self._roles(broken - 1) if role not in after), "")
+
+    def _stream_y(self, role: str, number: int) -> float:
+        found = self._list_of(number)
+        roles = found.boundaries[0] if found is not None and found.boundaries else ()
+        return self.middle + (-14, 14, 0)[min(roles.index(role), 2) if role in roles else 0]
 
     def _streams(self) -> Iterator[str]:
-        boxes = self.layout.boxes
-        for number in range(len(boxes) + 1):
-            left = boxes[number - 1].right if number else self.layout.head.right
-            right = boxes[number].x if number < len(boxes) else self.layout.tail.x
+        cells = self.layout.cells
+        edges = [
+            (cells[i - 1].box.right if i else self.layout.head.right, cell.box.x, cell.first)
+            for i, cell in enumerate(cells)
+        ]
+        edges.append((cells[-1].box.right, self.layout.tail.x, cells[-1].last))
+        for left, right, number in edges:
             for role in self._roles(number):
-                y = self.middle - 14 if role == ROLES[0] else self.middle + 14
-                class_ = "stream" if role == ROLES[0] else "stream text"
+                y = self._stream_y(role, number)
+                class_ = "stream" if y < self.middle else "stream text"
                 yield tag("g", title(role), tag("line", x1=left, y1=y, x2=right, y2=y, class_=class_))
                 if right - left >= 16:
                     arrow = points((right - 7, y - 4.5), (right, y), (right - 7, y + 4.5))
                     yield tag("polygon", points=arrow, class_="arrow")
+            if self.missing and number == self.graph.broken_at and self.layout.broken is not None:
+                y = self._stream_y(self.missing, number - 1)
+                yield tag("line", x1=left, y1=y, x2=self.layout.broken - 9, y2=y, class_="stream lost")
+
+    def _break(self) -> Iterator[str]:
+        """Yields the mark of the place at which a stream ends."""
+        x = self.layout.broken
+        if x is None:
+            return
+        words = fit(self.graph.broken, self.width - 24, 12.5)
+        half = 3.6 * len(words) + 10
+        middle = min(max(x, half + 4), max(self.width - half - 4, half + 4))
+        yield tag("line", x1=x, y1=self.top - 18, x2=x, y2=self.bottom + 18, class_="break-line")
+        if self.missing:
+            yield text(x, self._stream_y(self.missing, (self.graph.broken_at or 1) - 1) + 6, "✗", "lost-mark", "middle")
+        label = tag("rect", x=middle - half, y=self.top - 42, width=2 * half, height=24, rx=6, class_="break-pill")
+        yield tag(
+            "g", title(self.graph.verdicts[0].found), label, text(middle, self.top - 26, words, "break-text", "middle")
+        )
 
     def _skips(self) -> Iterator[tuple[int, int]]:
         """Yields (from, to) for blocks that read an output of a block other than the one before them."""
         source_of = {name: block.number for block in self.graph.blocks for name in block.makes}
         for block in self.graph.blocks:
             for source in {source_of[name] for name in block.reads if name in source_of}:
-                if source < block.number - 1:
+                if source < block.number - 1 and self.boxes[source] != self.boxes[block.number]:
                     yield source, block.number
 
     def _skip_edges(self) -> Iterator[str]:
-        for source, target in self.skips:
-            a, b = self.layout.boxes[source].middle, self.layout.boxes[target].middle
+        drawn = {(self.boxes[source], self.boxes[target]): (source, target) for source, target in self.skips}
+        for (start, end), (source, target) in drawn.items():
+            a, b = start.middle, end.middle
             depth = self.bottom + 20 + SKIPS * (target - source) / max(t - s for s, t in self.skips)
             path = f"M{a:.1f},{self.bottom:.1f} C{a:.1f},{depth:.1f} {b:.1f},{depth:.1f} {b:.1f},{self.bottom:.1f}"
             words = f"block {target} also reads an output of block {source}"
@@ -159,12 +203,12 @@ class _Drawing:
         if not values:
             return
         names = ", ".join(dict.fromkeys(value.label for value in values.values()))
-        first, last = self.layout.boxes[0], self.layout.boxes[-1]
+        first, last = self.boxes[0], self.boxes[-1]
         start = self.layout.head.middle
         path = f"M{start:.1f},{self.bottom:.1f} V{self.rail - 6:.1f} q0,6 6,6 H{last.middle:.1f}"
-        ticks = "".join(f"M{box.middle:.1f},{self.rail:.1f} V{self.bottom:.1f}" for box in self.layout.boxes)
+        ticks = "".join(f"M{c.box.middle:.1f},{self.rail:.1f} V{self.bottom:.1f}" for c in self.layout.cells)
         yield tag("path", d=path + ticks, class_="invariant")
-        label = fit(f"every block reads {names}", last.right - first.x + 30, 10.5)
+        label = fit(f"every block reads {names}", last.right - first.x + 30, 12)
         yield tag("g", title(f"every block reads {names}"), text(first.x - 12, self.rail + 15, label, "small"))
 
     def _conditionals(self) -> Iterator[str]:
@@ -192,7 +236,7 @@ class _Drawing:
         yield tag("g", title(words), diamond, text(x, self.middle + 4, "reuse?", "conditional-text", "middle"))
         yield text(x + 6, self.middle - CONDITIONAL_HEIGHT - 5, "yes", "small strong")
         yield text(x + 19, self.middle - 20, "no", "small strong")
-        yield text(x, self.bottom + 16, reuses_when(region), "small", "middle")
+        yield text(x, self.bottom + 18, reuses_when(region), "small strong", "middle")
         capsule = tag(
             "rect", x=join - JOIN_WIDTH, y=self.middle - 26, width=2 * JOIN_WIDTH, height=52, rx=10, class_="join"
         )
@@ -207,8 +251,8 @@ class _Drawing:
         room = join - x - 60
         longest = f"reuse: adds the cached values ({size(state_bytes)}), saves {flops(saved)}"
         labels = (longest, f"reuse: saves {flops(saved)}", "reuse")
-        label = next((words for words in labels if len(words) * 7 < room), "reuse")
-        width = len(label) * 6.8 + 20
+        label = next((words for words in labels if len(words) * 7.4 < room), "reuse")
+        width = len(label) * 7.6 + 20
         middle = min((x + join) / 2, x + 60 + width / 2)  # Near the left end of a long path.
         yield tag("rect", x=middle - width / 2, y=REUSE - 10, width=width, height=20, rx=10, class_="pill")
         yield text(middle, REUSE + 4, label, "reuse-text", "middle")
@@ -224,35 +268,84 @@ class _Drawing:
         if not most:
             return
         box = self.layout.head
-        yield text(box.x, self.base - 14, "FLOPs of", "small")
-        yield text(box.x, self.base - 2, "each block", "small")
-        for block, box in zip(self.graph.blocks, self.layout.boxes, strict=True):
+        yield text(box.x, self.base - 15, "FLOPs of", "small")
+        yield text(box.x, self.base - 1, "a block", "small")
+        for cell in self.layout.cells:
+            block, box = self.graph.blocks[cell.first], cell.box
             height = BARS * block.cost.flops / most
             bar = tag("rect", x=box.x, y=self.base - height, width=box.width, height=height, class_="bar")
-            yield tag("g", title(f"{block.path}: {flops(block.cost.flops)}"), bar)
-        x, right = self.layout.boxes[0].x, self.layout.boxes[-1].right
+            each = " each" if cell.count > 1 else ""
+            yield tag("g", title(f"{self._path(cell)}: {flops(block.cost.flops)}{each}"), bar)
+        x, right = self.boxes[0].x, self.boxes[-1].right
         yield tag("line", x1=x, y1=self.base, x2=right, y2=self.base, class_="axis")
-        yield text(x, self.base + 14, f"at most {flops(most)}", "small")
+        yield text(x, self.base + 15, f"at most {flops(most)}", "small")
 
     def _blocks(self) -> Iterator[str]:
-        for block in self.graph.blocks:
-            yield self._block(block)
+        for number, cell in enumerate(self.layout.cells):
+            yield self._block(self.graph.blocks[cell.first]) if cell.count == 1 else self._stack(cell, number)
+
+    def _path(self, cell: Cell) -> str:
+        return path_of(self.graph.blocks[cell.first : cell.last])
+
+    def _body(self, cell: Cell, lines: list[tuple[str, str]]) -> list[str]:
+        """Returns the box of a block, or the boxes of a stack, with lines of text and their classes."""
+        kind, box = self.kinds[self.kind_of[cell.first]], cell.box
+        parts = []
+        for depth in (2, 1, 0) if cell.count > 1 else (0,):
+            shape = dict(
+                x=box.x + STACK / 2 * depth, y=self.top - STACK / 2 * depth, width=box.width, height=BLOCK_HEIGHT, rx=6
+            )
+            parts.append(tag("rect", **shape, class_="body", fill=kind.color))
+            if kind.is_striped and not depth:
+                parts.append(tag("rect", **shape, fill=f"url(#{self.name}-stripes)"))
+        tops = (28, 48, 67)
+        for y, (content, class_) in zip(tops, lines, strict=False):
+            parts.append(text(box.middle, self.top + y, fit(content, box.width + 4, 12), class_, "middle"))
+        return parts
 
     def _block(self, block: BlockReport) -> str:
-        box, kind = self.layout.boxes[block.number], self.kinds[self.kind_of[block.number]]
+        kind = self.kinds[self.kind_of[block.number]]
         place = f"region {block.region}" if block.region is not None else block.part
         label = ", ".join(filter(None, (f"Block {block.number}", block.path, block.cls, place, kind.name)))
-        shape = dict(x=box.x, y=self.top, width=box.width, height=BLOCK_HEIGHT, rx=6)
-        parts = [title(label), tag("rect", **shape, class_="body", fill=kind.color)]
-        if kind.is_striped:
-            parts.append(tag("rect", **shape, fill=f"url(#{self.name}-stripes)"))
-        number = block.path.rpartition(".")[2] or str(block.number)
-        parts.append(text(box.middle, self.top + 30, fit(number, box.width), "number", "middle"))
-        parts.append(text(box.middle, self.top + 48, kind.short, "piece", "middle"))
+        lines = [(_number_of(block), "number"), (kind.short, "piece")]
         if self.layout.is_wide:
-            parts.append(text(box.middle, self.top + 64, fit(flops(block.cost.flops), box.width, 10), "cost", "middle"))
+            lines.append((flops(block.cost.flops), "cost"))
+        cell = Cell(block.number, block.number + 1, self.boxes[block.number])
+        parts = [title(label), *self._body(cell, lines)]
+        is_blamed = block.path == self.graph.blamed
+        class_ = "block blamed" if is_blamed else "block"
         if not self.opens:
-            return tag("g", *parts, class_="block")
+            return tag("g", *parts, class_=class_)
         focus = "0" if block.number == 0 else "-1"
         button = dict(role="button", tabindex=focus, aria_haspopup="dialog", data_block=f"{self.name}-{block.number}")
-        return tag("g", *parts, class_="block opens", aria_label=label, **button)
+        return tag("g", *parts, class_=f"{class_} opens", aria_label=label, **button)
+
+    def _stack(self, cell: Cell, number: int) -> str:
+        """Returns several equal blocks, drawn as one."""
+        first, last = self.graph.blocks[cell.first], self.graph.blocks[cell.last - 1]
+        kind = self.kinds[self.kind_of[cell.first]]
+        place = f"region {first.region}" if first.region is not None else first.part
+        label = ", ".join(filter(None, (self._path(cell), f"{cell.count} equal blocks", first.cls, place, kind.name)))
+        numbers = f"{_number_of(first)}–{_number_of(last)}"
+        parts = [
+            title(label),
+            *self._body(cell, [(numbers, "number"), (f"× {cell.count}", "times"), (kind.short, "piece")]),
+        ]
+        if not self.opens:
+            return tag("g", *parts, class_="block stack")
+        button = dict(role="button", tabindex="0", aria_expanded="false", aria_controls=f"{self.name}-stack-{number}")
+        return tag("g", *parts, class_="block stack", aria_label=f"{label}; show the blocks", **button)
+
+
+def path_of(blocks: Sequence[BlockReport]) -> str:
+    """Returns the path of a block, or of several blocks of one list: `transformer_blocks.1–18`."""
+    first, last = blocks[0], blocks[-1]
+    return first.path if first is last else f"{first.path}–{_number_of(last)}"
+
+
+def _list_name(blocks: ListReport) -> str:
+    return f"{' and '.join((blocks.path, *blocks.alternates))}: {blocks.num_blocks} blocks"
+
+
+def _number_of(block: BlockReport) -> str:
+    return block.path.rpartition(".")[2] or str(block.number)

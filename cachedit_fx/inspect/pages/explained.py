@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,12 @@ from cachedit_fx.config.reference import POLICY, meaning
 from cachedit_fx.frontend.torch_internals import recompile_limit
 from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport, RegionReport, Verdict
 from cachedit_fx.inspect.explanation.units import flops, size
-from cachedit_fx.inspect.pages.chain import ROLES, chain_svg, reuses_when
+from cachedit_fx.inspect.pages.chain import chain_svg, path_of, reuses_when
+from cachedit_fx.inspect.pages.layout import spans_of
 from cachedit_fx.inspect.pages.pieces import Kind, kinds_of
 from cachedit_fx.inspect.pages.render import as_json, asset, render
 from cachedit_fx.inspect.pages.side_by_side import Chunk, chunks_of
+from cachedit_fx.patterns.cause import Cause
 
 if TYPE_CHECKING:
     from cachedit_fx.inspect.explanation.data import Captured
@@ -36,7 +38,8 @@ class Share:
     Attributes:
         name: The name of the part.
         flops: The FLOPs of the part.
-        percent: The percentage of the FLOPs of the graph, from 0 to 100.
+        percent: The percentage of the FLOPs of the graph, from 0 to 100, to one decimal place. The percentages of a
+            graph sum to 100.
         is_skipped: Whether a reused step skips the part.
     """
 
@@ -44,6 +47,23 @@ class Share:
     flops: int
     percent: float
     is_skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StackView:
+    """Equal blocks that the drawing of the chain shows as one.
+
+    Attributes:
+        key: The end of the id of the element that shows them one by one.
+        path: Their path, such as `blocks.1–18`.
+        blocks: The blocks.
+        kind: Their kind.
+    """
+
+    key: str
+    path: str
+    blocks: tuple[BlockReport, ...]
+    kind: Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +75,7 @@ class GraphView:
         report: The report of the graph.
         is_main: Whether it is shown expanded.
         chain: The drawing of the chain as SVG; empty if there are no blocks.
+        stacks: The blocks that the drawing shows as one.
         kinds: The kinds of blocks.
         shares: The parts of the FLOPs.
         chunks: The rows of the graph before and after the rewrite.
@@ -65,6 +86,7 @@ class GraphView:
     report: GraphReport
     is_main: bool
     chain: str
+    stacks: list[StackView]
     kinds: list[Kind]
     shares: list[Share]
     chunks: list[Chunk]
@@ -75,9 +97,10 @@ class GraphView:
         return reuses_when(region)
 
     @property
-    def has_text(self) -> bool:
-        """Whether the chain has a second stream."""
-        return any(stream.role == ROLES[1] for one in self.report.lists if one.in_chain for stream in one.streams)
+    def streams(self) -> list[str]:
+        """The names of the streams of the chain: the first one is drawn solid, the others dashed."""
+        chain = [one for one in self.report.lists if one.in_chain and one.boundaries]
+        return list(dict.fromkeys(role for one in chain for role in one.boundaries[0]))
 
     @property
     def headline(self) -> str:
@@ -159,12 +182,17 @@ def _why_not(graph: GraphReport) -> str:
     if not graph.verdicts:
         return "no chain of blocks was found"
     nearest = graph.verdicts[0]
+    if nearest.cause == Cause.NO_TRANSFORMER.value:
+        return f"the model has no chain of equal transformer blocks ({nearest.found})"
     fitted = f", {nearest.fitted} of {nearest.total} blocks fit" if nearest.total else ""
     difference = f"expected: {nearest.expected}; found: {nearest.found}"
     if not nearest.template:
         return difference
     if nearest.total and nearest.fitted == nearest.total:
         return f"{nearest.template} fits, but the graph cannot be cut; {difference}"
+    if graph.broken_at is not None and nearest.place:
+        where = nearest.place if nearest.following else f"in {nearest.place}"
+        return f"the stream {nearest.stream} ends {where} ({nearest.where_short or nearest.found})"
     return f"no template fits; the nearest is {nearest.template}{fitted}"
 
 
@@ -193,6 +221,7 @@ def _view(key: str, report: GraphReport, graphs: Mapping[str, Any], *, is_main: 
         report=report,
         is_main=is_main,
         chain=chain_svg(report, key) if report.blocks else "",
+        stacks=_stacks(report),
         kinds=kinds_of(report.blocks)[0],
         shares=_shares(report),
         chunks=chunks_of(report, graphs) if "before" in graphs else [],
@@ -200,20 +229,40 @@ def _view(key: str, report: GraphReport, graphs: Mapping[str, Any], *, is_main: 
     )
 
 
+def _stacks(graph: GraphReport) -> list[StackView]:
+    kinds, kind_of = kinds_of(graph.blocks)
+    found = []
+    for number, (first, last) in enumerate(spans_of(graph)):
+        if last - first > 1:
+            blocks = graph.blocks[first:last]
+            found.append(StackView(f"stack-{number}", path_of(blocks), blocks, kinds[kind_of[first]]))
+    return found
+
+
 def _shares(graph: GraphReport) -> list[Share]:
-    total = graph.cost.flops
-    if not total or not graph.is_cached:
+    total = sum(part.flops for part in graph.parts)
+    if not total:
         return []
-    parts = {"Fn": 0, "Bn": 0, "between": 0}
-    for block in graph.blocks:
-        if block.part in parts:
-            parts[block.part] += block.cost.flops
-    regions = [(region.name, region.cost.flops) for region in graph.regions]
-    around = max(0, total - sum(parts.values()) - sum(count for _, count in regions))
-    rows = [("around the blocks", around, False), ("Fn blocks", parts["Fn"], False)]
-    rows += [(f"region {number}", count, True) for number, (_, count) in enumerate(regions)]
-    rows += [("blocks between regions", parts["between"], False), ("Bn blocks", parts["Bn"], False)]
-    return [Share(name, count, 100 * count / total, skipped) for name, count, skipped in rows if count]
+    skipped = round(1000 * sum(part.flops for part in graph.parts if part.is_skipped) / total)
+    percents: dict[str, float] = {}
+    for is_skipped, units in ((True, skipped), (False, 1000 - skipped)):
+        parts = [part for part in graph.parts if part.is_skipped is is_skipped]
+        shared = apportion([part.flops for part in parts], units)
+        percents |= {part.name: share / 10 for part, share in zip(parts, shared, strict=True)}
+    return [Share(part.name, part.flops, percents[part.name], part.is_skipped) for part in graph.parts]
+
+
+def apportion(counts: Sequence[int], units: int) -> list[int]:
+    """Returns how many of `units` each count gets, so that they sum to `units`: the method of the largest remainder."""
+    total = sum(counts)
+    if not total:
+        return [0] * len(counts)
+    exact = [units * count / total for count in counts]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(counts)), key=lambda i: shares[i] - exact[i])
+    for i in by_remainder[: units - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
 def _block(block: BlockReport) -> dict[str, Any]:
@@ -252,5 +301,5 @@ def _nearest(verdict: Verdict) -> Iterator[tuple[str, str]]:
     yield "nearest miss", f"{verdict.template or 'not cached'}: {verdict.cause}"
     yield "expected", verdict.expected
     yield "found", verdict.found
-    yield "at", ", ".join(filter(None, (verdict.block, verdict.where, verdict.line)))
+    yield "at", ", ".join(filter(None, (verdict.place, verdict.where, verdict.line)))
     yield "do", verdict.cure

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BAND = {"Fn": "#dddddd", "Bn": "#dddddd", "region": "#f5d6f0"}
+_BROKEN = "#c62f12"
 _COMPUTED, _REUSED = "#1f66b8", "#d06000"
 
 
@@ -54,6 +55,12 @@ def plot_chain(graph: GraphReport, path: str | Path | None = None) -> Figure:
     axes.yaxis.set_major_formatter(lambda value, _: flops(int(value)))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    if graph.broken_at is not None:
+        axes.axvline(graph.broken_at - 0.5, color=_BROKEN, linestyle="--")
+        axes.annotate(
+            graph.broken, (graph.broken_at - 0.5, 1), (0, 4), xycoords=("data", "axes fraction"),
+            textcoords="offset points", ha="center", color=_BROKEN,
+        )  # fmt: skip
     return _saved(figure, path)
 
 
@@ -133,7 +140,7 @@ def _diffs(axes: Axes, entry: CacheStats) -> None:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("diff (relative L1)")
     axes.set_title(f"{entry.session}, {place(entry)}", loc="left", fontsize=10)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=8, borderaxespad=0.1)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=9, borderaxespad=0.1)
 
 
 def _times(axes: Axes, entry: CacheStats) -> None:

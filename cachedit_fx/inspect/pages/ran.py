@@ -70,13 +70,6 @@ class EntryView:
     rows: list[StepRow]
     choices: list[Candidate]
     charts: dict[str, str]
-    roles: list[str]
-
-    @property
-    def threshold(self) -> str:
-        """The threshold, or its range if it changed; empty if no threshold was used."""
-        values = sorted({f"{value:.3g}" for value in self.entry.thresholds.values()}, key=float)
-        return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}" if values else ""
 
 
 def run_page(title: str, stats: Summary) -> str:
@@ -100,7 +93,6 @@ def run_page(title: str, stats: Summary) -> str:
         times=Times.of(stats),
         state_bytes=sum(entry.state_bytes for entry in stats),
         peak_state_bytes=sum(entry.peak_state_bytes for entry in stats),
-        marks={"computed": _legend_mark(False), "reused": _legend_mark(True)},
     )
 
 
@@ -208,7 +200,6 @@ def _view(entry: CacheStats) -> EntryView:
         rows=list(_rows(entry)),
         choices=candidates(entry),
         charts=charts,
-        roles=list(dict.fromkeys(role for error in entry.errors.values() for role in error.streams)),
     )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from cachedit_fx.inspect.explanation.data import BlockReport, GraphReport
-from cachedit_fx.inspect.explanation.diff import block_line, side_by_side
+from cachedit_fx.inspect.explanation.diff import INDENT, bare, block_line, side_by_side
 
 _SHOWN = 2  # Number of lines that are shown at both ends of a run of equal lines; the others are collapsed.
 
@@ -20,7 +20,7 @@ class Line:
     """A line of one side.
 
     Attributes:
-        text: The text of the line.
+        text: The text of the line, without indentation.
         block: The block that the line shows; None for a node.
         depth: 1 inside the branches of a conditional, else 0.
     """
@@ -40,7 +40,7 @@ class Row:
     """Two lines that belong together. At least one of them is present.
 
     Attributes:
-        kind: "same", "changed", "removed" or "added".
+        kind: "same", "changed", "removed", "added", or "broken" for the place at which the chain of a graph breaks.
         left: The line before the rewrite.
         right: The line after the rewrite.
     """
@@ -68,7 +68,8 @@ def chunks_of(report: GraphReport, graphs: Mapping[str, fx.GraphModule]) -> list
     before, after = side_by_side(report, graphs)
     block_of = {block_line(block): block for block in report.blocks}
     chunks = []
-    for same, run in itertools.groupby(_rows(_lines(before, block_of), _lines(after, block_of)), key=_same):
+    rows = _with_break(report, _rows(_lines(before, block_of), _lines(after, block_of)))
+    for same, run in itertools.groupby(rows, key=_same):
         found = tuple(run)
         if same and len(found) > 2 * _SHOWN + 4:
             head, middle, tail = found[:_SHOWN], found[_SHOWN:-_SHOWN], found[-_SHOWN:]
@@ -76,6 +77,21 @@ def chunks_of(report: GraphReport, graphs: Mapping[str, fx.GraphModule]) -> list
         else:
             chunks.append(Chunk(found))
     return chunks
+
+
+def _with_break(report: GraphReport, rows: Iterable[Row]) -> Iterator[Row]:
+    """Yields the rows, with one for the place at which the chain breaks."""
+    is_marked = report.broken_at is None
+    broken = Line(f"✗ {report.broken}", None, 0)
+    last = -1
+    for row in rows:
+        block = row.left.block if row.left is not None else None
+        is_behind = block is None or block.number >= (report.broken_at or 0)
+        if not is_marked and is_behind and last + 1 == report.broken_at:
+            is_marked = True
+            yield Row("broken", broken, broken)
+        last = block.number if block is not None else last
+        yield row
 
 
 def _same(row: Row) -> str:
@@ -86,13 +102,8 @@ def _same(row: Row) -> str:
 
 
 def _lines(texts: Sequence[str], block_of: Mapping[str, BlockReport]) -> list[Line]:
-    found, depth = [], 0
-    for text in texts:
-        is_branch = text.startswith(("if ", "else:")) and text.rstrip().endswith(tuple("0123456789"))
-        depth = 0 if is_branch or text == "# both" else depth
-        found.append(Line(text, block_of.get(text), depth))
-        depth = 1 if is_branch else depth
-    return found
+    lines = zip(texts, bare(texts), strict=True)
+    return [Line(found, block_of.get(found), (len(text) - len(found)) // len(INDENT)) for text, found in lines]
 
 
 def _rows(left: Sequence[Line], right: Sequence[Line]) -> Iterator[Row]:

@@ -25,7 +25,7 @@ def title(content: object) -> str:
     return tag("title", escape(str(content)))
 
 
-def fit(content: str, width: float, size: float = 11) -> str:
+def fit(content: str, width: float, size: float = 12.5) -> str:
     """Returns `content`, shortened to about `width` pixels in a font of `size` pixels."""
     room = max(1, int(width / (0.6 * size)))
     return content if len(content) <= room else f"{content[: room - 1]}…"

@@ -30,11 +30,11 @@ class Candidate:
     """A threshold that could be chosen.
 
     Attributes:
-        threshold: A value just above a measured diff.
+        threshold: A value just above a measured diff, or the threshold of the run.
         below: The number of steps whose diff is below it.
         more: The number of these steps that the current policy does not reuse.
-        error: The largest error of the output among these steps, relative L2.
-        is_present: Whether no step has a diff between it and the current threshold.
+        error: The largest error of the output among these steps, relative L2; 0 if there are none.
+        is_present: Whether it is the threshold of the run.
     """
 
     threshold: float
@@ -58,17 +58,24 @@ def measured(entry: CacheStats) -> list[Measured]:
 
 
 def candidates(entry: CacheStats) -> list[Candidate]:
-    """Returns a candidate for every measured diff, smallest first."""
+    """Returns a candidate for every measured diff and one for the threshold of the run, smallest first.
+
+    The threshold of the run takes the place of a candidate with the same steps below it. If the threshold changed
+    during the run, it is no candidate.
+    """
     steps = measured(entry)
-    present = max(entry.thresholds.values(), default=math.nan)
-    diffs = sorted({above(one.diff) for one in steps})
+    given = set(entry.thresholds.values())
+    present = given.pop() if len(given) == 1 and steps else None
+    thresholds = {above(one.diff) for one in steps}
+    if present is not None:
+        num_below = sum(one.diff < present for one in steps)
+        thresholds = {value for value in thresholds if sum(one.diff < value for one in steps) != num_below} | {present}
     found = []
-    for number, threshold in enumerate(diffs):
+    for threshold in sorted(thresholds):
         below = [one for one in steps if one.diff < threshold]
-        following = diffs[number + 1] if number + 1 < len(diffs) else math.inf
         more = sum(not one.is_reused for one in below)
-        worst = max(one.error for one in below)
-        found.append(Candidate(threshold, len(below), more, worst, threshold <= present < following))
+        worst = max((one.error for one in below), default=0.0)
+        found.append(Candidate(threshold, len(below), more, worst, threshold == present))
     return found
 
 

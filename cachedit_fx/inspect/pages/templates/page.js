@@ -39,13 +39,40 @@
     for (const fold of all("details[data-printed]")) { fold.open = false; delete fold.dataset.printed; }
   });
 
-  // Boxes that scroll horizontally can be focused with the keyboard.
+  // The cells of a table that is stacked on a narrow screen are labeled with the heads of their columns.
+  for (const table of all("table.stacked")) {
+    const heads = all("thead th", table).map((head) => head.textContent);
+    for (const row of all("tbody tr", table)) [...row.cells].forEach((cell, i) => { cell.dataset.label = heads[i]; });
+    table.classList.add("labeled");
+  }
+
+  // Boxes that scroll horizontally can be focused with the keyboard, and show that they go on.
+  for (const box of all(".lane, .scroll")) {
+    const outer = box.classList.contains("lane") ? box.parentElement : document.createElement("div");
+    if (outer !== box.parentElement) { outer.className = "scroll-box"; box.replaceWith(outer); outer.append(box); }
+    const more = document.createElement("span");
+    more.className = "more";
+    more.setAttribute("aria-hidden", "true");
+    more.textContent = "more →";
+    outer.append(more);
+    box.addEventListener("scroll", () => mark(box));
+  }
+  function mark(box) {
+    box.parentElement.classList.toggle("more-right", box.scrollWidth - box.clientWidth - box.scrollLeft > 4);
+  }
   function reach() {
     for (const box of all(".lane, .scroll")) {
-      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0; else box.removeAttribute("tabindex");
+      const overflows = box.scrollWidth > box.clientWidth;
+      if (overflows) box.tabIndex = 0; else box.removeAttribute("tabindex");
+      if (box.matches(".lane")) box.closest(".chain").classList.toggle("overflows", overflows);
+      mark(box);
     }
   }
   reach();
+  for (const place of all(".break-line")) {  // Where a stream ends is in view.
+    const lane = place.closest(".lane"), frame = lane.getBoundingClientRect();
+    lane.scrollLeft += place.getBoundingClientRect().left - frame.left - frame.width / 2;
+  }
   window.addEventListener("resize", reach);
   document.addEventListener("toggle", reach, true);
 
@@ -118,37 +145,59 @@
     goTo(shown);
     shown = null;
   }
+  // The blocks of a chain in their order. Those of a stack are below the drawing.
+  const number = (block) => Number(block.dataset.block.slice(block.dataset.block.lastIndexOf("-") + 1));
+  const chainOf = (block) => all(".opens", block.closest(".chain")).sort((a, b) => number(a) - number(b));
   function neighbor(block, step) {
-    const lane = all(".opens", block.closest("svg"));
-    return lane[lane.indexOf(block) + step];
+    const chain = chainOf(block);
+    return chain[chain.indexOf(block) + step];
+  }
+  function showStack(id, shows) {
+    const stack = document.getElementById(id), button = one(`[aria-controls="${id}"]`);
+    stack.hidden = !shows;
+    button.setAttribute("aria-expanded", String(shows));
   }
   function reveal(block) {
-    const lane = block.closest(".lane"), box = block.getBoundingClientRect(), frame = lane.getBoundingClientRect();
-    const limit = panel.hidden ? frame.right : Math.min(frame.right, panel.offsetLeft || frame.right);
-    if (box.left < frame.left) lane.scrollLeft -= frame.left - box.left + 40;
-    else if (box.right > limit) lane.scrollLeft += box.right - limit + 40;
+    const stack = block.closest(".stack-blocks"), lane = block.closest(".lane");
+    if (stack && stack.hidden) showStack(stack.id, true);
+    const box = block.getBoundingClientRect();
+    if (lane) {
+      const frame = lane.getBoundingClientRect();
+      const limit = panel.hidden ? frame.right : Math.min(frame.right, panel.offsetLeft || frame.right);
+      if (box.left < frame.left) lane.scrollLeft -= frame.left - box.left + 40;
+      else if (box.right > limit) lane.scrollLeft += box.right - limit + 40;
+    }
     const floor = !panel.hidden && panel.offsetTop > 0 ? panel.offsetTop : window.innerHeight;  // A sheet on a phone.
     if (box.bottom > floor - 40) window.scrollBy(0, box.bottom - floor + 60);
     else if (box.top < 20) window.scrollBy(0, box.top - 60);
   }
   function goTo(block) {
-    for (const other of all(".opens", block.closest("svg"))) other.setAttribute("tabindex", other === block ? "0" : "-1");
-    block.focus({ preventScroll: true });
+    for (const other of chainOf(block)) other.setAttribute("tabindex", other === block ? "0" : "-1");
     reveal(block);
+    block.focus({ preventScroll: true });
   }
   const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
   for (const block of buttons) {
     block.addEventListener("click", () => open(block));
     block.addEventListener("keydown", (event) => {
-      const lane = all(".opens", block.closest("svg"));
+      const chain = chainOf(block);
       let target = null;
       if (event.key === "Enter" || event.key === " ") open(block);
       else if (event.key in steps) target = neighbor(block, steps[event.key]) || block;
-      else if (event.key === "Home") target = lane[0];
-      else if (event.key === "End") target = lane[lane.length - 1];
+      else if (event.key === "Home") target = chain[0];
+      else if (event.key === "End") target = chain[chain.length - 1];
       else return;
       event.preventDefault();
       if (target) goTo(target);
+    });
+  }
+  for (const stack of all("[aria-controls][aria-expanded]")) {
+    const toggle = () => showStack(stack.getAttribute("aria-controls"), stack.getAttribute("aria-expanded") === "false");
+    stack.addEventListener("click", toggle);
+    stack.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      toggle();
     });
   }
   for (const step of all("[data-step]", panel)) {
