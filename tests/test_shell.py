@@ -214,14 +214,17 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], dict[str, Any]]:
 def test_tune_passes_its_arguments_on_and_saves_what_was_found(tuned, capsys):
     given = tuned(True)
     files = ["--save", "tuned.json", "--plot", "frontier.png"]
-    assert main(["tune", "run_factories:model", "--target", "psnr=40", "--budget", "runs=3", *files]) == 0
+    limits = ["--at-least", "psnr=40", "--budget", "runs=3", "--alternatives", "off"]
+    assert main(["tune", "run_factories:model", "--target", "fastest", *limits, *files]) == 0
     assert {**given, "calls": len(given["calls"])} == {
-        "target": "psnr=40",
+        "target": "fastest",
+        "at_least": "psnr=40",
+        "alternatives": "off",
         "budget": "runs=3",
         "calls": len(hybrid.calls()),
     }
     printed = capsys.readouterr().out
-    assert "psnr=40 reached\n" in printed and "  config:    max_warmup_steps=2, forecaster=foca\n" in printed
+    assert "psnr=40 reached (" in printed and "  config:    max_warmup_steps=2, forecaster=foca\n" in printed
     assert tuning.load_tuned("tuned.json").config == cachedit_fx.CacheConfig(max_warmup_steps=2)
     assert Path("frontier.png").stat().st_size
 
@@ -237,7 +240,7 @@ def test_tune_ends_with_1_if_the_target_is_not_reached_and_prints_json(tuned, ca
 
 def test_tune_reports_a_wrong_target_with_exit_code_2(capsys):
     assert main(["tune", "run_factories:model", "--target", "ssim=1"]) == 2
-    assert "target must be one of psnr, rel_l2, speedup" in capsys.readouterr().err
+    assert "or one of psnr, rel_l2, speedup with a number" in capsys.readouterr().err
 
 
 # doctor

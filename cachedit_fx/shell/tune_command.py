@@ -32,19 +32,20 @@ target. Exit code 0: the target is reached. 1: it is not.
 {FACTORY}\
 (pipe, [kwargs, ...]) with one dict per call.
 
-  cachedit-fx tune mine.py:make --target fastest --at-least psnr=40 --save tuned.yaml
-  cachedit-fx report mine.py:make --config tuned.yaml
+  cachedit-fx tune mine.py:make --target fastest --at-least psnr=40 --save t.yaml
+  cachedit-fx report mine.py:make --config t.yaml
 """
 # Arguments of `tune` that are passed on if they are given.
 _PASSED = ("target", "at_least", "at_most", "budget", "alternatives", "resume")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s --target TARGET [options] factory"
     add_factory(parser)
-    parser.add_argument("--target", required=True, help="fastest, best, or a limit alone: psnr=35 (dB), speedup=2")
-    parser.add_argument("--at-least", metavar="KIND=VALUE", help="for fastest: psnr=35 (dB); for best: speedup=2")
-    parser.add_argument("--at-most", metavar="KIND=VALUE", help="for fastest: rel_l2=0.05")
-    parser.add_argument("--budget", metavar="KIND=VALUE", help="runs=36 (the default) or seconds=300")
+    parser.add_argument("--target", required=True, help="fastest, best, or a limit alone, such as psnr=35")
+    parser.add_argument("--at-least", metavar="LIMIT", help="for fastest: psnr=35 (dB); for best: speedup=2")
+    parser.add_argument("--at-most", metavar="LIMIT", help="for fastest: rel_l2=0.05")
+    parser.add_argument("--budget", metavar="LIMIT", help="runs=36 (the default) or seconds=300")
     parser.add_argument("--alternatives", metavar="WHICH", help="fewer steps, other schedulers: report, choose or off")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="continue an interrupted search from this file")
     add_output(parser, "--save", "write the configuration (YAML, or JSON if PATH ends in .json)")
