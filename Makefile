@@ -76,9 +76,9 @@ bench: venv ## ours beside every peer in whole pipelines, on a CPU; ARGS="--quic
 	$(PY) -m benchmarks.run $(ARGS)
 
 .PHONY: quality
-quality: venv ## what a cache costs in quality, into docs/quality.md; ARGS="--quick", "--help"
+quality: venv ## what a cache costs in quality on both trained models, into docs/quality.md; ARGS="--quick", "--help"
 	-$(PIP) install --quiet -c constraints.txt cache-dit
-	$(PY) -m benchmarks.quality $(or $(ARGS),--tune tuned --json quality.json --write docs/quality.md)
+	$(PY) -m benchmarks.quality $(or $(ARGS),--json docs/quality.json --write docs/quality.md)
 
 # In an existing environment with torch 2.11 or later and diffusers, without .venv: make bench-gpu PY=python
 .PHONY: bench-gpu

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -17,37 +18,39 @@ from benchmarks.driver import ROOT
 from benchmarks.quality_runners import NEEDS
 from benchmarks.quality_worker import Job
 
-Answers = tuple[dict[str, Any], list[dict[str, Any]], str]
 
+def run(job: Job, keep: Callable[[dict[str, Any]], None]) -> str:
+    """Runs a worker, and returns why it ended early, or an empty string.
 
-def run(job: Job) -> Answers:
-    """Returns the results for the uncached model and every configuration, and why the worker ended early, if it did."""
+    Args:
+        keep: Called with the results for the uncached model, as {"reference": ...}, and for every configuration.
+    """
     needed = NEEDS.get(job.family)
     if needed is not None and importlib.util.find_spec(needed) is None:
-        return {}, [], f"{needed} is not installed"
-    reference: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
+        return f"{needed} is not installed"
+    count = 0
     with (
         tempfile.TemporaryDirectory() as cache,
-        tqdm(total=len(job.names), desc=f"{job.task}, {job.family}", unit="configuration") as bar,
+        tqdm(total=len(job.names), desc=f"{job.model}, {job.task}, {job.family}", unit="configuration") as bar,
         subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.quality_worker", json.dumps(dataclasses.asdict(job))],
+            [sys.executable, "-m", "benchmarks.quality_worker"],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment(cache),
             cwd=ROOT,
         ) as process,
     ):
-        assert process.stdout is not None
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(dataclasses.asdict(job)))
+        process.stdin.close()
         for line in process.stdout:
             answer = json.loads(line)
-            if "reference" in answer:
-                reference = answer["reference"]
-            else:
-                rows.append(answer)
+            keep(answer)
+            if "reference" not in answer:
+                count += 1
                 bar.update()
-    failed = f"the worker ended with {process.returncode} after {len(rows)} of {len(job.names)} configurations"
-    return reference, rows, failed if process.returncode else ""
+    return f"the worker ended with {process.returncode} after {count} of {len(job.names)}" if process.returncode else ""
 
 
 def environment(cache: str) -> dict[str, str]:

@@ -66,6 +66,18 @@ def reach(rows: Sequence[Row], psnr: float) -> Reach | None:
     return None
 
 
+def psnr_at(rows: Sequence[Row], share: float) -> float | None:
+    """Returns the highest PSNR at this share on the lines between any two rows; None below the cheapest row."""
+    line = frontier(rows)
+    below, above = ([row for row in line if (row["share"] > share) is is_above] for is_above in (False, True))
+    found = [float(row["psnr"]) for row in below]
+    for low in below:
+        for high in above:
+            weight = (share - low["share"]) / (high["share"] - low["share"])
+            found.append(float(low["psnr"] + weight * (high["psnr"] - low["psnr"])))
+    return max(found, default=None)
+
+
 def reaches(rows: Sequence[Row], psnr: float) -> list[Reach]:
     """Returns the point that all rows reach, followed by those of single groups whose cost is close to it."""
     best = reach(rows, psnr)

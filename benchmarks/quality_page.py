@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import figures
+from benchmarks.quality_configs import FAMILIES
+from benchmarks.quality_defaults import default_table
+from benchmarks.quality_forecasters import cost_table, forecaster_tables
 from benchmarks.quality_frontier import TARGETS, Row, frontier, least_time, reach
+from benchmarks.quality_guidance import guidance_table
 
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
-Measured = Mapping[str, Any]  # What `quality.py` writes as JSON.
+TITLES = {"digits": "Digits (FLUX, no guidance)", "clips": "Clips (Wan, guidance scale 3)"}
+Measured = Mapping[str, Any]  # The results of one model, as `quality.py` writes them as JSON.
 
 
 def rows_of(measured: Measured, family: str) -> list[Row]:
@@ -23,20 +28,39 @@ def times_of(measured: Measured, family: str) -> dict[str, Row]:
 
 
 def families_of(measured: Measured) -> list[str]:
-    return list(dict.fromkeys(row["family"] for row in measured["nearness"]))
+    return [family for family in FAMILIES if any(row["family"] == family for row in measured["nearness"])]
 
 
-def tables(measured: Measured) -> str:
-    """Returns everything that is written between the markers of the page."""
-    parts = [heading(measured), "### Lowest cost of each quality", target_table(measured)]
+def tables(measured: Mapping[str, Any]) -> str:
+    """Returns everything that is written between the markers of the page, for the results of all models."""
+    versions = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
+    parts = [f"{measured['hardware']}; {versions}\n`{measured['command']}`"]
+    for model, found in measured["models"].items():
+        parts += [f"## Measured: {TITLES.get(model, model)}", *model_tables(found)]
+    return "\n\n".join(parts)
+
+
+def model_tables(measured: Measured) -> list[str]:
+    """Returns the text below the heading of a model, as paragraphs and tables."""
+    ours = rows_of(measured, "ours")
+    parts = [about(measured), "### Lowest cost of each quality", target_table(measured)]
     for family in families_of(measured):
         parts += [f"### Frontier: {family}", frontier_table(measured, family)]
-    if measured.get("shadow"):
+    if ours:
+        parts += ["### The default beside the best at its cost", figures.markdown(default_table(ours))]
+        parts += ["### Forecasters at equal decisions"]
+        for title, table in forecaster_tables(ours).items():
+            parts += [f"{title} (PSNR, dB):", figures.markdown(table)]
+        parts += ["The lowest share of FLOPs with which each reaches a quality:", figures.markdown(cost_table(ours))]
+    if any(row["guidance"] for row in ours):
+        table = guidance_table(ours, rows_of(measured, "cache-dit"))
+        parts += ["### Guidance reuse", figures.markdown(table)]
+    if measured["shadow"]:
         parts += ["### Error predicted by shadow mode against the actual error", shadow_table(measured)]
     skipped = skipped_list(measured)
     if skipped:
         parts += ["### Skipped configurations", skipped]
-    return "\n\n".join(parts)
+    return parts
 
 
 def shadow_table(measured: Measured) -> str:
@@ -48,19 +72,17 @@ def shadow_table(measured: Measured) -> str:
     return figures.markdown(rows)
 
 
-def heading(measured: Measured) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
-    about = measured["reference"]
-    share = about.get("accuracy")
+def about(measured: Measured) -> str:
+    reference = measured["reference"]
+    share = reference.get("accuracy")
     recognized = "" if share is None else f"; a classifier recognizes {share:.0%} of the uncached ones"
     times = (
         f" Times: CPU time of one image, both models compiled by {measured['inner']}, medians of the ratios of "
         f"{measured['rounds']} rounds, interleaved with the uncached model."
+        if measured["times"]
+        else " Times were not measured."
     )
-    return (
-        f"{measured['hardware']}; {versions}\n`{measured['command']}`\n\n"
-        f"{about['images']} images in batches of {measured['batch']}{recognized}.{times if measured['times'] else ''}"
-    )
+    return f"{reference['images']} images in batches of {measured['batch']}{recognized}.{times}"
 
 
 def target_table(measured: Measured) -> str:
@@ -89,8 +111,8 @@ def target_table(measured: Measured) -> str:
 def frontier_table(measured: Measured, family: str) -> str:
     """Returns the configurations on the frontier of a family."""
     times = times_of(measured, family)
-    header = ["configuration", "FLOPs", "PSNR, dB", "worst image", "SSIM", "relative L2", "recognized", "time", "ms"]
-    rows = [header]
+    header = ["configuration", "FLOPs", "PSNR, dB", "worst image", "SSIM", "relative L2", "recognized"]
+    rows = [header + ["time", "ms"] * bool(times)]
     for row in frontier(rows_of(measured, family)):
         timed = times.get(row["name"], {})
         rows.append(
@@ -102,8 +124,7 @@ def frontier_table(measured: Measured, family: str) -> str:
                 _text(row["ssim"], 4),
                 _text(row["rel_l2"], 4),
                 "-" if row["accuracy"] is None else f"{row['accuracy']:.0%}",
-                _text(timed.get("cpu_ratio")),
-                _text(timed.get("ms"), 0),
+                *[_text(timed.get("cpu_ratio")), _text(timed.get("ms"), 0)] * bool(times),
             ]
         )
     return figures.markdown(rows)
@@ -119,7 +140,7 @@ def skipped_list(measured: Measured) -> str:
     return "\n".join(f"- {reason} ({_named(names)})" for reason, names in reasons.items())
 
 
-def write_page(path: Path, measured: Measured, plot: str | None) -> None:
+def write_page(path: Path, measured: Mapping[str, Any], plot: str | None) -> None:
     """Writes the tables between the markers of the page.
 
     Raises:

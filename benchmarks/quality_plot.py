@@ -1,4 +1,4 @@
-"""Plots the results of the quality benchmark: PSNR over the share of FLOPs."""
+"""Plots the results of the quality benchmark: PSNR over the share of FLOPs, with a panel for each model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.quality_frontier import TARGETS, frontier
 from benchmarks.quality_metrics import MOST_DB
-from benchmarks.quality_page import families_of, rows_of
+from benchmarks.quality_page import TITLES, families_of, rows_of
 from cachedit_fx.figure import new_figure, save_figure
 
 COLORS = {"ours": "#1f4e79", "cache-dit": "#f2a541", "fewer steps": "#6b7a86"}
@@ -17,8 +17,18 @@ MARKERS = {"ours": "o", "cache-dit": "s", "fewer steps": "^"}
 
 def draw(measured: Mapping[str, Any], path: Path, targets: Sequence[float] = TARGETS) -> None:
     """Plots configurations as points and frontiers as lines. The suffix of the path determines the format."""
-    figure = new_figure(8, 5)
-    axes = figure.add_subplot()
+    models = measured["models"]
+    figure = new_figure(6 * len(models), 5)
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for axes, (model, found) in zip(panels, models.items(), strict=True):
+        _panel(axes, found, targets)
+        axes.set_title(TITLES.get(model, model))
+    panels[0].set_ylabel("PSNR against the uncached model (dB)")
+    panels[0].legend()
+    save_figure(figure, path)
+
+
+def _panel(axes: Any, measured: Mapping[str, Any], targets: Sequence[float]) -> None:
     for family in families_of(measured):
         rows = [row for row in rows_of(measured, family) if row["psnr"] < MOST_DB]
         style: dict[str, Any] = {"color": COLORS.get(family), "marker": MARKERS.get(family)}
@@ -28,8 +38,5 @@ def draw(measured: Mapping[str, Any], path: Path, targets: Sequence[float] = TAR
     for target in targets:
         axes.axhline(target, color="#cccccc", linewidth=0.8, zorder=0)
     axes.set_xlabel("share of the uncached model's FLOPs")
-    axes.set_ylabel("PSNR against the uncached model (dB)")
     axes.set_xlim(0, 1)
     axes.set_ylim(20, 65)
-    axes.legend()
-    save_figure(figure, path)

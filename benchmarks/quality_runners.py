@@ -13,7 +13,6 @@ import cachedit_fx
 from benchmarks.quality_configs import Config
 from benchmarks.quality_flops import PieceFlops
 from benchmarks.quality_setup import Setup
-from benchmarks.quality_solvers import solver
 from cachedit_fx.flops import FlopCounter
 
 
@@ -54,7 +53,7 @@ class Runner:
         """Removes the configuration from the pipeline."""
 
     def images(self, number: int) -> Tensor:
-        """Returns the images of call `number`, [B, C, H, W]."""
+        """Returns the images of call `number`, [B, ..., C, H, W]."""
         return self.setup.generate(number)
 
     def counting(self) -> AbstractContextManager[Any]:
@@ -135,7 +134,7 @@ class FewerSteps(Runner):
         self._steps = setup.num_steps
 
     def configure(self, config: Config) -> None:
-        self.pipe.scheduler = solver(config.fields["solver"], self._own)
+        self.pipe.scheduler = self.setup.solvers[config.fields["solver"]](self._own)
         self._steps = config.fields["num_steps"]
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""Measures one family in a process of its own. Takes a job as JSON, and answers with a line of JSON per configuration.
+"""Measures one family in a process of its own. Reads a job as JSON, and answers with a line of JSON per configuration.
 
-    python -m benchmarks.quality_worker '{"family": "ours", "task": "nearness", ...}'
+    echo '{"family": "ours", "task": "nearness", ...}' | python -m benchmarks.quality_worker
 
 The task "nearness" generates the images of every call with the eager backend, and counts the FLOPs. The task "time"
 measures the seconds of calls for one image, in alternation with the uncached model compiled by the same backend.
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality_configs import FAMILIES, Config, tuned
+from benchmarks.quality_configs import FAMILIES, Config, tuned_configs
 from benchmarks.quality_metrics import nearness
+from benchmarks.quality_models import load_setup
 from benchmarks.quality_runners import RUNNERS, Runner, UnavailableError, reset
-from benchmarks.quality_setup import load_setup
+from benchmarks.quality_setup import Setup
 from benchmarks.variants import raise_limits
 
 MAX_WARMUPS = 6  # Generations until nothing is compiled any more.
@@ -36,27 +37,27 @@ class Job:
 
     Attributes:
         names: The names of the configurations to measure.
-        tuned: The files of further configurations, for "ours".
+        tuned: Further configurations for "ours", by name as `load_configs` accepts them.
         inner: The inner backend for the task "time".
         rounds: The number of rounds of the task "time", each with another image.
     """
 
     family: str
     task: str
-    pipeline: str = "digits"
+    model: str = "digits"
     num_images: int = 100
     batch: int = 10
     names: list[str] = field(default_factory=list)
-    tuned: list[str] = field(default_factory=list)
+    tuned: dict[str, Any] = field(default_factory=dict)
     inner: str = "inductor"
     rounds: int = 5
 
-    def configs(self, num_steps: int) -> list[Config]:
-        found = FAMILIES[self.family](num_steps) + (tuned(self.tuned) if self.family == "ours" else [])
+    def configs(self, setup: Setup) -> list[Config]:
+        found = FAMILIES[self.family](setup) + (tuned_configs(self.tuned) if self.family == "ours" else [])
         return [config for config in found if config.name in self.names]
 
     def runner(self, kind: type[Runner], inner: str = "eager") -> Runner:
-        return kind(load_setup(self.pipeline, self.num_images, self.batch), inner)
+        return kind(load_setup(self.model, self.num_images, self.batch), inner)
 
 
 class NearnessTask:
@@ -69,8 +70,7 @@ class NearnessTask:
         self._numbers = range(len(base.setup.calls))
         self._reference, self._flops = self._all(base)
         self._accuracy = base.setup.accuracy
-        self.num_steps = base.setup.num_steps
-        self.configs = job.configs(self.num_steps)
+        self.configs = job.configs(base.setup)
 
     def reference(self) -> dict[str, Any]:
         """Returns the results of the uncached run."""
@@ -93,7 +93,7 @@ class NearnessTask:
         }
 
     def _all(self, runner: Runner) -> tuple[Tensor, int]:
-        """Returns the images of all calls, [N, C, H, W], and the total FLOPs."""
+        """Returns the images of all calls, [N, ..., C, H, W], and the total FLOPs."""
         with runner.counting() as counter:
             images = torch.cat([runner.images(number) for number in self._numbers])
         return images, counter.total
@@ -107,7 +107,7 @@ class TimeTask:
 
     def __init__(self, job: Job) -> None:
         self._job = dataclasses.replace(job, num_images=job.rounds, batch=1)
-        self.configs = job.configs(load_setup(job.pipeline, 1, 1).num_steps)
+        self.configs = job.configs(load_setup(job.model, 1, 1))
         self._compiled: tuple[Runner, Runner] | None = None
 
     def reference(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _num_frames() -> int:
 
 
 def main() -> None:
-    job = Job(**json.loads(sys.argv[1]))
+    job = Job(**json.load(sys.stdin))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What libraries print is no answer.
     torch.set_num_threads(1)
@@ -170,7 +170,10 @@ def main() -> None:
     task = NearnessTask(job) if job.task == "nearness" else TimeTask(job)
     print(json.dumps({"reference": task.reference()}), file=answers, flush=True)
     for config in task.configs:
-        answer: dict[str, Any] = {"family": config.family, "group": config.group, "name": config.name}
+        answer: dict[str, Any] = {
+            **{"family": config.family, "group": config.group, "name": config.name},
+            **{"schedule": config.schedule, "guidance": config.guidance},
+        }
         try:
             answer |= task.measure(config)
         except Exception as error:

@@ -30,8 +30,8 @@ def test_defaults_of_every_field():
     assert {name: getattr(config, name) for name in FIELD_NAMES} == dict(
         Fn_compute_blocks=1,
         Bn_compute_blocks=0,
-        residual_diff_threshold=0.12,
-        max_warmup_steps=4,
+        residual_diff_threshold=0.2,
+        max_warmup_steps=8,
         warmup_interval=1,
         max_cached_steps=-1,
         max_continuous_cached_steps=-1,

@@ -119,7 +119,7 @@ def test_a_rule_without_a_threshold_does_not_change_the_default_threshold(make, 
 
 
 def test_the_default_policy_is_the_threshold_rule():
-    assert CacheConfig().policy == Threshold(0.12)
+    assert CacheConfig().policy == Threshold(0.2)
     assert DBCacheConfig().policy == Threshold(0.08)
     assert CacheConfig(policy=Threshold()) == CacheConfig()
 
@@ -200,7 +200,7 @@ def test_a_policy_that_sets_the_probe_applies_to_the_whole_model():
     with pytest.raises(ConfigError, match="probe applies to a whole model"):
         ParamsModifier(policy=Magnitude(RATIOS))
     ratios = ParamsModifier(magnitude_ratios=(1.0, 0.5)).cache_config
-    assert CacheConfig(policy=Magnitude(RATIOS)).override(ratios).policy == Magnitude((1.0, 0.5), 0.12)
+    assert CacheConfig(policy=Magnitude(RATIOS)).override(ratios).policy == Magnitude((1.0, 0.5), 0.2)
 
 
 @pytest.mark.parametrize(
@@ -226,8 +226,8 @@ def test_the_rule_decides_with_its_settings(policy, reason):
     ("fields", "shown"),
     [
         ({}, {}),
-        ({"residual_diff_threshold": 0.2}, {"residual_diff_threshold": 0.2}),
-        ({"policy": Threshold()}, {"policy": {"type": "threshold", "threshold": 0.12}}),
+        ({"residual_diff_threshold": 0.3}, {"residual_diff_threshold": 0.3}),
+        ({"policy": Threshold()}, {"policy": {"type": "threshold", "threshold": 0.2}}),
         (
             {"policy": Budget(0.3), "Fn_compute_blocks": 2},
             {"Fn_compute_blocks": 2, "policy": {"type": "budget", "budget": 0.3}},

@@ -10,21 +10,34 @@ import pytest
 import torch
 
 import cachedit_fx
-from benchmarks import quality, quality_forecasters, quality_page, quality_shadow
+from benchmarks import quality, quality_page, quality_shadow
 from benchmarks.late_taylor import LateTaylorSeer
-from benchmarks.quality_configs import FAMILIES, Config, even_mask
-from benchmarks.quality_frontier import frontier, least_time, reach, worth_timing
+from benchmarks.quality_configs import FAMILIES, Config, early_mask, even_mask
+from benchmarks.quality_defaults import DEFAULT, default_table
+from benchmarks.quality_forecasters import cost_table, forecaster_tables
+from benchmarks.quality_frontier import frontier, least_time, psnr_at, reach, worth_timing
+from benchmarks.quality_guidance import guidance_table
 from benchmarks.quality_metrics import MOST_DB, nearness, psnr, rel_l2, ssim
+from benchmarks.quality_models import clips, digits, load_setup
 from benchmarks.quality_plot import draw
 from benchmarks.quality_runners import FewerSteps, Ours, Runner, UnavailableError, made
-from benchmarks.quality_setup import Setup, digits, images_of, load_setup
-from benchmarks.quality_solvers import SOLVERS, calls_of
+from benchmarks.quality_setup import Setup, images_of
+from benchmarks.quality_solvers import LEVELS, STEPS, calls_of
 
 NUM_STEPS = 6
 
 
-def row(name: str, share: float, psnr: float, group: str = "a", family: str = "ours") -> dict[str, object]:
-    rest = {"psnr_least": psnr - 3, "ssim": 0.99, "rel_l2": 0.01, "accuracy": 1.0}
+def row(
+    name: str, share: float, psnr: float, group: str = "a", family: str = "ours", **rest: object
+) -> dict[str, object]:
+    rest = {
+        "psnr_least": psnr - 3,
+        "ssim": 0.99,
+        "rel_l2": 0.01,
+        "accuracy": 1.0,
+        "schedule": "",
+        "guidance": "",
+    } | rest
     return {"family": family, "group": group, "name": name, "share": share, "psnr": psnr, **rest}
 
 
@@ -37,8 +50,21 @@ def setup() -> Setup:
 
 
 @pytest.fixture(scope="module")
+def guided() -> Setup:
+    return clips(2, 2, NUM_STEPS)
+
+
+@pytest.fixture(scope="module")
+def guided_reference(guided: Setup) -> tuple[torch.Tensor, int]:
+    return images_and_flops(Runner(guided))
+
+
+@pytest.fixture(scope="module")
 def reference(setup: Setup) -> tuple[torch.Tensor, int]:
-    runner = Runner(setup)
+    return images_and_flops(Runner(setup))
+
+
+def images_and_flops(runner: Runner) -> tuple[torch.Tensor, int]:
     with runner.counting() as counter:
         images = runner.images(0)
     return images, counter.total
@@ -99,12 +125,25 @@ def test_times_are_interpolated_like_shares_and_the_fastest_group_counts():
     assert least_time(rows, {}, 35, "cpu_ratio") is None
 
 
-def test_names_are_unique_and_fields_exist_in_the_configuration():
+def test_the_quality_at_a_share_lies_on_the_frontier():
+    assert psnr_at(ROWS, 0.3) == pytest.approx(35) and psnr_at(ROWS, 0.5) == pytest.approx(42)
+    assert psnr_at(ROWS, 0.7) == 44 and psnr_at(ROWS, 0.1) is None
+
+
+@pytest.mark.parametrize("kind", ["setup", "guided"])
+def test_names_are_unique_and_fields_exist_in_the_configuration(request, kind):
+    pipeline = request.getfixturevalue(kind)
     for family, configs in FAMILIES.items():
-        names = Counter(config.name for config in configs(28))
+        names = Counter(config.name for config in configs(pipeline))
         assert max(names.values()) == 1, family
-    for config in FAMILIES["ours"](28):
+    found = {config.name: config for config in FAMILIES["ours"](pipeline)}
+    for config in found.values():
         cachedit_fx.CacheConfig(**config.fields)
+    assert any(config.guidance for config in found.values()) is (kind == "guided")
+    default = cachedit_fx.CacheConfig.cache_dit_defaults(
+        **found[DEFAULT].fields, forecaster=made("cachedit_fx.forecasters", found[DEFAULT])
+    )
+    assert default == cachedit_fx.CacheConfig()
 
 
 @pytest.mark.parametrize(("num_steps", "computed"), [(28, 6), (28, 14), (8, 3)])
@@ -112,6 +151,12 @@ def test_an_even_mask_computes_the_given_number_of_steps_with_the_first_two_and_
     mask = even_mask(num_steps, computed)
     assert len(mask) == num_steps and sum(mask) == computed
     assert mask[:2] == [1, 1] and mask[-1] == 1
+
+
+def test_an_early_mask_computes_its_first_half_at_the_beginning():
+    assert early_mask(20, 10) == [1] * 5 + [0, 0, 1] * 5
+    for num_computed in (4, 5, 8, 14):
+        assert sum(early_mask(20, num_computed)) == num_computed and early_mask(20, num_computed)[-1] == 1
 
 
 def test_every_run_starts_from_the_same_noise(setup):
@@ -123,26 +168,48 @@ def test_results_become_images():
     assert images_of(torch.zeros(2, 3, 4, 4).numpy()).shape == (2, 4, 3, 4)
     with pytest.raises(ValueError, match="must return a tensor, an array or a list of pictures, got int"):
         images_of(3)
-    with pytest.raises(ValueError, match="--pipeline must be 'digits' or module:factory, got 'flux'"):
+    with pytest.raises(ValueError, match="--model must be one of 'digits', 'clips', or module:factory, got 'flux'"):
         load_setup("flux", 1, 1)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_a_solver_makes_the_stated_number_of_calls(setup, reference, name):
+@pytest.mark.parametrize(("kind", "name"), [*(("", name) for name in LEVELS), *(("guided_", name) for name in STEPS)])
+def test_a_solver_makes_the_stated_number_of_calls(request, kind, name):
+    setup = request.getfixturevalue("guided" if kind else "setup")
+    reference, flops = request.getfixturevalue(f"{kind}reference")
     runner = FewerSteps(setup)
     runner.configure(Config("fewer steps", name, name, {"solver": name, "num_steps": 4}))
-    with runner.counting() as counter:
-        images = runner.images(0)
+    images, executed = images_and_flops(runner)
     runner.close()
-    assert counter.total / reference[1] == pytest.approx(calls_of(name, 4) / NUM_STEPS)
-    assert 10 < psnr(images, reference[0]).mean() < MOST_DB  # Similar, but not equal.
+    assert executed / flops == pytest.approx(calls_of(name, 4) / NUM_STEPS)
+    assert 10 < psnr(images, reference).mean() < MOST_DB  # Similar, but not equal.
 
 
-def test_the_same_number_of_euler_steps_equals_the_uncached_run(setup, reference):
-    runner = FewerSteps(setup)
-    runner.configure(Config("fewer steps", "euler", "euler", {"solver": "euler", "num_steps": NUM_STEPS}))
-    assert torch.equal(runner.images(0), reference[0])
+@pytest.mark.parametrize(("kind", "name"), [("", "euler"), ("guided_", "unipc")])
+def test_the_same_number_of_steps_of_the_same_solver_equals_the_uncached_run(request, kind, name):
+    runner = FewerSteps(request.getfixturevalue("guided" if kind else "setup"))
+    runner.configure(Config("fewer steps", name, name, {"solver": name, "num_steps": NUM_STEPS}))
+    assert torch.equal(runner.images(0), request.getfixturevalue(f"{kind}reference")[0])
     runner.close()
+
+
+def test_flops_are_counted_over_both_guidance_branches(guided, guided_reference):
+    """Two of six steps are reused in both branches, and one more in the second branch."""
+    runner = Ours(guided)
+    fields = {"Fn_compute_blocks": 0, "steps_computation_mask": [1, 1, 0, 1, 0, 1], "max_warmup_steps": 0}
+    fields |= {"steps_computation_policy": "static"}
+    shares = []
+    for more in ({}, {"guidance_reuse": "difference", "guidance_computation_mask": [1, 1, 1, 0, 1, 1]}):
+        runner.configure(Config("ours", "last", "mask", fields | more))
+        shares.append(images_and_flops(runner)[1] / guided_reference[1])
+    runner.close()
+    assert 4 / 6 < shares[0] < 4.3 / 6 and shares[0] - shares[1] == pytest.approx(0.5 / 6, abs=0.01)
+
+
+def test_the_clips_are_judged_by_their_captions(guided, guided_reference):
+    assert guided.accuracy is not None
+    share = guided.accuracy(guided_reference[0])
+    assert guided_reference[0].shape == (2, 8, 3, 16, 16) and share in (0, 0.5, 1)
+    assert guided.accuracy(torch.zeros_like(guided_reference[0])) == 0
 
 
 def test_our_flops_are_those_of_the_uncached_run_unless_a_mask_reuses_steps(setup, reference):
@@ -174,11 +241,8 @@ def test_an_unavailable_configuration_gives_a_reason(setup):
 def measured():
     peers = [row("p", 0.5, 38, family="cache-dit"), row("q", 0.9, 50, family="cache-dit")]
     skipped = {"family": "ours", "group": "a", "name": "x", "skipped": "no such thing"}
-    return {
-        "command": "python -m benchmarks.quality",
-        "hardware": "a CPU",
-        "versions": {"torch": "2"},
-        **{"pipeline": "digits", "batch": 10, "inner": "inductor", "rounds": 3},
+    found = {
+        **{"batch": 10, "inner": "inductor", "rounds": 3, "shadow": [], "tuned": {}},
         "reference": {"images": 20, "flops": 7, "accuracy": 1.0},
         "nearness": [*ROWS, skipped, *peers],
         "times": [
@@ -187,16 +251,19 @@ def measured():
         ],
         "errors": {"fewer steps": "the worker ended"},
     }
+    about = {"command": "python -m benchmarks.quality", "hardware": "a CPU", "versions": {"torch": "2"}}
+    return about | {"models": {"digits": found, "clips": found | {"times": [], "errors": {}}}}
 
 
 def test_the_page_states_the_cost_of_each_quality_and_what_was_left_out(measured):
-    text = quality_page.tables(measured)
+    text, second = quality_page.tables(measured).split("## Measured: Clips")
     assert "| 45 dB | FLOPs | - | 0.733 | - |" in text
     assert "| 40 dB | FLOPs | 0.400 | 0.567 | 0.706 |" in text
     assert "| 40 dB | time | 0.500 | - | - |" in text
     assert "| 35 dB | FLOPs | 0.300 | ≤ 0.500 | 0.600 |" in text
     assert "- no such thing (ours: x)" in text and "- the worker ended (fewer steps)" in text
     assert "worse" not in text
+    assert "| 40 dB | FLOPs | 0.400 | 0.567 | 0.706 |" in second and "| time |" not in second
 
 
 def test_the_tables_replace_the_text_between_the_markers(measured, tmp_path):
@@ -218,49 +285,85 @@ def test_the_plot_is_deterministic(measured, tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
-def test_a_run_writes_its_measurements(monkeypatch, tmp_path, capsys):
-    def answers(job):
-        rows = [row(name, 0.3 + 0.1 * i, 36 + 6 * i, family=job.family) for i, name in enumerate(job.names)]
-        if job.task == "time":
-            rows = [{**each, "cpu_ratio": 0.5, "wall_ratio": 0.5, "ms": 1.0, "uncached_ms": 2.0} for each in rows]
-        return {"images": 10, "flops": 1, "accuracy": None}, rows, ""
+def test_a_run_writes_its_measurements_and_continues_from_them(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def answers(job, keep):
+        asked.append((job.family, job.task, len(job.names)))
+        keep({"reference": {"images": 10, "flops": 1, "accuracy": None} if job.task == "nearness" else {}})
+        for i, name in enumerate(job.names):
+            found = row(name, 0.3 + 0.1 * i, 36 + 6 * i, family=job.family)
+            if job.task == "time":
+                found |= {"cpu_ratio": 0.5, "wall_ratio": 0.5, "ms": 1.0, "uncached_ms": 2.0}
+            keep(found)
+        return ""
 
     monkeypatch.setattr(quality, "run", answers)
-    monkeypatch.setattr(
-        quality_shadow, "load_setup", lambda name, *_: load_setup(name, 2, 2)
-    )  # One call of two images.
+    monkeypatch.setattr(quality, "tune_all", lambda model: {"psnr40": {"cache_config": {}}})
+    monkeypatch.setattr(quality, "correlations", lambda model: [])
     path = tmp_path / "out.json"
-    monkeypatch.setattr("sys.argv", ["quality", "--only", quality.QUICK, "--json", str(path)])
-    quality.main()
-    printed = capsys.readouterr().out
-    found = json.loads(path.read_text(encoding="utf-8"))
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["quality", *arguments])
+        quality.main()
+        return capsys.readouterr().out
+
+    printed = run("--model", "digits", "--only", quality.QUICK, "--json", str(path))
+    found = json.loads(path.read_text(encoding="utf-8"))["models"]["digits"]
     assert {each["family"] for each in found["nearness"]} == set(FAMILIES)
-    assert len(found["shadow"]) == 4
-    for each in found["shadow"]:
-        assert 0 < each["steps"] < 28 and -1 <= each["correlation"] <= 1, each
+    assert found["tuned"] == {"psnr40": {"cache_config": {}}}
     assert {each["name"] for each in found["times"]} >= {"euler 8", "euler 14"}
     assert "| 40 dB | FLOPs |" in printed and math.isfinite(found["nearness"][0]["share"])
-    monkeypatch.setattr("sys.argv", ["quality", "--from", str(path), "--plot", str(tmp_path / "again.svg")])
-    quality.main()
-    assert capsys.readouterr().out == printed and (tmp_path / "again.svg").exists()
+    again = run("--model", "digits", "--from", str(path), "--plot", str(tmp_path / "again.svg"))
+    assert again == printed and (tmp_path / "again.svg").exists()
+    asked.clear()
+    run("--model", "digits", "--from", str(path), "--measure", "images", "--only", "^euler (8|10|14)$")
+    assert asked == [("fewer steps", "nearness", 1)]
 
 
-def test_the_comparison_of_forecasters_has_one_configuration_per_schedule_and_forecaster():
-    configs = [*quality_forecasters.configs(28, quality_forecasters.DEFAULT, "^(blocks|w3)")]
-    assert len({(config.name, config.group) for config in configs}) == len(configs)
-    groups = {config.group for config in configs}
-    assert {"last", "FoCa", "HiCache", "FreqCa", "Spectrum"} <= groups and "Taylor 1 late" not in groups
-    assert len(configs) == 6 * len(groups)
-    [late] = quality_forecasters.configs(28, "^Taylor 1 late$", "^w3")
-    assert late.forecaster is not None and made("cachedit_fx.forecasters", late) == LateTaylorSeer()
+def test_the_predictions_of_shadow_mode_are_compared_for_every_guidance_branch(monkeypatch, setup, guided):
+    for model, pipeline in (("digits", setup), ("clips", guided)):
+        monkeypatch.setattr(quality_shadow, "load_setup", lambda *_, found=pipeline: found)
+        found = quality_shadow.correlations(model)
+        assert len(found) == 4
+        for each in found:
+            assert 0 < each["steps"] <= NUM_STEPS * (1 + pipeline.is_guided) and -1 <= each["correlation"] <= 1, each
 
 
-def test_the_comparison_of_forecasters_marks_the_best_of_each_schedule():
-    rows = [row("x", 0.3, 30, "a"), row("x", 0.3, 36, "b"), row("y", 0.5, 50, "a"), row("y", 0.5, 44, "b")]
-    quality_table, cost_table = quality_forecasters.tables({"rows": rows}).split("\n\n")
-    assert quality_table.splitlines()[2:] == [
-        "| FLOPs | 0.300 | 0.500 |",
-        "| a | 30.0 | **50.0** |",
-        "| b | **36.0** | 44.0 |",
+def test_forecasters_are_compared_at_equal_decisions():
+    rows = [
+        row(f"{schedule} {group}", share, psnr, group, schedule=schedule)
+        for schedule, share, quality in (("blocks 5 even", 0.3, (30, 36, 20)), ("blocks 9 even", 0.5, (50, 44, 43)))
+        for group, psnr in zip(("last", "FoCa", "DMD"), quality, strict=True)
     ]
-    assert cost_table.splitlines()[2:] == ["| a | 0.450 | 0.400 | 0.350 |", "| b | - | 0.400 | ≤ 0.300 |"]
+    assert forecaster_tables(rows) == {
+        "A forecast of what the blocks add": [
+            ["forecaster", "5", "9"],
+            ["FLOPs", "0.300", "0.500"],
+            ["last", "30.0", "**50.0**"],
+            ["FoCa", "**36.0**", "44.0"],
+            ["DMD", "20.0", "43.0"],
+        ]
+    }
+    costs = {name: rest for name, *rest in cost_table(rows)[1:]}
+    assert costs["last"] == ["0.450", "0.400", "0.350"] and costs["FoCa"] == ["-", "0.400", "≤ 0.300"]
+
+
+def test_guidance_reuse_is_compared_with_the_cache_alone_and_with_cache_dit():
+    off = [row("a", 0.4, 34, schedule="s"), row("b", 0.6, 44, schedule="s"), row("c", 0.5, 46)]
+    on = [row("d", 0.3, 34, schedule="s", guidance="guided"), row("e", 0.4, 44, schedule="s", guidance="guided")]
+    table = guidance_table([*off, *on], [row("f", 0.5, 30), row("g", 0.8, 45)])
+    assert [line[0] for line in table[1:]] == ["off, all configurations", "off, these configurations", "guided"]
+    assert table[1][2] == "0.450 (1.00, 0.64)" and table[2][2] == "0.520 (1.16, 0.74)"
+    assert table[3][1:3] == ["-", "0.360 (0.80, 0.51)"]
+
+
+def test_the_default_is_compared_with_the_frontier_at_its_share():
+    rows = [row(DEFAULT, 0.5, 41), *ROWS, row("tuned", 0.5, 45, "tuned")]
+    assert default_table(rows)[1] == [f"{DEFAULT} (default)", "0.500", "41.0", "1.0", "4.0"]
+    assert len(default_table(rows[:-1])[1]) == 4
+
+
+def test_a_forecaster_may_be_given_by_module_and_name():
+    late = ("benchmarks.late_taylor:LateTaylorSeer", {"late": True})
+    assert made("cachedit_fx.forecasters", Config("ours", "", "", {}, late)) == LateTaylorSeer()

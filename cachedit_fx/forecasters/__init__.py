@@ -11,10 +11,7 @@ from cachedit_fx.forecasters.forecaster_registry import (
     register_forecaster,
     unregister_forecaster,
 )
-from cachedit_fx.forecasters.freqca import FreqCaCalibratorConfig
-from cachedit_fx.forecasters.hicache import HiCacheCalibratorConfig
 from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
-from cachedit_fx.forecasters.spectrum import SpectrumCalibratorConfig
 from cachedit_fx.forecasters.taylorseer import TaylorSeerCalibratorConfig
 
 __all__ = [
@@ -22,11 +19,8 @@ __all__ = [
     "FittedCalibratorConfig",
     "FoCaCalibratorConfig",
     "Forecaster",
-    "FreqCaCalibratorConfig",
-    "HiCacheCalibratorConfig",
     "LinearForecaster",
     "PolynomialCalibratorConfig",
-    "SpectrumCalibratorConfig",
     "TaylorSeerCalibratorConfig",
     "Times",
     "as_mapping",

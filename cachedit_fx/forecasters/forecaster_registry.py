@@ -11,10 +11,7 @@ from cachedit_fx.forecasters.dmd import DMDCalibratorConfig
 from cachedit_fx.forecasters.fitted import FittedCalibratorConfig
 from cachedit_fx.forecasters.foca import FoCaCalibratorConfig
 from cachedit_fx.forecasters.forecaster import Forecaster
-from cachedit_fx.forecasters.freqca import FreqCaCalibratorConfig
-from cachedit_fx.forecasters.hicache import HiCacheCalibratorConfig
 from cachedit_fx.forecasters.polynomial import PolynomialCalibratorConfig
-from cachedit_fx.forecasters.spectrum import SpectrumCalibratorConfig
 from cachedit_fx.forecasters.taylorseer import TaylorSeerCalibratorConfig
 
 _BUILT_IN: dict[str, type[Forecaster]] = {
@@ -24,9 +21,6 @@ _BUILT_IN: dict[str, type[Forecaster]] = {
     "dmd": DMDCalibratorConfig,
     "polynomial": PolynomialCalibratorConfig,
     "fitted": FittedCalibratorConfig,
-    "hicache": HiCacheCalibratorConfig,
-    "freqca": FreqCaCalibratorConfig,
-    "spectrum": SpectrumCalibratorConfig,
 }
 _registered: dict[str, type[Forecaster]] = {}
 

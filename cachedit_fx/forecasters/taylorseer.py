@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,23 +45,14 @@ class TaylorSeerCalibratorConfig(LinearForecaster):
     def numbers(self, times: Times) -> Sequence[float]:
         """Returns the factor of each computed value, newest first."""
         elapsed = times.now - times.computed[0]
-        return sum_of_differences(times, lambda i: elapsed**i / math.factorial(i))
-
-
-def sum_of_differences(times: Times, weight: Callable[[int], float]) -> Sequence[float]:
-    """Returns the factor of each computed value in the sum of weight(i) d(i), newest first.
-
-    The differences d(i) are those of TaylorSeer, d(0) has the weight 1, and there are as many as there are values with
-    distinct positions.
-    """
-    indices = distinct(times.computed)
-    at = [times.computed[i] for i in indices]
-    # Row j holds the factors of d(i) at the j-th computed step; each iteration increases i by one.
-    rows = np.eye(len(times.computed))[indices]
-    total = rows[0]
-    for i in range(1, len(indices)):
-        gaps = np.subtract(at[: len(rows) - 1], at[1 : len(rows)])
-        rows = (rows[:-1] - rows[1:]) / gaps[:, None]
-        total = total + rows[0] * weight(i)
-    factors: list[float] = total.tolist()
-    return factors
+        indices = distinct(times.computed)
+        at = [times.computed[i] for i in indices]
+        # Row j holds the factors of d(i) at the j-th computed step; each iteration increases i by one.
+        rows = np.eye(len(times.computed))[indices]
+        total = rows[0]
+        for i in range(1, len(indices)):
+            gaps = np.subtract(at[: len(rows) - 1], at[1 : len(rows)])
+            rows = (rows[:-1] - rows[1:]) / gaps[:, None]
+            total = total + rows[0] * (elapsed**i / math.factorial(i))
+        factors: list[float] = total.tolist()
+        return factors

@@ -67,7 +67,7 @@ def generation() -> CacheStats:
     from model import PIPELINE_SIDE, build_pipeline, class_conditioning, load_transformer
 
     pipe = build_pipeline(load_transformer())
-    cachedit_fx.enable_cache(pipe, inner_backend="eager", residual_diff_threshold=THRESHOLD)
+    cachedit_fx.enable_cache(pipe, inner_backend="eager", residual_diff_threshold=THRESHOLD, max_warmup_steps=4)
     tokens, pooled = class_conditioning(torch.tensor([7]))
     pipe(
         prompt_embeds=tokens,
