@@ -276,7 +276,11 @@ def test_a_modifier_that_leaves_no_probe_is_refused_when_the_cache_is_enabled(mo
         pytest.param(
             dict(calibrator_config=object()), ["calibrator_config must be a Forecaster", "got <object"], id="calibrator"
         ),
-        pytest.param(dict(cache_config={}), ["cache_config must be a CacheConfig, got {}"], id="dict"),
+        pytest.param(
+            dict(cache_config={}),
+            ["cache_config must be a CacheConfig, or a dict of one for each of transformer, got {}"],
+            id="dict",
+        ),
         pytest.param(
             dict(max_warmup=1),
             ["enable_cache's argument 'max_warmup' (given 1) is unknown. Did you mean 'max_warmup_steps'"],

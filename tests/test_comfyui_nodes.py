@@ -172,7 +172,9 @@ def test_the_last_steps_of_a_sampler_are_computed(base: ModelPatcher):
     patcher = comfyui.enable_cache(
         base, residual_diff_threshold=1.0, max_warmup_steps=0, forecaster=None, inner_backend="eager"
     )
-    limited = comfyui.enable_cache(patcher, final_compute_steps=3, residual_diff_threshold=1.0, inner_backend="eager")
+    limited = comfyui.enable_cache(
+        patcher, final_compute_steps=3, residual_diff_threshold=1.0, max_warmup_steps=4, inner_backend="eager"
+    )
     sample(limited, prompts())
     assert [reused[-1] for reused in reused_of(limited)] == [4, 4]
 

@@ -106,7 +106,7 @@ def test_a_config_cannot_be_changed():
         ("residual_diff_threshold", False, "a finite number"),
         ("max_accumulated_residual_diff_threshold", math.nan, "a finite number"),
         ("max_accumulated_residual_diff_threshold", [0.1], "a finite number"),
-        ("inner_backend", 3, "the name of a torch.compile backend"),
+        ("inner_backend", 3, "a backend of torch.compile other than 'cachedit'"),
         ("inner_backend", "inductr", "'inductor'"),
         ("inner_backend", "cachedit", "'inductor'"),
         ("on_no_match", "ignore", "'fallback', 'raise'"),

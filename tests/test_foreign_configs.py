@@ -90,7 +90,10 @@ def test_taylorseer_computes_the_steps_that_the_hook_of_diffusers_computes(inter
             r"got a PyramidAttentionBroadcastConfig\.\nIt reuses parts inside of the blocks",
         ),
         (SeaCacheConfig(), r"got a SeaCacheConfig\.\nIt compares filtered latents"),
-        (dict(threshold=0.1), "cache_config must be a CacheConfig, or a dict of one for each of transformer, got {'threshold': 0.1}"),
+        (
+            dict(threshold=0.1),
+            "cache_config must be a CacheConfig, or a dict of one for each of transformer, got {'threshold': 0.1}",
+        ),
     ],
 )
 def test_what_has_no_counterpart_is_refused_with_the_field(config, told):

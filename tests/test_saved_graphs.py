@@ -118,7 +118,7 @@ def other_threads() -> Any:
     [
         (lambda: replaced_block(), "the code of tests.tiny.Block.forward has changed"),
         (lambda: patch.object(torch, "tanh", torch.sin), ""),
-        (lambda: other_threads(), '"num_threads":2'),
+        (lambda: other_threads(), "num_threads=2; saved: num_threads=1"),
     ],
     ids=["code", "unrelated", "global-state"],
 )
