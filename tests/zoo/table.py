@@ -139,11 +139,11 @@ def _needs(variant: Variant) -> str:
 TEMPLATE = """\
 # Which transformers match
 
-This page lists every transformer of diffusers 0.42 that has a loop over blocks, in {{ rows | length }} variants with
-tiny random weights, as `enable_cache(model)` finds it. Nothing is declared for any of them, except for the functors
-named in the last column. `tests/test_zoo*.py` test their outputs: computed steps bitwise against the model without the
-cache, reused steps against blocks that are skipped by hand. This page is written by `make models`, and a test fails if
-it is out of date.
+This page lists the transformers of diffusers 0.42 that are tested, in {{ rows | length }} variants with
+tiny random weights, as `enable_cache(model)` finds them. Nothing is declared for any of them, except for the functors
+named in the last column. `cachedit-fx doctor` lists the others. `tests/test_zoo*.py` test their outputs: computed steps
+bitwise against the model without the cache, reused steps against blocks that are skipped by hand. This page is written
+by `make models`, and a test fails if it is out of date.
 
 - **block lists**: the number of blocks, and the pattern that they match (see the
   [built-in patterns](patterns.md#the-six-built-in-patterns)). Lists in one row whose streams continue from one to the
