@@ -33,6 +33,7 @@ GUIDANCE: dict[str, Callable[[int], dict[str, Any]]] = {
     "guided every 2nd": lambda steps: {"guidance_reuse": "difference", "max_continuous_guidance_steps": 1},
     "guided every 2nd after a quarter": lambda steps: _guided_after(steps // 4),
     "guided every 2nd after half": lambda steps: _guided_after(steps // 2),
+    **{f"guided below {limit:g}": lambda steps, limit=limit: _guided_below(limit) for limit in (0.3, 0.5)},
 }
 
 
@@ -85,7 +86,10 @@ def ours(pipeline: Pipeline) -> list[Config]:
         found += [
             _ours(schedule, which, fields | GUIDANCE[guidance](steps), guidance)
             for guidance in GUIDANCE
-            for schedule, which, fields in _for_guidance()
+            for schedule, which, fields in _for_guidance(steps)
+            if not (
+                "steps_computation_mask" in fields and guidance.startswith("guided below")
+            )  # A mask measures no residual diff.
         ]
     return found
 
@@ -96,16 +100,17 @@ def _ours(schedule: str, which: str, fields: dict[str, Any], guidance: str = "")
 
 
 def _thresholds() -> Iterator[Row]:
-    for warmup, forecasters in ((4, ("last", "Taylor 2", "FoCa")), (8, tuple(FORECASTERS))):
+    for warmup, forecasters in ((4, ("last", "Taylor 2", "FoCa")), (8, tuple(FORECASTERS)), (None, ("FoCa",))):
         for threshold in THRESHOLDS:
             for which in forecasters:
-                yield f"F1B0 r{threshold:g} w{warmup}", which, _limits(threshold, warmup)
+                yield f"F1B0 r{threshold:g} w{warmup or '≤8'}", which, _limits(threshold, warmup)
+    for warmup in (4, 8):
         for most in (1, 2):
             yield f"F1B0 r1 w{warmup} c{most}", "FoCa", _limits(1.0, warmup) | {"max_continuous_cached_steps": most}
     yield "F1B0 r0.08 w0", "last", _limits(0.08, 0)
 
 
-def _limits(threshold: float, warmup: int) -> dict[str, Any]:
+def _limits(threshold: float, warmup: int | None) -> dict[str, Any]:
     return {"Fn_compute_blocks": 1, "residual_diff_threshold": threshold, "max_warmup_steps": warmup}
 
 
@@ -133,9 +138,12 @@ def _probes() -> Iterator[Row]:
             yield f"output, modulated budget {threshold:g}", which, fields | {"decision_rule": "budget"}
 
 
-def _for_guidance() -> Iterator[Row]:
+def _for_guidance(num_steps: int) -> Iterator[Row]:
     for threshold in (0.12, 0.2, 0.3):
         yield f"F1B0 r{threshold:g} w8", "FoCa", _limits(threshold, 8)
+    for name, which, fields in _masks(num_steps):
+        if name in (f"output {round(share * num_steps)} early" for share in (0.6, 0.7)) and which != "Taylor 2":
+            yield name, which, fields
 
 
 def static(mask: Sequence[int]) -> dict[str, Any]:
@@ -165,6 +173,10 @@ def early_mask(num_steps: int, num_computed: int) -> list[int]:
 
 def _guided_after(first: int) -> dict[str, Any]:
     return {"guidance_reuse": "difference", "guidance_computation_mask": (1,) * first + (0, 1) * 50}
+
+
+def _guided_below(limit: float) -> dict[str, Any]:
+    return {"guidance_reuse": "difference", "guidance_reuse_threshold": limit}
 
 
 def cache_dit(pipeline: Pipeline) -> list[Config]:

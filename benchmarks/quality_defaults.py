@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from benchmarks.figures import Rows
 from benchmarks.quality_frontier import Row, psnr_at
 
-DEFAULT = "F1B0 r0.2 w8, FoCa"  # `cachedit_fx.config.RECOMMENDED`.
-_LIKE_IT = r"^F1B0 r\S+ w[48], FoCa$"  # The same with other thresholds and warm-ups.
+DEFAULT = "F1B0 r0.2 w≤8, FoCa"  # `cachedit_fx.config.RECOMMENDED`.
+_LIKE_IT = r"^F1B0 r\S+ w(4|≤?8), FoCa$"  # The same with other thresholds and warm-ups.
 
 
 def default_table(ours: Sequence[Row]) -> Rows:

@@ -23,7 +23,7 @@ from cachedit_fx.tuning.cached import threshold_config
 from tests import tiny
 from tests.sessions import every_session
 
-BASE = dict(Fn_compute_blocks=1, max_warmup_steps=8, residual_diff_threshold=0.2, forecaster=FoCaCalibratorConfig())
+BASE = dict(Fn_compute_blocks=1, max_warmup_steps=None, residual_diff_threshold=0.2, forecaster=FoCaCalibratorConfig())
 CACHE_DIT = dict(Fn_compute_blocks=8, max_warmup_steps=8, residual_diff_threshold=0.08, forecaster=None)
 
 # For every field a value other than the default. Some fields require another field, which is also given.

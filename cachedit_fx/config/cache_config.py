@@ -153,6 +153,7 @@ class CacheConfig(Fields, metaclass=_AcceptsPolicy):
 
 
 CacheConfig.__doc__ = with_attributes(CacheConfig.__doc__, OPTIONS)
+DEFAULT_WARMUP_STEPS = 8  # The most warm-up steps where `max_warmup_steps` is None.
 RECOMMENDED = CacheConfig()  # What every way in starts from, by name.
 
 
@@ -166,7 +167,7 @@ class DBCacheConfig(CacheConfig):
 
     Fn_compute_blocks: int = 8
     residual_diff_threshold: float = 0.08
-    max_warmup_steps: int = 8
+    max_warmup_steps: int | None = 8
     forecaster: Forecaster | None = None
 
 

@@ -47,11 +47,12 @@ class Fields:
         doc="A step is reused only if the residual diff, the relative L1 change of the probe since the last computed "
         "step, is strictly below this. At 0 or less no step is reused; at 1 or more the residual diff is not measured.",
     )
-    max_warmup_steps: int = option(
-        8,
+    max_warmup_steps: int | None = option(
+        None,
         minimum=0,
         doc="Steps at the beginning of a session that are computed. With a mask, no more than the 1s that it begins "
-        "with.",
+        "with. None: the steps until the timestep of the pipeline's scheduler has changed by a sixth of its range, at "
+        "most 8; outside of a pipeline, 8.",
     )
     warmup_interval: int = option(
         1,

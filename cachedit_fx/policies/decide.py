@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cachedit_fx.config.cache_config import CacheConfig
+from cachedit_fx.config.cache_config import DEFAULT_WARMUP_STEPS, CacheConfig
 from cachedit_fx.policies.budget import by_budget, rescaled
 from cachedit_fx.policies.decider import StepView, ask
 from cachedit_fx.policies.history import Decision, History
@@ -148,7 +148,7 @@ def _by_rule(config: CacheConfig, threshold: float, history: History, diff: floa
 def _forbidden(config: CacheConfig, history: History, threshold: float, progress: Progress) -> str | None:
     """The reason why this step must be computed, whatever its residual diff is; None if it may be reused."""
     step, mask = history.num_steps, config.steps_computation_mask
-    if step < num_warmup_steps(config) and step % config.warmup_interval == 0:
+    if step < num_warmup_steps(config, progress) and step % config.warmup_interval == 0:
         return "warmup"
     if mask is not None and step < len(mask) and mask[step]:
         return "mask"
@@ -167,8 +167,15 @@ def _forbidden(config: CacheConfig, history: History, threshold: float, progress
     return "threshold-zero" if threshold <= 0 else None
 
 
-def num_warmup_steps(config: CacheConfig) -> int:
+def num_warmup_steps(config: CacheConfig, progress: Progress | None = None) -> int:
     """The number of steps that are warm-up. With a mask, no more than the 1s that it begins with."""
-    mask = config.steps_computation_mask
-    leading = config.max_warmup_steps if mask is None else (*mask, 0).index(0)
-    return min(config.max_warmup_steps, leading)
+    most, mask = max_warmup_steps(config, progress), config.steps_computation_mask
+    return most if mask is None else min(most, (*mask, 0).index(0))
+
+
+def max_warmup_steps(config: CacheConfig, progress: Progress | None = None) -> int:
+    """The limit on warm-up steps: the configured one, or else the number of early steps, at most 8."""
+    if config.max_warmup_steps is not None:
+        return config.max_warmup_steps
+    early = progress.num_early if progress is not None else None
+    return DEFAULT_WARMUP_STEPS if early is None else min(early, DEFAULT_WARMUP_STEPS)

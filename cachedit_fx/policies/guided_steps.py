@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cachedit_fx.config.cache_config import CacheConfig
-from cachedit_fx.policies.decide import num_warmup_steps
+from cachedit_fx.policies.decide import max_warmup_steps, num_warmup_steps
 from cachedit_fx.policies.history import Decision, History
 from cachedit_fx.policies.position import Progress, must_compute
 
@@ -25,9 +25,10 @@ def by_guidance(
     step, mask, limit = history.num_steps, config.guidance_computation_mask, config.guidance_reuse_threshold
     is_full = history.num_cached >= config.max_cached_steps >= 0
     is_off = config.residual_diff_threshold <= 0 and not config.is_static
-    if must_compute(config, progress or Progress(history.number, config.num_inference_steps)):
+    progress = progress or Progress(history.number, config.num_inference_steps)
+    if must_compute(config, progress):
         return None
-    if step < num_guidance_warmup_steps(config) or not history.has_moved or is_full or is_off:
+    if step < num_guidance_warmup_steps(config, progress) or not history.has_moved or is_full or is_off:
         return None
     if mask is not None and step < len(mask) and mask[step]:
         return Decision(True, "guidance-mask")
@@ -38,7 +39,9 @@ def by_guidance(
     return Decision(False, "guidance", True, limit) if diff < limit else Decision(True, "guidance-above", True, limit)
 
 
-def num_guidance_warmup_steps(config: CacheConfig) -> int:
+def num_guidance_warmup_steps(config: CacheConfig, progress: Progress | None = None) -> int:
     """The number of steps that every guidance branch computes itself, unless `warmup_interval` leaves one out."""
     mask = config.guidance_computation_mask
-    return num_warmup_steps(config) if mask is None else min(config.max_warmup_steps, (*mask, 0).index(0))
+    if mask is None:
+        return num_warmup_steps(config, progress)
+    return min(max_warmup_steps(config, progress), (*mask, 0).index(0))

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import MutableMapping
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-from cachedit_fx.policies.position import Progress
+from cachedit_fx.policies.history import History
+from cachedit_fx.policies.position import Progress, num_early_steps
+
+_values_of: MutableMapping[torch.Tensor, tuple[float, ...]] = WeakIdKeyDictionary()
 
 
 class SchedulerRun(NamedTuple):
@@ -39,14 +44,26 @@ class SchedulerRun(NamedTuple):
         mine = self.timesteps()
         return other is not None and mine is not None and other.timesteps() is mine
 
-    def progress(self, num_steps: int) -> Progress:
+    def progress(self, history: History, *, reads_timesteps: bool) -> Progress:
         """The place of the present step in the run.
 
         Args:
-            num_steps: The number of steps that the session has made, for a scheduler that does not count them.
+            history: The previous steps of the session.
+            reads_timesteps: Whether the timesteps are read, which waits for the device once per run.
         """
-        index = num_steps if self.step_index is None else self.step_index - self.begin_index
-        return Progress(index, self.num_timesteps - self.begin_index)
+        # A scheduler that does not count its steps has made those of the session.
+        index = history.number if self.step_index is None else self.step_index - self.begin_index
+        first = index + self.begin_index - history.num_steps
+        early = num_early_steps(self._values(), first) if reads_timesteps else None
+        return Progress(index, self.num_timesteps - self.begin_index, early)
+
+    def _values(self) -> tuple[float, ...]:
+        timesteps = self.timesteps()
+        if timesteps is None:
+            return ()
+        if timesteps not in _values_of:
+            _values_of[timesteps] = tuple(map(float, timesteps.flatten().tolist()))
+        return _values_of[timesteps]
 
 
 _PACKAGE = __name__.partition(".")[0] + "."

@@ -77,7 +77,7 @@ class StepRun(StepInSession):
             history,
             is_cached=is_cached,
             earlier=self._earlier(region),
-            progress=self._progress(history),
+            progress=self._progress(run.config, history),
         )
         if terms is not None:
             terms = (*terms, self._place, self._partner_diff(run))
@@ -104,7 +104,7 @@ class StepRun(StepInSession):
         """Whether the first region is computed, whichever session the timestep shows this step to be of."""
         history = run.state.history
         if not computes_anyway(
-            run.config, history, is_cached=run.fits and not self._is_new, progress=self._progress(history)
+            run.config, history, is_cached=run.fits and not self._is_new, progress=self._progress(run.config, history)
         ):
             return False
         config = self._policy.config
@@ -169,11 +169,11 @@ class StepRun(StepInSession):
             run.history,
             is_cached=run.fits,
             earlier=self._earlier(region),
-            progress=self._progress(run.history),
+            progress=self._progress(run.config, run.history),
         )
 
     def _decide(self, run: RegionRun, region: int) -> Decision:
-        progress, guided = self._progress(run.history), None
+        progress, guided = self._progress(run.config, run.history), None
         if run.following is not None and run.fits and not self._has_gap(run):
             guided = run.following.decide(run.config, run.history, run.diff, progress)
         decision = guided or decide(

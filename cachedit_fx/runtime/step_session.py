@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from cachedit_fx.config.cache_config import CacheConfig
 from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.forecasters.verdict import is_gap
 from cachedit_fx.passes.analysis.runtime_plan import RegionPlan
@@ -138,9 +139,11 @@ class StepInSession:
         now = (self._call.region_key, self._instance.weights_version)
         return (self._snapshot.graph, self._snapshot.weights_version) == now
 
-    def _progress(self, history: History) -> Progress | None:
+    def _progress(self, config: CacheConfig, history: History) -> Progress | None:
         """The place of this step in the run of the scheduler; None outside of a pipeline."""
-        return None if self._scheduler_run is None else self._scheduler_run.progress(history.number)
+        if self._scheduler_run is None:
+            return None
+        return self._scheduler_run.progress(history, reads_timesteps=config.max_warmup_steps is None)
 
     @property
     def _step_index(self) -> float:

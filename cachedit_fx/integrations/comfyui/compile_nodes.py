@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cachedit_fx.config.cache_config import CacheConfig
+from cachedit_fx.config.cache_config import DEFAULT_WARMUP_STEPS, CacheConfig
 from cachedit_fx.config.fields import OPTIONS
 from cachedit_fx.forecasters.forecaster_registry import forecasters
 from cachedit_fx.integrations.comfyui.model_cache import cache_of, enable_cache
@@ -55,7 +55,7 @@ class CompileWithCache:
                 ),
                 "warmup_steps": (
                     "INT",
-                    {"default": _default("max_warmup_steps"), "min": 0, "max": 1000}
+                    {"default": DEFAULT_WARMUP_STEPS, "min": 0, "max": 1000}
                     | {"tooltip": "Steps at the beginning that are computed (mode threshold)."},
                 ),
                 "forecaster": (
