@@ -9,7 +9,7 @@ import json
 
 from cachedit_fx.shell.installed_models import TABLE
 from tests.zoo import VARIANTS
-from tests.zoo.table import PAGE, classes_and_needs, page
+from tests.zoo.table import PAGE, UNCACHED, classes_and_needs, page
 
 
 def test_the_page_has_exactly_one_row_for_every_variant():
@@ -21,6 +21,7 @@ def test_the_page_has_exactly_one_row_for_every_variant():
 
 def test_the_table_of_the_package_has_the_classes_of_the_page():
     rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
-    found = json.loads(TABLE.read_text(encoding="utf-8"))["models"]
-    assert found == classes_and_needs(rows)
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    found = table["models"]
+    assert found == classes_and_needs(rows) and table["uncached"] == UNCACHED
     assert found.keys() == {variant.kind.__name__ for variant in VARIANTS.values()}

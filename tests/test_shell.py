@@ -329,6 +329,7 @@ def test_the_installed_models_are_compared_with_the_tested_ones(tmp_path, monkey
     (tmp_path / "models" / "transformers").mkdir(parents=True)
     code = (
         "class FluxTransformer2DModel(ModelMixin): ...\nclass Newer(x.ModelMixin, Y): ...\nclass Block(Module): ...\n"
+        "class TransformerTemporalModel(ModelMixin): ...\n"
     )
     (tmp_path / "models" / "transformers" / "transformer_flux.py").write_text(code)
     (tmp_path / "models" / "unet.py").write_text("class UVit2DModel(ModelMixin): ...\nclass UNet(ModelMixin): ...\n")
@@ -337,5 +338,6 @@ def test_the_installed_models_are_compared_with_the_tested_ones(tmp_path, monkey
     found = installed_models.installed_models()
     assert found is not None
     assert found.cached.keys() == {"FluxTransformer2DModel", "UVit2DModel"} and found.untested == ["Newer"]
+    assert found.uncached == {"TransformerTemporalModel": "is a layer of UNets, with a single block"}
     monkeypatch.setattr(installed_models.importlib.util, "find_spec", lambda _: None)
     assert installed_models.installed_models() is None

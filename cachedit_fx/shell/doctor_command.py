@@ -83,7 +83,7 @@ def _models(models: InstalledModels | None) -> Iterator[str]:
     if models is None:
         yield from _wrapped("diffusers is not installed.")
         return
-    total = len(models.cached) + len(models.untested)
+    total = len(models.cached) + len(models.uncached) + len(models.untested)
     yield from _wrapped(
         f"{len(models.cached)} of {total} transformer classes were tested with diffusers {models.tested_with}, and are "
         "cached (docs/models.md). Some of them need something:"
@@ -94,6 +94,10 @@ def _models(models: InstalledModels | None) -> Iterator[str]:
     for need, names in names_by_need.items():
         if need:
             yield from _wrapped(f"- {need}: {_listed(names)}", 2)
+    if models.uncached:
+        yield from _wrapped("Not cached:")
+    for name, reason in models.uncached.items():
+        yield from _wrapped(f"- {name}: {reason}", 2)
     yield from _wrapped(f"Not tested; explain shows whether they are cached: {_listed(models.untested)}.")
 
 

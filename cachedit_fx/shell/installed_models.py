@@ -20,11 +20,13 @@ class InstalledModels:
     Attributes:
         tested_with: The version of diffusers that the tests ran with.
         cached: The installed classes that were tested, all of which are cached -> what that takes; empty for nothing.
+        uncached: The installed classes that are not cached -> the reason.
         untested: The other installed classes.
     """
 
     tested_with: str
     cached: dict[str, str]
+    uncached: dict[str, str]
     untested: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -42,9 +44,12 @@ def installed_models() -> InstalledModels | None:
         return None
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     models: dict[str, str] = table["models"]
+    reasons: dict[str, str] = table["uncached"]
     found = sorted(_classes(Path(spec.submodule_search_locations[0]) / "models", models))
     cached = {name: models[name] for name in found if name in models}
-    return InstalledModels(table["diffusers"], cached, [name for name in found if name not in models])
+    uncached = {name: reasons[name] for name in found if name in reasons}
+    untested = [name for name in found if name not in models and name not in reasons]
+    return InstalledModels(table["diffusers"], cached, uncached, untested)
 
 
 def _classes(folder: Path, tested: dict[str, str]) -> Iterator[str]:

@@ -12,8 +12,21 @@ from __future__ import annotations
 
 from itertools import chain
 
-from tests.zoo import audio, cog, cross_attention, flux_like, hunyuan, image, stable_diffusion, video, wan_like
+from tests.zoo import (
+    audio,
+    cog,
+    cross_attention,
+    flux_like,
+    hunyuan,
+    image,
+    music,
+    stable_diffusion,
+    video,
+    wan_like,
+    world,
+)
 from tests.zoo.variant import Variant
 
 FAMILIES = (flux_like, wan_like, hunyuan, video, cog, stable_diffusion, cross_attention, image, audio)
+FAMILIES += (music, world)
 VARIANTS: dict[str, Variant] = {v.name: v for v in chain.from_iterable(family.variants() for family in FAMILIES)}

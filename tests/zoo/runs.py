@@ -100,7 +100,7 @@ def named(variant: Variant, *, has_timestep: bool) -> Iterator[None]:
 
 
 class Cached:
-    """A variant with `enable_cache`, captured once in bfloat16 and inference mode, and disabled at the end.
+    """A variant with `enable_cache`, captured once in its `dtype` and inference mode, and disabled at the end.
 
     The captured graph is compiled once per cut.
 
@@ -115,8 +115,8 @@ class Cached:
 
     def __init__(self, variant: Variant, cuts: Sequence[Cut], shapes: Sequence[Shape], *, dynamic: bool) -> None:
         self._variant = variant
-        self._model, self._plain = variant.build(torch.bfloat16), variant.build(torch.bfloat16)
-        call_before(variant, self._model, torch.bfloat16)
+        self._model, self._plain = variant.build(variant.dtype), variant.build(variant.dtype)
+        call_before(variant, self._model, variant.dtype)
         before = dict(vars(self._model))
         self._first, *others = cuts
         self._twins = Twins({cut: config_of(cut) for cut in others})
@@ -124,18 +124,18 @@ class Cached:
         self.found: dict[tuple[Cut, Shape], Generation] = {}
         with self._twins.compiled(), watched() as all_observed:
             with watched() as observed, named(variant, has_timestep=variant.timestep_input != "none"):
-                self._model(**variant.inputs(dtype=torch.bfloat16))
+                self._model(**variant.inputs(dtype=variant.dtype))
             for shape in shapes:
                 self._run(shape, cuts)
         self.num_graphs, self.row = all_observed.num_graphs, observed.row(variant)
         cachedit_fx.disable_cache(target)
         assert dict(vars(self._model)) == before
-        call = variant.inputs(dtype=torch.bfloat16)
+        call = variant.inputs(dtype=variant.dtype)
         torch.testing.assert_close(tensors_of(self._model(**call)), tensors_of(self._plain(**call)), rtol=0, atol=0)
 
     def _run(self, shape: Shape, cuts: Sequence[Cut]) -> None:
         variant, model = self._variant, self._model
-        calls = variant.generation(size=shape[0], text=shape[1], dtype=torch.bfloat16)
+        calls = variant.generation(size=shape[0], text=shape[1], dtype=variant.dtype)
         plain = [tensors_of(self._plain(**call)) for call in calls]
         for cut in cuts:
             cachedit_fx.reset()

@@ -38,6 +38,12 @@ COLUMNS = (
     "graphs",
     "needs",
 )
+UNCACHED = {
+    "MiniMaxMusic3RVQDepthDecoder": "samples audio tokens one after another, and takes no part in denoising",
+    "RFD4ProteinaTransformer": "one of its two streams changes only after every second block",
+    "TransformerTemporalModel": "is a layer of UNets, with a single block",
+}
+"""Transformer classes of diffusers that are not cached -> the reason (`tests/test_uncached_models.py`)."""
 
 
 @dataclass
@@ -181,7 +187,7 @@ def classes_and_needs(rows: Sequence[str]) -> dict[str, str]:
 def write(rows: Sequence[str]) -> None:
     """Writes docs/models.md, and the table of the package."""
     PAGE.write_text(page(rows), encoding="utf-8")
-    content = {"diffusers": diffusers.__version__, "models": classes_and_needs(rows)}
+    content = {"diffusers": diffusers.__version__, "models": classes_and_needs(rows), "uncached": UNCACHED}
     TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -91,6 +91,7 @@ class Variant:
         cuts: Values of Fn and Bn that are tested in addition to those for all variants.
         refused: Cuts that are refused, because a number that is read from a stream would be needed on both sides.
         image_last: If two streams are joined, whether the text comes first.
+        dtype: The dtype in which `tests/test_zoo.py` runs it.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Variant:
     cuts: tuple[tuple[int, int], ...] = ()
     refused: tuple[tuple[int, int], ...] = ()
     image_last: bool = True
+    dtype: torch.dtype = torch.bfloat16
 
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A new transformer, always with the same weights, in which every block has an effect."""

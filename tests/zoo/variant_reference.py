@@ -47,6 +47,7 @@ class VariantReference:
         self.entered: Streams = {}  # The streams before block `fn` at this step,
         self.brought: Streams = {}  # the same in the final layout, if it differs,
         self.added: Streams = {}  # and their residuals of the last computed step.
+        self.packed: set[nn.Module] = set()  # The blocks that return a tuple.
         self.made: list[Tensor] = []  # The outputs of the skippable blocks at that step,
         self.skips: Streams = {}  # and those that a later block reads besides its streams.
 
@@ -105,8 +106,10 @@ class VariantReference:
                 given.arguments.update({**streams, **self._skips(number, given.arguments)})
             if self.mode != "compute" and self.fn <= number < self.stop:
                 streams = self.entered if module is self.giver else self._leave(streams) if is_end else streams
-                return tuple(streams.values()) if len(returns) > 1 else streams[returns[0]]
+                return tuple(streams.values()) if len(returns) > 1 or module in self.packed else streams[returns[0]]
             result = original(*given.args, **given.kwargs)
+            if isinstance(result, tuple):
+                self.packed.add(module)
             if self.fn <= number < self.stop:
                 self.made += tensors_of(result)
                 if is_end:
