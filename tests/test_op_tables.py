@@ -274,6 +274,15 @@ def test_functions_of_operator_that_are_named_after_a_keyword_do_not_write(name)
     assert x.tolist() == [1, 2] and not is_in_place(node_of(function, x, x))
 
 
+@pytest.mark.parametrize("name", sorted(op_tables.ALLOCATION_NAMES))
+def test_allocations_return_a_tensor_whose_storage_no_other_one_shares(name):
+    x = torch.ones(2)
+    given = ([x] if name.endswith("_like") else [(2,)]) + ([1.0] if "full" in name else [])
+    allocate = getattr(x, name) if name.startswith("new_") else getattr(torch, name)
+    first, second = allocate(*given), allocate(*given)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in (x, first, second)}) == 3
+
+
 # States.
 
 

@@ -293,6 +293,27 @@ def test_streams_with_uninformative_names_are_a_mismatch():
     assert mismatch.progress == synthetic.DEPTH - 1
 
 
+class VideoAndAudio(Anonymous):
+    """Returns one output for each stream, that of `first` first."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        temb = self.embed_time(timestep)
+        x, c = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
+        for block in self.blocks:
+            x, c = block(x, c, temb)
+        outputs = [self.unembed(stream, temb)[0] for stream in ((x, c) if self.first == "x" else (c, x))]
+        return outputs[0], outputs[1]
+
+
+@pytest.mark.parametrize("first", ["x", "c"])
+def test_the_first_of_several_outputs_identifies_the_hidden_stream(first):
+    assert blocks_of(VideoAndAudio(first)).labels[HIDDEN] == first
+
+
 @pytest.mark.parametrize("order", [(HIDDEN, ENCODER), (ENCODER, HIDDEN)], ids=["x-c", "c-x"])
 @pytest.mark.parametrize("hidden", ["x", "c"])
 def test_a_template_names_the_streams_of_a_model(hidden, order):

@@ -83,6 +83,29 @@ def test_a_region_may_write_into_its_own_tensors():
     assert "clamp_" in [node.target for node in region.nodes]
 
 
+def _scatter(row: Tensor) -> Tensor:
+    """Writes into a tensor of its own. Under `torch.vmap`, nothing shows which storage that tensor has."""
+    mask = row.new_zeros(row.shape)
+    mask[torch.arange(2)] = row.new_ones(())
+    return mask[:, :1].contiguous()
+
+
+def test_a_region_may_write_into_its_own_tensors_under_vmap():
+    (region,) = planned(Writes(lambda h, b, t: torch.vmap(_scatter)(h))).regions
+    assert operator.setitem in [node.target for node in region.nodes]
+
+
+def test_an_fn_block_may_write_into_its_own_tensors_under_vmap():
+    model = Transformer()
+    model.blocks[0] = FirstWrites(lambda h, added: h + added * torch.vmap(_scatter)(added))
+    (region,) = planned(model).regions
+    assert operator.setitem in [node.target for node in region.nodes[0].graph.nodes]
+
+
+def test_a_write_into_an_earlier_tensor_under_vmap_is_refused():
+    assert refused(Writes(lambda h, b, t: torch.vmap(lambda row: row.mul_(2))(b))).cause is Cause.IN_PLACE
+
+
 class FirstWrites(SelfBlock):
     def __init__(self, write: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()

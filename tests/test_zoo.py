@@ -40,6 +40,16 @@ LIKE = {
     "HiDreamInfer": "HiDream",
     "ZImageControlNet": "ZImage",
     "StableAudio3": "StableAudio",
+    "SkyReelsV2": "Wan",
+    "SkyReelsV2DF": "Wan",
+    "Kandinsky5": "Wan",
+    "SanaVideo": "Sana",
+    "Kandinsky6": "LTX2",
+    "Kandinsky6SR": "Wan",
+    "EasyAnimate": "CogVideoX",
+    "Helios": "Wan",
+    "MotifVideo": "HunyuanVideo",
+    "AnyFlowFAR": "Wan",
 }
 """Variants whose blocks are similar to those of another variant."""
 

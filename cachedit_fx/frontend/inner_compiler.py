@@ -76,7 +76,8 @@ def _complete_examples(gm: fx.GraphModule) -> None:
     AOTAutograd caches a graph on disk only if it knows that methods are called on tensors, for which it looks here.
     """
     for node in gm.graph.nodes:
-        if node.op not in ("call_function", "call_method") or "example_value" in node.meta:
+        is_call = node.op in ("call_function", "call_method")
+        if not is_call or not node.users or "example_value" in node.meta:  # `x[...] = y` has no users.
             continue
         values = [value_of(arg) for arg in node.all_input_nodes]
         modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]

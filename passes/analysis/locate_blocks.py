@@ -301,8 +301,9 @@ def _assign_roles(
     """The boundaries with roles instead of provisional names, and role -> name in the model's code.
 
     The roles are identified by these criteria, in this order: the names in the code of the blocks; which stream is used
-    after the list; of two streams, the one that is computed from the other one too is the image; which stream is
-    computed from an input with the shape of an output. A stream that is not identified keeps its name in the code.
+    after the list; of two streams, the one that is computed from the other one too is the image; which stream the first
+    of several outputs of the model is computed from; which stream is computed from an input with the shape of an
+    output. A stream that is not identified keeps its name in the code.
     """
     names = list(boundaries[0])
     labels = {}
@@ -326,6 +327,11 @@ def _assign_roles(
         if len(reading) == 1:
             roles[reading[0]] = HIDDEN
             open_names.remove(reading[0])
+    if HIDDEN not in roles.values():  # The stream that the first of several outputs of the model is computed from.
+        behind = _behind_first_output(program, blocks[-1], boundaries[-1])
+        if len(behind) == 1 and behind[0] in open_names:
+            roles[behind[0]] = HIDDEN
+            open_names.remove(behind[0])
     if HIDDEN not in roles.values():  # The stream that is computed from the latents.
         latents = [name for name in open_names if program.inputs_behind(boundaries[0][name]) & program.like_outputs]
         if len(latents) == 1:
@@ -366,6 +372,15 @@ def _reads_beside(program: Program, blocks: tuple[Block, ...], boundaries: list[
         if name in after and others & program.ancestors_within(after[name], block.start, block.span_end):
             return True
     return False
+
+
+def _behind_first_output(program: Program, last: Block, boundary: Mapping[str, fx.Node]) -> list[str]:
+    """The streams after the last block that the first output is computed from (video before audio, for example)."""
+    outputs = [node for node in program.nodes[-1].all_input_nodes if is_tensor(node) and node.op != "placeholder"]
+    if len(outputs) < 2:
+        return []
+    behind = program.ancestors_within(outputs[0], last.end, len(program.nodes))
+    return [name for name, node in boundary.items() if node in behind]
 
 
 def _contexts(

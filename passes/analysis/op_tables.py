@@ -72,6 +72,14 @@ IN_PLACE_OPERATORS: frozenset[Any] = frozenset(
 IN_PLACE_METHOD = "__setitem__"  # The only one whose name does not end in a single `_`.
 # Functions of `operator` whose names end in `_` because the name without it is a keyword.
 NOT_IN_PLACE_NAMES = frozenset({"is_", "not_", "and_", "or_"})
+# Methods and functions that return a new tensor, which shares its storage with no other one.
+ALLOCATION_NAMES = frozenset(
+    {
+        *("new_zeros", "new_ones", "new_full", "new_empty"),
+        *("zeros", "ones", "full", "empty"),
+        *("zeros_like", "ones_like", "full_like", "empty_like"),
+    }
+)
 # Writes, with the operation that returns a new tensor instead.
 OUT_OF_PLACE_METHODS = {"add_": torch.add, "sub_": torch.sub, "mul_": torch.mul, "div_": torch.div}
 OUT_OF_PLACE_OPERATORS: dict[Any, Any] = {

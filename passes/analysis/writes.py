@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import fx
 
 from cachedit_fx.passes.analysis.dataflow import Program, is_weight
-from cachedit_fx.passes.analysis.op_tables import IN_PLACE_METHOD, IN_PLACE_OPERATORS, NOT_IN_PLACE_NAMES
-from cachedit_fx.patterns.nodes import value_of
+from cachedit_fx.passes.analysis.op_tables import (
+    ALLOCATION_NAMES,
+    IN_PLACE_METHOD,
+    IN_PLACE_OPERATORS,
+    NOT_IN_PLACE_NAMES,
+)
+from cachedit_fx.patterns.nodes import is_tensor, value_of
 
 
 def written_outside(program: Program, nodes: list[fx.Node]) -> fx.Node | None:
@@ -25,11 +31,35 @@ def written_outside(program: Program, nodes: list[fx.Node]) -> fx.Node | None:
     others = {storage_of(n) for n in program.nodes if n not in inside and n.op != "output"}
     for node in nodes:
         if is_in_place(node) and not rebinds_weight(node):
-            storage = storage_of(target_of(node))
-            # An alias of a value from outside shares its storage. A storage that is unknown counts as outside.
-            if storage is None or storage in others or storage not in mine:
+            target = target_of(node)
+            storage = storage_of(target)
+            if storage is None:  # As under `vmap`. It counts as outside unless `nodes` allocated it.
+                is_own = target is not None and _is_allocated_by(target, inside, others)
+            else:  # An alias of a value from outside shares its storage.
+                is_own = storage in mine and storage not in others
+            if not is_own:
                 return node
     return None
+
+
+def _is_allocated_by(target: fx.Node, nodes: AbstractSet[fx.Node], others: AbstractSet[int | None]) -> bool:
+    """Whether one of `nodes` allocates the tensor, whose storage is unknown, and no alias of it leaves them.
+
+    Every value that is computed from a tensor of unknown storage counts as an alias of it.
+
+    Args:
+        others: The storages that the other nodes hold.
+    """
+    if target not in nodes or not _is_allocation(target):
+        return False
+    aliases = [target]
+    for node in aliases:  # Grows.
+        for user in node.users:
+            if user not in nodes or storage_of(user) in others - {None}:
+                return False
+            if is_tensor(user) and storage_of(user) is None and user not in aliases:
+                aliases.append(user)
+    return True
 
 
 def written_between(program: Program, stream: fx.Node, start: int, stop: int) -> fx.Node | None:
@@ -37,10 +67,19 @@ def written_between(program: Program, stream: fx.Node, start: int, stop: int) ->
 
     The residual over these nodes would be computed with the overwritten stream.
     """
-    for node in program.nodes[start:stop]:
-        if is_in_place(node) and storage_of(target_of(node)) in (None, storage_of(stream)):
+    nodes = program.nodes[start:stop]
+    for node in nodes:
+        target = target_of(node) if is_in_place(node) else None
+        if not is_in_place(node) or (target in nodes and target is not stream and _is_allocation(target)):
+            continue
+        if storage_of(target) in (None, storage_of(stream)):
             return node
     return None
+
+
+def _is_allocation(node: fx.Node | None) -> bool:
+    """Whether the node returns a new tensor, which shares its storage with no other one."""
+    return node is not None and getattr(node.target, "__name__", node.target) in ALLOCATION_NAMES
 
 
 def is_in_place(node: fx.Node) -> bool:

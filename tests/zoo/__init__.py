@@ -19,9 +19,12 @@ from tests.zoo import (
     flux_like,
     hunyuan,
     image,
+    kandinsky,
     music,
     stable_diffusion,
     video,
+    video_dual,
+    video_forcing,
     wan_like,
     world,
 )
@@ -29,4 +32,5 @@ from tests.zoo.variant import Variant
 
 FAMILIES = (flux_like, wan_like, hunyuan, video, cog, stable_diffusion, cross_attention, image, audio)
 FAMILIES += (music, world)
+FAMILIES += (kandinsky, video_dual, video_forcing)
 VARIANTS: dict[str, Variant] = {v.name: v for v in chain.from_iterable(family.variants() for family in FAMILIES)}
