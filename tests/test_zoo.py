@@ -50,12 +50,21 @@ LIKE = {
     "Helios": "Wan",
     "MotifVideo": "HunyuanVideo",
     "AnyFlowFAR": "Wan",
+    "AuraFlow": "SD3",
+    "LongCatImage": "Flux",
+    "OvisImage": "Flux",
+    "Flux3Edit": "Flux3",
+    "JoyImageEditPlus": "JoyImageEdit",
+    "BriaFibo2": "ZImage",
+    "BriaFibo2Edit": "ZImage",
+    "PRX": "PixArt",
 }
 """Variants whose blocks are similar to those of another variant."""
 
 # Parts are recaptured for another length in any case; sizes of HiDream are tested in tests/test_functors_shipped.py.
 FIXED = {*LIKE, "HunyuanVideo15", "Lumina2", "OmniGen", "HiDream"}
 FIXED |= {"AceStep", "T5Film", "SanaWM", "SanaWMRefiner", "MiniMaxH3"}  # One size, to save time.
+FIXED = {*LIKE, "HunyuanVideo15", "Lumina2", "OmniGen", "HiDream", "Flux3", "Krea2", "QwenImage21", "QwenImage21Later"}
 # Dynamo recaptures these for another image size although it is asked for one graph for all sizes, so they are run with
 # another text length instead. QwenImage and NucleusMoE take lengths as plain numbers, and are run with one size only.
 ANOTHER_TEXT = {"WanAnimate", "HunyuanVideo", "HunyuanDiT", "Latte", "Mochi", "Allegro", "CogVideoX", "CogView4", "SD3"}

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cachedit_fx.forking import released_in_child
 from cachedit_fx.frontend.backend import Backend
@@ -59,6 +60,9 @@ class CaptureStrategy:
     whole: bool
     captures_data: bool
 
+
+# The second is raised by PyTorch's symbolic shapes, and Dynamo does not always wrap it in an error of its own.
+CAPTURE_ERRORS = (TorchDynamoException, GuardOnDataDependentSymNode)
 
 # Whole graphs are first captured without data, since sizes that depend on data are unknown before the call. Parts are
 # first captured with data, since Dynamo permanently skips a function that it gave up on.
@@ -130,7 +134,7 @@ class CaptureStrategies:
         captured. The call is made again.
 
         Raises:
-            TorchDynamoException: All strategies failed. The error is that of the first one.
+            TorchDynamoException, GuardOnDataDependentSymNode: All strategies failed. The error of the first is raised.
             FailOnRecompileLimitHit: The recompile limit is reached, and the module may not run uncompiled.
         """
         signature = signature_of(args, kwargs)
@@ -142,7 +146,7 @@ class CaptureStrategies:
                 return self._run(strategy, args, kwargs)
             except BackendCompilerFailed:
                 raise
-            except TorchDynamoException:
+            except CAPTURE_ERRORS:
                 pass  # The strategy worked for other sizes, but does not for these.
         # Other threads wait, and then use the strategy that is found and the graph that is compiled here. Dynamo alone
         # would compile a graph for each thread.
@@ -161,7 +165,7 @@ class CaptureStrategies:
                 self._before_each(strategy)
             try:
                 result = self._run(strategy, args, kwargs)
-            except TorchDynamoException as error:
+            except CAPTURE_ERRORS as error:
                 if isinstance(error, BackendCompilerFailed):
                     raise
                 first = first or error

@@ -16,8 +16,8 @@ from torch import nn
 from cachedit_fx.errors import PassError, PatternError
 from cachedit_fx.forking import released_in_child
 from cachedit_fx.frontend.backend import Backend, RefusedError
-from cachedit_fx.frontend.capture_strategies import CaptureStrategies, signature_of
-from cachedit_fx.frontend.torch_internals import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+from cachedit_fx.frontend.capture_strategies import CAPTURE_ERRORS, CaptureStrategies, signature_of
+from cachedit_fx.frontend.torch_internals import BackendCompilerFailed, FailOnRecompileLimitHit
 from cachedit_fx.frontend.uncached import WhyUncached, why_not_without_hooks
 from cachedit_fx.frontend.weight_hooks import (
     WeightHooks,
@@ -153,7 +153,7 @@ class OffloadedCalls:
             why = inner.why
         except FailOnRecompileLimitHit:
             why = why_not_without_hooks(model, "a call that needs one graph more than Dynamo's recompile limit allows")
-        except TorchDynamoException as error:
+        except CAPTURE_ERRORS as error:
             why = why_not_without_hooks(model, self._compiled.describe(error))
         if len(self._refused) >= MAX_REFUSED:
             self._refused.clear()
@@ -217,7 +217,7 @@ def captured_without_hooks(
     try:
         with forwards.without_hooks(model, hooks), within_call(call):
             compiled(*args, **kwargs)
-    except (NotCompiledError, RefusedError, FailOnRecompileLimitHit, TorchDynamoException) as error:
+    except (NotCompiledError, RefusedError, FailOnRecompileLimitHit, *CAPTURE_ERRORS) as error:
         if isinstance(error, BackendCompilerFailed):
             raise
         return False

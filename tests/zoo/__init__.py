@@ -21,7 +21,9 @@ from tests.zoo import (
     image,
     kandinsky,
     music,
+    one_stream,
     stable_diffusion,
+    two_streams,
     video,
     video_dual,
     video_forcing,
@@ -31,6 +33,5 @@ from tests.zoo import (
 from tests.zoo.variant import Variant
 
 FAMILIES = (flux_like, wan_like, hunyuan, video, cog, stable_diffusion, cross_attention, image, audio)
-FAMILIES += (music, world)
-FAMILIES += (kandinsky, video_dual, video_forcing)
+FAMILIES += (two_streams, one_stream, kandinsky, video_dual, video_forcing, music, world)
 VARIANTS: dict[str, Variant] = {v.name: v for v in chain.from_iterable(family.variants() for family in FAMILIES)}

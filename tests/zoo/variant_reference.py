@@ -67,7 +67,7 @@ class VariantReference:
             return first, last
         for number in numbers if not is_end else ():
             (before, names), (after, names_after) = self.chain[number - 1], self.chain[number]
-            if len(names_after) < len(names):
+            if len(names_after) != len(names):
                 return before[-1], after[0]
         return None, None
 
@@ -122,7 +122,7 @@ class VariantReference:
         """The streams after the last skippable block: in a computed step recorded, in a reused step corrected."""
         starts = self.brought if self.taker is not None else self.entered
         if self.mode == "compute":
-            left = {name: stream for name, stream in streams.items() if stream is not None}
+            left = {name: stream for name, stream in streams.items() if stream is not None and name in starts}
             self.added = {name: self._rows(stream, starts[name])[0] - starts[name] for name, stream in left.items()}
         elif self.mode == "reuse":
             for name, added in self.added.items():
