@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from cachedit_fx import CacheConfig
 from cachedit_fx.frontend.capture import copy_graph
+from cachedit_fx.frontend.repeated_blocks import traced_once
 from cachedit_fx.passes.analysis.cached_examples import cached_examples
 from cachedit_fx.passes.analysis.runtime_plan import make_runtime_plan
 from cachedit_fx.passes.graph_pass import PassContext
@@ -360,7 +361,8 @@ def capture(
 
         return run
 
-    captured.output = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(**inputs)
+    with traced_once(model):  # As `enable_cache` captures: Dynamo traces one of several equal blocks.
+        captured.output = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(**inputs)
     return captured
 
 

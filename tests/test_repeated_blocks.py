@@ -135,11 +135,28 @@ def test_the_graph_and_the_guards_are_those_of_dynamo(dynamic: bool, guards: lis
     assert torch.equal(once.output, plain.output)
 
 
-def test_blocks_are_traced_if_their_numbers_are_inputs():
+def test_numbers_that_are_inputs_are_those_of_each_block(guards: list[set[tuple[str, str]]]):
     """With `dynamic=True`, Dynamo lifts the numbers of the blocks as tensors."""
     model, args = tiny.frozen(Model()), _inputs()
     plain, once = (Capture(model, args, repeated=repeated, dynamic=True) for repeated in (False, True))
-    assert (once.traced, once.repeated) == (5, 0) and once.nodes == plain.nodes
+    assert (once.traced, once.repeated) == (2, 3)
+    numbers = [node for node in once.graphs[0].graph.nodes if node.target == "item"]
+    assert len(numbers) >= 5 and once.nodes == plain.nodes
+    assert guards[1] == guards[0]
+    assert torch.equal(once.output, plain.output)
+
+
+def test_blocks_with_other_numbers_compute_with_theirs():
+    """Dynamo specializes on the number of a layer norm; it does not specialize on one that is added."""
+    model, args = tiny.frozen(Model()), _inputs()
+    model.blocks[2].eps, model.blocks[3].norm.eps = 1.0, 1.0
+    plain, once = (Capture(model, args, repeated=repeated, dynamic=True) for repeated in (False, True))
+    assert (once.traced, once.repeated) == (3, 2) and once.nodes == plain.nodes
+    assert torch.equal(once.output, plain.output)
+    model.blocks[4].eps = 2.0
+    with torch.no_grad():
+        assert torch.equal(once.compiled(*args), model(*args))
+    assert len(once.graphs) == 1
 
 
 def test_example_values_share_memory_where_those_of_dynamo_do():

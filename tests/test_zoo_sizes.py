@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.zoo import VARIANTS
-from tests.zoo.runs import SHAPES, Compiled, Shape, call_before, capturing, one_collection
+from tests.zoo.runs import SHAPES, Compiled, Shape, call_before, capturing
 from tests.zoo.variant import Variant
 
 NUM_GRAPHS = {
@@ -26,7 +26,7 @@ NUM_GRAPHS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NUM_GRAPHS)
 def test_every_size_is_cached_with_at_most_one_graph_more_than_the_uncached_model(name: str, subtests: pytest.Subtests):
-    with one_collection(), torch.no_grad():
+    with torch.no_grad():
         compiled = Compiled(VARIANTS[name], (1, 0))
     for shape, generation in compiled.found.items():
         with subtests.test("image size, text length", shape=shape):
@@ -52,7 +52,7 @@ def num_graphs_uncached(variant: Variant, shapes: Sequence[Shape]) -> int:
         return gm.forward
 
     graphs = torch.compile(model, backend=count)
-    with one_collection(), torch.no_grad(), capturing(variant):
+    with torch.no_grad(), capturing(variant):
         for size, text in shapes:
             for call in variant.generation(size=size, text=text):
                 graphs(**call)

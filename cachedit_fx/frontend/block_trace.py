@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -20,9 +21,12 @@ from cachedit_fx.frontend.trace_internals import (
     UnknownError,
     content_of,
     guard_with,
+    is_number_of_frame,
     name_of,
     realized,
     source_of_input,
+    source_of_number,
+    symbols_of,
     tuple_of,
 )
 
@@ -60,7 +64,9 @@ class BlockRecorder:
         is_below = SourcesBelow(call.source)
         nodes = [node for node in call.graph.nodes if node.op != "placeholder" and node not in self._before]
         weights = [node for node in call.graph.find_nodes(op="placeholder") if _is_weight(node, is_below)]
-        _check_nodes(nodes, {*arguments.nodes, *weights, *nodes}, call.module)
+        numbers = [node for node in nodes if is_number_of_frame(node)]
+        _check_nodes(nodes, {*arguments.nodes, *weights, *nodes}, call.module, is_below)
+        fixed = _fixed_numbers(call, numbers, nodes)
         num_calls = {path: n for path, n in call.num_calls.items() if n != self._num_calls.get(path, 0)}
         if not all(_is_in(path, call.path) and not self._num_calls.get(path, 0) for path in num_calls):
             raise UnknownError("it calls a module that is outside of it, or is called twice")
@@ -70,7 +76,7 @@ class BlockRecorder:
         _check_result(result, arguments, nodes)
         guards = guards_below(call, is_below, self._guards, values)
         ordered = {source: [*call.value_at(source, values)] for source in call.ordered_dicts if is_below(source)}
-        return BlockTrace(call, arguments, nodes, weights, guards, ordered, num_calls, result)
+        return BlockTrace(call, arguments, nodes, weights, fixed, is_below, guards, ordered, num_calls, result)
 
 
 def _check(call: ModuleCall) -> None:
@@ -97,7 +103,22 @@ def _is_weight(placeholder: fx.Node, is_below: SourcesBelow) -> bool:
     return source is not None and is_below(source)
 
 
-def _check_nodes(nodes: list[fx.Node], known: set[fx.Node], block: nn.Module) -> None:
+def _fixed_numbers(call: ModuleCall, numbers: list[fx.Node], nodes: list[fx.Node]) -> dict[fx.Node, bool]:
+    """Whether the graph is specialized on each of the numbers that Dynamo passes as tensors.
+
+    Raises:
+        UnknownError: Sizes, other numbers or guards depend on one on which it is not.
+    """
+    symbols = {node: symbols_of(node.meta["example_value"]) for node in numbers}
+    free = set().union(*symbols.values())
+    if free:
+        rest = (node.meta.get("example_value") for node in nodes if node not in symbols)
+        if free & call.guarded_symbols or any(free & symbols_of(value) for value in rest):
+            raise UnknownError("a size, a number or a guard depends on a number that it reads")
+    return {node: not found for node, found in symbols.items()}
+
+
+def _check_nodes(nodes: list[fx.Node], known: set[fx.Node], block: nn.Module, is_below: SourcesBelow) -> None:
     held, own = {id(tensor) for tensor in (*block.parameters(), *block.buffers())}, {*nodes}
     for node in nodes:
         is_call = node.op in ("call_function", "call_method")
@@ -105,8 +126,10 @@ def _check_nodes(nodes: list[fx.Node], known: set[fx.Node], block: nn.Module) ->
         if not is_call or not has_value or node.meta.get("unbacked_bindings"):
             raise UnknownError(f"its graph contains {node.op}")
         for arg in node.all_input_nodes:
-            if arg in known or isinstance(arg.meta.get("example_value"), torch.SymInt):
+            if is_number_of_frame(node) or arg in known or isinstance(arg.meta.get("example_value"), torch.SymInt):
                 continue  # A size follows from the sizes of the arguments, and Dynamo has one node for it.
+            if is_number_of_frame(arg) and not is_below(source_of_number(arg)):
+                continue  # Dynamo has one node for it, too.
             source = source_of_input(arg) if arg.op == "placeholder" else None
             if source is None or id(arg.meta["grapharg"].example) in held:
                 raise UnknownError("it reads a value that is neither passed to it nor one of its weights")
@@ -121,6 +144,8 @@ class BlockTrace:
         arguments: Arguments,
         nodes: list[fx.Node],
         weights: list[fx.Node],
+        numbers: dict[fx.Node, bool],
+        is_below: SourcesBelow,
         guards: list[BlockGuard],
         ordered: dict[Any, list[Any]],
         num_calls: dict[str, int],
@@ -131,6 +156,13 @@ class BlockTrace:
         self._arguments, self._nodes, self._guards, self._num_calls = arguments, nodes, guards, num_calls
         self._ordered = ordered  # The keys of the dictionaries the order of whose keys is checked.
         self._weights = {node: source_of_input(node) for node in weights}
+        # The numbers that Dynamo passes as tensors, and whether the graph is specialized on each. Those that are not
+        # below the block are read once.
+        self._numbers = {node: is_fixed for node, is_fixed in numbers.items() if is_below(source_of_number(node))}
+        placeholders = {node.args[0]: node for node in self._numbers} | {node: node for node in weights}
+        self._inputs = [placeholders[node] for node in call.graph.nodes if node in placeholders]
+        self._shared = {node: node for node in numbers if node not in self._numbers}
+        self._values = {node: call.value_at(source_of_number(node), {}) for node in self._numbers}
         self._result = result
 
     def repeat(self, call: ModuleCall, values: dict[Any, Any]) -> Any:
@@ -148,11 +180,17 @@ class BlockTrace:
         weights = {node: call.value_at(sources(source), values) for node, source in self._weights.items()}
         if any(map(call.is_tracked, weights.values())) or len({*map(id, weights.values())}) < len(weights):
             raise UnknownError("it shares a weight")
-        inputs = {node: call.add_input(sources(self._weights[node]), value) for node, value in weights.items()}
-        inputs.update(zip(self._arguments.nodes, arguments.nodes, strict=True))
+        numbers = self._numbers_of(call, sources, values)
+        inputs = dict(zip(self._arguments.nodes, arguments.nodes, strict=True))
         before = {*call.graph.nodes}
         try:
-            nodes = self._copy_nodes(call, inputs)
+            for node in self._inputs:  # In the order in which Dynamo adds them.
+                if node in weights:
+                    inputs[node] = call.add_input(sources(self._weights[node]), weights[node])
+                else:
+                    source, is_fixed = sources(source_of_number(node)), self._numbers[node]
+                    inputs[node] = call.add_number(source, numbers[node], is_fixed=is_fixed)
+            nodes = self._copy_nodes(call, inputs | self._shared)
             result = self._rebuild(self._result, call, arguments, nodes)
             for one in self._guards:
                 if one.kind != "TENSOR_MATCH":  # `add_input` adds these.
@@ -160,13 +198,23 @@ class BlockTrace:
                     call.add_guard(one.guard, sources(one.source), guard_with(one.guard, parameters))
         except BaseException:
             for node in reversed([node for node in call.graph.nodes if node not in before]):
-                if node.op != "placeholder":
+                if node.op != "placeholder" and not is_number_of_frame(node):  # Dynamo has variables for these.
                     call.remove_node(node)
             raise
         call.ordered_dicts.update(map(sources, self._ordered))
         for path, count in self._num_calls.items():
             call.num_calls[call.path + path.removeprefix(self._path)] = count
         return result
+
+    def _numbers_of(self, call: ModuleCall, sources: SourceMap, values: dict[Any, Any]) -> dict[fx.Node, float]:
+        """The numbers that Dynamo passes as tensors."""
+        found = {node: call.value_at(sources(source_of_number(node)), values) for node in self._numbers}
+        for node, value in found.items():
+            if type(value) is not float or not math.isfinite(value):
+                raise UnknownError(f"{name_of(sources(source_of_number(node)))} is not a finite number")
+            if self._numbers[node] and value != self._values[node]:
+                raise UnknownError(f"{name_of(sources(source_of_number(node)))} differs")
+        return found
 
     def _check(self, call: ModuleCall) -> Arguments:
         _check(call)
@@ -207,23 +255,37 @@ class BlockTrace:
         """The copies of the nodes of the recorded block."""
         copies, examples = dict(inputs), _Examples(call.fake_mode)
         for node, copy in inputs.items():
+            if node in self._numbers or node in self._shared:
+                continue
             examples.know(node.meta["example_value"], copy.meta["example_value"])
         stack_of = self._stacks(call)
         for node in self._weights:
             copies[node].meta |= {"nn_module_stack": stack_of(node), "stack_trace": node.stack_trace}
         for node in self._nodes:
+            if node in self._shared:
+                continue
+            if node in self._numbers:
+                self._place_number(call, node, copies[node], stack_of)
+                continue
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: copies.get(arg, arg))
             copy = copies[node] = call.add_node(node, args, kwargs)
             name, timestamp = copy.name, copy.meta.get("creation_timestamp")
             copy.meta = {**node.meta, "creation_timestamp": timestamp, "nn_module_stack": stack_of(node)}
-            if "source_fn_stack" in node.meta:
-                *outer, (_, function) = node.meta["source_fn_stack"]
-                copy.meta["source_fn_stack"] = [*outer, (name, function)]
+            _copy_function_stack(node, copy)
             if _stem(node.name) != _stem(name):
                 copy._rename(_stem(node.name))  # As Dynamo does when a value is assigned to a variable.
             if "example_value" in node.meta:  # Not of `x[...] = y`.
                 copy.meta["example_value"] = examples.copy(node, args, kwargs)
         return copies
+
+    def _place_number(self, call: ModuleCall, node: fx.Node, copy: fx.Node, stack_of: Callable[..., Any]) -> None:
+        """Places the node that reads a number where the recorded block has its own."""
+        call.move_to_end(copy)
+        for old, new in ((node, copy), (node.all_input_nodes[0], copy.all_input_nodes[0])):
+            new.meta |= {"stack_trace": old.stack_trace}
+            if "nn_module_stack" in old.meta:
+                new.meta["nn_module_stack"] = stack_of(old)
+        _copy_function_stack(node, copy)
 
     def _stacks(self, call: ModuleCall) -> Callable[[fx.Node], dict[str, Any]]:
         """A function that returns the `nn_module_stack` for the copy of a node."""
@@ -256,6 +318,12 @@ class BlockTrace:
             return result
         assert kind == "tuple"
         return tuple_of([self._rebuild(item, call, arguments, nodes) for item in content])
+
+
+def _copy_function_stack(node: fx.Node, copy: fx.Node) -> None:
+    if "source_fn_stack" in node.meta:
+        *outer, (_, function) = node.meta["source_fn_stack"]
+        copy.meta["source_fn_stack"] = [*outer, (copy.name, function)]
 
 
 def _mapped(value: Any, sources: SourceMap) -> Any:

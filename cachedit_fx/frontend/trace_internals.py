@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from cachedit_fx.forking import released_in_child
 from cachedit_fx.frontend.torch_internals import own_kwargs
@@ -164,6 +165,41 @@ class ModuleCall:
         node: fx.Node = VariableBuilder(self.tx, source)(value).as_proxy().node
         return node
 
+    def add_number(self, source: Source, value: float, *, is_fixed: bool) -> fx.Node:
+        """Makes a number an input of the graph, which is passed as a tensor. Uses `VariableBuilder`.
+
+        Args:
+            is_fixed: Whether the graph is specialized on the value.
+
+        Returns:
+            The node that reads the number from the tensor.
+
+        Raises:
+            UnknownError: The number is read before, or is no input.
+        """
+        from torch._dynamo.variables.builder import VariableBuilder
+
+        before = {*self.graph.nodes}
+        variable = realized(VariableBuilder(self.tx, source)(value))
+        kind, node = content_of(variable)
+        if kind != "size" or node in before or not is_number_of_frame(node):
+            raise UnknownError(f"{name_of(source)} is not an input, or is read before")
+        if is_fixed:
+            float(node.meta["example_value"])  # Adds the guard.
+        found: fx.Node = node
+        return found
+
+    def move_to_end(self, node: fx.Node) -> None:
+        """Moves a node behind all others."""
+        last = next(reversed(self.graph.nodes))
+        if last is not node:
+            last.append(node)
+
+    @property
+    def guarded_symbols(self) -> set[Any]:
+        """The symbols that occur in guards on sizes and numbers. Uses `ShapeEnv.guards`."""
+        return {symbol for guard in self.fake_mode.shape_env.guards for symbol in guard.expr.free_symbols}
+
     def add_node(self, like: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         """Adds a node that calls what `like` calls, without metadata. Its name is the one that Dynamo would choose."""
         node: fx.Node = self.trace.current_tracer.create_node(like.op, like.target, args, kwargs)
@@ -309,6 +345,26 @@ def source_of_input(placeholder: fx.Node) -> Source | None:
     """Where an input of the graph comes from; None if it is a number that Dynamo passes as a tensor."""
     arg = placeholder.meta.get("grapharg")
     return None if arg is None or arg.pass_arg_as_tensor else arg.source
+
+
+def is_number_of_frame(node: fx.Node) -> bool:
+    """Whether a node reads a number from an input of the graph, as which Dynamo passes it as a tensor."""
+    if node.target != "item" or not isinstance(node.meta.get("example_value"), torch.SymFloat):
+        return False
+    arg = node.args[0].meta.get("grapharg") if isinstance(node.args[0], fx.Node) else None
+    return arg is not None and arg.pass_arg_as_tensor
+
+
+def source_of_number(node: fx.Node) -> Source:
+    """Where a number that a node reads from an input comes from."""
+    return node.args[0].meta["grapharg"].source  # type: ignore[union-attr]
+
+
+def symbols_of(value: Any) -> set[Any]:
+    """The symbols on which the sizes of a tensor, or a size or number, depend. Uses `free_symbols`."""
+    from torch.fx.experimental.symbolic_shapes import free_symbols
+
+    return set().union(*map(free_symbols, pytree.tree_leaves(value)))
 
 
 class SourceMap:

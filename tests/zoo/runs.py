@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,20 +70,6 @@ class Generation:
 
 def atol_of(variant: Variant) -> float:
     return 0.0 if variant.functor is None else 2e-6
-
-
-@contextlib.contextmanager
-def one_collection() -> Iterator[None]:
-    """Collects garbage only once, at the end; otherwise it would take a quarter of the compilation time."""
-    gc.freeze()
-    gc.disable()
-    try:
-        with torch._dynamo.config.patch(run_gc_after_compile=False):
-            yield
-    finally:
-        gc.collect()
-        gc.unfreeze()
-        gc.enable()
 
 
 @contextlib.contextmanager
