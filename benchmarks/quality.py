@@ -123,7 +123,8 @@ class Run:
         """Measures the times of the configurations next to the targets, one after the other."""
         self.found |= {"times": [], "inner": self._args.inner, "rounds": self._args.rounds}
         for family in self._args.families:
-            names = worth_timing(quality_page.rows_of(self.found, family))
+            columns = quality_page.rows_by_column(self.found).items()
+            names = [name for column, rows in columns if column.startswith(family) for name in worth_timing(rows)]
             if names:
                 self._measure(Job(family, "time", names=names, tuned=self.found["tuned"], **self._common))
 

@@ -220,7 +220,10 @@ def fewer_steps(pipeline: Pipeline) -> list[Config]:
 
 def tuned_configs(tuned: Mapping[str, Any]) -> list[Config]:
     """Returns saved configurations, given by name as what `load_configs` accepts."""
-    return [Config("ours", "tuned", f"tuned {name}", {"load": saved}) for name, saved in tuned.items()]
+    return [
+        Config("ours", "tuned", f"tuned {name}", {"load": saved}, guidance="tuned" * ("guidance_reuse" in str(saved)))
+        for name, saved in tuned.items()
+    ]
 
 
 FAMILIES: dict[str, Callable[[Pipeline], list[Config]]] = {

@@ -16,7 +16,7 @@ def guidance_table(ours: Sequence[Row], peer: Sequence[Row]) -> Rows:
     were measured with guidance reuse too.
     """
     plain = [row for row in ours if not row["guidance"]]
-    schedules = {(row["schedule"], row["group"]) for row in ours if row["guidance"]}
+    schedules = {(row["schedule"], row["group"]) for row in ours if row["guidance"] and row["schedule"]}
     kinds: Mapping[str, list[Row]] = {
         "off, all configurations": plain,
         "off, these configurations": [row for row in plain if (row["schedule"], row["group"]) in schedules],

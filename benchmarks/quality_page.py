@@ -31,6 +31,15 @@ def families_of(measured: Measured) -> list[str]:
     return [family for family in FAMILIES if any(row["family"] == family for row in measured["nearness"])]
 
 
+def rows_by_column(measured: Measured) -> dict[str, list[Row]]:
+    """Returns the rows of every family, with what `tune` found apart from the others of ours."""
+    found: dict[str, list[Row]] = {}
+    for family in families_of(measured):
+        for row in rows_of(measured, family):
+            found.setdefault("ours, tuned" if row["group"] == "tuned" else family, []).append(row)
+    return found
+
+
 def tables(measured: Mapping[str, Any]) -> str:
     """Returns everything that is written between the markers of the page, for the results of all models."""
     versions = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
@@ -86,23 +95,24 @@ def about(measured: Measured) -> str:
 
 
 def target_table(measured: Measured) -> str:
-    """Returns, for each PSNR, the least share of FLOPs and the least time of every family, and their ratios to ours."""
-    families = families_of(measured)
-    others = [family for family in families if family != "ours"] if "ours" in families else []
-    rows = [["PSNR", "share of the uncached model", *families, *(f"ours / {other}" for other in others)]]
+    """Returns, for each PSNR, the least share of FLOPs and the least time of every family, and their ratios to ours.
+
+    What `tune` found is in a column of its own, because the others were not chosen for the model.
+    """
+    rows_by = rows_by_column(measured)
+    columns = [*rows_by]
+    others = [name for name in columns if not name.startswith("ours")] if "ours" in columns else []
+    rows = [["PSNR", "share of the uncached model", *columns, *(f"ours / {other}" for other in others)]]
     for target in TARGETS:
-        shares: dict[str, float | None] = {}
-        bounds = set()
-        for family in families:
-            found = reach(rows_of(measured, family), target)
-            shares[family] = None if found is None else found.share
-            bounds |= {family} if found is not None and found.is_bound else set()
+        found = {name: reach(rows_by[name], target) for name in columns}
+        shares = {name: None if each is None else each.share for name, each in found.items()}
+        bounds = {name for name, each in found.items() if each is not None and each.is_bound}
         times = {
-            family: least_time(rows_of(measured, family), times_of(measured, family), target, "cpu_ratio")
-            for family in families
+            name: least_time(rows_by[name], times_of(measured, name.partition(",")[0]), target, "cpu_ratio")
+            for name in columns
         }
         for title, values in (("FLOPs", shares), ("time", times)) if measured["times"] else (("FLOPs", shares),):
-            cells = [("≤ " if f in bounds and values[f] is not None else "") + _text(values[f]) for f in families]
+            cells = [("≤ " if f in bounds and values[f] is not None else "") + _text(values[f]) for f in columns]
             ratios = [_text(_ratio(values["ours"], values[other])) for other in others]
             rows.append([f"{target:g} dB", title, *cells, *ratios])
     return figures.markdown(rows)

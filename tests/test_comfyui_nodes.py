@@ -66,7 +66,7 @@ def test_the_defaults_of_the_node_are_those_of_the_package(base: ModelPatcher):
     defaults = {name: widget[1]["default"] for name, widget in inputs if len(widget) > 1}
     (patcher,) = CompileWithCache().compile(base, **defaults)
     cache = cache_of(patcher)
-    assert cache is not None and cache.enabled(model_of(base)).settings.config == CacheConfig()
+    assert cache is not None and cache.enabled(model_of(base)).settings.config == CacheConfig(max_warmup_steps=8)
 
 
 def test_the_folder_is_a_custom_node_that_imports_nothing_of_comfyui():

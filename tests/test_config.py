@@ -31,7 +31,7 @@ def test_defaults_of_every_field():
         Fn_compute_blocks=1,
         Bn_compute_blocks=0,
         residual_diff_threshold=0.2,
-        max_warmup_steps=8,
+        max_warmup_steps=None,
         warmup_interval=1,
         max_cached_steps=-1,
         max_continuous_cached_steps=-1,

@@ -35,7 +35,7 @@ def must_compute(config: CacheConfig, progress: Progress) -> str | None:
     start, end, final = config.start_percent, config.end_percent, config.final_compute_steps
     if not start and end >= 1 and not final:
         return None
-    number, length = progress
+    number, length, _ = progress
     if length is None:
         return "length-unknown"
     if number < start * length:
