@@ -24,7 +24,7 @@ from tests.sessions import every_session
 from tests.tiny_pipelines import PIPELINES, TinyPipeline
 
 NUM_STEPS = 11
-WARMUP_STEPS = 8  # The default.
+WARMUP_STEPS = 2  # By default the first sixth of the timesteps.
 NUM_BLOCKS = 3  # By default, one of them runs at every step.
 # The steps of a random model differ by more than the threshold.
 NOTHING_REUSED = ["warmup"] * WARMUP_STEPS + ["diff-above"] * (NUM_STEPS - WARMUP_STEPS)

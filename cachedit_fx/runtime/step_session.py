@@ -143,7 +143,8 @@ class StepInSession:
         """The place of this step in the run of the scheduler; None outside of a pipeline."""
         if self._scheduler_run is None:
             return None
-        return self._scheduler_run.progress(history, reads_timesteps=config.max_warmup_steps is None)
+        has_mask = config.steps_computation_mask is not None  # The warm-up ends with its leading 1s in any case.
+        return self._scheduler_run.progress(history, reads_timesteps=config.max_warmup_steps is None and not has_mask)
 
     @property
     def _step_index(self) -> float:
