@@ -53,8 +53,8 @@ def model_tables(measured: Measured) -> list[str]:
     """Returns the text below the heading of a model, as paragraphs and tables."""
     ours = rows_of(measured, "ours")
     parts = [about(measured), "### Lowest cost of each quality", target_table(measured)]
-    for family in families_of(measured):
-        parts += [f"### Frontier: {family}", frontier_table(measured, family)]
+    for name, rows in rows_by_column(measured).items():
+        parts += [f"### Frontier: {name}", frontier_table(rows, times_of(measured, name.partition(",")[0]))]
     if ours:
         parts += ["### The default beside the best at its cost", figures.markdown(default_table(ours))]
         parts += ["### Forecasters at equal decisions"]
@@ -118,12 +118,11 @@ def target_table(measured: Measured) -> str:
     return figures.markdown(rows)
 
 
-def frontier_table(measured: Measured, family: str) -> str:
-    """Returns the configurations on the frontier of a family."""
-    times = times_of(measured, family)
+def frontier_table(found: Sequence[Row], times: Mapping[str, Row]) -> str:
+    """Returns the configurations on the frontier of these rows, with their times."""
     header = ["configuration", "FLOPs", "PSNR, dB", "worst image", "SSIM", "relative L2", "recognized"]
     rows = [header + ["time", "ms"] * bool(times)]
-    for row in frontier(rows_of(measured, family)):
+    for row in frontier(found):
         timed = times.get(row["name"], {})
         rows.append(
             [

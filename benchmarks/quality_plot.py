@@ -8,11 +8,11 @@ from typing import Any
 
 from benchmarks.quality_frontier import TARGETS, frontier
 from benchmarks.quality_metrics import MOST_DB
-from benchmarks.quality_page import TITLES, families_of, rows_of
+from benchmarks.quality_page import TITLES, rows_by_column
 from cachedit_fx.figure import new_figure, save_figure
 
-COLORS = {"ours": "#1f4e79", "cache-dit": "#f2a541", "fewer steps": "#6b7a86"}
-MARKERS = {"ours": "o", "cache-dit": "s", "fewer steps": "^"}
+COLORS = {"ours": "#1f4e79", "ours, tuned": "#3fa7a0", "cache-dit": "#f2a541", "fewer steps": "#6b7a86"}
+MARKERS = {"ours": "o", "ours, tuned": "D", "cache-dit": "s", "fewer steps": "^"}
 
 
 def draw(measured: Mapping[str, Any], path: Path, targets: Sequence[float] = TARGETS) -> None:
@@ -29,8 +29,8 @@ def draw(measured: Mapping[str, Any], path: Path, targets: Sequence[float] = TAR
 
 
 def _panel(axes: Any, measured: Mapping[str, Any], targets: Sequence[float]) -> None:
-    for family in families_of(measured):
-        rows = [row for row in rows_of(measured, family) if row["psnr"] < MOST_DB]
+    for family, found in rows_by_column(measured).items():
+        rows = [row for row in found if row["psnr"] < MOST_DB]
         style: dict[str, Any] = {"color": COLORS.get(family), "marker": MARKERS.get(family)}
         axes.scatter([r["share"] for r in rows], [r["psnr"] for r in rows], s=10, alpha=0.35, linewidth=0, **style)
         line = frontier(rows)
