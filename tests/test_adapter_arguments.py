@@ -291,7 +291,9 @@ def test_a_modifier_that_leaves_no_probe_is_refused_when_the_cache_is_enabled(mo
             ["params_modifiers must contain ParamsModifier or None"],
             id="modifier",
         ),
-        pytest.param(dict(max_warmup_steps=-1), ["max_warmup_steps must be an int >= 0, got -1"], id="bad-value"),
+        pytest.param(
+            dict(max_warmup_steps=-1), ["max_warmup_steps must be an int >= 0, or None, got -1"], id="bad-value"
+        ),
     ],
 )
 def test_the_error_about_an_invalid_argument_of_enable_cache_names_it(model, arguments, parts):

@@ -137,7 +137,9 @@ def test_parts_of_a_file_that_are_not_about_caching_are_left_out_and_named(caplo
             id="next-to-the-level",
         ),
         pytest.param({"cache_config": [1]}, "cache_config must be a mapping of fields, got [1]", id="a-list"),
-        pytest.param({"max_warmup_steps": "8"}, "max_warmup_steps must be an int >= 0, got '8'", id="bad-value"),
+        pytest.param(
+            {"max_warmup_steps": "8"}, "max_warmup_steps must be an int >= 0, or None, got '8'", id="bad-value"
+        ),
         pytest.param(
             {"steps_computation_mask": "fast"},
             "num_inference_steps must be given with steps_computation_mask='fast', got None",
