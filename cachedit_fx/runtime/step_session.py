@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from cachedit_fx.config.cache_config import CacheConfig
+from cachedit_fx.config.cache_config import DEFAULT_WARMUP_STEPS, CacheConfig
 from cachedit_fx.forecasters.forecaster import Forecaster
 from cachedit_fx.forecasters.verdict import is_gap
 from cachedit_fx.passes.analysis.runtime_plan import RegionPlan
@@ -143,8 +143,10 @@ class StepInSession:
         """The place of this step in the run of the scheduler; None outside of a pipeline."""
         if self._scheduler_run is None:
             return None
-        has_mask = config.steps_computation_mask is not None  # The warm-up ends with its leading 1s in any case.
-        return self._scheduler_run.progress(history, reads_timesteps=config.max_warmup_steps is None and not has_mask)
+        # The timesteps only shorten a warm-up of 8 steps. With a mask, it ends with the leading 1s in any case.
+        is_open = config.max_warmup_steps is None and config.steps_computation_mask is None
+        reads = is_open and history.num_steps < DEFAULT_WARMUP_STEPS
+        return self._scheduler_run.progress(history, reads_timesteps=reads)
 
     @property
     def _step_index(self) -> float:
